@@ -1,0 +1,190 @@
+"""Multi-head latent attention (V2 section 2.1; V3 section 2.1.1, equations 1 to 11).
+
+Keys and values of all heads are one latent vector of kv_lora_rank numbers a token; position enters
+through one rotated key of qk_rope_head_dim numbers that all heads share. These two, and nothing
+else, are what a decoder caches: 576 numbers a token and layer in V3, where plain attention keeps
+32,768.
+
+The same weights give the same result in two forms:
+    naive     expands the latent into keys and values for each head: training and prefill
+    absorbed  folds the expansion into the query and the output, and attends to the latents
+              themselves as to one shared key: decoding (V2 appendix C)
+Which form runs is said by the caller and never guessed.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from minids.config import ModelArgs
+from minids.layers import Linear, RMSNorm
+from minids.rope import apply_rotary_emb, softmax_scale
+
+
+class LatentCache:
+    """The latents and rotated keys of the tokens seen so far, for every layer.
+
+    batch: sequences decoded together
+    max_len: tokens that each may reach
+    pad: (B,) int64, tokens of padding before each prompt; None when all prompts are equally long
+    """
+
+    def __init__(self, args: ModelArgs, batch: int, max_len: int, pad: Tensor | None = None,
+                 device=None, dtype: torch.dtype = torch.float32):
+        width = args.kv_lora_rank + args.qk_rope_head_dim
+        self.latents = torch.zeros(args.n_layers, batch, max_len, width, device=device, dtype=dtype)
+        self.pad = pad
+        self.length = 0
+
+    @property
+    def room(self) -> int:
+        """Tokens that still fit."""
+        return self.latents.size(2) - self.length
+
+    def append(self, layer: int, latent: Tensor) -> Tensor:
+        """Keep the new tokens' latents of one layer; the model moves `length` on afterwards.
+
+        latent: (B, S, kv_lora_rank + qk_rope_head_dim)
+        Returns those of all tokens so far, (B, T, kv_lora_rank + qk_rope_head_dim).
+        """
+        end = self.length + latent.size(1)
+        self.latents[layer, :, self.length:end] = latent
+        return self.latents[layer, :, :end]
+
+
+class Context(NamedTuple):
+    """What one forward pass shares between its layers.
+
+    rotation: (B or 1, S, qk_rope_head_dim / 2) complex, each token's position
+    visible: (B or 1, S, T) bool, which keys a query sees; None: those up to itself
+    cache: earlier tokens' latents; None in training
+    absorbed: the form of attention
+    """
+
+    rotation: Tensor
+    visible: Tensor | None = None
+    cache: LatentCache | None = None
+    absorbed: bool = False
+
+
+class MLA(nn.Module):
+    """Attention over latents; `layer` is its row in the cache."""
+
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.args = args
+        self.layer = layer
+        self.scale = softmax_scale(args)
+        query_width = args.n_heads * args.qk_head_dim
+        if args.q_lora_rank:
+            self.wq_a = Linear(args.dim, args.q_lora_rank)
+            self.q_norm = RMSNorm(args.q_lora_rank, args.norm_eps)
+            self.wq_b = Linear(args.q_lora_rank, query_width)
+        else:
+            self.wq = Linear(args.dim, query_width)
+        self.wkv_a = Linear(args.dim, args.kv_lora_rank + args.qk_rope_head_dim)
+        self.kv_norm = RMSNorm(args.kv_lora_rank, args.norm_eps)
+        self.wkv_b = Linear(args.kv_lora_rank,
+                            args.n_heads * (args.qk_nope_head_dim + args.v_head_dim))
+        self.wo = Linear(args.n_heads * args.v_head_dim, args.dim)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        """x: (B, S, D), normalised -> (B, S, D)"""
+        q_nope, q_pe = self.queries(x, context.rotation)
+        latent = self.latent(x, context.rotation)  # (B, S, kv_lora_rank + qk_rope_head_dim)
+        if context.cache is not None:
+            latent = context.cache.append(self.layer, latent)  # (B, T, ..)
+        attend = self.absorbed if context.absorbed else self.naive
+        heads = attend(q_nope, q_pe, latent, context.visible)  # (B, S, H, v_head_dim)
+        return self.wo(heads.flatten(2))
+
+    def queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+        """The two parts of each head's query: (B, S, H, qk_nope) and the rotated (B, S, H, rope)"""
+        args = self.args
+        q = self.wq_b(self.q_norm(self.wq_a(x))) if args.q_lora_rank else self.wq(x)
+        q = q.unflatten(-1, (args.n_heads, args.qk_head_dim))  # (B, S, H, qk_head_dim)
+        q_nope, q_pe = q.split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=-1)
+        return q_nope, apply_rotary_emb(q_pe, rotation)
+
+    def latent(self, x: Tensor, rotation: Tensor) -> Tensor:
+        """What the cache holds: [normalised c_kv ; rotated k_pe] (V3 equations 1 and 3)."""
+        args = self.args
+        c_kv, k_pe = self.wkv_a(x).split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
+        k_pe = apply_rotary_emb(k_pe.unsqueeze(2), rotation).squeeze(2)  # one key for all heads
+        return torch.cat([self.kv_norm(c_kv), k_pe], dim=-1)
+
+    def naive(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor,
+              visible: Tensor | None) -> Tensor:
+        """Expand keys and values for each head and attend to them -> (B, S, H, v_head_dim)"""
+        args = self.args
+        c_kv, k_pe = latent.split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
+        kv = self.wkv_b(c_kv).unflatten(-1, (args.n_heads, -1))  # (B, T, H, qk_nope + v_head_dim)
+        k_nope, v = kv.split([args.qk_nope_head_dim, args.v_head_dim], dim=-1)
+        q = torch.cat([q_nope, q_pe], dim=-1)  # (B, S, H, qk_head_dim)
+        k_pe = k_pe.unsqueeze(2).expand(-1, -1, args.n_heads, -1)
+        k = torch.cat([k_nope, k_pe], dim=-1)  # (B, T, H, qk_head_dim)
+        return attention(q, k, v, visible, self.scale)
+
+    def absorbed(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor,
+                 visible: Tensor | None) -> Tensor:
+        """Attend to the latents as to one shared key and value -> (B, S, H, v_head_dim)"""
+        args = self.args
+        wkv_b = self.wkv_b.weight.to(q_nope.dtype).unflatten(0, (args.n_heads, -1))
+        w_uk, w_uv = wkv_b.split([args.qk_nope_head_dim, args.v_head_dim], dim=1)
+        q = torch.einsum("bshd,hdc->bshc", q_nope, w_uk)  # (B, S, H, kv_lora_rank)
+        q = torch.cat([q, q_pe], dim=-1)
+        seen = causal(q.size(1), latent.size(1), q.device) if visible is None else visible
+        scores = torch.einsum("bshc,btc->bsht", q, latent) * self.scale
+        scores = scores.masked_fill(~seen.unsqueeze(2), float("-inf"))
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        probs = scores.softmax(dim=-1, dtype=wide).to(q.dtype)  # (B, S, H, T)
+        z = torch.einsum("bsht,btc->bshc", probs, latent[..., :args.kv_lora_rank])
+        return torch.einsum("bshc,hdc->bshd", z, w_uv)
+
+
+def causal(queries: int, keys: int, device=None) -> Tensor:
+    """(1, S, T) bool: the S queries are the last of the T positions and see those up to theirs."""
+    return torch.ones(1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """Softmax attention of every head.
+
+    q: (B, S, H, qk_head_dim); k: (B, T, H, qk_head_dim); v: (B, T, H, v_head_dim)
+    visible: (B or 1, S, T) bool; None: S = T and a query sees the keys up to itself
+    Returns (B, S, H, v_head_dim).
+    """
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S or T, ..)
+    # On a CPU two batched products beat the fused kernel while the scores are small (measured:
+    # BF16 2.5 times at 256 tokens, FP32 alike); its memory grows with the square of the length.
+    plain = q.device.type == "cpu" and k.size(-2) <= 512
+    return (attention_plain if plain else attention_fused)(q, k, v, visible, scale).transpose(1, 2)
+
+
+def attention_fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
+                    scale: float) -> Tensor:
+    """`attention` by torch's kernel, heads before positions."""
+    width = v.size(-1)
+    # The kernels want values as wide as keys: zeros added here leave the result unchanged.
+    v = F.pad(v, (0, k.size(-1) - width)) if k.size(-1) > width else v
+    mask = None if visible is None else visible.unsqueeze(1)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+    return out[..., :width]
+
+
+def attention_plain(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
+                    scale: float) -> Tensor:
+    """`attention` as product, softmax, product, heads before positions."""
+    seen = causal(q.size(2), k.size(2), q.device) if visible is None else visible
+    hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
+    hidden = hidden.masked_fill_(~seen, float("-inf")).unsqueeze(1).expand(*q.shape[:3], -1)
+    batch = q.size(0)
+    q, v, hidden = (rearrange(t, "b h s d -> (b h) s d") for t in (q, v, hidden))
+    k = rearrange(k, "b h t d -> (b h) d t")
+    scores = torch.baddbmm(hidden, q, k, alpha=scale)  # (B*H, S, T)
+    # Softmax works in FP32 inside and rounds its result only.
+    out = torch.bmm(scores.softmax(dim=-1), v)  # (B*H, S, v_head_dim)
+    return rearrange(out, "(b h) s d -> b h s d", b=batch)

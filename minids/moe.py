@@ -1,0 +1,259 @@
+"""Mixture of experts (DeepSeekMoE; V3 section 2.1.2, equations 12 to 20).
+
+A gate scores every routed expert for each token; the token visits the best few, and the shared
+experts besides. In V3 the gate's scores are sigmoids, and a bias for each expert, moved by a fixed
+step after every optimizer step, evens out the load. The bias takes part in the choice and never in
+the weights. No token is dropped.
+
+Experts are stacked tensors (E, .., ..) and tokens are sorted by expert, so that a layer is three
+grouped products. `grouped_linear` chooses the body that was measured fastest; all bodies agree.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minids.config import ModelArgs
+from minids.layers import MLP, compute_dtype
+
+
+class Routing(NamedTuple):
+    """Where a layer sent its tokens.
+
+    scores: (B, S, E) FP32, the gate's scores without the bias, with gradient
+    indices: (B, S, K) int64, the experts chosen
+    """
+
+    scores: Tensor
+    indices: Tensor
+
+    def load(self) -> Tensor:
+        """Tokens sent to each expert: (E,) int64."""
+        pairs = self.indices.flatten()
+        load = torch.zeros(self.scores.size(-1), dtype=torch.int64, device=pairs.device)
+        return load.scatter_add_(0, pairs, torch.ones_like(pairs))
+
+
+class Gate(nn.Module):
+    """Choose K experts for each token and weigh them (V3 equations 13 to 16).
+
+    weight: (E, D); bias: (E,) FP32 buffer, used for the choice only, without gradient
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.weight = nn.Parameter(torch.empty(args.n_routed_experts, args.dim))
+        if args.gate_bias:
+            self.register_buffer("bias", torch.zeros(args.n_routed_experts, dtype=torch.float32))
+        else:
+            self.bias = None
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x: (B, S, D) -> weights of the chosen experts (B, S, K) FP32, and the routing"""
+        args = self.args
+        scores = self.scores(x)  # (B, S, E)
+        choice = scores.detach() if self.bias is None else scores.detach() + self.bias
+        indices = self.limit_groups(choice).topk(args.n_activated_experts, sorted=False).indices
+        weights = scores.gather(-1, indices)  # (B, S, K), from the scores without the bias
+        if args.score_func == "sigmoid":
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * args.route_scale, Routing(scores, indices)
+
+    def scores(self, x: Tensor) -> Tensor:
+        """(B, S, D) -> (B, S, E), in FP32 or wider: a rounded score would choose other experts."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(wide), self.weight.to(wide))
+        return logits.sigmoid() if self.args.score_func == "sigmoid" else logits.softmax(dim=-1)
+
+    def limit_groups(self, choice: Tensor) -> Tensor:
+        """Keep the best n_limited_groups groups of experts and send the others to -inf.
+
+        choice: (B, S, E). A group's score is the sum of its best two with a bias (V3), and its
+        best one without (V2).
+        """
+        args = self.args
+        if args.n_expert_groups == 1:
+            return choice
+        grouped = choice.unflatten(-1, (args.n_expert_groups, -1))  # (B, S, G, E / G)
+        best = 1 if self.bias is None else 2
+        group_scores = grouped.topk(best, dim=-1).values.sum(-1)  # (B, S, G)
+        kept = group_scores.topk(args.n_limited_groups, dim=-1, sorted=False).indices
+        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, kept, False)
+        return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
+
+
+class Experts(nn.Module):
+    """The routed experts, each a SwiGLU layer, as three stacked tensors.
+
+    w1, w3: (E, moe_inter_dim, D); w2: (E, D, moe_inter_dim)
+    """
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        shape = args.n_routed_experts, args.moe_inter_dim, args.dim
+        self.w1 = nn.Parameter(torch.empty(shape))
+        self.w2 = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
+        self.w3 = nn.Parameter(torch.empty(shape))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """x: (M, D), rows sorted by expert; counts: (E,) rows of each -> (M, D)"""
+        hidden = F.silu(grouped_linear(x, self.w1, counts)) * grouped_linear(x, self.w3, counts)
+        return grouped_linear(hidden, self.w2, counts)
+
+
+class MoE(nn.Module):
+    """Shared experts for every token, plus the routed experts that the gate chose (V3 eq. 12)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.gate = Gate(args)
+        self.experts = Experts(args)
+        self.shared_experts = None
+        if args.n_shared_experts:
+            self.shared_experts = MLP(args.dim, args.n_shared_experts * args.moe_inter_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """x: (B, S, D) -> (B, S, D), and where the tokens went"""
+        weights, routing = self.gate(x)
+        y = self.routed(x.flatten(0, 1), weights.flatten(0, 1), routing.indices.flatten(0, 1))
+        y = y.view_as(x)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y, routing
+
+    def routed(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+        """Send each token to its experts and add up what comes back.
+
+        x: (N, D); weights, indices: (N, K) -> (N, D)
+        """
+        source, slot, counts = sort_by_expert(indices, self.args.n_routed_experts)
+        out = self.experts(Dispatch.apply(x, source, slot), counts)  # (M, D)
+        out = Collect.apply(out, slot)  # (N, K, D)
+        return (out * weights.unsqueeze(-1).to(out.dtype)).sum(1)
+
+
+def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A place for each pair of token and expert, so that an expert's rows lie side by side.
+
+    indices: (N, K) int64, the experts of each token
+    Returns
+        source: (M,) int64, the token whose row stands in each place
+        slot: (N, K) int64, the place of each pair
+        counts: (E,) int64, places of each expert
+
+    With three tokens and the experts [[0, 2], [2, 0], [2, 1]], places counted one by one:
+        source [0, 1, 2, 0, 1, 2]   slot [[0, 3], [4, 1], [5, 2]]   counts [2, 1, 3]
+
+    Experts with many rows get places in multiples of ALIGN: a product's kernel is made for its
+    shape, and few shapes mean few kernels. M is then larger than N K by a number known beforehand;
+    what stands in a place without a pair is some token's row, and nobody reads its result.
+    """
+    pairs = indices.flatten()  # (N*K,)
+    align = ALIGN if len(pairs) >= ALIGN * n_experts else 1
+    load = torch.zeros(n_experts, dtype=torch.int64, device=pairs.device)
+    load.scatter_add_(0, pairs, torch.ones_like(pairs))
+    counts = (load + align - 1) // align * align
+    order = pairs.argsort(stable=True)  # (N*K,), pairs by expert
+    shift = (counts - load).cumsum(0) - (counts - load)  # (E,), empty places before each expert
+    places = torch.arange(len(pairs), device=pairs.device) + shift[pairs[order]]
+    slot = torch.empty_like(pairs).scatter_(0, order, places)
+    source = pairs.new_zeros(len(pairs) + n_experts * (align - 1))
+    source.scatter_(0, places, order // indices.size(1))
+    return source, slot.view_as(indices), counts
+
+
+ALIGN = 32  # rows; measured on a CPU in BF16, 1 is eight times slower, 16 to 128 are alike
+
+
+class Dispatch(torch.autograd.Function):
+    """Copy tokens to their places: (N, D) -> (M, D). The gradient gathers from the places, which
+    is faster than adding into the tokens, and on a GPU adds in the same order every time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, source: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        return x[source]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad[ctx.saved_tensors[0]].sum(1), None, None
+
+
+class Collect(torch.autograd.Function):
+    """Fetch each pair's row from its place: (M, D) -> (N, K, D)."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(slot)
+        ctx.places = rows.size(0)
+        return rows[slot]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        slot = ctx.saved_tensors[0].flatten()
+        rows = grad.new_zeros(ctx.places, grad.size(-1))
+        return rows.index_copy_(0, slot, grad.flatten(0, 1)), None
+
+
+def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Each row times the transposed matrix of its own expert.
+
+    x: (M, in), rows sorted by expert; weight: (E, out, in); counts: (E,) rows of each expert
+    Returns (M, out); rows past the last expert's hold nothing of meaning.
+    """
+    dtype = compute_dtype(x)
+    x, weight = x.to(dtype), weight.to(dtype)
+    fused = dtype == torch.bfloat16 or (dtype == torch.float32 and x.device.type == "cpu")
+    return (grouped_fused if fused else grouped_loop)(x, weight, counts)
+
+
+def grouped_fused(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_linear` as one fused kernel: BF16 anywhere, FP32 on a CPU."""
+    offsets = counts.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
+
+
+def grouped_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """`grouped_linear` as one product for each expert, in any precision."""
+    sizes = counts.tolist()
+    parts = x.split([*sizes, len(x) - sum(sizes)])
+    out = [F.linear(rows, w) for rows, w in zip(parts, weight.unbind(), strict=False)]
+    return torch.cat([*out, x.new_zeros(len(parts[-1]), weight.size(1))])
+
+
+def update_bias(bias: Tensor, load: Tensor, speed: float) -> None:
+    """Move each expert's bias one step against its load (arXiv 2408.15664, algorithm 1).
+
+    bias: (E,), changed in place; load: (E,) tokens sent to each expert since the last update, over
+    the whole batch; speed: size of the step, 0.001 in V3
+    """
+    load = load.to(bias.dtype)
+    bias += speed * torch.sign(load.mean() - load)
+
+
+def sequence_balance_loss(routing: Routing, args: ModelArgs) -> Tensor:
+    """Sum over experts of f_i P_i, for each sequence, averaged (V3 equations 17 to 20, alpha = 1).
+
+    f_i is the share of a sequence's tokens that expert i would get by the scores alone, P_i its
+    mean normalised score; 1 when all experts are equal. The gradient flows through P only.
+    """
+    scores = routing.scores  # (B, S, E)
+    chosen = scores.detach().topk(args.n_activated_experts, sorted=False).indices  # (B, S, K)
+    counts = torch.zeros_like(scores).scatter_(-1, chosen, 1.0).mean(dim=1)  # (B, E)
+    f = counts * args.n_routed_experts / args.n_activated_experts
+    p = (scores / scores.sum(-1, keepdim=True)).mean(dim=1)  # (B, E)
+    return (f * p).sum(-1).mean()
+
+
+def max_violation(load: Tensor) -> Tensor:
+    """MaxVio: how far the busiest expert lies above the mean, 0 when balanced (arXiv 2408.15664).
+
+    load: (.., E) -> (..)
+    """
+    load = load.float()
+    return load.amax(-1) / load.mean(-1) - 1

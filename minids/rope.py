@@ -1,0 +1,75 @@
+"""Rotary position: pairs of a vector turn by an angle that grows with their position.
+
+Angles are computed for the positions at hand, in FP32 as the official code does, and never stored
+with the model: a table that is cast along with the weights would turn by the wrong angle.
+
+YaRN (arXiv 2309.00071, section 3; V3 section 4.3) stretches the slow pairs to a longer context. It
+is on exactly when the official code has it on: when max_seq_len exceeds original_seq_len.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from minids.config import ModelArgs
+
+
+def rotary_frequencies(args: ModelArgs, device=None) -> Tensor:
+    """Radians per position of each rotary pair: (qk_rope_head_dim / 2,) FP32."""
+    width = args.qk_rope_head_dim
+    pairs = torch.arange(0, width, 2, dtype=torch.float32, device=device)
+    freqs = 1.0 / args.rope_theta ** (pairs / width)  # (qk_rope_head_dim / 2,)
+    if not args.yarn:
+        return freqs
+    stretched = yarn_ramp(args, device)
+    return freqs / args.rope_factor * stretched + freqs * (1 - stretched)
+
+
+def yarn_ramp(args: ModelArgs, device=None) -> Tensor:
+    """Share of each pair's frequency that is divided by rope_factor, 0 for fast pairs, 1 for slow.
+
+    A pair that turns beta_fast times or more within the original context is left alone; one that
+    turns beta_slow times or less is stretched whole; those between lie on a straight line.
+    """
+    width = args.qk_rope_head_dim
+
+    def pair_that_turns(rotations: float) -> float:
+        wavelengths = args.original_seq_len / (rotations * 2 * math.pi)
+        return width * math.log(wavelengths) / (2 * math.log(args.rope_theta))
+
+    low = max(math.floor(pair_that_turns(args.beta_fast)), 0)
+    high = min(math.ceil(pair_that_turns(args.beta_slow)), width - 1)
+    high = high + 0.001 if low == high else high
+    pairs = torch.arange(width // 2, dtype=torch.float32, device=device)
+    return ((pairs - low) / (high - low)).clamp(0, 1)
+
+
+def softmax_scale(args: ModelArgs) -> float:
+    """1 / sqrt(query width), times YaRN's mscale^2 where YaRN is on (V3 section 4.3)."""
+    scale = args.qk_head_dim ** -0.5
+    if args.yarn and args.rope_factor > 1:
+        scale *= (0.1 * args.mscale * math.log(args.rope_factor) + 1) ** 2
+    return scale
+
+
+def rotations(positions: Tensor, args: ModelArgs) -> Tensor:
+    """Unit complex numbers that turn each pair to its position.
+
+    positions: (.., S) int64, position of each token in its sequence
+    Returns (.., S, qk_rope_head_dim / 2) complex64.
+    """
+    freqs = rotary_frequencies(args, positions.device)
+    angles = positions.unsqueeze(-1).float() * freqs  # (.., S, qk_rope_head_dim / 2)
+    return torch.complex(angles.cos(), angles.sin())
+
+
+def apply_rotary_emb(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the interleaved pairs (x0, x1), (x2, x3), .. of every head.
+
+    x: (B, S, H, qk_rope_head_dim); rotation: (B or 1, S, qk_rope_head_dim / 2) complex
+    Returns the shape and precision of x; computed in FP32 or wider.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (B, S, H, rope / 2)
+    return torch.view_as_real(pairs * rotation.unsqueeze(-2)).flatten(-2).to(x.dtype)
