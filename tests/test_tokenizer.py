@@ -1,0 +1,375 @@
+"""The tokenizer loses nothing, forges nothing, and is the same each time it is built."""
+
+import dataclasses
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiktoken
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import minids.data
+import minids.tokenizer as module
+from minids.config import run_program
+from minids.tokenizer import PATTERN, SPECIAL, Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+LIBRARY = Path(os.__file__).parent
+TEXTS = [(LIBRARY / f"{name}.py").read_text("utf-8") for name in "argparse ast shutil".split()]
+BOS, EOS = SPECIAL[:2]
+quick = settings(max_examples=200, deadline=None)  # the first example pays for the set-up
+
+
+@pytest.fixture(scope="module")
+def small():
+    """512 ids, trained on three files of Python's library."""
+    return Tokenizer.train(TEXTS, 512, corpus="three files")
+
+
+COMMITTED = Tokenizer.load()
+
+
+def variant(tokenizer: Tokenizer, **changes) -> Tokenizer:
+    """The same tokenizer with another pattern or other ranks."""
+    parts = dict(ranks=tokenizer.ranks, special=tokenizer.special, pattern=tokenizer.pattern,
+                 made=tokenizer.made)
+    return Tokenizer(**parts | changes)
+
+
+
+def text_is_kept(tokenizer: Tokenizer, raw: bytes) -> bool:
+    """The bytes come back, and the tokens' lengths add up to them."""
+    ids = tokenizer.encode(raw)
+    return (tokenizer.decode_bytes(ids) == raw and min(ids, default=99) >= len(SPECIAL)
+            and tokenizer.n_bytes[ids].sum().item() == len(raw))
+
+
+@quick
+@given(st.binary(max_size=200))
+def test_any_bytes_come_back(raw):
+    assert text_is_kept(COMMITTED, raw)
+
+
+@quick
+@given(st.text(st.characters(codec="utf-8"), max_size=200))
+def test_any_text_comes_back(text):
+    ids = COMMITTED.encode(text)
+    assert COMMITTED.decode(ids) == text
+    assert COMMITTED.encode(text.encode()) == ids
+    assert text_is_kept(COMMITTED, text.encode())
+
+
+@quick
+@given(st.text(st.sampled_from(" \t\r\n\f\u00a0\u2028aé1_.(中🙂\u0301\x00"), max_size=60))
+def test_any_mixture_of_space_and_words_comes_back(text):
+    assert text_is_kept(COMMITTED, text.encode())
+
+
+def test_wrong_variant_decoding_bytes_with_replacement_is_caught(small):
+    class Lossy(Tokenizer):
+        def _encode_invalid(self, raw):
+            return self.encode(raw.decode("utf-8", "replace"))
+
+    lossy = Lossy(small.ranks, small.special, small.pattern, small.made)
+    assert text_is_kept(lossy, b"plain") and text_is_kept(small, b"\xff\xfe caf\xc3")
+    assert not text_is_kept(lossy, b"\xff\xfe caf\xc3")
+
+
+def test_a_lone_surrogate_is_kept_as_bytes(small):
+    text = "a\ud800b"
+    assert small.decode_bytes(small.encode(text)) == text.encode("utf-8", "surrogatepass")
+    assert small.decode(small.encode(text)) == "a\ufffd\ufffd\ufffdb"
+
+
+def drops_characters(tokenizer: Tokenizer) -> bool:
+    """Whether any of Unicode's code points does not come back, side by side or apart."""
+    every = [chr(i) for i in range(0x110000) if not 0xD800 <= i < 0xE000]
+    blocks = [every[start:start + 65536] for start in range(0, len(every), 65536)]
+    texts = (joined for block in blocks for joined in ("".join(block), "a\n ".join(block)))
+    return any(tokenizer.decode(tokenizer.encode(text)) != text for text in texts)
+
+
+def test_the_pattern_covers_all_of_unicode(small):
+    assert not drops_characters(small)
+
+
+@pytest.mark.parametrize("dropped", [
+    r"\p{N}{1,3}", r"\s", r" ?[\p{P}\p{S}]+[\r\n]*", r"[^\s\p{L}\p{M}\p{N}\p{P}\p{S}]+"])
+def test_wrong_variant_pattern_that_lacks_an_alternative_is_caught(small, dropped):
+    rest = [part for part in PATTERN.split("|") if part != dropped]
+    assert len(rest) == len(PATTERN.split("|")) - 1
+    assert drops_characters(variant(small, pattern="|".join(rest)))
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\t ", "a", "!", "\n ", "1", "\u3000", "=\n"])
+def test_a_very_long_run_comes_back(run):
+    assert text_is_kept(COMMITTED, (run * 1_000_000 + "x").encode())
+
+
+def test_wrong_variant_unbounded_space_overflows(small):
+    unbounded = variant(small, pattern=PATTERN.replace("{0,256}", "*").replace("{1,256}", "+"))
+    with pytest.raises(BaseException, match="StackOverflow"):  # Rust's panic is no Exception
+        unbounded.encode(" " * 1_000_000 + "x")
+
+
+
+def stays_text(encode) -> bool:
+    """Text that spells special tokens gives ordinary ids only."""
+    text = "".join(SPECIAL) + f"x {BOS}y"
+    return all(token >= len(SPECIAL) for token in encode(text))
+
+
+def test_text_that_looks_special_stays_text(small):
+    assert stays_text(small.encode) and stays_text(COMMITTED.encode)
+    assert small.decode(small.encode(EOS)) == EOS
+
+
+def test_wrong_variant_that_allows_special_tokens_is_caught(small):
+    unsafe = tiktoken.Encoding(name="unsafe", pat_str=PATTERN, mergeable_ranks=small.ranks,
+                               special_tokens=small.special)
+    assert not stays_text(lambda text: unsafe.encode(text, allowed_special="all"))
+
+
+def test_the_special_ids_are_fixed():
+    """A change here makes every earlier checkpoint unreadable."""
+    assert list(COMMITTED.special.items())[:14] == [
+        ("<\uff5cbegin\u2581of\u2581sentence\uff5c>", 0),
+        ("<\uff5cend\u2581of\u2581sentence\uff5c>", 1),
+        ("<\uff5cUser\uff5c>", 2), ("<\uff5cAssistant\uff5c>", 3), ("<think>", 4),
+        ("</think>", 5), ("<\uff5cfim\u2581begin\uff5c>", 6), ("<\uff5cfim\u2581hole\uff5c>", 7),
+        ("<\uff5cfim\u2581end\uff5c>", 8), ("<\uff5ctool\u2581calls\u2581begin\uff5c>", 9),
+        ("<\uff5ctool\u2581call\u2581begin\uff5c>", 10), ("<\uff5ctool\u2581sep\uff5c>", 11),
+        ("<\uff5ctool\u2581call\u2581end\uff5c>", 12),
+        ("<\uff5ctool\u2581calls\u2581end\uff5c>", 13)]
+    assert list(COMMITTED.special.values()) == list(range(24)) and len(SPECIAL) == 24
+    t = COMMITTED
+    assert [t.bos_id, t.eos_id, t.user_id, t.assistant_id, t.think_id, t.end_think_id,
+            t.fim_begin_id, t.fim_hole_id, t.fim_end_id] == list(range(9))
+    assert [COMMITTED.ranks[bytes([b])] for b in range(256)] == list(range(24, 280))
+
+
+
+def test_decode_renders_special_ids_and_skips_unused_ones():
+    t = Tokenizer.train([], 280)
+    assert (t.n_tokens, t.vocab_size) == (280, 320)
+    assert t.decode([t.bos_id, 24 + ord("a"), 300, t.eos_id]) == f"{BOS}a{EOS}"
+    assert t.decode([24 + 0xFF]) == "\ufffd" and t.decode_bytes([24 + 0xFF]) == b"\xff"
+    assert t.decode(torch.tensor([24 + ord("b")])) == "b" and t.decode([]) == ""
+
+
+@pytest.mark.parametrize("bad", [-1, 320, 10**9])
+def test_decode_names_an_id_outside_the_vocabulary(bad):
+    with pytest.raises(ValueError, match=f"^id {bad} is not in the vocabulary: .* 0 to 319$"):
+        Tokenizer.train([], 280).decode([30, bad])
+
+
+def test_n_bytes_counts_no_special_and_no_unused_id(small):
+    bare = Tokenizer.train([], 280)
+    assert bare.n_bytes.dtype == torch.int64 and bare.n_bytes.shape == (bare.vocab_size,)
+    assert bare.n_bytes.tolist() == [0] * 24 + [1] * 256 + [0] * 40
+    assert (small.n_bytes[280:small.n_tokens] >= 2).all()
+
+
+def test_batches_equal_single_calls_in_order(small):
+    texts = TEXTS + ["", b"\xff"]
+    assert small.encode_batch(texts, threads=3) == [small.encode(text) for text in texts]
+
+
+
+TRAIN = """
+import sys
+from pathlib import Path
+from minids.tokenizer import Tokenizer
+Tokenizer.train([Path(path).read_text("utf-8") for path in sys.argv[2:]], 2048).save(sys.argv[1])
+"""
+
+
+def test_order_threads_and_hash_seed_change_no_merge(tmp_path):
+    """Ties abound among the rare pairs of a small text, so an unstable order would show."""
+    paths = sorted(LIBRARY.glob("a*.py"))
+    here = Tokenizer.train([path.read_text("utf-8") for path in paths], 2048)
+    env = os.environ | {"RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", TRAIN, tmp_path, *reversed(paths)], check=True, env=env)
+    there = Tokenizer.load(tmp_path)
+    assert here.n_tokens == 2048 and list(here.ranks.items()) == list(there.ranks.items())
+
+
+def test_training_twice_gives_equal_files(small, tmp_path):
+    again = Tokenizer.train(iter(TEXTS), 512, corpus="three files")
+    for name, tokenizer in (("one", small), ("two", again)):
+        tokenizer.save(tmp_path / name)
+    for file in (module.RANKS, module.META):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()
+    other = Tokenizer.train(TEXTS[:-1], 512, corpus="three files")  # wrong variant: another text
+    assert other.made["sha256"] != small.made["sha256"] and other.ranks != small.ranks
+
+
+def test_merges_follow_frequency_and_never_cross_a_cut():
+    t = Tokenizer.train(["ab ab ab xy\nxy"], 300)  # ab 3 times, then a tie: xy and " ab" twice
+    assert [piece for piece, token in t.ranks.items() if token >= 280] == [b"ab", b"xy", b" ab"]
+    rare = Tokenizer.train(["once"], 4096)
+    assert rare.n_tokens == 280  # a pair seen once is never merged
+    assert not any(piece.isdigit() and len(piece) > 3 for piece in COMMITTED.ranks)
+
+
+def test_a_lone_surrogate_does_not_stop_the_training():
+    assert Tokenizer.train(["ab\ud800ab"], 300).n_tokens == 281
+
+
+@pytest.mark.parametrize("size", [-1, 0, 256, 279])
+def test_a_vocabulary_too_small_is_refused(size):
+    with pytest.raises(ValueError, match=f"^vocab_size = {size} .* at least 280 "):
+        Tokenizer.train(TEXTS, size)
+
+
+@pytest.mark.parametrize("size", [280, 320, 321])
+def test_the_rows_are_a_multiple_of_64(size):
+    t = Tokenizer.train(TEXTS, size)
+    assert t.n_tokens == size and t.vocab_size % 64 == 0 and 0 <= t.vocab_size - size < 64
+
+
+
+def test_retraining_to_the_same_path_is_seen(small, tmp_path):
+    """tiktoken's own loader caches a local file by its path; this one must not."""
+    loaded = []
+    for tokenizer in (small, Tokenizer.train(TEXTS, 600)):
+        tokenizer.save(tmp_path / "t")
+        back = Tokenizer.load(tmp_path / "t")
+        loaded.append(back)
+        assert back.fingerprint == tokenizer.fingerprint and back.ranks == tokenizer.ranks
+        assert (back.special, back.pattern, back.made) == (
+            tokenizer.special, tokenizer.pattern, tokenizer.made)
+        assert back.encode(TEXTS[0]) == tokenizer.encode(TEXTS[0])
+    assert loaded[0].fingerprint != loaded[1].fingerprint
+    assert sorted(os.listdir(tmp_path / "t")) == [module.META, module.RANKS]
+
+
+def test_wrong_variant_that_caches_by_path_is_caught(small, tmp_path, monkeypatch):
+    cache = {}
+    read = module.read_ranks
+    monkeypatch.setattr(module, "read_ranks", lambda path: cache.setdefault(path, read(path)))
+    with pytest.raises(ValueError, match="do not belong together"):
+        test_retraining_to_the_same_path_is_seen(small, tmp_path)
+
+
+def test_the_fingerprint_sees_every_part(small):
+    pieces = list(small.ranks)
+    pieces[-1], pieces[-2] = pieces[-2], pieces[-1]  # the last two merges in the other order
+    swapped = variant(small, ranks={piece: 24 + i for i, piece in enumerate(pieces)})
+    changed = variant(small, ranks={piece if token < 511 else b"q!q": token
+                                    for piece, token in small.ranks.items()})
+    special = dict(zip(reversed(SPECIAL), small.special.values(), strict=True))
+    prints = [t.fingerprint for t in (
+        small, swapped, changed, variant(small, special=special),
+        variant(small, pattern=PATTERN + "|x"))]
+    assert len(set(prints)) == 5 and all(len(p) == 16 for p in prints)
+    assert variant(small, made={}).fingerprint == small.fingerprint
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def flip(path):
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+def garbage(path):
+    path.write_bytes(b"\xff\x00 not a tokenizer\n")
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("file", [module.RANKS, module.META])
+@pytest.mark.parametrize("harm", [cut, flip, garbage, empty, Path.unlink])
+def test_a_harmed_folder_is_refused_in_one_line(small, tmp_path, file, harm):
+    small.save(tmp_path)
+    harm(tmp_path / file)
+    with pytest.raises(ValueError, match="^no whole tokenizer in ") as caught:
+        Tokenizer.load(tmp_path)
+    message = str(caught.value)
+    assert "\n" not in message and "python -m minids.tokenizer" in message
+
+
+def test_no_flipped_bit_of_the_ranks_passes(small, tmp_path):
+    small.save(tmp_path)
+    whole = (tmp_path / module.RANKS).read_bytes()
+    spare = whole.index(b"=") - 1  # AA== and AC== decode to the same byte
+    places = [*range(0, len(whole) - 1, 11), spare, whole.index(b"\n")]
+    for place, bit in itertools.product(places, (1, 2)):
+        (tmp_path / module.RANKS).write_bytes(
+            whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1:])
+        with pytest.raises(ValueError, match="^no whole tokenizer in "):
+            Tokenizer.load(tmp_path)
+
+
+def test_a_key_or_folder_that_is_missing_is_named(small, tmp_path):
+    with pytest.raises(ValueError, match="meta.json is missing"):
+        Tokenizer.load(tmp_path / "nowhere")
+    small.save(tmp_path)
+    meta = json.loads((tmp_path / module.META).read_text("utf-8"))
+    del meta["pattern"]
+    (tmp_path / module.META).write_text(json.dumps(meta), "utf-8")
+    with pytest.raises(ValueError, match="meta.json has no 'pattern'"):
+        Tokenizer.load(tmp_path)
+
+
+def test_other_peoples_folders_are_left_alone(small, tmp_path):
+    (tmp_path / "thesis.txt").write_text("ten years", "utf-8")
+    for target in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(ValueError, match="^out = .* is not valid: it "):
+            small.save(target)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_the_committed_one_fits_the_models():
+    assert COMMITTED.n_tokens == COMMITTED.made["vocab_size"] <= COMMITTED.vocab_size
+    assert COMMITTED.vocab_size % 64 == 0
+    assert COMMITTED.pattern == PATTERN and tuple(COMMITTED.special) == SPECIAL
+    assert COMMITTED.made["corpus"] == "pystdlib"
+
+
+
+@dataclasses.dataclass
+class FakeCorpus:
+    train: list
+    valid: list
+
+
+def test_the_command_builds_and_reports(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(minids.data, "open_corpus", lambda name: FakeCorpus(TEXTS[1:], TEXTS[:1]))
+    args = module.TokenizerArgs(vocab_size=400, out=str(tmp_path / "t"))
+    built = module.build(args)
+    assert Tokenizer.load(tmp_path / "t").fingerprint == built.fingerprint
+    expected = len(TEXTS[0].encode()) / len(built.encode(TEXTS[0]))
+    assert f"held-out text: {expected:.3f} bytes per token" in capsys.readouterr().out
+
+
+def test_a_stream_is_read_no_further_than_asked():
+    endless = iter(lambda: "abcd", "")
+    assert list(module.first_bytes(endless, 10)) == ["abcd"] * 3
+    assert list(module.first_bytes(["a", "b"], 10)) == ["a", "b"]
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--vocab-size", "100"], "vocab_size = 100"),
+    (["--out", str(ROOT / "minids"), "--data", "nosuch"], "out = "),
+    (["--vocab"], "--vocab-size"), (["--data", "nosuch"], "nosuch"), (["--max-bytes", "0"], "0")])
+def test_the_command_refuses_in_one_line(monkeypatch, capsys, tmp_path, flags, named):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["tokenizer", *flags])
+    with pytest.raises(SystemExit) as done:
+        run_program("minids.tokenizer", module.main)
+    error = capsys.readouterr().err
+    assert done.value.code == 2 and named in error and error.count("\n") == 1
+    assert os.listdir(tmp_path) == []
