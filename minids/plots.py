@@ -1,0 +1,250 @@
+"""Every figure of the programs and the notebooks, in one style.
+
+A drawing function takes plain data and returns the figure; given a path it also writes the file.
+A notebook shows a figure by ending a cell with it. No window is opened and no backend is chosen:
+the figures do not pass through pyplot, so that they look the same on a server and on a laptop.
+
+The background is white and opaque, a card that stays readable on a dark page too. The colours are
+those of Okabe and Ito, which readers with any common colour blindness can tell apart; lines that
+share a panel differ in lightness or dash as well.
+"""
+
+import contextlib
+from io import BytesIO
+from pathlib import Path
+
+BLACK, GREY, ORANGE, SKY = "#222222", "#9a9a9a", "#e69f00", "#56b4e9"
+GREEN, YELLOW, BLUE, RED, PINK = "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"
+PARTS = {  # part of a ParameterCount -> its label and colour
+    "embedding": ("embedding", SKY), "head": ("head", BLUE), "attention": ("attention", ORANGE),
+    "dense_ffn": ("dense feed-forward", PINK), "routed_experts": ("routed experts", GREEN),
+    "shared_experts": ("shared experts", YELLOW), "gate": ("gate", RED), "norms": ("norms", GREY)}
+STYLE = {
+    "figure.facecolor": "white", "axes.facecolor": "white", "text.color": BLACK,
+    "axes.edgecolor": GREY, "axes.labelcolor": BLACK, "xtick.color": BLACK, "ytick.color": BLACK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.8, "grid.linestyle": "-",
+    "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 10.5,
+    "axes.titlelocation": "left", "axes.labelsize": 10, "legend.fontsize": 9,
+    "legend.frameon": False, "lines.linewidth": 1.8, "figure.dpi": 100,
+}
+
+
+@contextlib.contextmanager
+def house_style():
+    """Draw what follows in the one style, whatever the reader's own settings are."""
+    import matplotlib
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def new_figure(width: float, height: float):
+    """An empty figure, width and height in inches, that a notebook shows as a picture."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(width, height), layout="constrained")
+    figure._repr_png_ = lambda: png(figure)  # the name that Jupyter asks an object for
+    return figure
+
+
+@house_style()
+def png(figure) -> bytes:
+    """The figure as a PNG file's bytes; equal figures give equal bytes."""
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def save(figure, path: str | Path) -> None:
+    """Write the figure as a PNG, making the folder if need be."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png(figure))
+
+
+def finish(figure, path: str | Path | None):
+    """Fix the figure's ticks and layout, save it where a path is given, and return it.
+
+    Left to itself matplotlib makes the ticks at the first drawing, in the style of that moment,
+    and moves the panels a little at every one.
+    """
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    if path is not None:
+        save(figure, path)
+    return figure
+
+
+@house_style()
+def loss_curve(metrics: list[dict], path: str | Path | None = None):
+    """The course of a training run: losses, validation, balance of the experts.
+
+    metrics: the lines of a run's metrics.jsonl. Read are step, main and mtp (nats per token),
+        valid_bpb (bits per byte, on evaluated steps) and max_vio (one number a MoE layer); a
+        panel without data is left out
+    path: where to save the picture
+    Returns the figure. Raises ValueError if there is no line.
+    """
+    if not metrics:
+        raise ValueError("metrics is empty: a run has to log a step before it can be drawn")
+    from matplotlib.ticker import MaxNLocator
+    panels = [(draw_losses, 3.0)]
+    if any(row.get("valid_bpb") is not None for row in metrics):
+        panels.append((draw_validation, 2.0))
+    if any(row.get("max_vio") for row in metrics):
+        panels.append((draw_balance, 1.8))
+    heights = [height for _, height in panels]
+    figure = new_figure(7.0, 0.5 + sum(heights))
+    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for ax, (draw, _) in zip(axes, panels, strict=True):
+        draw(ax, metrics)
+    axes[-1].set_xlabel("step")
+    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    return finish(figure, path)
+
+
+def column(metrics: list[dict], name: str) -> tuple[list, list]:
+    """The steps that logged `name`, and its values there."""
+    rows = [row for row in metrics if row.get(name) is not None]
+    return [row["step"] for row in rows], [row[name] for row in rows]
+
+
+def draw_series(ax, steps: list, values: list[float], colour, label: str) -> None:
+    """A noisy series: each step pale, the mean of its neighbourhood strong.
+
+    The mean stands at the middle of its window, where it does not lag behind a falling loss, and
+    only where the window is whole.
+    """
+    reach = len(values) // 80
+    middles = range(reach, len(values) - reach)
+    means = [sum(values[i - reach:i + reach + 1]) / (2 * reach + 1) for i in middles]
+    ax.plot(steps, values, color=colour, alpha=0.35, linewidth=0.8, label="_each step")
+    ax.plot([steps[i] for i in middles], means, color=colour, label=label)
+
+
+def draw_losses(ax, metrics: list[dict]) -> None:
+    """Training losses of the next token and, where there is MTP, of the one after."""
+    for name, label, colour in [("mtp", "token after next (MTP)", ORANGE),
+                                ("main", "next token", BLUE)]:
+        steps, values = column(metrics, name)
+        if any(values):
+            draw_series(ax, steps, values, colour, label)
+    ax.set_ylabel("training loss\n(nats per token)")
+    ax.legend(reverse=True)
+
+
+def draw_validation(ax, metrics: list[dict]) -> None:
+    """Validation, with the last value written out."""
+    steps, values = column(metrics, "valid_bpb")
+    ax.plot(steps, values, color=GREEN, marker="o", markersize=4, label=f"last: {values[-1]:.3f}")
+    ax.set_ylabel("validation\n(bits per byte)")
+    ax.legend(loc="upper right")
+
+
+def draw_balance(ax, metrics: list[dict]) -> None:
+    """MaxVio of each MoE layer, early layers dark and late ones light."""
+    import matplotlib
+    steps, values = column(metrics, "max_vio")
+    layers = list(zip(*values, strict=True))
+    last = len(layers) - 1
+    for i, layer in enumerate(layers):
+        label = {0: "first MoE layer", last: "last"}.get(i, "_between") if last else "MoE layer"
+        shade = matplotlib.colormaps["viridis"](0.85 * i / max(1, last))
+        draw_series(ax, steps, layer, shade, label)
+    ax.set_ylabel("MaxVio\n(largest / mean load - 1)")
+    ax.set_ylim(bottom=0)
+    ax.legend(ncols=2)
+
+
+@house_style()
+def parameter_map(counts: dict, path: str | Path | None = None):
+    """Where the parameters live: all of them, and those that one token meets.
+
+    counts: model name -> its `minids.costs.ParameterCount` (parts and active_parts are read)
+    path: where to save the picture
+    Left: both totals, on a log scale. Middle and right: what each total consists of, in percent.
+    """
+    figure = new_figure(10.5, 1.5 + 0.42 * len(counts))
+    axes = figure.subplots(1, 3, sharey=True, width_ratios=[1.1, 1, 1])
+    draw_totals(axes[0], counts)
+    draw_shares(axes[1], {name: count.parts for name, count in counts.items()})
+    draw_shares(axes[2], {name: count.active_parts for name, count in counts.items()})
+    axes[0].invert_yaxis()  # the first model on top
+    axes[0].set_title("How many")
+    axes[1].set_title("All parameters")
+    axes[2].set_title("Those that one token meets")
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=1,
+                  columnspacing=1.4)
+    return finish(figure, path)
+
+
+def short(count: float) -> str:
+    """Three digits and a unit: 671026419200 -> '671B'."""
+    for unit, size in [("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)]:
+        if count >= size:
+            return f"{count / size:.3g}{unit}"
+    return f"{count:.0f}"
+
+
+def draw_totals(ax, counts: dict) -> None:
+    """For each model a line from active to total, with both written out."""
+    from matplotlib.ticker import FuncFormatter
+    names = list(counts)
+    total = [sum(count.parts.values()) for count in counts.values()]
+    active = [sum(count.active_parts.values()) for count in counts.values()]
+    ax.hlines(names, active, total, color=GREY, linewidth=2)
+    ax.plot(active, names, "o", markersize=8, color=ORANGE, label="active")
+    ax.plot(total, names, "s", color=BLUE, label="total")
+    for name, low, high in zip(names, active, total, strict=True):
+        ax.annotate(short(low), (low, name), xytext=(-7, 0), textcoords="offset points",
+                    ha="right", va="center", fontsize=8.5)
+        ax.annotate(short(high), (high, name), xytext=(7, 0), textcoords="offset points",
+                    va="center", fontsize=8.5)
+    ax.set_xscale("log")
+    room = max(4, (max(total) / min(active)) ** 0.3)  # for the numbers at both ends
+    ax.set_xlim(min(active) / room, max(total) * room)
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda count, _: short(count)))
+    ax.set_xlabel("parameters (count, log scale)")
+    ax.legend(loc="lower right", bbox_to_anchor=(1.02, 1), borderaxespad=0.3, ncols=2,
+              handletextpad=0, columnspacing=0.8)
+
+
+def draw_shares(ax, parts_by_model: dict[str, dict[str, int]]) -> None:
+    """Stacked bars that add up to 100 percent for each model."""
+    names = list(parts_by_model)
+    left = [0.0] * len(names)
+    for part in next(iter(parts_by_model.values())):
+        shares = [100 * parts[part] / sum(parts.values()) for parts in parts_by_model.values()]
+        ax.barh(names, shares, left=left, height=0.68, color=PARTS[part][1],
+                label=PARTS[part][0])
+        left = [a + b for a, b in zip(left, shares, strict=True)]
+    ax.set_xlim(0, 100)
+    ax.set_xlabel("share (percent)")
+    ax.grid(axis="y", visible=False)
+
+
+@house_style()
+def compression_curve(rows: list[dict], path: str | Path | None = None):
+    """What a larger vocabulary buys: fewer tokens for the same text, and the loss on it.
+
+    rows: one dict a tokenizer: vocab_size (entries), bytes_per_token (of text it was not trained
+        on), bits_per_byte (of a model that reads through it)
+    path: where to save the picture
+    """
+    from matplotlib.ticker import FixedLocator, FuncFormatter
+    rows = sorted(rows, key=lambda row: row["vocab_size"])
+    sizes = [row["vocab_size"] for row in rows]
+    figure = new_figure(7.0, 4.6)
+    axes = figure.subplots(2, 1, sharex=True)
+    for ax, key, label, colour in [
+            (axes[0], "bytes_per_token", "compression\n(bytes per token)", BLUE),
+            (axes[1], "bits_per_byte", "loss\n(bits per byte)", GREEN)]:
+        values = [row[key] for row in rows]
+        ax.plot(sizes, values, color=colour, marker="o", markersize=5)
+        ax.set_ylabel(label)
+        ax.margins(y=0.15)
+    axes[1].set_xscale("log", base=2)
+    axes[1].xaxis.set_major_locator(FixedLocator(sizes))
+    axes[1].xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
+    axes[1].set_xlabel("vocabulary (entries, log scale)")
+    return finish(figure, path)

@@ -1,0 +1,223 @@
+"""The figures hold the data they were given, with units on every axis, and reach the disk."""
+
+import subprocess
+import sys
+from io import BytesIO
+from itertools import combinations
+from types import SimpleNamespace
+
+import matplotlib
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from minids import ModelArgs, plots
+from minids.costs import count_parameters
+
+COUNTS = {name: count_parameters(ModelArgs.preset(name)) for name in ("tiny", "v2-lite", "v3")}
+ROWS = [{"vocab_size": v, "bytes_per_token": b, "bits_per_byte": h}
+        for v, b, h in [(4096, 3.1, 1.6), (512, 1.9, 1.9), (1024, 2.3, 1.7)]]
+
+
+def run_of(steps: int, layers: int = 3) -> list[dict]:
+    """Lines of a made-up metrics.jsonl that is evaluated at every fifth step."""
+    lines = []
+    for step in range(1, steps + 1):
+        main = 2 + 6 / step + 0.1 * (step % 3)
+        line = dict(step=step, loss=1.3 * main, main=main, mtp=main + 1, balance=1.0, lr=1e-3,
+                    grad_norm=1.0, tokens_per_s=1e3, max_vio=[i + 1 / step for i in range(layers)])
+        lines.append(line | ({"valid_bpb": main / 2} if step % 5 == 0 else {}))
+    return lines
+
+
+def drawn(figure, axis: int) -> list[tuple[list, list]]:
+    """x and y of every line in one panel."""
+    return [(list(line.get_xdata()), list(line.get_ydata()))
+            for line in figure.axes[axis].get_lines()]
+
+
+def shows(figure, axis: int, xs: list, ys: list) -> bool:
+    """Whether one line of the panel runs through exactly these points."""
+    return (list(xs), list(ys)) in drawn(figure, axis)
+
+
+def axes_without_a_unit(figure) -> list[str]:
+    """Names of the axes whose label lacks a unit; steps are their own unit, names have none."""
+    labels = {}
+    for i, ax in enumerate(figure.axes):
+        if ax.get_subplotspec().is_last_row():
+            labels[f"x{i}"] = ax.get_xlabel()
+        if not ax.yaxis.have_units():
+            labels[f"y{i}"] = ax.get_ylabel()
+    return [name for name, label in labels.items() if "(" not in label and label != "step"]
+
+
+FIGURES = {"loss_curve": (plots.loss_curve, run_of(30)),
+           "parameter_map": (plots.parameter_map, COUNTS),
+           "compression_curve": (plots.compression_curve, ROWS)}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_axis_has_a_label_and_a_unit(name):
+    draw, data = FIGURES[name]
+    figure = draw(data)
+    assert axes_without_a_unit(figure) == []
+    last = len(figure.axes) - 1
+    figure.axes[-1].set_xlabel("amount")  # wrong variant
+    assert axes_without_a_unit(figure) == [f"x{last}"]
+
+
+def collisions(figure) -> list[str]:
+    """Panels and legends that, with their labels, overlap each other or leave the figure."""
+    figure.draw_without_rendering()
+    boxes = {f"panel {i}": ax.get_tightbbox() for i, ax in enumerate(figure.axes)}
+    boxes |= {f"legend {i}": legend.get_tightbbox() for i, legend in enumerate(figure.legends)}
+    page = figure.bbox.padded(1)  # antialiasing may touch the next pixel
+    outside = [name for name, box in boxes.items()
+               if not page.containsx(box.x0) or not page.containsx(box.x1)
+               or not page.containsy(box.y0) or not page.containsy(box.y1)]
+    return outside + [f"{a} on {b}" for a, b in combinations(boxes, 2)
+                      if boxes[a].overlaps(boxes[b])]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_nothing_overlaps(name):
+    draw, data = FIGURES[name]
+    figure = draw(data)
+    assert collisions(figure) == []
+    figure.axes[1].set_position([0, 0, 1, 1])  # wrong variant
+    assert {"panel 1", "panel 0 on panel 1"} <= set(collisions(figure))
+
+
+def corner(png: bytes) -> list[float]:
+    """Red, green, blue and opacity of a picture's first pixel."""
+    return imread(BytesIO(png))[0, 0].tolist()
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_picture_is_on_disk_and_in_the_notebook_on_opaque_white(name, tmp_path):
+    """The same bytes each time; opaque, so that black text stays readable on a dark page."""
+    draw, data = FIGURES[name]
+    figure = draw(data, tmp_path / "new" / "a.png")
+    draw(data, str(tmp_path / "b.png"))
+    picture = (tmp_path / "new" / "a.png").read_bytes()
+    assert (tmp_path / "b.png").read_bytes() == picture == figure._repr_png_()
+    assert corner(picture) == [1, 1, 1, 1]
+
+
+def test_loss_curve_shows_each_step():
+    metrics = run_of(30)
+    figure = plots.loss_curve(metrics)
+    steps = [row["step"] for row in metrics]
+    losses, validation, balance = range(3)
+    assert shows(figure, losses, steps, [row["main"] for row in metrics])
+    assert shows(figure, losses, steps, [row["mtp"] for row in metrics])
+    assert shows(figure, validation, [5, 10, 15, 20, 25, 30],
+                 [row["valid_bpb"] for row in metrics[4::5]])
+    for layer in range(3):
+        assert shows(figure, balance, steps, [row["max_vio"][layer] for row in metrics])
+    wrong = [row["main"] for row in metrics[1:] + metrics[:1]]
+    assert not shows(figure, losses, steps, wrong)
+
+
+def test_mean_of_a_long_run_does_not_lag():
+    """On a straight line a centred mean changes nothing; one that looks back lies above it."""
+    values = [5 - 0.01 * step for step in range(400)]
+    figure = plots.loss_curve([dict(step=i, main=v) for i, v in enumerate(values)])
+    (_, each), (steps, means) = drawn(figure, 0)
+    assert each == values and steps == list(range(5, 395))
+    # Sums of eleven numbers below 5 in FP64: rounding is far below 1e-12.
+    np.testing.assert_allclose(means, values[5:-5], rtol=0, atol=1e-12)
+    looking_back = [sum(values[i - 10:i + 1]) / 11 for i in range(10, 400)]
+    assert min(np.subtract(looking_back, values[10:])) > 0.04
+
+
+def test_panels_without_data_are_left_out():
+    dense = [dict(step=i, loss=3.0, main=3.0, mtp=0.0, max_vio=[]) for i in range(1, 4)]
+    figure = plots.loss_curve(dense)
+    assert len(figure.axes) == 1
+    assert all(ys == [3.0, 3.0, 3.0] for _, ys in drawn(figure, 0))
+    unevaluated = [row | {"valid_bpb": None} for row in run_of(3)]
+    assert len(plots.loss_curve(unevaluated).axes) == 2
+    assert len(plots.loss_curve(run_of(5)).axes) == 3
+
+
+def test_one_step_is_enough_and_none_is_refused():
+    assert plots.png(plots.loss_curve(run_of(1, layers=1)))
+    with pytest.raises(ValueError, match="metrics is empty"):
+        plots.loss_curve([])
+
+
+def test_last_validation_is_written_out():
+    figure = plots.loss_curve(run_of(10))
+    texts = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
+    assert texts == [f"last: {run_of(10)[-1]['valid_bpb']:.3f}"]
+
+
+def bars(ax) -> dict[str, list[tuple[float, float]]]:
+    """Label of a stacked bar's part -> its (left, width) for each model."""
+    return {c.get_label(): [(bar.get_x(), bar.get_width()) for bar in c] for c in ax.containers}
+
+
+@pytest.mark.parametrize("axis, field", [(1, "parts"), (2, "active_parts")])
+def test_parameter_map_shares(axis, field):
+    shown = bars(plots.parameter_map(COUNTS).axes[axis])
+    for i, count in enumerate(COUNTS.values()):
+        parts = getattr(count, field)
+        end = 0.0
+        for part, number in parts.items():
+            left, width = shown[plots.PARTS[part][0]][i]
+            # Percentages in FP64, added up eight times.
+            assert left == pytest.approx(end, abs=1e-9)
+            assert width == pytest.approx(100 * number / sum(parts.values()), abs=1e-9)
+            end = left + width
+        assert end == pytest.approx(100, abs=1e-9)
+
+
+def test_parameter_map_totals():
+    ax = plots.parameter_map(COUNTS).axes[0]
+    names = list(COUNTS)
+    lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
+             for line in ax.get_lines()}
+    assert lines["total"] == ([count.total for count in COUNTS.values()], names)
+    assert lines["active"] == ([count.active for count in COUNTS.values()], names)
+    assert {text.get_text() for text in ax.texts} >= {"671B", "37.6B", "15.7B", "2.66B"}
+
+
+def test_parameter_map_of_a_single_small_model_keeps_its_numbers_inside():
+    parts = dict.fromkeys(plots.PARTS, 10)
+    figure = plots.parameter_map({"one": SimpleNamespace(parts=parts, active_parts=parts)})
+    low, high = figure.axes[0].get_xlim()
+    assert low <= 80 / 4 and high >= 80 * 4
+
+
+@pytest.mark.parametrize("count, text", [
+    (7, "7"), (596_000, "596K"), (5_628_440, "5.63M"), (1_026_408_232_448, "1.03T")])
+def test_short_numbers(count, text):
+    assert plots.short(count) == text
+
+
+def test_compression_curve_is_sorted_and_exact():
+    figure = plots.compression_curve(ROWS)
+    assert shows(figure, 0, [512, 1024, 4096], [1.9, 2.3, 3.1])
+    assert shows(figure, 1, [512, 1024, 4096], [1.9, 1.7, 1.6])
+    assert not shows(figure, 0, [4096, 512, 1024], [3.1, 1.9, 2.3])
+    figure.draw_without_rendering()
+    ticks = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
+    assert ticks == ["512", "1,024", "4,096"]
+
+
+def test_reader_settings_neither_matter_nor_change():
+    plain = plots.png(plots.loss_curve(run_of(5)))
+    with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
+        assert plots.png(plots.loss_curve(run_of(5))) == plain
+        assert matplotlib.rcParams["font.size"] == 30
+
+
+def test_neither_matplotlib_at_import_nor_a_window_ever():
+    code = ("import sys, minids.plots as p; assert 'matplotlib' not in sys.modules; "
+            "p.png(p.loss_curve([{'step': 1, 'main': 2.0}])); "
+            "assert 'matplotlib.pyplot' not in sys.modules; "
+            "sys.exit('torch' in sys.modules)")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
