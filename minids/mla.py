@@ -23,6 +23,8 @@ from minids.config import ModelArgs
 from minids.layers import Linear, RMSNorm
 from minids.rope import apply_rotary_emb, softmax_scale
 
+LATENT_EPS = 1e-6  # of the norms on the latents, whatever norm_eps is: so in the official code
+
 
 class LatentCache:
     """The latents and rotated keys of the tokens seen so far, for every layer.
@@ -81,12 +83,12 @@ class MLA(nn.Module):
         query_width = args.n_heads * args.qk_head_dim
         if args.q_lora_rank:
             self.wq_a = Linear(args.dim, args.q_lora_rank)
-            self.q_norm = RMSNorm(args.q_lora_rank, args.norm_eps)
+            self.q_norm = RMSNorm(args.q_lora_rank, LATENT_EPS)
             self.wq_b = Linear(args.q_lora_rank, query_width)
         else:
             self.wq = Linear(args.dim, query_width)
         self.wkv_a = Linear(args.dim, args.kv_lora_rank + args.qk_rope_head_dim)
-        self.kv_norm = RMSNorm(args.kv_lora_rank, args.norm_eps)
+        self.kv_norm = RMSNorm(args.kv_lora_rank, LATENT_EPS)
         self.wkv_b = Linear(args.kv_lora_rank,
                             args.n_heads * (args.qk_nope_head_dim + args.v_head_dim))
         self.wo = Linear(args.n_heads * args.v_head_dim, args.dim)

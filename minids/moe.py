@@ -208,8 +208,13 @@ def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """
     dtype = compute_dtype(x)
     x, weight = x.to(dtype), weight.to(dtype)
-    fused = dtype == torch.bfloat16 or (dtype == torch.float32 and x.device.type == "cpu")
-    return (grouped_fused if fused else grouped_loop)(x, weight, counts)
+    return (grouped_fused if fits_fused(x, weight) else grouped_loop)(x, weight, counts)
+
+
+def fits_fused(x: Tensor, weight: Tensor) -> bool:
+    """Whether the fused kernel takes this precision on this device, and rows of this width."""
+    known = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
+    return known and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
 
 
 def grouped_fused(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, dataclass, fields, replace
 
 import pytest
 
-from minids.config import ModelArgs, option, parse
+from minids.config import TRAIN_PRESETS, ModelArgs, TrainArgs, option, parse
 
 NAMES = ("vocab_size dim n_layers n_dense_layers inter_dim moe_inter_dim n_routed_experts "
          "n_shared_experts n_activated_experts n_expert_groups n_limited_groups score_func "
@@ -95,6 +95,18 @@ MISTAKES = [
 ]
 
 
+TRAINING_MISTAKES = [
+    (dict(steps=0), "steps", "at least 1"),
+    (dict(warmup_steps=-1), "warmup_steps", "0 or more"),
+    (dict(lr=0.0), "lr", "above 0"),
+    (dict(fim_rate=1.5), "fim_rate", "between 0 and 1"),
+    (dict(constant_until=0.9, decay_until=0.5), "decay_until", "constant_until = 0.9 or more"),
+    (dict(batch_size=8, grad_accum=3), "grad_accum", "a divisor of batch_size = 8"),
+    (dict(batch_start=9), "batch_start", "at most batch_size = 8"),
+    (dict(optimizer="sgd"), "optimizer", "one of adamw, muon"),
+]
+
+
 def says_all(message: str, field: str, value, valid: str) -> bool:
     """One line that names the field, its value and what is valid."""
     return message.startswith(f"{field} = {value!r} ") and valid in message and "\n" not in message
@@ -106,6 +118,21 @@ def test_a_mistake_names_field_value_and_what_is_valid(changes, field, valid):
         replace(ModelArgs(), **changes)
     value = changes.get(field, getattr(ModelArgs(), field))
     assert says_all(str(caught.value), field, value, valid)
+
+
+@pytest.mark.parametrize("changes, field, valid", TRAINING_MISTAKES)
+def test_a_mistake_in_training_settings_does_too(changes, field, valid):
+    with pytest.raises(ValueError) as caught:
+        TrainArgs(**changes)
+    assert says_all(str(caught.value), field, changes[field], valid)
+
+
+def test_every_preset_has_training_settings():
+    assert set(TRAIN_PRESETS) <= set(ModelArgs.presets())
+    for name in ModelArgs.presets():
+        args = TrainArgs.for_preset(name, seed=7)
+        assert (args.preset, args.seed) == (name, 7)
+        assert replace(args, **TRAIN_PRESETS.get(name, {})) == args
 
 
 def test_a_message_that_leaves_something_out_is_caught():
@@ -195,11 +222,12 @@ def test_help_opens_with_the_docstring_and_shows_unit_and_default_of_every_flag(
         capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")  # no line is broken
     with pytest.raises(SystemExit) as caught:
-        parse("bakery", "Bake bread.\n\n    python -m bakery", Recipe, ModelArgs, argv=["--help"])
+        parse("bakery", "Bake bread.\n\n    python -m bakery", Recipe, ModelArgs, TrainArgs,
+              argv=["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
     assert "Bake bread.\n\n    python -m bakery\n" in text and "How to bake." in text
-    assert undocumented(text, Recipe) == [] and undocumented(text, ModelArgs) == []
+    assert [undocumented(text, cls) for cls in (Recipe, ModelArgs, TrainArgs)] == [[], [], []]
     assert undocumented(text.replace("[40]", ""), Recipe) == ["minutes"]
     assert undocumented(text.replace(", degrees", ""), Recipe) == ["heat"]
 
