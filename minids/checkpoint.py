@@ -27,6 +27,7 @@ import shutil
 import sys
 from collections import OrderedDict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +35,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .config import nearest
+from minids.config import ModelArgs, nearest
+from minids.model import Transformer
+from minids.tokenizer import Tokenizer
 
 FORMAT = 1
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
@@ -322,6 +325,55 @@ def resolve(path: Path) -> Path:
         raise ValueError(f"{path} holds no whole checkpoint: all {len(checkpoints(path))} of them "
                          "were refused, as said above")
     return newest
+
+
+class Run(NamedTuple):
+    """A run as its folder describes it.
+
+    config: what config.json holds; checkpoint: the folder that the weights are from
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: dict
+    checkpoint: Path
+
+
+def load_run(path: str | Path, device: torch.device | str = "cpu") -> Run:
+    """The model of a run, ready to be used, and what belongs to it.
+
+    path: a run folder, whose newest whole checkpoint is taken, or one of its checkpoint folders
+    Raises `ValueError` naming what is missing, damaged or does not fit.
+    """
+    checkpoint = resolve(Path(path))
+    folder = checkpoint.parent.parent
+    file = folder / "config.json"
+    if not file.exists():
+        raise ValueError(f"{folder} is no run folder: it has no config.json")
+    config = json.loads(file.read_text())
+    tokenizer = Tokenizer.load(folder / "tokenizer")
+    if tokenizer.fingerprint != config["tokenizer"]:
+        raise ValueError(f"{folder / 'tokenizer'} does not match the checkpoint: its fingerprint "
+                         f"is {tokenizer.fingerprint}, and the run was trained with "
+                         f"{config['tokenizer']}")
+    with torch.device("meta"):
+        model = Transformer(ModelArgs(**config["model"]))
+    model.load_state_dict(load_weights(checkpoint), assign=True)
+    return Run(model.to(device).eval(), tokenizer, config, checkpoint)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; "auto" is the GPU if there is one."""
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return torch.device("cuda" if has_gpu else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise ValueError(f"device = {name!r} is not valid: {nearest(name, ['cpu', 'cuda', 'auto'])}"
+                         "valid are auto, cpu and cuda")
+    if name == "cuda" and not has_gpu:
+        raise ValueError("device = 'cuda' is not valid: torch sees no GPU here; use --device cpu, "
+                         "or install the CUDA build of torch")
+    return torch.device(name)
 
 
 def rng_state() -> dict:

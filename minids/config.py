@@ -16,6 +16,7 @@ DeepSeek-V3 (arXiv 2412.19437) section 4.2, and the published configuration file
 
 import argparse
 import difflib
+import math
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from typing import NoReturn
@@ -152,6 +153,7 @@ def check_types(args) -> None:
             object.__setattr__(args, f.name, float(value))
             continue
         require(args, f.name, type(value) is f.type, f"of type {f.type.__name__}")
+        require(args, f.name, f.type is not float or math.isfinite(value), "a finite number")
         if choices := f.metadata["choices"]:
             require(args, f.name, value in choices, f"one of {', '.join(map(str, choices))}")
 
@@ -245,7 +247,7 @@ class TrainArgs:
     keep_last: int = option(2, "newest checkpoints kept, beside the best; 0: all")
     seed: int = option(0, "decides weights, data order and samples")
     device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: one a core")
+    threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
 
     def __post_init__(self):
         check_types(self)
@@ -260,6 +262,8 @@ class TrainArgs:
         for name in ("constant_until decay_until final_lr mtp_switch bias_until fim_rate "
                      "beta1 beta2").split():
             require(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        require(self, "seed", self.seed < 2 ** 32, "below 2^32")
+        require(self, "threads", self.threads <= 1024, "at most 1024")
         require(self, "decay_until", self.decay_until >= self.constant_until,
                 f"constant_until = {self.constant_until} or more")
         require(self, "grad_accum", self.batch_size % self.grad_accum == 0,
@@ -275,7 +279,7 @@ class TrainArgs:
 
 TRAIN_PRESETS = {
     "tiny": dict(steps=800, optimizer="muon", lr=1e-2, muon_lr=3e-3, warmup_steps=20,
-                 constant_until=0.5, decay_until=1.0, final_lr=0.05, bias_speed=0.01),
+                 constant_until=0.5, decay_until=1.0, final_lr=0.05, bias_speed=0.005),
     "nano": dict(steps=60, batch_size=4, seq_len=128, optimizer="muon", lr=5e-3, muon_lr=5e-3,
                  warmup_steps=5, constant_until=0.5, decay_until=1.0, bias_speed=0.01,
                  eval_every=20, eval_tokens=8192, save_every=20),

@@ -144,7 +144,8 @@ def draw_balance(ax, metrics: list[dict]) -> None:
     """MaxVio of each MoE layer, early layers dark and late ones light."""
     import matplotlib
     steps, values = column(metrics, "max_vio")
-    layers = list(zip(*values, strict=True))
+    width = min(map(len, values))  # MTP modules come last, and leave when their weight is 0
+    layers = list(zip(*(value[:width] for value in values), strict=True))
     last = len(layers) - 1
     for i, layer in enumerate(layers):
         label = {0: "first MoE layer", last: "last"}.get(i, "_between") if last else "MoE layer"

@@ -1,0 +1,197 @@
+"""One token of every sequence, for small models on a CPU: the absorbed form in few operations.
+
+A decoding step of a small model on a CPU spends its time between the products, calling some
+hundred little operations a layer. `Decoder` computes the same function with fewer:
+
+    W_UK is multiplied into W_Q and W_UV into W_O beforehand, as V2 says they can be (arXiv
+    2405.04434, section 2.1.2 and appendix C); the token's own latent is then one more head of the
+    same product.
+    A query that is alone sees all keys, and needs no mask unless there is padding.
+    The experts' tokens are few: they go side by side into batched products, or one expert after
+    the other, whichever was measured faster.
+
+`decoder_for` returns it where it computes what the model computes and pays; else the model itself.
+The multiplied matrices are copies, made once per generation. No gradient passes through here.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minids.layers import MLP, Linear, RMSNorm, compute_dtype
+from minids.mla import MLA, LatentCache
+from minids.model import Block, Transformer
+from minids.moe import Experts, Gate, MoE
+from minids.rope import apply_rotary_emb, rotations
+
+PARTS = {nn.Embedding, nn.ModuleList, Block, MLA, MLP, MoE, Gate, Experts, Linear, RMSNorm}
+
+
+def decoder_for(model: Transformer, cache: LatentCache) -> Callable[[Tensor], Tensor]:
+    """A function that gives a token of each sequence, (B,), to the model: logits (B, V)."""
+    return Decoder(model, cache) if few_operations_pay(model) else partial(step, model, cache)
+
+
+def step(model: Transformer, cache: LatentCache, tokens: Tensor) -> Tensor:
+    """The model's own absorbed form: (B,) -> (B, V)"""
+    return model(tokens.unsqueeze(1), cache, absorbed=True)[:, -1]
+
+
+def few_operations_pay(model: Transformer) -> bool:
+    """Whether `Decoder` computes what this model computes, and its copies of weights stay small.
+
+    Not with parts of another kind, nor under autocast; nor for a wide model, where the multiplied
+    matrices are much larger than those they replace, and reading weights is what takes the time.
+    """
+    args, weight = model.args, model.head.weight
+    parts = [model.embed, *model.layers, model.norm, model.head]
+    known = type(model) is Transformer and all(type(module) in PARTS for part in parts
+                                               for module in part.modules())
+    return (known and weight.device.type == "cpu" and compute_dtype(weight) == weight.dtype
+            and args.kv_lora_rank % 2 == 0 and args.n_heads * args.kv_lora_rank <= 2 * args.dim)
+
+
+class Decoder:
+    """Gives one token of each sequence at a time to a model, and its latents to the cache."""
+
+    def __init__(self, model: Transformer, cache: LatentCache):
+        self.model, self.cache = model, cache
+        self.products = [Folded(block.attn) for block in model.layers]
+        positions, self.mask = torch.arange(cache.latents.size(2))[None], None  # (1, T)
+        if cache.pad is not None:
+            positions = positions - cache.pad[:, None]  # (B, T)
+            mask = torch.zeros(positions.shape, dtype=cache.latents.dtype)
+            self.mask = mask.masked_fill_(positions < 0, float("-inf"))[:, None, None]
+        self.rotations = rotations(positions.clamp(min=0), model.args)  # (B or 1, T, rope / 2)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """(B,) int64 -> logits (B, V)"""
+        model, start = self.model, self.cache.length
+        rotation = self.rotations[:, start:start + 1]
+        mask = None if self.mask is None else self.mask[..., :start + 1]
+        x = F.embedding(tokens, model.embed.weight)  # (B, D)
+        for block, folded in zip(model.layers, self.products, strict=True):
+            x = folded.attend(x, normalise(x, block.attn_norm), rotation, mask, self.cache)
+            x = feed(block.ffn, x, normalise(x, block.ffn_norm))
+        self.cache.length = start + 1
+        return F.linear(normalise(x, model.norm), model.head.weight)
+
+
+class Folded:
+    """The attention of one layer, its expansions multiplied into the matrices beside them.
+
+    w_q: (D or q_lora_rank, H * width), from the input to the queries that latents are compared
+        with, where width = kv_lora_rank + qk_rope_head_dim; without a query latent the matrix of
+        the token's own latent follows, as one more head
+    w_o: (H * kv_lora_rank, D), from the weighted latents to the output
+    """
+
+    def __init__(self, attn: MLA):
+        args = self.args = attn.args
+        self.attn = attn
+        heads, rank = args.n_heads, args.kv_lora_rank
+        w_uk, w_uv = attn.wkv_b.weight.unflatten(0, (heads, -1)).split(
+            [args.qk_nope_head_dim, args.v_head_dim], dim=1)  # (H, .., kv_lora_rank)
+        w_q = (attn.wq_b if args.q_lora_rank else attn.wq).weight.unflatten(0, (heads, -1))
+        nope, pe = w_q.split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=1)
+        rows = torch.cat([w_uk.transpose(1, 2) @ nope, pe], dim=1).flatten(0, 1)
+        if not args.q_lora_rank:
+            rows = torch.cat([rows, attn.wkv_a.weight])
+        self.w_q = rows.t().contiguous()
+        w_o = attn.wo.weight.unflatten(1, (heads, -1))  # (D, H, v_head_dim)
+        self.w_o = torch.einsum("ihd,hdc->hci", w_o, w_uv).reshape(heads * rank, -1)
+
+    def attend(self, x: Tensor, n: Tensor, rotation: Tensor, mask: Tensor | None,
+               cache: LatentCache) -> Tensor:
+        """x (B, D) plus the attention of n, which is x normalised.
+
+        rotation: (B or 1, 1, rope / 2); mask: (B, 1, 1, T), -inf at padding
+        """
+        args, attn, rank = self.args, self.attn, self.args.kv_lora_rank
+        if args.q_lora_rank:
+            q = normalise(F.linear(n, attn.wq_a.weight), attn.q_norm) @ self.w_q
+            heads = torch.cat([q, F.linear(n, attn.wkv_a.weight)], dim=-1)
+        else:
+            heads = n @ self.w_q
+        heads = heads.view(len(x), 1, args.n_heads + 1, -1)  # (B, 1, H + 1, width)
+        heads[..., rank:] = apply_rotary_emb(heads[..., rank:], rotation)
+        q, latent = heads[:, :, :-1], heads[:, 0, -1]
+        row = cache.latents[attn.layer]  # (B, max_len, width)
+        row[:, cache.length] = latent
+        row[:, cache.length, :rank] = normalise(latent[:, :rank], attn.kv_norm)
+        # The heads are queries of one head. The value is the first part of the key; the rest of it
+        # goes along, for the kernel wants keys and values of one width.
+        key = row[:, None, :cache.length + 1]  # (B, 1, T, width)
+        z = F.scaled_dot_product_attention(q, key, key, mask, scale=attn.scale)
+        return torch.addmm(x, z[..., :rank].reshape(len(x), -1), self.w_o)
+
+
+def feed(ffn: MLP | MoE, x: Tensor, n: Tensor) -> Tensor:
+    """x (B, D) plus the feed-forward layer of n, which is x normalised."""
+    if type(ffn) is MLP:
+        return add_mlp(ffn, x, n)
+    weights, routing = ffn.gate(n)  # (B, K)
+    if ffn.shared_experts is not None:
+        x = add_mlp(ffn.shared_experts, x, n)
+    return x + routed(ffn.experts, n, weights.to(n.dtype), routing.indices)
+
+
+def routed(experts: Experts, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Send each token to its experts and add up what comes back.
+
+    x: (B, D); weights, indices: (B, K) -> (B, D)
+    """
+    if len(x) == 1:
+        out = [expert(experts, e, x) for e in indices[0].tolist()]
+        return weights @ torch.cat(out)
+    pairs = indices.flatten()  # (B*K,)
+    place = F.one_hot(pairs, len(experts.w1)).cumsum(0)  # (B*K, E), pairs of each expert so far
+    most = int(place[-1].max())
+    even = most * len(experts.w1) <= PADDING * len(pairs)
+    return (side_by_side if even else one_by_one)(experts, x, weights, indices, place)
+
+
+PADDING = 2  # most rows that a pair may cost in a batched product; measured, 2 to 128 tokens
+
+
+def side_by_side(experts: Experts, x: Tensor, weights: Tensor, indices: Tensor,
+                 place: Tensor) -> Tensor:
+    """`routed` in three batched products: each expert gets as many rows as the busiest."""
+    pairs, most = indices.flatten(), int(place[-1].max())
+    slot = pairs * most + place.gather(1, pairs.unsqueeze(1)).squeeze(1) - 1  # (B*K,)
+    source = pairs.new_zeros(len(experts.w1) * most)
+    source[slot] = torch.arange(len(pairs)) // indices.size(1)  # an empty row takes token 0
+    rows = x[source].unflatten(0, (-1, most))  # (E, most, D)
+    hidden = F.silu(rows @ experts.w1.mT).mul_(rows @ experts.w3.mT)
+    out = (hidden @ experts.w2.mT).flatten(0, 1)[slot].view(*indices.shape, -1)  # (B, K, D)
+    return (weights.unsqueeze(1) @ out).squeeze(1)
+
+
+def one_by_one(experts: Experts, x: Tensor, weights: Tensor, indices: Tensor,
+               place: Tensor) -> Tensor:
+    """`routed` expert by expert: no row is wasted."""
+    order = indices.flatten().argsort()  # (B*K,), pairs by expert
+    source = order // indices.size(1)  # the token of each
+    parts = x[source].split(place[-1].tolist())
+    out = torch.cat([expert(experts, e, part) for e, part in enumerate(parts) if len(part)])
+    return torch.zeros_like(x).index_add_(0, source, out * weights.flatten()[order].unsqueeze(-1))
+
+
+def expert(experts: Experts, e: int, x: Tensor) -> Tensor:
+    """What expert e makes of its tokens: (M, D) -> (M, D)"""
+    hidden = F.silu(F.linear(x, experts.w1[e])).mul_(F.linear(x, experts.w3[e]))
+    return F.linear(hidden, experts.w2[e])
+
+
+def add_mlp(mlp: MLP, x: Tensor, n: Tensor) -> Tensor:
+    """x + mlp(n)"""
+    hidden = F.silu(F.linear(n, mlp.w1.weight)).mul_(F.linear(n, mlp.w3.weight))
+    return torch.addmm(x, hidden, mlp.w2.weight.t())
+
+
+def normalise(x: Tensor, norm: RMSNorm) -> Tensor:
+    """RMSNorm, in FP32 or wider."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.eps)

@@ -1,0 +1,554 @@
+"""Pre-train a model of the DeepSeek family on text, into a run folder that needs nothing else.
+
+    python -m minids.train                                  the small DeepSeek-V3, minutes on a CPU
+    python -m minids.train --data text:my/folder            your own text
+    python -m minids.train --resume                         go on with the newest run
+    python -m minids.train --preset small --data hf:HuggingFaceFW/fineweb-edu:sample-10BT
+
+The recipe is V3's (arXiv 2412.19437, section 4): next-token loss plus multi-token prediction plus
+the sequence-wise balance loss; the gate biases move once an optimizer step, against the loads of
+the whole batch; the learning rate rises, stays and falls.
+
+A run folder holds config.json (every setting), tokenizer/, metrics.jsonl (one object a step),
+checkpoints/step_NNNNNN/, loss.png and sample.txt. On one machine a run that was stopped at any
+moment and resumed ends with the same bytes as one that was not; Ctrl-C finishes the step and saves.
+
+Simplified: one process. The sequence length is fixed, and there is no context extension.
+"""
+
+import contextlib
+import ctypes
+import dataclasses
+import json
+import math
+import os
+import platform
+import random
+import resource
+import shlex
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minids import __version__, plots
+from minids.checkpoint import (
+    checkpoints,
+    load_state,
+    load_weights,
+    newest_checkpoint,
+    pick_device,
+    resolve,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    write_json,
+)
+from minids.config import ModelArgs, TrainArgs, parse, run_program
+from minids.costs import count_parameters, flops_per_token
+from minids.data import open_data
+from minids.evaluate import Evaluation, evaluate, parse_share, windows
+from minids.generate import generate
+from minids.model import Transformer
+from minids.moe import max_violation
+from minids.optim import (
+    batch_size_at,
+    bias_speed_at,
+    build_optimizers,
+    learning_rate_factor,
+    mtp_weight_at,
+    set_learning_rate,
+)
+from minids.tokenizer import Tokenizer
+
+# What a resumed run may change; everything else would make it another run.
+# Learning rates and guards are what one turns after a run that went wrong.
+MAY_CHANGE = {"out", "resume", "steps", "device", "threads", "compile", "recompute", "eval_every",
+              "eval_tokens", "sample_every", "prompt", "save_every", "keep_last", "lr", "muon_lr",
+              "clip", "spike_factor"}
+
+# Dense BF16 rates from the vendors' data sheets, FLOP/s; the first name that fits counts.
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12,
+              "RTX 4090": 165e12}
+
+SAMPLE_TOKENS = 200
+
+
+class Stopped(Exception):
+    """The run was asked to stop and has saved its state; holds the signal's number."""
+
+
+class Trainer:
+    """One run: the model, its optimizers and its data, and where it stands.
+
+    run: the run's folder
+    """
+
+    def __init__(self, args: TrainArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
+        self.args, self.run, self.tokenizer = args, run, tokenizer
+        self.device = pick_device(args.device)
+        self.dtype = pick_dtype(args.dtype, self.device)
+        check_memory(model_args, self.device)
+        for set_seed in (random.seed, np.random.seed, torch.manual_seed):
+            set_seed(args.seed)  # all the generators that a checkpoint holds
+        self.model = Transformer(model_args).to(self.device)
+        self.model.recompute = args.recompute
+        self.loss = torch.compile(self.model.loss) if args.compile else self.model.loss
+        self.optimizers = build_optimizers(self.model, args, self.dtype)
+        self.data = open_data(args.data, tokenizer, args.seq_len, args.seed, args.fim_rate,
+                              workers=args.threads)
+        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.recent_loss = math.nan  # a moving mean, to tell a spike by
+        self.valid_bpb = math.nan  # of the last validation
+        self.stop_signal = 0
+        self.metrics: list[dict] = []
+        self.check_texts()
+
+    def check_texts(self) -> None:
+        """Refuse at the start what validation and samples would refuse at the end."""
+        windows(self.data.valid, self.args.seq_len, max_tokens=1)
+        prompt, limit = self.prompt(), self.model.args.max_seq_len
+        if len(prompt) >= limit:
+            raise ValueError(f"prompt = {self.args.prompt!r} is not valid: its {len(prompt)} "
+                             f"tokens must be fewer than max_seq_len = {limit}")
+
+    def autocast(self):
+        """BF16 products over FP32 weights, where the run has them."""
+        on = self.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+
+    def restore(self) -> None:
+        """Go on from the newest whole checkpoint, if there is one."""
+        checkpoint = resolve(self.run) if checkpoints(self.run) else None
+        if checkpoint is not None:
+            self.model.load_state_dict(load_weights(checkpoint))
+            state = load_state(checkpoint)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                peaks = [group["peak_lr"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(saved)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["peak_lr"] = peak  # this run's setting, not the saved one
+            self.data.loader.load_state_dict(state["loader"])
+            set_rng_state(state["rng"])
+            for name in ("step", "tokens", "seconds", "recent_loss", "valid_bpb"):
+                setattr(self, name, state[name])
+        self.metrics = [m for m in read_metrics(self.run) if m["step"] <= self.step]
+        lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
+        replacement = self.run / "metrics.jsonl.new"
+        replacement.write_text(lines)
+        replacement.replace(self.run / "metrics.jsonl")
+
+    def save(self) -> Path:
+        """Write a checkpoint of this step, unless a weight in it is no number."""
+        if not all(p.isfinite().all() for p in self.model.parameters()):
+            raise self.diverged("a weight is no longer a finite number")
+        state = dict(optimizers=[o.state_dict() for o in self.optimizers],
+                     loader=self.data.loader.state_dict(), rng=rng_state(), step=self.step,
+                     tokens=self.tokens, seconds=self.seconds, recent_loss=self.recent_loss,
+                     valid_bpb=self.valid_bpb)
+        metric = self.valid_bpb if math.isfinite(self.valid_bpb) else None
+        return save_checkpoint(self.run, self.step, self.model.state_dict(), state,
+                               self.args.keep_last, metric)
+
+    def train(self) -> None:
+        """All steps that are left, with a bar, validations, samples and checkpoints on the way."""
+        args = self.args
+        bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=None)
+        with bar:
+            while self.step < args.steps:
+                record = self.train_step()
+                last = self.step == args.steps
+                if last or (args.eval_every and self.step % args.eval_every == 0):
+                    result = self.validate(None if last else args.eval_tokens)
+                    record["valid_bpb"] = result.bits_per_byte
+                    record["valid_max_vio"] = [round(v, 4) for v in result.max_vio]
+                self.write_record(record)
+                bar.update()
+                bar.set_postfix_str(f"loss {record['loss']:.3f}, validation "
+                                    f"{self.valid_bpb:.3f} bits/byte")
+                if bar.disable and (last or "valid_bpb" in record):
+                    print(progress_line(record, args.steps), flush=True)
+                if args.sample_every and self.step % args.sample_every == 0 and not last:
+                    bar.write(f"step {self.step}: {self.sample(64)!r}")
+                if self.step % args.save_every == 0 or last or self.stop_signal:
+                    self.save()
+                if self.stop_signal and not last:
+                    raise Stopped(self.stop_signal)
+
+    def train_step(self) -> dict:
+        """One optimizer step; returns its line of metrics."""
+        start = time.perf_counter()
+        self.step += 1
+        set_learning_rate(self.optimizers, learning_rate_factor(self.step, self.args))
+        parts, loads, n_tokens = self.accumulate()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip).item()
+        self.check_finite(parts["loss"], norm)
+        skipped = self.is_spike(parts["loss"])
+        if not skipped:
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.model.update_gate_bias(loads, bias_speed_at(self.step, self.args))
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+        elapsed = time.perf_counter() - start
+        self.tokens += n_tokens
+        self.seconds += elapsed
+        record = dict(step=self.step, tokens=self.tokens, **parts, grad_norm=norm,
+                      lr=self.optimizers[0].param_groups[0]["lr"],
+                      max_vio=[round(max_violation(load).item(), 4) for load in loads],
+                      tokens_per_s=round(n_tokens / elapsed, 1), seconds=round(self.seconds, 3),
+                      memory_mib=memory_mib(self.device))
+        if mfu := self.model_flops_utilisation(n_tokens / elapsed):
+            record["mfu"] = mfu
+        return record | ({"skipped": True} if skipped else {})
+
+    def accumulate(self) -> tuple[dict, Tensor, int]:
+        """Gradients of one batch, in micro-batches: loss parts, loads summed over them, tokens."""
+        args, loads, parts = self.args, 0, {}
+        batch = batch_size_at(self.step, args)
+        for _ in range(args.grad_accum):
+            tokens, targets = self.data.loader.next_batch(batch // args.grad_accum)
+            tokens, targets = tokens.to(self.device), targets.to(self.device)
+            with self.autocast():
+                losses = self.loss(tokens, targets, mtp_weight_at(self.step, args),
+                                   args.balance_weight)
+            (losses.total / args.grad_accum).backward()
+            loads = loads + losses.loads
+            for name, value in zip(("loss", "main", "mtp", "balance"), losses[:4], strict=True):
+                parts[name] = parts.get(name, 0.0) + value.item() / args.grad_accum
+        return parts, loads, batch * args.seq_len
+
+    def check_finite(self, loss: float, norm: float) -> None:
+        """Stop before a loss or gradient that is no number reaches the weights."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise self.diverged(f"the loss is {loss} and the gradient's norm {norm}")
+
+    def diverged(self, what: str) -> ValueError:
+        """The error that says what happened, where to go on from, and what to try."""
+        good = newest_checkpoint(self.run)
+        return ValueError(f"step {self.step}: {what}; the last good checkpoint is "
+                          f"{good or 'none'}; try --resume --out {self.run} with half the "
+                          f"learning rate (--lr {self.args.lr / 2:g} --muon-lr "
+                          f"{self.args.muon_lr / 2:g}) or a smaller --clip, or a new run with "
+                          "more --warmup-steps or --dtype fp32")
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether the loss is far above its recent mean; if not, the mean takes it in."""
+        factor = self.args.spike_factor
+        if factor and loss > factor * self.recent_loss:
+            tqdm.write(f"step {self.step}: loss {loss:.3f} is more than {factor:g} times its "
+                       f"recent mean {self.recent_loss:.3f}: the step is skipped")
+            return True
+        known = math.isfinite(self.recent_loss)
+        self.recent_loss = 0.95 * self.recent_loss + 0.05 * loss if known else loss
+        return False
+
+    def model_flops_utilisation(self, tokens_per_second: float) -> float | None:
+        """MFU: share of the device's peak that goes into the model's own products, if known."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        peak = next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
+        work = flops_per_token(self.model.args, self.args.seq_len)
+        return peak and round(work * tokens_per_second / peak, 4)
+
+    def validate(self, max_tokens: int | None = None) -> Evaluation:
+        """How the model does on the validation text, or on a fixed part of it."""
+        batch_size = max(self.args.batch_size // self.args.grad_accum, 1)
+        with self.autocast():
+            result = evaluate(self.model, self.data.valid, self.tokenizer.n_bytes,
+                              self.args.seq_len, batch_size, max_tokens)
+        self.valid_bpb = result.bits_per_byte
+        return result
+
+    def prompt(self) -> list[int]:
+        """The tokens that a sample goes on from."""
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(self.args.prompt)]
+
+    def sample(self, max_new_tokens: int, count: int = 1) -> str:
+        """Text that the model writes after the prompt."""
+        prompt = self.prompt()
+        room = self.model.args.max_seq_len - len(prompt)
+        result = generate(self.model, [prompt] * count, min(max_new_tokens, room),
+                          temperature=0.8, top_p=0.95, seed=self.args.seed,
+                          eos_id=self.tokenizer.eos_id)
+        texts = [self.args.prompt + self.tokenizer.decode(row) for row in result.tokens]
+        return "\n\n".join(texts)
+
+    def write_record(self, record: dict) -> None:
+        """Add a line to metrics.jsonl."""
+        self.metrics.append(record)
+        with open(self.run / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def finish(self) -> None:
+        """Figure, sample, and what the user would like to know and do next."""
+        plots.loss_curve(self.metrics, self.run / "loss.png")
+        text = self.sample(SAMPLE_TOKENS, count=8)
+        (self.run / "sample.txt").write_text(text)
+        parsed, total = parse_share(text)
+        balance = self.metrics[-1]["valid_max_vio"]
+        print(f"\n{self.sample(SAMPLE_TOKENS)}\n")
+        print(f"validation   {self.valid_bpb:.4f} bits per byte after {self.tokens:,} tokens, "
+              f"{self.seconds:.0f} s of training")
+        if balance:
+            print("balance      MaxVio of each layer over the validation text: "
+                  + " ".join(f"{v:.2f}" for v in balance))
+        if total:
+            print(f"sample       {parsed} of {total} generated top-level blocks parse as Python")
+        print(f"run folder   {self.run}: loss.png, sample.txt, metrics.jsonl, checkpoints")
+        print(f'next         python -m minids.generate --run {self.run} --prompt "def read_"')
+
+
+def progress_line(record: dict, steps: int) -> str:
+    """What a log file shows in place of a progress bar."""
+    return (f"step {record['step']}/{steps}: loss {record['loss']:.3f}, "
+            f"validation {record['valid_bpb']:.4f} bits per byte, "
+            f"{record['tokens_per_s']:.0f} tokens/s")
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """The whole lines of metrics.jsonl; a line that a crash cut short is left out."""
+    path, records = run / "metrics.jsonl", []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def memory_mib(device: torch.device) -> int:
+    """Largest memory held so far, MiB: the GPU's, or on a CPU the process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak >> (20 if sys.platform == "darwin" else 10)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The precision of products; 'auto' is BF16 where the hardware multiplies it."""
+    if name != "auto":
+        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if able else torch.float32
+
+
+def check_memory(args: ModelArgs, device: torch.device) -> None:
+    """Refuse a model that cannot be trained here, before torch runs out of memory on the way."""
+    count = count_parameters(args)
+    needed = 16 * (count.total + count.mtp)  # weight, gradient and two moments, FP32
+    if device.type == "cuda":
+        here = torch.cuda.mem_get_info(device)[1]
+    else:
+        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > here:
+        raise ValueError(f"a model of {count.total + count.mtp:,} parameters does not fit: weights,"
+                         f" gradients and optimizer take {needed / 2**30:,.0f} GiB, and {device} "
+                         f"has {here / 2**30:,.0f}; take a smaller preset or fewer layers")
+
+
+def tune_allocator() -> None:
+    """Keep freed memory in the process, where the C library is glibc.
+
+    By default it hands every large block back to the kernel and fetches it, zeroed, for the next
+    tensor: 1.05 to 1.5 times the time of a step, measured on two cores.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of <malloc.h>
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 1 << 30)
+        libc.mallopt(top_pad, 1 << 26)
+
+
+def free_run_folder(preset: str) -> Path:
+    """runs/PRESET, or runs/PRESET-2, .. where that is taken."""
+    folder, number = Path("runs") / preset, 1
+    while folder.exists():
+        number += 1
+        folder = Path("runs") / f"{preset}-{number}"
+    return folder
+
+
+def newest_run(preset: str) -> Path:
+    """The run of a preset that was written to last."""
+    runs = [c.parent for c in Path("runs").glob(f"{preset}*/config.json")
+            if c.parent.name.removeprefix(preset).lstrip("-").isdigit() or c.parent.name == preset]
+    if not runs:
+        raise ValueError(f"resume: there is no run of preset {preset!r} in runs/; name its folder "
+                         "with --out")
+    return max(runs, key=lambda run: (run / "config.json").stat().st_mtime)
+
+
+def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
+    """The settings of a run from the flags that were given, and from its folder when resumed.
+
+    Returns the run's settings, and those of the model's that differ from the preset's.
+    Raises `ValueError` for a run folder that is taken, or of another configuration.
+    """
+    preset = given.get("preset", "tiny")
+    ModelArgs.preset(preset)  # refuses an unknown name before anything else
+    resume = given.get("resume", False)
+    run = Path(given.get("out", "") or (newest_run(preset) if resume else free_run_folder(preset)))
+    stored = read_config(run)
+    if stored and not resume:
+        raise ValueError(f"out = {str(run)!r} holds a run already: go on with it by --resume, or "
+                         "name another folder")
+    if not stored:
+        return TrainArgs.for_preset(preset, **given | {"out": str(run)}), given_model
+    refuse_changes(run, stored["train"], {k: v for k, v in given.items() if k not in MAY_CHANGE})
+    refuse_changes(run, stored["model"], given_model)
+    changed = {k: v for k, v in given.items() if k in MAY_CHANGE} | {"out": str(run)}
+    return TrainArgs(**stored["train"] | changed), stored["model"]
+
+
+def refuse_changes(run: Path, stored: dict, given: dict) -> None:
+    """Raise `ValueError` for a flag that differs from what the run was started with."""
+    for name, value in given.items():
+        if stored[name] != value:
+            raise ValueError(f"{name} = {value!r} is not valid: the run in {run} has "
+                             f"{stored[name]!r}, and a resumed run keeps its configuration")
+
+
+def read_config(run: Path) -> dict | None:
+    """A run's config.json, None where there is none; `ValueError` where it is not understood."""
+    path = run / "config.json"
+    if not path.exists():
+        return None
+    try:
+        config = json.loads(path.read_text())
+        TrainArgs(**config["train"]), ModelArgs(**config["model"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged or of another version of minids: {error}") from error
+    return config
+
+
+def stored_tokenizer(run: Path) -> Tokenizer:
+    """The run's own tokenizer, if it is still the one that the run was started with."""
+    tokenizer, started = Tokenizer.load(run / "tokenizer"), read_config(run)["tokenizer"]
+    if tokenizer.fingerprint != started:
+        raise ValueError(f"tokenizer in {run} is not the run's: its fingerprint is "
+                         f"{tokenizer.fingerprint}, the run's is {started}; put that one back")
+    return tokenizer
+
+
+def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
+    """The preset's model, varied by what is given, with the tokenizer's vocabulary."""
+    preset = ModelArgs.preset(args.preset)
+    model_args = dataclasses.replace(preset, **{"vocab_size": tokenizer.vocab_size} | given)
+    if model_args.vocab_size < tokenizer.vocab_size:
+        raise ValueError(f"vocab_size = {model_args.vocab_size} is not valid: it must be at least "
+                         f"{tokenizer.vocab_size}, the tokenizer's")
+    if args.seq_len > model_args.max_seq_len:
+        raise ValueError(f"seq_len = {args.seq_len} is not valid: it must be at most max_seq_len "
+                         f"= {model_args.max_seq_len}")
+    if args.seq_len <= model_args.n_mtp_layers:
+        raise ValueError(f"seq_len = {args.seq_len} is not valid: it must be above n_mtp_layers "
+                         f"= {model_args.n_mtp_layers}")
+    return model_args
+
+
+def start_folder(trainer: Trainer) -> None:
+    """Make the run folder; config.json comes last, so that a folder that has it is complete."""
+    trainer.run.mkdir(parents=True, exist_ok=True)
+    trainer.tokenizer.save(trainer.run / "tokenizer")
+    write_config(trainer)
+
+
+def write_config(trainer: Trainer) -> None:
+    """Every setting of the run as it goes on now: a resumed run may have changed some."""
+    versions = dict(minids=__version__, torch=torch.__version__, python=platform.python_version())
+    write_json(trainer.run / "config.json", dict(
+        model=dataclasses.asdict(trainer.model.args), train=dataclasses.asdict(trainer.args),
+        tokenizer=trainer.tokenizer.fingerprint, data=trainer.data.fingerprint,
+        dtype=str(trainer.dtype).removeprefix("torch."), versions=versions))
+
+
+@contextlib.contextmanager
+def stopping(trainer: Trainer):
+    """Let Ctrl-C and SIGTERM finish the step; a second one interrupts at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(number, _frame):
+        if trainer.stop_signal:
+            raise KeyboardInterrupt
+        trainer.stop_signal = number
+        print("\nfinishing the step and saving ..", file=sys.stderr, flush=True)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def train(args: TrainArgs, model: dict | None = None) -> Path:
+    """Train a model, or go on with a run when `args.resume` is set.
+
+    model: fields of `ModelArgs` that differ from the preset's
+    Returns the run's folder. Raises `ValueError` for settings that do not fit, before anything is
+    written, and for a loss that is no number; `Stopped` after a signal, with the state saved.
+    """
+    tune_allocator()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    run = Path(args.out) if args.out else free_run_folder(args.preset)
+    resumed = args.resume and (run / "config.json").exists()
+    if resumed:
+        tokenizer = stored_tokenizer(run)
+    else:
+        tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else Tokenizer.load()
+    trainer = Trainer(args, fit_model(args, model or {}, tokenizer), run, tokenizer)
+    print(describe(trainer), flush=True)
+    with stopping(trainer):
+        if resumed:
+            trainer.restore()
+            write_config(trainer)
+            print(f"resumed at step {trainer.step} of {args.steps}", flush=True)
+        else:
+            if args.resume:
+                print(f"{run} holds no run yet: starting from the beginning", flush=True)
+            start_folder(trainer)
+        trainer.train()
+    trainer.finish()
+    return run
+
+
+def describe(trainer: Trainer) -> str:
+    """What is about to run, in three lines."""
+    count = count_parameters(trainer.model.args)
+    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    return (f"model   {trainer.args.preset}: {count.total:,} parameters, {count.active:,} active, "
+            f"and {count.mtp:,} for multi-token prediction\n"
+            f"data    {trainer.data.describe()}\n"
+            f"run     {trainer.run}, on {trainer.device}, "
+            f"{str(trainer.dtype).removeprefix('torch.')}{threads}")
+
+
+def main() -> int:
+    """The command line."""
+    given, given_model = parse("minids.train", __doc__, TrainArgs, ModelArgs)
+    args, model = settings(given, given_model)
+    try:
+        train(args, model)
+    except Stopped as stopped:
+        print(f"stopped; go on with: python -m minids.train --resume --out "
+              f"{shlex.quote(args.out)}")
+        return 128 + int(stopped.args[0])
+    return 0
+
+
+if __name__ == "__main__":
+    run_program("minids.train", main)
