@@ -1,0 +1,371 @@
+"""Every notebook has the anatomy that the row promises; nbval, in the same run, executes them.
+
+A check takes a notebook and returns what is wrong, in words. Each is tried on a small right
+notebook, and on the same with one thing made wrong.
+"""
+
+import copy
+import re
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "notebooks"
+GRADE_FIELDS = {"schema_version", "grade_id", "solution", "grade", "locked", "task"}
+SOLUTION, HIDDEN = "SOLUTION", "HIDDEN TESTS"
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """name: the file's, without suffix; root: the folder that has figures/; nb: the content"""
+
+    name: str
+    root: Path
+    nb: nbformat.NotebookNode
+
+    @property
+    def code(self) -> list:
+        """The code cells, in order."""
+        return [cell for cell in self.nb.cells if cell.cell_type == "code"]
+
+    @property
+    def markdown(self) -> list[str]:
+        """The texts of the markdown cells, in order."""
+        return [cell.source for cell in self.nb.cells if cell.cell_type == "markdown"]
+
+
+def read(path: Path) -> Notebook:
+    """A notebook of the repository."""
+    return Notebook(path.stem, path.parent.parent, nbformat.read(path, as_version=4))
+
+
+def code_lines(cell) -> int:
+    """Lines of code that are not blank."""
+    return sum(bool(line.strip()) for line in cell.source.splitlines())
+
+
+def words(text: str) -> int:
+    """Words of a text; tags and lone signs are none."""
+    return sum(any(map(str.isalnum, word)) for word in re.sub(r"<[^>]*>", " ", text).split())
+
+
+def kernel(book: Notebook) -> list[str]:
+    """The kernel has the name that is there everywhere."""
+    name = book.nb.metadata.get("kernelspec", {}).get("name")
+    return [] if name == "python3" else [f"the kernel is {name}"]
+
+
+def execution(book: Notebook) -> list[str]:
+    """All cells ran once, from top to bottom, and what they print is there."""
+    counts = [cell.execution_count for cell in book.code]
+    found = [] if counts == [*range(1, len(counts) + 1)] else [f"execution counts {counts}"]
+    return found + [f"cell {cell.execution_count} prints and has no output" for cell in book.code
+                    if re.search(r"^print\(|NBVAL_CHECK_OUTPUT", cell.source, re.M)
+                    and not cell.outputs]
+
+
+def noise(book: Notebook) -> list[str]:
+    """No error, nothing on stderr, no path of one machine."""
+    found = []
+    for number, output in [(c.execution_count, output) for c in book.code for output in c.outputs]:
+        texts = [text for kind, text in output.get("data", {}).items() if "text" in kind]
+        if output.output_type == "error" or output.get("name") == "stderr":
+            found.append(f"cell {number} has an error or something on stderr")
+        if re.search(r"/(home|root|tmp|work|Users|usr)/", output.get("text", "".join(texts))):
+            found.append(f"cell {number} shows a path of one machine")
+    return found
+
+
+def length(book: Notebook) -> list[str]:
+    """Cells of code are short: median 8 lines at most, none over 40."""
+    lines = [code_lines(cell) for cell in book.code]
+    found = [f"a cell has {n} lines" for n in lines if n > 40]
+    median = statistics.median(lines)
+    return found + ([f"the median cell has {median} lines"] if median > 8 else [])
+
+
+def prose(book: Notebook) -> list[str]:
+    """At most 80 words a cell."""
+    return [f"{words(text)} words in the cell that begins {text[:40]!r}"
+            for text in book.markdown if words(text) > 80]
+
+
+def proportion(book: Notebook) -> list[str]:
+    """Between one and two cells of text to a cell of code."""
+    ratio = len(book.markdown) / len(book.code)
+    return [] if 1 <= ratio <= 2 else [f"{ratio:.2f} cells of text to one of code"]
+
+
+def figure(book: Notebook) -> list[str]:
+    """A picture is in the outputs, made by a cell that saves it under the notebook's number."""
+    for cell in book.code:
+        name = re.search(rf'"({book.name[:2]}_\w+\.png)"', cell.source)
+        if name and any("image/png" in output.get("data", {}) for output in cell.outputs):
+            there = (book.root / "figures" / name[1]).is_file()
+            return [] if there else [f"figures/{name[1]} is missing"]
+    return [f"no cell saves and shows a figure {book.name[:2]}_NAME.png"]
+
+
+def local(book: Notebook) -> list[str]:
+    """Pictures come from the cells, not from elsewhere."""
+    return [f"a linked picture in the cell that begins {text[:40]!r}"
+            for text in book.markdown if re.search(r"!\[|<img", text)]
+
+
+def anatomy(book: Notebook) -> list[str]:
+    """Title, question, source, time; two folded answers; exercises; summary; the names' table."""
+    first, *_, last = book.markdown
+    wanted = {"a title with the notebook's number": first.startswith(f"# {book.name[:2]} · "),
+              "the question": "**The question.**" in first, "the paper": "**Paper.**" in first,
+              "the run time": "**Run time.**" in first,
+              "two folded answers": sum(text.count("<details>") for text in book.markdown) == 2,
+              "what breaks": any("What breaks" in text for text in book.markdown),
+              "a comparison with the package": any(
+                  re.search(r"^(assert|torch\.testing\.assert_close)\b.*package", cell.source, re.M)
+                  for cell in book.code),
+              "a summary of five lines": any(
+                  text.startswith("## Summary") and "\n5. " in text and "\n6. " not in text
+                  for text in book.markdown),
+              "the table of names": last.startswith(
+                  "| paper symbol | minids name | official name")}
+    return [f"{part} is missing" for part, there in wanted.items() if not there]
+
+
+def grading(book: Notebook) -> list[str]:
+    """Two or three exercises: a marked solution, a check that speaks, a locked test with points."""
+    graded = [(cell, cell.metadata["nbgrader"]) for cell in book.code
+              if "nbgrader" in cell.metadata]
+    found = [f"{kind} markers without their metadata" for cell in book.code for kind in
+             (SOLUTION, HIDDEN) if f"### BEGIN {kind}" in cell.source
+             and "nbgrader" not in cell.metadata]
+    ids = [meta.get("grade_id") for _, meta in graded]
+    if len(set(ids)) != len(ids):
+        found.append(f"grade_ids are not unique: {ids}")
+    for cell, meta in graded:
+        found += graded_cell(cell, meta)
+    solutions = sum(bool(meta.get("solution")) for _, meta in graded)
+    tests = sum(bool(meta.get("grade")) for _, meta in graded)
+    checks = sum(re.search(r"^review\(", cell.source, re.M) is not None for cell, _ in graded)
+    if not (2 <= solutions <= 3 and solutions == tests == checks):
+        found.append(f"{solutions} solutions, {checks} checks and {tests} tests with points")
+    return found
+
+
+def graded_cell(cell, meta: dict) -> list[str]:
+    """The nbgrader metadata of one cell: fields, and markers that go with them."""
+    name = meta.get("grade_id")
+    is_test = meta.get("grade", False)
+    fields = GRADE_FIELDS | ({"points"} if is_test else set())
+    expected = {
+        "fields": set(meta) == fields and meta["schema_version"] == 3 and meta["task"] is False,
+        "role": (meta.get("solution"), meta.get("locked")) in [(True, False), (False, True)],
+        "points": not is_test or meta.get("points", 0) > 0,
+        "solution markers": markers(cell.source, SOLUTION) == bool(meta.get("solution")),
+        "hidden tests": markers(cell.source, HIDDEN) == is_test,
+        # A number at the end of a graded cell would count as its points.
+        "assertion": not is_test or "\nassert" in "\n" + cell.source.split("### BEGIN")[0]}
+    return [f"{name}: wrong {part}" for part, right in expected.items() if not right]
+
+
+def markers(source: str, kind: str) -> bool:
+    """Whether a cell has one pair of markers, in order."""
+    found = re.findall(rf"^ *### (BEGIN|END) {kind}$", source, re.M)
+    return found == ["BEGIN", "END"]
+
+
+def first_cell(books: list[Notebook]) -> list[str]:
+    """All begin with the same code."""
+    kinds = {book.code[0].source for book in books}
+    return [] if len(kinds) == 1 else [f"{len(kinds)} different first cells"]
+
+
+CHECKS = [kernel, execution, noise, length, prose, proportion, figure, local, anatomy, grading]
+PATHS = sorted(FOLDER.glob("*.ipynb"))
+BOOKS = [read(path) for path in PATHS]
+
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
+def test_notebook(book, check):
+    assert check(book) == []
+
+
+def test_all_begin_alike():
+    assert first_cell(BOOKS) == []
+    other = copy.deepcopy(BOOKS[0])
+    other.code[0].source += "\nimport minids"
+    assert first_cell([*BOOKS, other]) == ["2 different first cells"]
+
+
+def numbering(names: list[str]) -> list[str]:
+    """Names are two digits, a line and words, and no number stands twice."""
+    shape = re.compile(r"\d\d_[a-z0-9_]+")
+    found = [f"{name} is no NN_name" for name in names if not shape.fullmatch(name)]
+    numbers = [name[:2] for name in names]
+    return found + ([] if len(set(numbers)) == len(numbers) else [f"numbers {numbers}"])
+
+
+def test_names_are_numbered():
+    assert numbering([book.name for book in BOOKS]) == []
+    assert numbering(["00_map", "00_tokens"]) == ["numbers ['00', '00']"]
+    assert numbering(["map"]) == ["map is no NN_name"]
+
+
+def graded(name: str, source: str, **role) -> nbformat.NotebookNode:
+    """A cell with nbgrader's metadata."""
+    meta = {"schema_version": 3, "grade_id": name, "solution": False, "grade": False,
+            "locked": False, "task": False} | role
+    return new_code_cell(source, metadata={"nbgrader": meta})
+
+
+def exercise(name: str) -> list:
+    """The four cells of an exercise."""
+    return [new_markdown_cell("Write it."),
+            graded(name, "### BEGIN SOLUTION\nx = 1\n### END SOLUTION", solution=True),
+            graded(f"{name}_check", "review(f, cases)", locked=True),
+            graded(f"{name}_test", "assert x\n### BEGIN HIDDEN TESTS\n### END HIDDEN TESTS",
+                   grade=True, locked=True, points=1)]
+
+
+@pytest.fixture
+def right(tmp_path) -> Notebook:
+    """A small notebook with everything in its place."""
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "figures" / "07_a.png").write_bytes(b"png")
+    say = new_markdown_cell
+    picture = new_output("display_data", {"image/png": "aGk="})
+    printed = new_output("stream", name="stdout", text="1\n")
+    cells = [say("# 07 · T\n\n**The question.** Q\n\n**Paper.** P\n\n**Run time.** R"),
+             new_code_cell("import torch"), say("Step"),
+             new_code_cell("# NBVAL_CHECK_OUTPUT\nprint(1)", outputs=[printed]), say("Right?"),
+             new_code_cell("assert mine == package"), say("Figure"),
+             new_code_cell('draw("07_a.png")', outputs=[picture]), say("## What breaks?"),
+             say("<details>A</details>"), say("<details>B</details>"),
+             *exercise("one"), *exercise("two"), say("## Summary\n\n1. a\n\n5. e"),
+             say("| paper symbol | minids name | official name |\n|--|--|--|")]
+    book = Notebook("07_test", tmp_path, new_notebook(cells=cells))
+    book.nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
+    for i, cell in enumerate(book.code, 1):
+        cell.execution_count = i
+    return book
+
+
+def test_the_right_notebook_passes(right):
+    assert [problem for check in CHECKS for problem in check(right)] == []
+
+
+def output(book: Notebook, cell: int, **fields) -> None:
+    """Add an output to a code cell."""
+    book.code[cell].outputs.append(nbformat.from_dict(fields))
+
+
+def set_meta(book: Notebook, cell: int, **fields) -> None:
+    """Change nbgrader's metadata of a code cell."""
+    book.code[cell].metadata["nbgrader"].update(fields)
+
+
+def replace(book: Notebook, old: str, new: str) -> None:
+    """Change a text wherever it stands."""
+    for cell in book.nb.cells:
+        cell.source = cell.source.replace(old, new)
+
+
+# What is made wrong -> the check that must notice.
+WRONG = {
+    "another kernel": (kernel, lambda b: b.nb.metadata.kernelspec.update(name="venv")),
+    "no kernel": (kernel, lambda b: b.nb.metadata.pop("kernelspec")),
+    "a cell that never ran": (execution, lambda b: b.code[2].update(execution_count=None)),
+    "cells run out of order": (execution, lambda b: b.code[2].update(execution_count=9)),
+    "outputs stripped": (execution, lambda b: b.code[1].update(outputs=[])),
+    "an error": (noise, lambda b: output(b, 2, output_type="error", ename="E", evalue="",
+                                         traceback=[])),
+    "a warning": (noise, lambda b: output(b, 2, output_type="stream", name="stderr", text="w")),
+    "a path": (noise, lambda b: output(b, 2, output_type="stream", name="stdout",
+                                       text="saved to /home/me/a.png")),
+    "a path as a value": (noise, lambda b: output(b, 2, output_type="execute_result", metadata={},
+                                                  data={"text/plain": "PosixPath('/tmp/a')"})),
+    "one long cell": (length, lambda b: b.code[0].update(source="x = 1\n" * 41)),
+    "many longish cells": (length, lambda b: [c.update(source="x = 1\n" * 9) for c in b.code]),
+    "a wall of words": (prose, lambda b: b.nb.cells[2].update(source="word " * 81)),
+    "too little text": (proportion, lambda b: b.nb.cells.__delitem__(slice(8, 11))),
+    "too much text": (proportion, lambda b: b.nb.cells.extend([new_markdown_cell("a")] * 20)),
+    "no picture": (figure, lambda b: b.code[3].update(outputs=[])),
+    "a picture of another notebook": (figure, lambda b: replace(b, "07_a.png", "06_a.png")),
+    "a picture never saved": (figure, lambda b: (b.root / "figures" / "07_a.png").unlink()),
+    "a linked picture": (local, lambda b: replace(b, "Step", "![map](http://a.example/b.png)")),
+    "another number": (anatomy, lambda b: replace(b, "# 07", "# 08")),
+    "no question": (anatomy, lambda b: replace(b, "**The question.**", "")),
+    "no paper": (anatomy, lambda b: replace(b, "**Paper.**", "")),
+    "no run time": (anatomy, lambda b: replace(b, "**Run time.**", "")),
+    "one folded answer": (anatomy, lambda b: replace(b, "<details>A", "A")),
+    "nothing breaks": (anatomy, lambda b: replace(b, "What breaks", "More")),
+    "no comparison": (anatomy, lambda b: replace(b, "assert mine == package", "package")),
+    "a summary of six lines": (anatomy, lambda b: replace(b, "5. e", "5. e\n6. f")),
+    "no table of names": (anatomy, lambda b: b.nb.cells.pop()),
+    "one exercise": (grading, lambda b: b.nb.cells.__delitem__(slice(11, 15))),
+    "a name used twice": (grading, lambda b: set_meta(b, 7, grade_id="one")),
+    "no name": (grading, lambda b: b.code[4].metadata["nbgrader"].pop("grade_id")),
+    "an old schema": (grading, lambda b: set_meta(b, 4, schema_version=2)),
+    "a test without points": (grading, lambda b: b.code[6].metadata["nbgrader"].pop("points")),
+    "a test worth nothing": (grading, lambda b: set_meta(b, 6, points=0)),
+    "a test that is open": (grading, lambda b: set_meta(b, 6, locked=False)),
+    "a test that asserts nothing": (grading, lambda b: replace(b, "assert x\n", "x\n")),
+    "a solution without its end": (grading, lambda b: replace(b, "### END SOLUTION", "")),
+    "a solution without metadata": (grading, lambda b: b.code[4].metadata.pop("nbgrader")),
+    "a test without a hidden part": (grading, lambda b: replace(b, "### END HIDDEN TESTS", "")),
+    "a check that says nothing": (grading, lambda b: replace(b, "review(", "_ = review(")),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_variant_is_caught(name, right):
+    check, spoil = WRONG[name]
+    spoil(right)
+    assert check(right) != []
+
+
+def run_first_cell(folder: Path, before: str = "", after: str = "") -> subprocess.CompletedProcess:
+    """Run the first cell in a process of its own that starts in `folder`."""
+    source = "\n".join([before, BOOKS[0].code[0].source, after])
+    return subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True,
+                          text=True, timeout=120)
+
+
+FAKE_TORCH = """
+import sys, types
+sys.modules["torch"] = types.SimpleNamespace(set_num_threads=print, get_num_threads=lambda: 3)
+"""
+FAKE_COLAB = """
+import subprocess
+sys.modules["google.colab"] = types.ModuleType("google.colab")
+subprocess.run = lambda command, check: print(*command[1:-1], command[-1].split("/")[-1])
+"""
+
+
+@pytest.mark.parametrize("start", ["clone/notebooks", "clone", "."])
+def test_first_cell_finds_the_repository(start, tmp_path):
+    """From its own folder, from the root, and from the folder that holds the clone."""
+    (tmp_path / "clone").symlink_to(ROOT)
+    told = "import minids; print(Path(minids.__file__).resolve().parents[1])"
+    run = run_first_cell(tmp_path / start, FAKE_TORCH, told)
+    assert (run.stdout, run.stderr) == (f"2\n{ROOT}\n", "")
+
+
+def test_first_cell_installs_on_colab_only():
+    run = run_first_cell(FOLDER, FAKE_TORCH + FAKE_COLAB)
+    assert run.stdout == "-m pip install --quiet -r requirements.txt\n2\n"
+    assert "pip" not in run_first_cell(FOLDER, FAKE_TORCH).stdout
+
+
+def test_first_cell_says_what_to_do_without_the_repository(tmp_path):
+    run = run_first_cell(tmp_path, FAKE_TORCH)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == ("AssertionError: minids is not here: clone its "
+                                           "repository and open the notebook inside the clone")
