@@ -1,0 +1,704 @@
+"""Paired timings: minids beside transformers, and experts beside a dense model.
+
+    python -m minids.bench                          # the preset tiny on a CPU
+    python -m minids.bench --what decode --dtype fp32 --pairs 15
+    python -m minids.bench --what moe-vs-dense --seeds 3 --steps 500
+
+What each table shows:
+    train         training steps a second: forward, backward, clipping and fused AdamW
+    decode        greedy decoding with a cache, at batch 1 and at --decode-batch
+    memory        the most memory that either takes, each in a process of its own
+    dense         training with experts beside a dense model of as many active parameters
+    moe-vs-dense  both of these trained: validation bits per byte at equal tokens and equal time
+
+The other side of the first three is DeepseekV3ForCausalLM of transformers with the same weights,
+data, precision, threads and allocator, under those of its settings that a trial finds fastest. The
+two run in turn, A B then B A, and the figure is the median of the ratios of such pairs: on a
+machine with neighbours a ratio within a pair is steadier than any time. Both compute the same
+function, and the benchmark stops if they do not: logits and first losses are compared before
+anything is timed, and decoded tokens may differ only where rounding decides.
+
+Simplified: without MTP modules, gate-bias updates and balance loss, which transformers' model does
+not train; weights are random. `batched_mm`, a third body of transformers' experts, joins the trial
+for decoding only: in training it is many times slower on a CPU.
+"""
+
+import contextlib
+import copy
+import ctypes
+import functools
+import gc
+import itertools
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minids.config import (
+    ModelArgs,
+    TrainArgs,
+    check_types,
+    option,
+    parse,
+    require,
+    run_program,
+)
+from minids.costs import count_parameters
+from minids.data import open_data
+from minids.generate import generate
+from minids.model import Transformer
+from minids.tokenizer import Tokenizer
+from minids.train import free_run_folder, read_metrics, train, tune_allocator
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+TABLES = ("train", "decode", "memory", "dense", "moe-vs-dense")
+TRIAL_ROUNDS = 3
+WARM_UP = 2           # training steps; the first ones build kernels
+MEMORY_STEPS = 5
+LEARNING_RATE = 1e-3  # of the timed steps
+WIDTH_MULTIPLE = 8    # of the dense model's hidden width, to give it no odd shape
+
+# Both sides add the same products in another order. The typical logit then moves by 1e-7 to 2e-6 of
+# the logits' spread in FP32 (measured), and by 4e-5 or more if a kind of weight is copied wrongly.
+LOGIT_TOLERANCE = 1e-5
+LOSS_TOLERANCE = {"fp32": 5e-5, "bf16": 1e-2}  # FP32: sums near 8; BF16: roundings of 2^-9
+# How far a decoded token may lie below the best one, as a share of the distance from the best logit
+# to the mean: ties that rounding decides. In BF16 rounding also sends tokens to other experts
+# (measured: up to 0.17); any other token lies about 1 below.
+TIE = {"fp32": 1e-4, "bf16": 0.25}
+
+
+@dataclass(frozen=True)
+class BenchArgs:
+    """What to measure."""
+
+    preset: str = option("tiny", "model: " + ", ".join(ModelArgs.presets()))
+    what: str = option("all", "table to make; all: every one but moe-vs-dense, which takes hours",
+                       ("all", *TABLES))
+    pairs: int = option(7, "timings of each side; they take turns")
+    steps_per_timing: int = option(3, "training steps in one timing")
+    batch_size: int = option(8, "training: sequences in a step")
+    seq_len: int = option(256, "training: tokens in a sequence")
+    decode_batch: int = option(64, "decoding: sequences, beside a single one")
+    prompt: int = option(64, "decoding: tokens of each prompt")
+    new_tokens: int = option(128, "decoding: tokens to generate after each prompt")
+    dtype: str = option("both", "bf16: autocast with FP32 weights to train, BF16 weights to decode",
+                        ("both", *DTYPES))
+    data: str = option("pystdlib", "text: pystdlib, text:PATH or hf:NAME[:CONFIG[:COLUMN]]")
+    seed: int = option(0, "decides the weights and the order of the text")
+    seeds: int = option(3, "moe-vs-dense: runs of each model")
+    steps: int = option(0, "moe-vs-dense: steps of each run; 0: as many as the preset trains")
+    threads: int = option(2, "CPU threads")
+    device: str = option("cpu", "cpu or cuda", ("cpu", "cuda"))
+
+    def __post_init__(self):
+        check_types(self)
+        for name in ("pairs steps_per_timing batch_size seq_len decode_batch prompt new_tokens "
+                     "seeds threads").split():
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("seed", "steps"):
+            require(self, name, getattr(self, name) >= 0, "0 or more")
+        require(self, "device", self.device == "cpu" or torch.cuda.is_available(),
+                "cpu: this machine has no GPU that torch can use")
+
+    @property
+    def dtypes(self) -> list[str]:
+        """The precisions to measure."""
+        return list(DTYPES) if self.dtype == "both" else [self.dtype]
+
+
+class Setting(NamedTuple):
+    """Which of transformers' bodies run."""
+
+    attention: str
+    experts: str
+
+    def __str__(self) -> str:
+        return f"{self.attention} + {self.experts}"
+
+
+def settings_of(experts: tuple[str, ...]) -> list[Setting]:
+    """Every setting with one of these bodies for the experts."""
+    return [Setting(*pair) for pair in itertools.product(("sdpa", "eager"), experts)]
+
+
+TRAIN_SETTINGS = settings_of(("grouped_mm", "eager"))
+DECODE_SETTINGS = settings_of(("grouped_mm", "eager", "batched_mm"))
+
+
+# transformers' name of each part of ours
+NAMES = {
+    "embed": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
+    "head": "lm_head", "attn": "self_attn", "ffn": "mlp", "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm", "wq": "q_proj", "wq_a": "q_a_proj",
+    "q_norm": "q_a_layernorm", "wq_b": "q_b_proj", "wkv_a": "kv_a_proj_with_mqa",
+    "kv_norm": "kv_a_layernorm", "wkv_b": "kv_b_proj", "wo": "o_proj", "w1": "gate_proj",
+    "w2": "down_proj", "w3": "up_proj", "bias": "e_score_correction_bias"}
+
+
+def check_expressible(args: ModelArgs) -> None:
+    """Raise `ValueError` for a model that transformers' DeepseekV3ForCausalLM cannot be."""
+    require(args, "n_routed_experts", args.n_routed_experts >= 2 * args.n_expert_groups,
+            "at least 2 a group to compare with transformers")
+    require(args, "n_shared_experts", args.n_shared_experts >= 1,
+            "at least 1 to compare with transformers")
+    require(args, "score_func", args.score_func == "sigmoid" and args.gate_bias,
+            "sigmoid with gate_bias = True to compare with transformers")
+    require(args, "norm_eps", args.norm_eps == 1e-6, "1e-06 to compare with transformers")
+    require(args, "max_seq_len", not args.yarn,
+            f"at most original_seq_len = {args.original_seq_len} to compare with transformers")
+
+
+def build_transformers(args: ModelArgs):
+    """transformers' model of this configuration, with its own random weights."""
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, logging
+
+    logging.set_verbosity_error()
+    config = DeepseekV3Config(
+        vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.inter_dim,
+        moe_intermediate_size=args.moe_inter_dim, num_hidden_layers=args.n_layers,
+        first_k_dense_replace=args.n_dense_layers, num_attention_heads=args.n_heads,
+        num_key_value_heads=args.n_heads, n_routed_experts=args.n_routed_experts,
+        n_shared_experts=args.n_shared_experts, num_experts_per_tok=args.n_activated_experts,
+        n_group=args.n_expert_groups, topk_group=args.n_limited_groups, norm_topk_prob=True,
+        routed_scaling_factor=args.route_scale, q_lora_rank=args.q_lora_rank or None,
+        kv_lora_rank=args.kv_lora_rank, qk_nope_head_dim=args.qk_nope_head_dim,
+        qk_rope_head_dim=args.qk_rope_head_dim, v_head_dim=args.v_head_dim, rope_interleave=True,
+        rope_parameters=dict(rope_type="default", rope_theta=args.rope_theta),
+        rms_norm_eps=args.norm_eps, max_position_embeddings=args.max_seq_len,
+        initializer_range=args.init_std, num_mtp_layers=0, bos_token_id=None, eos_token_id=None,
+        attn_implementation="sdpa", experts_implementation="grouped_mm")
+    return DeepseekV3ForCausalLM(config)
+
+
+def to_transformers(model: Transformer):
+    """transformers' model with the weights of ours (without MTP): it computes the same function."""
+    ours, theirs = model.state_dict(), {}
+    for name, tensor in ours.items():
+        words = name.split(".")
+        renamed = ".".join(NAMES.get(word, word) for word in words)
+        if words[-2:] == ["experts", "w1"]:
+            both = [tensor, ours[name.replace("w1", "w3")]]
+            theirs[renamed.replace("gate_proj", "gate_up_proj")] = torch.cat(both, dim=1)
+        elif words[0] != "mtp" and words[-2:] != ["experts", "w3"]:
+            theirs[renamed] = tensor
+    other = build_transformers(model.args)
+    other.load_state_dict(theirs)
+    return other.to(model.head.weight.device)
+
+
+def choose(theirs, setting: Setting) -> None:
+    """Switch transformers' model to these bodies."""
+    theirs.set_attn_implementation(setting.attention)
+    theirs.set_experts_implementation(setting.experts)
+
+
+def minids_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, nats."""
+    return model.loss(tokens, targets, mtp_weight=0.0, balance_weight=0.0).total
+
+
+def transformers_loss(theirs, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy, nats; `shift_labels` says that the targets are one token ahead."""
+    return theirs(input_ids=tokens, labels=targets, shift_labels=targets, use_cache=False).loss
+
+
+class Stepper:
+    """One model's training step: forward, backward, clipping, fused AdamW.
+
+    loss: minids_loss or transformers_loss
+    dtype: "bf16" (autocast, FP32 master weights) or "fp32"
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable, dtype: str):
+        self.model, self.loss, self.dtype = model, loss, dtype
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a batch, tokens and targets (B, S)."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
+            return self.loss(self.model, tokens, targets)
+
+    def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """One optimizer step; returns the loss before it."""
+        loss = self.forward(tokens, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def run(self, batches: list) -> None:
+        """A step on each batch."""
+        for batch in batches:
+            self.step(*batch)
+
+
+def decode_minids(model: Transformer, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """The greedy continuation of each prompt by minids."""
+    return generate(model, prompts, new_tokens).tokens
+
+
+def decode_transformers(theirs, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """The greedy continuation of each prompt by transformers."""
+    ids = torch.tensor(prompts, device=theirs.device)  # (B, S)
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
+                          use_cache=True, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+    return out[:, ids.size(1):].tolist()
+
+
+class Timing(NamedTuple):
+    """Seconds of both sides in each pair."""
+
+    ours: list[float]
+    theirs: list[float]
+
+    @property
+    def ratios(self) -> list[float]:
+        """How many times as fast ours is, pair by pair."""
+        return [b / a for a, b in zip(self.ours, self.theirs, strict=True)]
+
+    def cells(self, tokens: int) -> list[str]:
+        """For a table: tokens a second of both, and the median, least and largest ratio."""
+        speeds = [tokens / statistics.median(side) for side in self]
+        ratios = statistics.median(self.ratios), min(self.ratios), max(self.ratios)
+        return [f"{speed:,.0f}" for speed in speeds] + [f"{ratio:.2f}" for ratio in ratios]
+
+
+RATIOS = ["ratio", "min", "max"]
+
+
+def seconds(work: Callable[[], object], device: str) -> float:
+    """How long `work` takes, until the device is done with it."""
+    settle = torch.cuda.synchronize if device == "cuda" else lambda: None
+    settle()
+    start = time.perf_counter()
+    work()
+    settle()
+    return time.perf_counter() - start
+
+
+def in_turn(ours: Callable[[int], object], theirs: Callable[[int], object], pairs: int,
+            device: str) -> Timing:
+    """Time both `pairs` times; each is called with the pair's number, and who begins alternates."""
+    timing = Timing([], [])
+    for pair in range(pairs):
+        sides = [(ours, timing.ours), (theirs, timing.theirs)]
+        for work, times in sides if pair % 2 == 0 else reversed(sides):
+            times.append(seconds(functools.partial(work, pair), device))
+    return timing
+
+
+def trial(theirs, settings: list[Setting], work: Callable[[], object], device: str,
+          what: str) -> Setting:
+    """The setting of transformers under which `work` takes the least time.
+
+    what: the work in words, for the line on stderr that reports all times
+    """
+    times = {setting: [] for setting in settings}
+    for round in range(TRIAL_ROUNDS + 1):
+        for setting in settings:
+            choose(theirs, setting)
+            taken = seconds(work, device)
+            if round:  # the first round warms up
+                times[setting].append(taken)
+    found = sorted((min(taken), setting) for setting, taken in times.items())
+    listed = ", ".join(f"{setting} {taken:.3f} s" for taken, setting in found)
+    print(f"transformers, {what}: {listed}", file=sys.stderr, flush=True)
+    return found[0][1]
+
+
+@torch.no_grad()
+def check_same_function(model: Transformer, theirs, tokens: Tensor) -> None:
+    """Both models give the same FP32 logits for tokens (B, S); otherwise stop.
+
+    The median over tokens: rounding may send one of them to another expert.
+    """
+    logits = model(tokens)  # (B, S, vocab_size)
+    gaps = (logits - theirs(input_ids=tokens, use_cache=False).logits).abs().mean(-1)  # (B, S)
+    gap = (gaps.median() / logits.std()).item()
+    assert gap <= LOGIT_TOLERANCE, f"the two models differ: logits are {gap:.1e} apart"
+
+
+@torch.no_grad()
+def first_losses(ours: Stepper, theirs: Stepper, batch: tuple[Tensor, Tensor]) -> list[float]:
+    """The loss of both on one batch, after checking that they compute the same."""
+    check_same_function(ours.model, theirs.model, batch[0][:4])
+    losses = [stepper.forward(*batch).item() for stepper in (ours, theirs)]
+    assert abs(losses[0] - losses[1]) <= LOSS_TOLERANCE[ours.dtype], (
+        f"the first losses differ: minids {losses[0]:.6f}, transformers {losses[1]:.6f}")
+    return losses
+
+
+def equal_tokens(model: Transformer, prompts: list[list[int]], ours: list[list[int]],
+                 theirs: list[list[int]], tie: float) -> float:
+    """The share of equal tokens, after checking that each first difference is a tie.
+
+    model: judges the ties, in FP32
+    tie: how far below the best token either may lie, see `TIE`
+    """
+    equal = 0
+    for prompt, a, b in zip(prompts, ours, theirs, strict=True):
+        assert len(a) == len(b), f"{len(a)} and {len(b)} tokens were decoded"
+        same = [x == y for x, y in zip(a, b, strict=True)]
+        equal += sum(same)
+        if not all(same):
+            at = same.index(False)
+            below = distance_from_best(model, prompt + a[:at], [a[at], b[at]])
+            assert below <= tie, f"token {at} differs and is no tie: it lies {below:.4f} below"
+    return equal / sum(map(len, ours))
+
+
+@torch.inference_mode()
+def distance_from_best(model: Transformer, tokens: list[int], candidates: list[int]) -> float:
+    """How far the worst candidate for the next token lies below the best: 1 is as far as the mean
+    of all tokens."""
+    logits = model(torch.tensor([tokens], device=model.head.weight.device))[0, -1]  # (vocab_size,)
+    best = logits.max()
+    return ((best - logits[candidates].min()) / (best - logits.mean())).item()
+
+
+def equal_active_dense(args: ModelArgs) -> ModelArgs:
+    """The dense model with as many active parameters: every layer has one width, found to fit."""
+    dense = replace(args, n_routed_experts=0, inter_dim=WIDTH_MULTIPLE)
+    missing = count_parameters(args).active - count_parameters(dense).active
+    each = 3 * args.dim * args.n_layers * WIDTH_MULTIPLE
+    return replace(dense, inter_dim=WIDTH_MULTIPLE * max(1, 1 + round(missing / each)))
+
+
+class Bench:
+    """The text and the configuration that all tables of one program share.
+
+    settings: what to measure
+    args: the model; the timed ones go without its MTP modules
+    """
+
+    def __init__(self, settings: BenchArgs, args: ModelArgs):
+        tokenizer = Tokenizer.load()
+        self.settings = settings
+        self.trained_args = replace(args, vocab_size=tokenizer.vocab_size)
+        self.args = replace(self.trained_args, n_mtp_layers=0)
+        self.fastest: dict[tuple, Setting] = {}  # what trials of transformers have found
+        self.check_lengths()
+        data = open_data(settings.data, tokenizer, settings.seq_len, seed=settings.seed)
+        self.loader, self.valid = data.loader, data.valid
+        needed = settings.prompt * settings.decode_batch
+        require(settings, "decode_batch", needed <= len(self.valid),
+                f"at most {len(self.valid) // settings.prompt}: the validation text is short")
+
+    def check_lengths(self) -> None:
+        """Raise `ValueError` for a model without experts, or sequences longer than it takes."""
+        limit, s = self.args.max_seq_len, self.settings
+        require(self.args, "n_routed_experts", self.args.has_moe, "at least 1")
+        require(s, "seq_len", s.seq_len <= limit, f"at most max_seq_len = {limit}")
+        require(s, "new_tokens", s.prompt + s.new_tokens <= limit,
+                f"at most {limit - s.prompt}, so that max_seq_len = {limit} holds the prompt too")
+
+    def model(self, args: ModelArgs | None = None) -> Transformer:
+        """A new minids model; the same weights every time."""
+        torch.manual_seed(self.settings.seed)
+        return Transformer(args or self.args).to(self.settings.device)
+
+    def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """The next training batches, on the device."""
+        drawn = [self.loader.next_batch(self.settings.batch_size) for _ in range(count)]
+        return [tuple(t.to(self.settings.device) for t in batch) for batch in drawn]
+
+    def prompts(self, count: int) -> list[list[int]]:
+        """Pieces of the validation text."""
+        size = self.settings.prompt
+        return self.valid[:count * size].view(count, size).tolist()
+
+    def time_steps(self, ours: Stepper, theirs: Stepper) -> Timing:
+        """Time training steps in turn; each is on a batch of its own, the same for both."""
+        s = self.settings
+        for stepper in (ours, theirs):
+            stepper.run(self.batches(WARM_UP))
+        batches = [self.batches(s.steps_per_timing) for _ in range(s.pairs)]
+        return in_turn(lambda pair: ours.run(batches[pair]), lambda pair: theirs.run(batches[pair]),
+                       s.pairs, s.device)
+
+    @property
+    def tokens_per_timing(self) -> int:
+        """Tokens that one timing of training steps takes in."""
+        return self.settings.steps_per_timing * self.settings.batch_size * self.settings.seq_len
+
+    def fastest_training(self, dtype: str) -> Setting:
+        """The setting under which transformers trains fastest here."""
+        if ("train", dtype) not in self.fastest:
+            stepper = Stepper(to_transformers(self.model()), transformers_loss, dtype)
+            batch = self.batches(1)
+            self.fastest["train", dtype] = trial(
+                stepper.model, TRAIN_SETTINGS, lambda: stepper.run(batch), self.settings.device,
+                f"a training step in {dtype}")
+        return self.fastest["train", dtype]
+
+    def fastest_decoding(self, dtype: str, batch: int) -> Setting:
+        """The same for decoding a batch of prompts."""
+        if (dtype, batch) not in self.fastest:
+            theirs, tokens = self.decoders(dtype)[2], self.settings.new_tokens
+            prompts = self.prompts(batch)
+            self.fastest[dtype, batch] = trial(
+                theirs, DECODE_SETTINGS, lambda: decode_transformers(theirs, prompts, tokens),
+                self.settings.device, f"decoding {batch} x {tokens} tokens in {dtype}")
+        return self.fastest[dtype, batch]
+
+    def decoders(self, dtype: str) -> tuple[Transformer, Transformer, nn.Module]:
+        """Ours, ours with the same rounded weights in FP32 as a judge, and transformers'."""
+        ours = self.model().to(DTYPES[dtype]).eval()
+        judge = copy.deepcopy(ours).float()
+        return ours, judge, to_transformers(judge).to(DTYPES[dtype]).eval()
+
+
+def train_table(bench: Bench) -> list[list[str]]:
+    """Training beside transformers."""
+    rows = [["training", "minids tokens/s", "transformers tokens/s", *RATIOS, "minids first loss",
+             "transformers first loss"]]
+    for dtype in bench.settings.dtypes:
+        setting = bench.fastest_training(dtype)
+        model = bench.model()
+        other = to_transformers(model)
+        choose(other, setting)
+        ours, theirs = Stepper(model, minids_loss, dtype), Stepper(other, transformers_loss, dtype)
+        losses = first_losses(ours, theirs, bench.batches(1)[0])
+        timing = bench.time_steps(ours, theirs)
+        rows += [[f"{dtype}, {setting}", *timing.cells(bench.tokens_per_timing),
+                  *(f"{loss:.5f}" for loss in losses)]]
+    return rows
+
+
+def decode_table(bench: Bench) -> list[list[str]]:
+    """Greedy decoding beside transformers."""
+    s = bench.settings
+    rows = [["decoding", "minids tokens/s", "transformers tokens/s", *RATIOS, "equal tokens"]]
+    for dtype, batch in itertools.product(s.dtypes, sorted({1, s.decode_batch})):
+        ours, judge, theirs = bench.decoders(dtype)
+        choose(theirs, setting := bench.fastest_decoding(dtype, batch))
+        prompts = bench.prompts(batch)
+        work = [functools.partial(decode_minids, ours, prompts, s.new_tokens),
+                functools.partial(decode_transformers, theirs, prompts, s.new_tokens)]
+        share = equal_tokens(judge, prompts, *(decode() for decode in work), TIE[dtype])
+        timing = in_turn(*(lambda pair, decode=decode: decode() for decode in work), s.pairs,
+                         s.device)
+        rows += [[f"{dtype}, batch {batch}, {setting}", *timing.cells(batch * s.new_tokens),
+                  f"{share:.1%}"]]
+    return rows
+
+
+def dense_table(bench: Bench) -> list[list[str]]:
+    """Training with experts beside the dense model of as many active parameters."""
+    rows = [["training", "experts tokens/s", "dense tokens/s", *RATIOS, "experts active",
+             "dense active"]]
+    pair = bench.args, equal_active_dense(bench.args)
+    active = [f"{count_parameters(args).active:,}" for args in pair]
+    for dtype in bench.settings.dtypes:
+        steppers = [Stepper(bench.model(args), minids_loss, dtype) for args in pair]
+        timing = bench.time_steps(*steppers)
+        rows += [[dtype, *timing.cells(bench.tokens_per_timing), *active]]
+    return rows
+
+
+class Memory(NamedTuple):
+    """Bytes in use before the work, and the most during it."""
+
+    before: int
+    peak: int
+
+
+def process_memory(field: str) -> int:
+    """A field of this process's status, bytes: VmRSS, in use now; VmHWM, the most so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
+
+
+def watch_memory(work: Callable[[], object], device: str) -> Memory:
+    """The memory of `work`: the GPU's, or on a CPU the process's (Linux only)."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        work()
+        return Memory(before, torch.cuda.max_memory_allocated())
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)  # what building the model freed is no head start
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM starts anew
+    before = process_memory("VmRSS")
+    work()
+    return Memory(before, process_memory("VmHWM"))
+
+
+def memory_of_training(bench: Bench, dtype: str, setting: Setting | None) -> Memory:
+    """Memory of a few training steps; setting: transformers' bodies, None for minids."""
+    model, loss = side(bench, setting), transformers_loss if setting else minids_loss
+    stepper, batches = Stepper(model, loss, dtype), bench.batches(MEMORY_STEPS)
+    return watch_memory(lambda: stepper.run(batches), bench.settings.device)
+
+
+def memory_of_decoding(bench: Bench, dtype: str, setting: Setting | None) -> Memory:
+    """Memory of decoding the larger batch; setting: transformers' bodies, None for minids."""
+    model = side(bench, setting).to(DTYPES[dtype]).eval()
+    prompts, tokens = bench.prompts(bench.settings.decode_batch), bench.settings.new_tokens
+    decode = decode_transformers if setting else decode_minids
+    return watch_memory(lambda: decode(model, prompts, tokens), bench.settings.device)
+
+
+def side(bench: Bench, setting: Setting | None) -> nn.Module:
+    """A model of one side alone, with random weights of its own."""
+    if setting is None:
+        return bench.model()
+    model = build_transformers(bench.args).to(bench.settings.device)
+    choose(model, setting)
+    return model
+
+
+def in_fresh_process(measure: Callable, settings: BenchArgs, args: ModelArgs, dtype: str,
+                     setting: Setting | None) -> Memory:
+    """`measure(bench, dtype, setting)` in a Python process that did nothing else before."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=prepare, initargs=(settings,)) as pool:
+        return pool.submit(measure_with, measure, settings, args, dtype, setting).result()
+
+
+def measure_with(measure: Callable, settings: BenchArgs, args: ModelArgs, dtype: str,
+                 setting: Setting | None) -> Memory:
+    """What the fresh process does."""
+    return measure(Bench(settings, args), dtype, setting)
+
+
+def memory_table(bench: Bench) -> list[list[str]]:
+    """Peak memory of both sides; the ratio is transformers' to ours."""
+    s = bench.settings
+    rows = [["memory, MiB", "minids added", "transformers added", "ratio", "minids peak",
+             "transformers peak", "ratio"]]
+    for dtype in s.dtypes:
+        for name, measure, setting in (
+                ("training", memory_of_training, bench.fastest_training(dtype)),
+                (f"decoding, batch {s.decode_batch}", memory_of_decoding,
+                 bench.fastest_decoding(dtype, s.decode_batch))):
+            ours, theirs = (in_fresh_process(measure, s, bench.args, dtype, which)
+                            for which in (None, setting))
+            added = ours.peak - ours.before, theirs.peak - theirs.before
+            rows += [[f"{dtype} {name}, {setting}", *memory_cells(*added),
+                      *memory_cells(ours.peak, theirs.peak)]]
+    return rows
+
+
+def memory_cells(ours: int, theirs: int) -> list[str]:
+    """Bytes of both in MiB, and how many times as much transformers takes."""
+    return [f"{ours / 2**20:,.0f}", f"{theirs / 2**20:,.0f}", f"{theirs / ours:.2f}"]
+
+
+class Quality(NamedTuple):
+    """What one training run came to."""
+
+    bits_per_byte: float
+    seconds: float
+    steps: int
+
+
+def train_one(bench: Bench, args: ModelArgs, seed: int, steps: int, run: Path) -> Quality:
+    """Train a model with the preset's recipe; its validation after the last step."""
+    s = bench.settings
+    dtype = "auto" if s.dtype == "both" else s.dtype
+    train_args = TrainArgs.for_preset(
+        s.preset, steps=steps, seed=seed, out=str(run), data=s.data, dtype=dtype, device=s.device,
+        threads=s.threads, eval_every=0, save_every=steps, keep_last=1)
+    with contextlib.redirect_stdout(sys.stderr):
+        train(train_args, asdict(args))
+    last = read_metrics(run)[-1]
+    return Quality(last["valid_bpb"], last["seconds"], steps)
+
+
+def train_three(bench: Bench, seed: int, folder: Path) -> list[Quality]:
+    """The model with experts, the dense one at equal tokens, and the dense one at equal time.
+
+    The third run has as many steps as fit into the first one's time: its learning rate falls to
+    the end as the first one's does, which a run that is only cut off at that time would not.
+    """
+    steps = bench.settings.steps or TrainArgs.for_preset(bench.settings.preset).steps
+    moe, dense = bench.trained_args, equal_active_dense(bench.trained_args)
+    first = train_one(bench, moe, seed, steps, folder / f"experts-seed-{seed}")
+    second = train_one(bench, dense, seed, steps, folder / f"dense-tokens-seed-{seed}")
+    more = max(1, round(steps * first.seconds / second.seconds))
+    third = train_one(bench, dense, seed, more, folder / f"dense-time-seed-{seed}")
+    return [first, second, third]
+
+
+def quality_table(bench: Bench) -> list[list[str]]:
+    """Experts and dense, trained: validation bits per byte for each seed, and the means."""
+    folder = free_run_folder("moe-vs-dense")
+    rows = [["bits per byte", "experts", "dense, equal tokens", "lower", "dense, equal time",
+             "lower", "steps", "seconds"]]
+    seeds = range(bench.settings.seed, bench.settings.seed + bench.settings.seeds)
+    runs = [train_three(bench, seed, folder) for seed in seeds]
+    for seed, three in zip(seeds, runs, strict=True):
+        rows += [[f"seed {seed}", *quality_cells([q.bits_per_byte for q in three]),
+                  " / ".join(str(q.steps) for q in three),
+                  " / ".join(f"{q.seconds:.0f}" for q in three)]]
+    means = [statistics.mean(q.bits_per_byte for q in column) for column in zip(*runs, strict=True)]
+    return [*rows, ["mean", *quality_cells(means), "", ""]]
+
+
+def quality_cells(bits: list[float]) -> list[str]:
+    """Bits per byte of the three runs, and which is lower in each comparison."""
+    experts, *dense = bits
+    cells = [f"{experts:.4f}"]
+    for other in dense:
+        cells += [f"{other:.4f}", "experts" if experts < other else "dense"]
+    return cells
+
+
+def format_table(rows: list[list[str]]) -> str:
+    """Lay rows out in columns, the first to the left and the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
+
+
+MAKERS = dict(zip(TABLES, (train_table, decode_table, memory_table, dense_table, quality_table),
+                  strict=True))
+
+
+def prepare(settings: BenchArgs) -> None:
+    """The same allocator and threads for everything that is measured in this process."""
+    tune_allocator()
+    torch.set_num_threads(settings.threads)
+
+
+def describe(bench: Bench) -> str:
+    """What the tables are about, in two lines."""
+    s, count = bench.settings, count_parameters(bench.args)
+    where = torch.cuda.get_device_name() if s.device == "cuda" else (
+        f"cpu ({torch.backends.cpu.get_cpu_capability()}), {s.threads} threads")
+    return (f"{s.preset}: {count.total:,} parameters, {count.active:,} active, without MTP\n"
+            f"{where}; torch {torch.__version__}, transformers {version('transformers')}; "
+            f"{s.pairs} pairs; training {s.batch_size} x {s.seq_len} tokens a step, decoding "
+            f"{s.new_tokens} tokens after {s.prompt}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    given, changes = parse("minids.bench", __doc__, BenchArgs, ModelArgs, argv=argv)
+    settings = BenchArgs(**given)
+    prepare(settings)
+    args = replace(ModelArgs.preset(settings.preset), **changes)
+    if settings.what not in ("dense", "moe-vs-dense"):
+        check_expressible(args)
+    bench = Bench(settings, args)
+    print(describe(bench), flush=True)
+    for name in TABLES[:-1] if settings.what == "all" else [settings.what]:
+        print(f"\n{format_table(MAKERS[name](bench))}", flush=True)
+
+
+if __name__ == "__main__":
+    run_program("minids.bench", main)
