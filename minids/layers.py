@@ -43,7 +43,8 @@ class RMSNorm(nn.Module):
 class NormRows(torch.autograd.Function):
     """RMSNorm with its gradient written out, in half the passes over memory of the plain form.
 
-    With n = x / rms(x) and y = n w:  dw = sum(dy n),  dx = (dy w - n mean(dy w n)) / rms(x)
+    With s = 1 / rms(x) and y = x s w:
+        dw = sum of dy x s over the rows,    dx = dy w s - x s^3 mean(dy x w)
     """
 
     @staticmethod
@@ -57,11 +58,11 @@ class NormRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
-        n, dy, w = x * scale, grad.to(scale.dtype), weight.to(scale.dtype)
-        products = (dy * n).flatten(0, -2)  # (rows, dim)
+        dy, w = grad.to(scale.dtype), weight.to(scale.dtype)
+        products = (dy * x).flatten(0, -2)  # (rows, dim)
         mean = (products @ w / w.numel()).view(scale.shape)
-        dx = (dy * w).sub_(n.mul_(mean)).mul_(scale)
-        return dx.to(x.dtype), products.sum(0).to(weight.dtype), None, None
+        dx = (dy * w).mul_(scale).addcmul_(x.to(scale.dtype), scale ** 3 * mean, value=-1)
+        return dx.to(x.dtype), (scale.view(1, -1) @ products)[0].to(weight.dtype), None, None
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -180,11 +180,12 @@ def attention_fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
 def attention_plain(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
                     scale: float) -> Tensor:
     """`attention` as product, softmax, product, heads before positions."""
+    batch, heads = q.shape[:2]
     seen = causal(q.size(2), k.size(2), q.device) if visible is None else visible
     hidden = torch.zeros(seen.shape, dtype=q.dtype, device=q.device)
-    hidden = hidden.masked_fill_(~seen, float("-inf")).unsqueeze(1).expand(*q.shape[:3], -1)
-    batch = q.size(0)
-    q, v, hidden = (rearrange(t, "b h s d -> (b h) s d") for t in (q, v, hidden))
+    hidden = hidden.masked_fill_(~seen, float("-inf"))  # (B or 1, S, T)
+    hidden = hidden.repeat_interleave(heads, dim=0) if len(hidden) > 1 else hidden
+    q, v = (rearrange(t, "b h s d -> (b h) s d") for t in (q, v))
     k = rearrange(k, "b h t d -> (b h) d t")
     scores = torch.baddbmm(hidden, q, k, alpha=scale)  # (B*H, S, T)
     # Softmax works in FP32 inside and rounds its result only.

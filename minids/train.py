@@ -74,7 +74,8 @@ MAY_CHANGE = {"out", "resume", "steps", "device", "threads", "compile", "recompu
               "clip", "spike_factor"}
 
 # Dense BF16 rates from the vendors' data sheets, FLOP/s; the first name that fits counts.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "L40S": 362e12,
+PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
+              "H800": 989e12, "A100": 312e12, "L40S": 362e12,
               "RTX 4090": 165e12}
 
 SAMPLE_TOKENS = 200

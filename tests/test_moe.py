@@ -12,7 +12,7 @@ from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import ModelArgs, Transformer, moe
 from minids.moe import (
-    Collect,
+    Combine,
     Dispatch,
     Gate,
     MoE,
@@ -23,6 +23,8 @@ from minids.moe import (
     max_violation,
     sequence_balance_loss,
     sort_by_expert,
+    sum_places,
+    sum_places_plain,
     update_bias,
 )
 
@@ -459,19 +461,20 @@ class OneGradient(Dispatch):
 
 
 def there_and_back(dispatch, align: int):
-    """x -> its rows in their places -> each pair's row."""
+    """x -> its rows in their places -> the weighted sum of each token's rows."""
     indices = random_indices(9, 2, 4, seed=0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moe, "ALIGN", align)
         source, slot, _ = sort_by_expert(indices, 4)
-    return lambda x: Collect.apply(dispatch.apply(x, source, slot), slot)
+    weights = torch.tensor([0.25, 2.0], dtype=torch.float64).expand(9, 2).contiguous()
+    return lambda x: Combine.apply(dispatch.apply(x, source, slot), slot, weights)
 
 
 @pytest.mark.parametrize("align", [1, 4])
-def test_dispatch_and_collect_have_the_gradient_of_what_they_do(align):
+def test_dispatch_and_combine_have_the_gradient_of_what_they_do(align):
     x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     forward = there_and_back(Dispatch, align)
-    assert torch.equal(forward(x), x.unsqueeze(1).expand(9, 2, 5))
+    torch.testing.assert_close(forward(x), 2.25 * x)
     assert torch.autograd.gradcheck(forward, x)
     with pytest.raises(RuntimeError, match="Jacobian"):
         torch.autograd.gradcheck(there_and_back(OneGradient, align), x)
@@ -482,7 +485,19 @@ def test_each_alone_has_the_gradient_of_what_it_does():
     x = torch.randn(9, 5, dtype=torch.float64, requires_grad=True)
     rows = torch.randn(18, 5, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, source, slot), x)
-    assert torch.autograd.gradcheck(lambda rows: Collect.apply(rows, slot), rows)
+    weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda r, w: Combine.apply(r, slot, w), (rows, weights))
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_both_ways_to_sum_places_agree(weighted):
+    _, slot, _ = sort_by_expert(random_indices(9, 2, 4, seed=0), 4)
+    rows = torch.randn(18, 5, dtype=torch.float64)
+    weights = torch.rand(9, 2, dtype=torch.float64) if weighted else None
+    plain = sum_places_plain(rows, slot, weights)
+    # two products and a sum in FP64: a few units in the last place
+    torch.testing.assert_close(sum_places(rows, slot, weights), plain, rtol=1e-14, atol=1e-14)
+    assert not torch.allclose(sum_places(rows, slot.flip(0), weights), plain)  # wrong variant
 
 
 def update_is_right(update) -> bool:

@@ -1,0 +1,376 @@
+"""Cached decoding against no cache at all, sampling against its distribution, and the program."""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import LITTLE, gap, random_tokens, scrambled
+
+from minids import ModelArgs, Transformer, decode
+from minids import generate as module
+from minids.checkpoint import save_checkpoint
+from minids.config import run_program
+from minids.decode import Decoder, decoder_for, few_operations_pay, one_by_one, side_by_side
+from minids.generate import Writer, generate, left_pad, main, sample
+from minids.layers import Linear
+from minids.mla import LatentCache
+from minids.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parent.parent
+EXACT = 1e-12  # FP64 rounds at 1e-16; a step adds up some thousand numbers
+NARROW = replace(LITTLE, n_heads=2)  # latents narrow enough for the decoder of few operations
+SHAPES = {
+    "query latent": NARROW,
+    "no query latent": replace(NARROW, q_lora_rank=0),
+    "values wider than latents": replace(NARROW, v_head_dim=26),
+    "softmax gate without bias": replace(NARROW, score_func="softmax", gate_bias=False),
+    "no shared experts": replace(NARROW, n_shared_experts=0),
+    "dense": replace(NARROW, n_routed_experts=0),
+    "experts in every layer": replace(NARROW, n_dense_layers=0),
+}
+MODELS = {"few operations": NARROW, "the model's own step": LITTLE}
+PROMPTS = [[5, 9, 2, 33, 7], [8], [1, 2, 3], [4, 60, 50, 40, 30]]
+
+
+def uncached(model: Transformer, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding that starts from the first token each time."""
+    tokens = list(prompt)
+    for _ in range(count):
+        with torch.no_grad():
+            tokens.append(model(torch.tensor([tokens]))[0, -1].argmax().item())
+    return tokens[len(prompt):]
+
+
+def equals_uncached(model: Transformer, prompts: list[list[int]], count: int = 12) -> bool:
+    """Whether a batch gives each prompt what it gets alone and without a cache."""
+    expected = [uncached(model, prompt, count) for prompt in prompts]
+    return generate(model, prompts, count).tokens == expected
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_cached_greedy_equals_uncached_token_by_token(name, monkeypatch):
+    model = scrambled(MODELS[name])
+    assert few_operations_pay(model) == (name == "few operations")
+    assert equals_uncached(model, [PROMPTS[0]])
+    assert equals_uncached(model, PROMPTS[::3])  # a batch of equal lengths
+    # wrong: the cache forgets the newest token
+    append = LatentCache.append
+    monkeypatch.setattr(LatentCache, "append", lambda *inputs: 0 * append(*inputs))
+    assert not equals_uncached(model, [PROMPTS[0]])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_batch_of_unequal_prompts_equals_each_alone(name, monkeypatch):
+    model = scrambled(MODELS[name])
+    assert equals_uncached(model, PROMPTS)
+    # wrong: the padding is seen, and shifts the positions
+    monkeypatch.setattr(module, "left_pad", lambda *inputs: (left_pad(*inputs)[0], None))
+    assert equals_uncached(model, PROMPTS[::3])
+    assert not equals_uncached(model, PROMPTS)
+
+
+def decoder_gap(args: ModelArgs, batch: int, pad: torch.Tensor | None) -> float:
+    """How far the decoder of few operations is from the model's absorbed form, cache included."""
+    model, tokens = scrambled(args), random_tokens(args, batch, 12)
+    caches = [LatentCache(args, batch, 12, pad, dtype=torch.float64) for _ in range(2)]
+    with torch.inference_mode():
+        for cache in caches:
+            model(tokens[:, :6], cache)
+        decoder = Decoder(model, caches[0])
+        gaps = [gap(decoder(tokens[:, i]), model(tokens[:, i:i + 1], caches[1], True)[:, 0])
+                for i in range(6, 12)]
+    assert caches[0].length == caches[1].length == 12
+    return max(*gaps, gap(caches[0].latents, caches[1].latents))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("batch", [1, 2, 6])
+def test_few_operations_equal_the_absorbed_form(shape, batch):
+    for pad in (None, torch.arange(batch) % 4):
+        assert decoder_gap(SHAPES[shape], batch, pad) < EXACT
+
+
+def no_norm(x, norm):
+    return x
+
+
+def late_rotations(positions, args):
+    return decode_rotations(positions + 1, args)
+
+
+decode_rotations = decode.rotations
+
+
+@pytest.mark.parametrize("name, wrong", [("normalise", no_norm), ("rotations", late_rotations),
+                                         ("add_mlp", lambda mlp, x, n: x)])
+def test_a_wrong_decoder_is_caught(name, wrong, monkeypatch):
+    monkeypatch.setattr(decode, name, wrong)
+    assert decoder_gap(NARROW, 3, None) > 1e-3
+
+
+def test_a_decoder_that_sees_padding_is_caught(monkeypatch):
+    init = Decoder.__init__
+
+    def without_mask(self, *inputs):
+        init(self, *inputs)
+        self.mask = None
+
+    monkeypatch.setattr(Decoder, "__init__", without_mask)
+    assert decoder_gap(NARROW, 3, None) < EXACT
+    assert decoder_gap(NARROW, 3, torch.tensor([0, 2, 5])) > 1e-3
+
+
+def bodies_gap(chosen: torch.Tensor, given: torch.Tensor) -> list[float]:
+    """How far both bodies, given these experts, are from the model's own with the chosen ones."""
+    moe, x = scrambled(NARROW).layers[1].ffn, torch.randn(len(chosen), NARROW.dim).double()
+    weights = torch.rand(chosen.shape, dtype=torch.float64)
+    place = torch.nn.functional.one_hot(given.flatten(), 8).cumsum(0)
+    own = moe.routed(x, weights, chosen)
+    return [gap(f(moe.experts, x, weights, given, place), own) for f in (side_by_side, one_by_one)]
+
+
+@pytest.mark.parametrize("scores", [
+    torch.rand(20, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8.0).repeat(20, 1),
+    torch.rand(1, 8, generator=torch.Generator().manual_seed(1))],
+    ids=["even", "all to the same", "a single token"])
+@torch.no_grad()
+def test_bodies_of_the_experts_agree(scores):
+    chosen = scores.topk(3).indices
+    assert max(bodies_gap(chosen, chosen)) < EXACT
+    assert min(bodies_gap(chosen, (chosen + 1) % 8)) > 1e-3  # wrong: the neighbour's tokens
+
+
+def test_few_operations_are_for_small_known_models_in_their_own_precision():
+    model = scrambled(NARROW)
+    assert few_operations_pay(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not few_operations_pay(model.float())
+    assert not few_operations_pay(scrambled(LITTLE))  # latents too wide
+
+    class OtherLinear(Linear):
+        """A linear layer that the decoder has never heard of."""
+
+    model.layers[1].attn.wo.__class__ = OtherLinear
+    assert not few_operations_pay(model)
+    cache = LatentCache(NARROW, 1, 4)
+    assert not isinstance(decoder_for(model, cache), Decoder)
+
+
+@pytest.mark.parametrize("preset, pays", [("tiny", True), ("nano", True), ("small", False)])
+def test_which_presets_decode_in_few_operations(preset, pays):
+    with torch.device("meta"):
+        model = Transformer(ModelArgs.preset(preset))
+    model.head.weight = torch.nn.Parameter(torch.empty(1))  # the one that tells the device
+    assert few_operations_pay(model) == pays
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bf16_weights_decode_like_fp32_ones(name):
+    logits = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model, tokens = scrambled(replace(MODELS[name], n_routed_experts=0)).to(dtype), PROMPTS[0]
+        cache = LatentCache(model.args, 1, 9, dtype=dtype)
+        with torch.inference_mode():
+            model(torch.tensor([tokens]), cache)
+            logits.append(decoder_for(model, cache)(torch.tensor([7])))
+    assert gap(logits[1], logits[0]) < 0.05  # BF16 rounds at 0.004, some ten times in a row
+    assert logits[1].dtype == torch.bfloat16 and torch.backends.mkldnn.enabled
+
+
+def test_the_seed_decides():
+    model = scrambled(NARROW)
+    first, again, other = (generate(model, PROMPTS, 10, temperature=1.0, seed=seed).tokens
+                           for seed in (3, 3, 4))
+    assert first == again != other
+    state = torch.get_rng_state()
+    generate(model, PROMPTS, 3, temperature=1.0)
+    assert torch.equal(torch.get_rng_state(), state)  # training goes on as if nothing happened
+
+
+def test_eos_ends_a_sequence_and_the_last_one_ends_the_loop():
+    model = scrambled(NARROW)
+    free = generate(model, PROMPTS, 10)
+    assert free.steps == 10 and [len(row) for row in free.tokens] == [10] * 4
+    eos = free.tokens[0][4]
+    stopped = generate(model, PROMPTS, 10, eos_id=eos)
+    expected = [row[:row.index(eos) + 1] if eos in row else row for row in free.tokens]
+    assert stopped.tokens == expected != free.tokens
+    alone = generate(model, PROMPTS[:1], 10, eos_id=eos)
+    assert alone.steps == len(alone.tokens[0]) == free.tokens[0].index(eos) + 1
+    assert alone.prompt_tokens == 5 and free.prompt_tokens == 14
+    assert stopped.tokens_per_second == sum(map(len, expected)) / stopped.seconds
+
+
+def test_each_token_is_handed_over_once_and_in_order():
+    model, seen = scrambled(NARROW), [[] for _ in PROMPTS]
+    eos = generate(model, PROMPTS, 10).tokens[0][4]
+    done = generate(model, PROMPTS, 10, eos_id=eos,
+                    on_token=lambda row, token: seen[row].append(token))
+    assert seen == done.tokens
+
+
+PROBABILITIES = [0.4, 0.25, 0.2, 0.1, 0.05]
+
+
+def rescaled(kept: list[float], temperature: float = 1.0) -> list[float]:
+    """p^(1/temperature) of those that are kept, adding up to one."""
+    powers = [p ** (1 / temperature) for p in kept] + [0.0] * (len(PROBABILITIES) - len(kept))
+    return [p / sum(powers) for p in powers]
+
+
+CUTS = {
+    "all": (dict(), rescaled(PROBABILITIES)),
+    "cool": (dict(temperature=0.5), rescaled(PROBABILITIES, 0.5)),
+    "top 2": (dict(top_k=2), rescaled(PROBABILITIES[:2])),
+    "top 9 of 5": (dict(top_k=9), rescaled(PROBABILITIES)),
+    "nucleus 0.7": (dict(top_p=0.7), rescaled(PROBABILITIES[:3])),
+    "nucleus 0.64": (dict(top_p=0.64), rescaled(PROBABILITIES[:2])),
+    "top 3, nucleus 0.7": (dict(top_k=3, top_p=0.7), rescaled(PROBABILITIES[:2])),
+    "tiny nucleus": (dict(top_p=1e-9), rescaled(PROBABILITIES[:1])),
+}
+
+
+def distance(cut: dict, expected: list[float], draws: int = 40_000) -> float:
+    """Largest difference between how often a token is drawn and how often it should be."""
+    order = torch.tensor([3, 0, 4, 2, 1])  # likeliest first is not the order of the ids
+    logits = torch.empty(5).index_put_((order,), torch.tensor(PROBABILITIES).log()) + 7.0
+    settings = dict(temperature=1.0, top_k=0, top_p=1.0) | cut
+    generator = torch.Generator().manual_seed(0)
+    drawn = sample(logits.expand(draws, -1), **settings, generator=generator)
+    share = drawn.bincount(minlength=5)[order] / draws
+    return (share - torch.tensor(expected)).abs().max().item()
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_draws_follow_the_distribution(name):
+    # A share of 40,000 draws has a standard deviation of at most 0.0025.
+    assert distance(*CUTS[name]) < 0.01
+    for other, (_, expected) in CUTS.items():  # a sampler that cuts otherwise would be seen
+        if expected != CUTS[name][1]:
+            assert distance(CUTS[name][0], expected) > 0.01, other
+
+
+def test_temperature_zero_and_top_1_are_greedy():
+    logits = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    best = logits.argmax(-1)
+    assert torch.equal(sample(logits, 0.0, 0, 1.0), best)
+    assert torch.equal(sample(logits, 5.0, 1, 1.0), best)
+    assert not torch.equal(sample(logits, 5.0, 2, 1.0), best)
+    model = scrambled(NARROW)
+    greedy = generate(model, PROMPTS, 8).tokens
+    assert generate(model, PROMPTS, 8, temperature=3.0, top_k=1).tokens == greedy
+
+
+TEXT = "naïve 漢字 🙂 def f():\n    return 'é'"
+
+
+def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
+    """What the writer prints for each token, and at the end."""
+    out, parts = io.StringIO(), []
+    writer = Writer(tokenizer, out)
+    for call in [*([writer.write, token] for token in tokens), [writer.close]]:
+        before = len(out.getvalue())
+        call[0](*call[1:])
+        parts.append(out.getvalue()[before:])
+    return parts
+
+
+def test_streaming_prints_the_text_in_whole_characters():
+    tokenizer = Tokenizer.load()
+    tokens = tokenizer.encode(TEXT)
+    parts = streamed(tokenizer, [*tokens, tokenizer.eos_id])
+    assert "".join(parts) == TEXT + "\n" and "" in parts  # a character of several tokens waits
+    assert "\ufffd" in "".join(tokenizer.decode([token]) for token in tokens)  # the wrong way
+    cut = tokenizer.encode("🙂")[:-1]
+    assert "".join(streamed(tokenizer, cut)) == tokenizer.decode(cut) + "\n"
+
+
+@pytest.mark.parametrize("change, words", [
+    (dict(prompts=[]), "prompts"), (dict(prompts=[[1], []]), "prompts"),
+    (dict(prompts=[[64]]), "token 64"), (dict(prompts=[[-1]]), "token -1"),
+    (dict(prompts=[[1] * 45]), "max_seq_len is 48"),
+    (dict(max_new_tokens=0), "max_new_tokens = 0"), (dict(temperature=-0.1), "temperature = -0.1"),
+    (dict(temperature=float("nan")), "temperature = nan"), (dict(top_k=-1), "top_k = -1"),
+    (dict(top_p=0.0), "top_p = 0.0"), (dict(top_p=1.5), "top_p = 1.5")])
+def test_bad_arguments_are_named(change, words):
+    with pytest.raises(ValueError, match=words):
+        generate(**dict(model=scrambled(NARROW), prompts=[[1, 2]], max_new_tokens=4) | change)
+
+
+def test_the_longest_sequence_fits():
+    done = generate(scrambled(NARROW), [[1] * 40], 8)
+    assert len(done.tokens[0]) == 8
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder whose model has learnt nothing."""
+    folder = tmp_path_factory.mktemp("runs") / "nano"
+    tokenizer = Tokenizer.load()
+    args = replace(ModelArgs.preset("nano"), vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(0)
+    save_checkpoint(folder, 7, Transformer(args).state_dict(), {"step": 7})
+    tokenizer.save(folder / "tokenizer")
+    config = {"model": asdict(args), "tokenizer": tokenizer.fingerprint}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def call(capsys, monkeypatch, *words) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of the program, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["minids.generate", *map(str, words)])
+    with pytest.raises(SystemExit) as end:
+        run_program("minids.generate", main)
+    said = capsys.readouterr()
+    return end.value.code or 0, said.out, said.err
+
+
+def test_the_program_prints_the_text_and_a_line_of_statistics(run, capsys, monkeypatch):
+    words = ["--run", run, "--prompt", "def read_", "--max-new-tokens", 20, "--seed", 5]
+    status, out, err = call(capsys, monkeypatch, *words)
+    loaded = module.load_run(run)
+    prompt = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("def read_")]
+    done = generate(loaded.model, [prompt], 20, 0.8, 0, 0.95, 5, loaded.tokenizer.eos_id)
+    text = loaded.tokenizer.decode(t for t in done.tokens[0] if t != loaded.tokenizer.eos_id)
+    assert (status, out) == (0, f"def read_{text}\n")
+    assert "tokens/s" in err and err.count("\n") == 1
+    assert call(capsys, monkeypatch, *words)[1] == out
+    assert call(capsys, monkeypatch, *words[:-1], 6)[1] != out
+    words += ["--samples", 2, "--run", run / "checkpoints/step_000007"]
+    both = call(capsys, monkeypatch, *words)
+    assert both[1].startswith(out) and both[1].count("def read_") == 2
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--run", "nowhere"], "nowhere"), (["--device", "tpu"], "valid are auto, cpu and cuda"),
+    (["--device", "cuda"], "use --device cpu"), (["--samples", "0"], "samples = 0"),
+    (["--top-p", "2"], "top_p = 2.0"), (["--temprature", "1"], "--temperature"),
+    (["--max-new-tokens", "300"], "max_seq_len is 256")])
+def test_a_mistake_is_one_line_and_status_2(words, named, run, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    given = words if "--run" in words else ["--run", run, *words]
+    status, out, err = call(capsys, monkeypatch, *given)
+    assert status == 2 and named in err and err.count("\n") == 1
+
+
+def test_another_tokenizer_is_refused(run, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for part in ("checkpoints", "tokenizer"):
+        (copy / part).symlink_to(run / part)
+    config = json.loads((run / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"tokenizer": "0" * 16}))
+    status, _, err = call(capsys, monkeypatch, "--run", copy)
+    assert status == 2 and "fingerprint" in err and err.count("\n") == 1
+
+
+def test_the_command_itself(run):
+    words = ["--run", run, "--prompt", "x = ", "--max-new-tokens", "3"]
+    done = subprocess.run([sys.executable, "-m", "minids.generate", *words], capture_output=True,
+                          text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.startswith("x = ") and "tokens/s" in done.stderr
