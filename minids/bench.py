@@ -53,7 +53,7 @@ from minids.config import (
     require,
     run_program,
 )
-from minids.costs import count_parameters
+from minids.costs import count_parameters, format_table
 from minids.data import open_data
 from minids.generate import generate
 from minids.model import Transformer
@@ -86,7 +86,7 @@ class BenchArgs:
     what: str = option("all", "table to make; all: every one but moe-vs-dense, which takes hours",
                        ("all", *TABLES))
     pairs: int = option(7, "timings of each side; they take turns")
-    steps_per_timing: int = option(3, "training steps in one timing")
+    steps_per_timing: int = option(8, "training steps in one timing")
     batch_size: int = option(8, "training: sequences in a step")
     seq_len: int = option(256, "training: tokens in a sequence")
     decode_batch: int = option(64, "decoding: sequences, beside a single one")
@@ -656,13 +656,6 @@ def quality_cells(bits: list[float]) -> list[str]:
     for other in dense:
         cells += [f"{other:.4f}", "experts" if experts < other else "dense"]
     return cells
-
-
-def format_table(rows: list[list[str]]) -> str:
-    """Lay rows out in columns, the first to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in rows]
-    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 MAKERS = dict(zip(TABLES, (train_table, decode_table, memory_table, dense_table, quality_table),

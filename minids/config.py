@@ -242,7 +242,7 @@ class TrainArgs:
     eval_every: int = option(100, "steps between validations; 0: only at the end")
     eval_tokens: int = option(32768, "validation tokens in between; the end uses all")
     sample_every: int = option(0, "steps between samples of text; 0: only at the end")
-    prompt: str = option("def ", "text that a sample goes on from")
+    prompt: str = option("def", "text that a sample goes on from; best without a space at the end")
     save_every: int = option(100, "steps between checkpoints")
     keep_last: int = option(2, "newest checkpoints kept, beside the best; 0: all")
     seed: int = option(0, "decides weights, data order and samples")

@@ -176,11 +176,15 @@ def token_rows(args: ModelArgs, seq_len: int) -> list[tuple]:
         ("times MLA", "", f"{cache['mha'] / cache['mla']:.2f}")]
 
 
-def format_table(rows: list[tuple]) -> str:
-    """Lay three-column rows out in aligned columns, integers with thousands separators."""
+def format_table(rows: list) -> str:
+    """Rows in aligned columns, the first to the left and the others to the right.
+
+    A cell is text, or an integer that is shown with thousands separators.
+    """
     cells = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
-    a, b, c = (max(map(len, column)) for column in zip(*cells, strict=True))
-    return "\n".join(f"{x:<{a}}  {y:>{b}}  {z:>{c}}".rstrip() for x, y, z in cells)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = [[row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells]
+    return "\n".join("  ".join(line).rstrip() for line in lines)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -81,11 +81,13 @@ def parse_share(text: str) -> tuple[int, int]:
     """How much of a text is Python: (top-level blocks that parse, top-level blocks).
 
     A block starts at a line without indentation, unless that line only goes on with the one before
-    (`else:`, a closing bracket, a decorated function). The last block, which the end of the text
-    may have cut, does not count.
+    (`else:`, a closing bracket, a decorated function). Comments between blocks count for nothing,
+    nor does the last block, which the end of the text may have cut.
     """
     blocks: list[str] = []
     for line in text.splitlines():
+        if line.startswith("#"):
+            continue
         goes_on = blocks and (blocks[-1].rstrip().rsplit("\n", 1)[-1].startswith("@")
                               or line.startswith(("else:", "elif ", "except", "finally:", ")",
                                                   "]", "}")))

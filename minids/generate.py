@@ -180,7 +180,7 @@ class GenerateArgs:
     """Sampling"""
 
     run: str = option("runs/tiny", "run folder, or one of its checkpoint folders")
-    prompt: str = option("def ", "text to go on from")
+    prompt: str = option("def", "text to go on from; best without a space at the end")
     max_new_tokens: int = option(200, "length of a sample at most, tokens")
     temperature: float = option(0.8, "divides the logits; 0 takes the likeliest token")
     top_k: int = option(0, "draw from so many likeliest tokens; 0: all")

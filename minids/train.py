@@ -78,7 +78,7 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 9
               "H800": 989e12, "A100": 312e12, "L40S": 362e12,
               "RTX 4090": 165e12}
 
-SAMPLE_TOKENS = 200
+SAMPLES, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 16, 200, 0.7
 
 
 class Stopped(Exception):
@@ -176,7 +176,7 @@ class Trainer:
                 if bar.disable and (last or "valid_bpb" in record):
                     print(progress_line(record, args.steps), flush=True)
                 if args.sample_every and self.step % args.sample_every == 0 and not last:
-                    bar.write(f"step {self.step}: {self.sample(64)!r}")
+                    bar.write(f"step {self.step}: {self.sample(64)[0]!r}")
                 if self.step % args.save_every == 0 or last or self.stop_signal:
                     self.save()
                 if self.stop_signal and not last:
@@ -272,15 +272,15 @@ class Trainer:
         """The tokens that a sample goes on from."""
         return [self.tokenizer.bos_id, *self.tokenizer.encode(self.args.prompt)]
 
-    def sample(self, max_new_tokens: int, count: int = 1) -> str:
-        """Text that the model writes after the prompt."""
-        prompt = self.prompt()
+    def sample(self, max_new_tokens: int, count: int = 1) -> list[str]:
+        """Texts that the model writes after the prompt, without the token that ends them."""
+        prompt, end = self.prompt(), self.tokenizer.eos_id
         room = self.model.args.max_seq_len - len(prompt)
         result = generate(self.model, [prompt] * count, min(max_new_tokens, room),
-                          temperature=0.8, top_p=0.95, seed=self.args.seed,
-                          eos_id=self.tokenizer.eos_id)
-        texts = [self.args.prompt + self.tokenizer.decode(row) for row in result.tokens]
-        return "\n\n".join(texts)
+                          temperature=SAMPLE_TEMPERATURE, top_p=0.95, seed=self.args.seed,
+                          eos_id=end)
+        return [self.args.prompt + self.tokenizer.decode([t for t in row if t != end])
+                for row in result.tokens]
 
     def write_record(self, record: dict) -> None:
         """Add a line to metrics.jsonl."""
@@ -291,18 +291,20 @@ class Trainer:
     def finish(self) -> None:
         """Figure, sample, and what the user would like to know and do next."""
         plots.loss_curve(self.metrics, self.run / "loss.png")
-        text = self.sample(SAMPLE_TOKENS, count=8)
-        (self.run / "sample.txt").write_text(text)
-        parsed, total = parse_share(text)
+        texts = self.sample(SAMPLE_TOKENS, SAMPLES)
+        (self.run / "sample.txt").write_text("\n\n".join(texts))
+        shares = [parse_share(text) for text in texts]
+        parsed, total = (sum(column) for column in zip(*shares, strict=True))
         balance = self.metrics[-1]["valid_max_vio"]
-        print(f"\n{self.sample(SAMPLE_TOKENS)}\n")
+        print(f"\n{max(texts, key=len)}\n")
         print(f"validation   {self.valid_bpb:.4f} bits per byte after {self.tokens:,} tokens, "
               f"{self.seconds:.0f} s of training")
         if balance:
             print("balance      MaxVio of each layer over the validation text: "
                   + " ".join(f"{v:.2f}" for v in balance))
         if total:
-            print(f"sample       {parsed} of {total} generated top-level blocks parse as Python")
+            print(f"sample       {parsed} of {total} generated top-level blocks parse as Python "
+                  f"({SAMPLES} texts)")
         print(f"run folder   {self.run}: loss.png, sample.txt, metrics.jsonl, checkpoints")
         print(f'next         python -m minids.generate --run {self.run} --prompt "def read_"')
 

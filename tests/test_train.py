@@ -570,7 +570,7 @@ def test_run_folder_describes_itself(home, unbroken):
     assert config["tokenizer"] == tokenizer.fingerprint
     assert config["versions"].keys() >= {"minids", "torch", "python"}
     assert (unbroken / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert (unbroken / "sample.txt").read_text().startswith("def ")
+    assert (unbroken / "sample.txt").read_text().startswith("def")
 
 
 def test_dense_model_trains(tmp_path, flags):
