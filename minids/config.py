@@ -17,6 +17,7 @@ DeepSeek-V3 (arXiv 2412.19437) section 4.2, and the published configuration file
 import argparse
 import difflib
 import math
+import os
 import sys
 from dataclasses import MISSING, dataclass, field, fields
 from typing import NoReturn
@@ -314,11 +315,14 @@ def to_bool(text: str) -> bool:
 
 def add_flags(parser: argparse.ArgumentParser, cls, title: str) -> None:
     """One flag for each field of the dataclass `cls`; an absent flag leaves no attribute."""
-    group = parser.add_argument_group(title)
+    group = parser.add_argument_group(title.rstrip("."))
+    tiny = cls.for_preset("tiny") if hasattr(cls, "for_preset") else cls
     for f in fields(cls):
         if f.default is MISSING:
             continue
         default = f.default if f.default != "" else "none"
+        if getattr(tiny, f.name) != f.default:
+            default = f"{default}; tiny: {getattr(tiny, f.name)}"
         text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
         spec = dict(dest=f.name, default=argparse.SUPPRESS, help=text)
         if f.type is bool:
@@ -340,6 +344,7 @@ def parse(program: str, doc: str, *classes, argv: list[str] | None = None) -> li
     Returns one dict for each class, holding only the flags that were given.
     """
     parser = OneLineParser(prog=f"python -m {program}", description=doc, allow_abbrev=False,
+                           usage=f"python -m {program} [--flag VALUE ..]",
                            formatter_class=argparse.RawDescriptionHelpFormatter)
     for cls in classes:
         add_flags(parser, cls, (cls.__doc__ or cls.__name__).strip().splitlines()[0])
@@ -351,6 +356,9 @@ def run_program(program: str, main) -> NoReturn:
     """Run `main()` and turn a user's mistake (`ValueError`, `OSError`) into one line, status 2."""
     try:
         sys.exit(main())
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (ValueError, OSError) as error:
         reason = " ".join(str(error).split())
         sys.exit(one_line(program, reason))

@@ -202,6 +202,9 @@ def test_a_wrong_flag_is_one_line_and_status_2(argv, words, capsys):
     assert all(word in err for word in words)
 
 
+TINY = TrainArgs.for_preset("tiny")
+
+
 def undocumented(text: str, cls) -> list[str]:
     """Fields whose meaning (with unit) or default a help text lacks."""
     entries, flag = {}, ""  # flag -> its words, which start on its own line or on the next
@@ -213,6 +216,8 @@ def undocumented(text: str, cls) -> list[str]:
     for f in fields(cls):
         told = entries.get("--" + f.name.replace("_", "-"), "")
         default = f.default if f.default != "" else "none"
+        if cls is TrainArgs and getattr(TINY, f.name) != f.default:
+            default = f"{default}; tiny: {getattr(TINY, f.name)}"
         if f"{f.metadata['help']} [{default}]" not in told:
             faults.append(f.name)
     return faults
@@ -226,7 +231,7 @@ def test_help_opens_with_the_docstring_and_shows_unit_and_default_of_every_flag(
               argv=["--help"])
     text = capsys.readouterr().out
     assert caught.value.code == 0
-    assert "Bake bread.\n\n    python -m bakery\n" in text and "How to bake." in text
+    assert "Bake bread.\n\n    python -m bakery\n" in text and "How to bake:" in text
     assert [undocumented(text, cls) for cls in (Recipe, ModelArgs, TrainArgs)] == [[], [], []]
     assert undocumented(text.replace("[40]", ""), Recipe) == ["minutes"]
     assert undocumented(text.replace(", degrees", ""), Recipe) == ["heat"]
