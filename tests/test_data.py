@@ -761,8 +761,10 @@ def test_without_network_it_says_so_within_two_seconds(answer, monkeypatch):
             monkeypatch.delenv(name)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     if answer == "silent":  # a name server that does not answer; no timeout bounds its look-up
-        monkeypatch.setattr(data_module.socket, "create_connection",
-                            lambda *a, **k: time.sleep(10))
+        def look_up(*_, **__):
+            time.sleep(10)
+            raise OSError("no answer")
+        monkeypatch.setattr(data_module.socket, "create_connection", look_up)
     began = time.monotonic()
     with pytest.raises(ValueError, match="no network: .* use pystdlib or text:PATH"):
         open_corpus("hf:roneneldan/TinyStories")
