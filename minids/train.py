@@ -145,17 +145,19 @@ class Trainer:
         replacement.write_text(lines)
         replacement.replace(self.run / "metrics.jsonl")
 
-    def save(self) -> Path:
-        """Write a checkpoint of this step, unless a weight in it is no number."""
+    def save(self, valid_bpb: float | None = None) -> Path:
+        """Write a checkpoint of this step, unless a weight in it is no number.
+
+        valid_bpb: measured at this very step; without it the checkpoint is never the best one
+        """
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged("a weight is no longer a finite number")
         state = dict(optimizers=[o.state_dict() for o in self.optimizers],
                      loader=self.data.loader.state_dict(), rng=rng_state(), step=self.step,
                      tokens=self.tokens, seconds=self.seconds, recent_loss=self.recent_loss,
                      valid_bpb=self.valid_bpb)
-        metric = self.valid_bpb if math.isfinite(self.valid_bpb) else None
         return save_checkpoint(self.run, self.step, self.model.state_dict(), state,
-                               self.args.keep_last, metric)
+                               self.args.keep_last, valid_bpb)
 
     def train(self) -> None:
         """All steps that are left, with a bar, validations, samples and checkpoints on the way."""
@@ -178,7 +180,7 @@ class Trainer:
                 if args.sample_every and self.step % args.sample_every == 0 and not last:
                     bar.write(f"step {self.step}: {self.sample(64)[0]!r}")
                 if self.step % args.save_every == 0 or last or self.stop_signal:
-                    self.save()
+                    self.save(record.get("valid_bpb"))
                 if self.stop_signal and not last:
                     raise Stopped(self.stop_signal)
 

@@ -466,6 +466,47 @@ def test_huge_learning_rate_stops_with_advice(tmp_path, flags):
     assert "step 2: the loss is" in said.err and "--lr 5e+29" in said.err
 
 
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, home):
+    trainer = make_trainer(home, tmp_path)
+    good = trainer.save()
+    trainer.step = 1
+    with torch.no_grad():
+        trainer.model.head.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=f"step 1: a weight is no longer .*{good.name}"):
+        trainer.save()
+    assert newest_checkpoint(tmp_path) == good
+
+
+def test_resumed_run_takes_a_lower_learning_rate(tmp_path, flags):
+    run = tmp_path / "run"
+    run_train(*flags, "--out", str(run), "--steps", "3", "--muon-lr", "0.002")
+    before = read_rates(run)
+    said = run_train("--resume", "--out", str(run), "--steps", "4", "--lr", "1e-9",
+                     "--muon-lr", "1e-9")
+    assert said.status == 0, said.err
+    assert min(before) > 1e-6 > read_rates(run)[-1]
+
+
+def read_rates(run: Path) -> list[float]:
+    """The learning rate of every step of a run."""
+    return [json.loads(line)["lr"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_only_a_step_that_was_validated_can_be_the_best(tmp_path, flags):
+    run = tmp_path / "run"
+    run_train(*flags, "--out", str(run), "--steps", "5", "--save-every", "1", "--eval-every", "2",
+              "--keep-last", "0")
+    manifests = sorted((run / "checkpoints").glob("step_*/manifest.json"))
+    judged = [json.loads(m.read_text())["metric"] is not None for m in manifests]
+    assert judged == [False, True, False, True, True]  # the last step is always validated
+
+
+def test_model_that_no_memory_holds_is_refused_in_one_line(tmp_path):
+    said = run_train("--preset", "v3", "--out", str(tmp_path / "run"))
+    assert said.status == 2 and said.err.count("\n") == 1 and "does not fit" in said.err
+    assert not (tmp_path / "run").exists()
+
+
 def poison(monkeypatch, at_step: int) -> None:
     """A loss that is no number, once."""
     accumulate = Trainer.accumulate
