@@ -11,7 +11,8 @@ The legend for shape comments, used in every file of the package:
 Widths appear under their field name, e.g. (B, S, kv_lora_rank).
 
 Source of the released dimensions: DeepSeek-V2 (arXiv 2405.04434) section 3.1 and appendix B,
-DeepSeek-V3 (arXiv 2412.19437) section 4.2, and the published configuration files.
+DeepSeek-V3 (arXiv 2412.19437) section 4.2, DeepSeek-V3.2 (arXiv 2512.02556) section 2, and the
+published configuration files.
 """
 
 import argparse
@@ -75,6 +76,11 @@ class ModelArgs:
     beta_fast: float = option(32.0, "YaRN: rotations above which a pair is left alone")
     beta_slow: float = option(1.0, "YaRN: rotations below which a pair is fully stretched")
     mscale: float = option(1.0, "YaRN: weight of the softmax-scale correction")
+    index_n_heads: int = option(0, "heads of the lightning indexer (V3.2); 0: dense attention")
+    index_head_dim: int = option(32, "width of the indexer's key, its rotated part included")
+    index_topk: int = option(128, "tokens that the indexer lets a query attend to")
+    index_hadamard: bool = option(False, "turn the indexer's queries and keys by a Hadamard matrix")
+    index_fp8: bool = option(False, "round the indexer's queries and keys to FP8, as deployed")
     n_mtp_layers: int = option(1, "multi-token prediction modules")
     init_std: float = option(0.006, "standard deviation of the initial weights")
 
@@ -83,7 +89,8 @@ class ModelArgs:
         for name in ("vocab_size max_seq_len dim inter_dim n_layers n_heads kv_lora_rank "
                      "qk_nope_head_dim qk_rope_head_dim v_head_dim original_seq_len").split():
             require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in "n_routed_experts n_shared_experts n_mtp_layers q_lora_rank".split():
+        for name in ("n_routed_experts n_shared_experts n_mtp_layers q_lora_rank "
+                     "index_n_heads").split():
             require(self, name, getattr(self, name) >= 0, "0 or more")
         for name in "norm_eps rope_theta rope_factor init_std route_scale".split():
             require(self, name, getattr(self, name) > 0, "above 0")
@@ -92,6 +99,7 @@ class ModelArgs:
                 f"between 0 and n_layers = {self.n_layers}")
         if self.has_moe:
             self._check_experts()
+        self._check_indexer()
 
     def _check_experts(self):
         groups = self.n_expert_groups
@@ -106,6 +114,21 @@ class ModelArgs:
         scores_pairs = self.gate_bias and groups > 1
         require(self, "n_expert_groups", not scores_pairs or self.n_routed_experts // groups >= 2,
                 "groups of two experts or more (V3 scores a group by its best two)")
+
+    def _check_indexer(self):
+        require(self, "index_topk", self.index_topk >= 1,
+                "at least 1 (index_n_heads = 0 turns the indexer off)")
+        if self.has_indexer:
+            require(self, "index_head_dim", self.index_head_dim >= self.qk_rope_head_dim,
+                    f"qk_rope_head_dim = {self.qk_rope_head_dim} or more")
+        width = self.index_head_dim
+        require(self, "index_head_dim", not self.index_hadamard or width & (width - 1) == 0,
+                "a power of two where index_hadamard is on")
+
+    @property
+    def has_indexer(self) -> bool:
+        """Whether attention is sparse: over the tokens that a lightning indexer selects (V3.2)."""
+        return self.index_n_heads > 0
 
     @property
     def has_moe(self) -> bool:
@@ -185,6 +208,7 @@ MODEL_PRESETS = {
     "v2-lite": V2_LITE_ARGS,
     "v2": V2_ARGS,
     "v3": V3_ARGS,
+    "v3.2": V3_ARGS | dict(index_n_heads=64, index_head_dim=128, index_topk=2048),
     "moonlight": V2_LITE_ARGS | dict(
         vocab_size=163840, max_seq_len=8192, original_seq_len=8192, inter_dim=11264,
         score_func="sigmoid", gate_bias=True, route_scale=2.446, rope_theta=50000.0,
@@ -230,7 +254,9 @@ class TrainArgs:
     mtp_weight: float = option(0.3, "weight of the multi-token prediction loss")
     mtp_weight_late: float = option(0.1, "the same for the last part of the run")
     mtp_switch: float = option(0.68, "share of the run at which that part begins")
-    balance_weight: float = option(1e-4, "weight of the sequence-wise balance loss")
+    balance_weight: float = option(1e-4, "weight of the balance loss")
+    balance_loss: str = option("sequence", "balance loss: V3's of each sequence, V2's of experts",
+                               ("sequence", "expert"))
     bias_speed: float = option(0.001, "step of the gate biases, once an optimizer step")
     bias_until: float = option(0.966, "share of the run after which the biases rest")
     fim_rate: float = option(0.0, "share of documents cut for fill-in-the-middle; V3: 0.1")

@@ -75,7 +75,8 @@ def block_scale(largest: Tensor, ue8m0: bool) -> Tensor:
 
     largest: FP32, of any shape
     """
-    scale = largest.clamp(min=LEAST) / E4M3_MAX
+    # Divided by a tensor, for a GPU multiplies by a rounded reciprocal of a plain number.
+    scale = largest.clamp(min=LEAST) / largest.new_tensor(E4M3_MAX)
     return next_power_of_two(scale) if ue8m0 else scale
 
 

@@ -10,6 +10,10 @@ The same weights give the same result in two forms:
     absorbed  folds the expansion into the query and the output, and attends to the latents
               themselves as to one shared key: decoding (V2 appendix C)
 Which form runs is said by the caller and never guessed.
+
+With an indexer (V3.2) each query attends to the tokens that `minids.sparse_attention` selects: the
+naive form by a mask, the absorbed form by fetching their latents and no others, so that a decoding
+step's attention costs the same at any length.
 """
 
 from typing import NamedTuple
@@ -22,12 +26,15 @@ from torch import Tensor, nn
 from minids.config import ModelArgs
 from minids.layers import Linear, RMSNorm
 from minids.rope import apply_rotary_emb, softmax_scale
+from minids.sparse_attention import Indexer, Selection, select
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever norm_eps is: so in the official code
 
 
 class LatentCache:
     """The latents and rotated keys of the tokens seen so far, for every layer.
+
+    With an indexer also its keys. Tensors: (n_layers, batch, max_len, width).
 
     batch: sequences decoded together
     max_len: tokens that each may reach
@@ -37,7 +44,11 @@ class LatentCache:
     def __init__(self, args: ModelArgs, batch: int, max_len: int, pad: Tensor | None = None,
                  device=None, dtype: torch.dtype = torch.float32):
         width = args.kv_lora_rank + args.qk_rope_head_dim
-        self.latents = torch.zeros(args.n_layers, batch, max_len, width, device=device, dtype=dtype)
+        shape, kind = (args.n_layers, batch, max_len), dict(device=device, dtype=dtype)
+        self.latents = torch.zeros(*shape, width, **kind)
+        self.index_keys = None
+        if args.has_indexer:
+            self.index_keys = torch.zeros(*shape, args.index_head_dim, **kind)
         self.pad = pad
         self.length = 0
 
@@ -52,9 +63,16 @@ class LatentCache:
         latent: (B, S, kv_lora_rank + qk_rope_head_dim)
         Returns those of all tokens so far, (B, T, kv_lora_rank + qk_rope_head_dim).
         """
-        end = self.length + latent.size(1)
-        self.latents[layer, :, self.length:end] = latent
-        return self.latents[layer, :, :end]
+        return self._append(self.latents[layer], latent)
+
+    def append_index_keys(self, layer: int, keys: Tensor) -> Tensor:
+        """The same for the indexer's keys: (B, S, index_head_dim) -> (B, T, index_head_dim)"""
+        return self._append(self.index_keys[layer], keys)
+
+    def _append(self, rows: Tensor, new: Tensor) -> Tensor:
+        end = self.length + new.size(1)
+        rows[:, self.length:end] = new
+        return rows[:, :end]
 
 
 class Context(NamedTuple):
@@ -92,21 +110,47 @@ class MLA(nn.Module):
         self.wkv_b = Linear(args.kv_lora_rank,
                             args.n_heads * (args.qk_nope_head_dim + args.v_head_dim))
         self.wo = Linear(args.n_heads * args.v_head_dim, args.dim)
+        self.indexer = Indexer(args) if args.has_indexer else None
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         """x: (B, S, D), normalised -> (B, S, D)"""
-        q_nope, q_pe = self.queries(x, context.rotation)
+        c_q = self.query_latent(x)
+        q_nope, q_pe = self.queries(c_q, context.rotation)
         latent = self.latent(x, context.rotation)  # (B, S, kv_lora_rank + qk_rope_head_dim)
         if context.cache is not None:
             latent = context.cache.append(self.layer, latent)  # (B, T, ..)
+        chosen = self.selection(x, c_q, context)
         attend = self.absorbed if context.absorbed else self.naive
-        heads = attend(q_nope, q_pe, latent, context.visible)  # (B, S, H, v_head_dim)
+        if chosen is None:
+            heads = attend(q_nope, q_pe, latent, context.visible)  # (B, S, H, v_head_dim)
+        elif context.absorbed:
+            heads = self.absorbed_sparse(q_nope, q_pe, latent, chosen)
+        else:
+            heads = self.naive(q_nope, q_pe, latent, chosen.mask(latent.size(1)))
         return self.wo(heads.flatten(2))
 
-    def queries(self, x: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
+    def selection(self, x: Tensor, c_q: Tensor, context: Context) -> Selection | None:
+        """The tokens to attend to; None for all, as there is no indexer or nothing to leave out."""
+        if self.indexer is None:
+            return None
+        keys = self.indexer.keys(x, context.rotation)  # (B, S, index_head_dim)
+        if context.cache is not None:
+            keys = context.cache.append_index_keys(self.layer, keys)  # (B, T, index_head_dim)
+        if keys.size(1) <= self.args.index_topk:
+            return None
+        scores = self.indexer.scores(x, c_q, keys, context.rotation)  # (B, S, T)
+        visible = context.visible
+        seen = causal(*scores.shape[1:], x.device) if visible is None else visible
+        return select(scores, seen, self.args.index_topk)
+
+    def query_latent(self, x: Tensor) -> Tensor:
+        """What queries are made of: the latent, (B, S, q_lora_rank), or x itself without one."""
+        return self.q_norm(self.wq_a(x)) if self.args.q_lora_rank else x
+
+    def queries(self, c_q: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:
         """The two parts of each head's query: (B, S, H, qk_nope) and the rotated (B, S, H, rope)"""
         args = self.args
-        q = self.wq_b(self.q_norm(self.wq_a(x))) if args.q_lora_rank else self.wq(x)
+        q = (self.wq_b if args.q_lora_rank else self.wq)(c_q)
         q = q.unflatten(-1, (args.n_heads, args.qk_head_dim))  # (B, S, H, qk_head_dim)
         q_nope, q_pe = q.split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=-1)
         return q_nope, apply_rotary_emb(q_pe, rotation)
@@ -145,6 +189,14 @@ class MLA(nn.Module):
         probs = scores.softmax(dim=-1, dtype=wide).to(q.dtype)  # (B, S, H, T)
         z = torch.einsum("bsht,btc->bshc", probs, latent[..., :args.kv_lora_rank])
         return torch.einsum("bshc,hdc->bshd", z, w_uv)
+
+    def absorbed_sparse(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor,
+                        chosen: Selection) -> Tensor:
+        """`absorbed`, each query alone with the latents that were chosen for it."""
+        alone = (t.flatten(0, 1).unsqueeze(1) for t in (q_nope, q_pe))  # (B*S, 1, H, ..)
+        own = chosen.gather(latent).flatten(0, 1)  # (B*S, k, kv_lora_rank + qk_rope_head_dim)
+        heads = self.absorbed(*alone, own, chosen.seen.flatten(0, 1).unsqueeze(1))
+        return heads.view(*q_nope.shape[:3], -1)
 
 
 def causal(queries: int, keys: int, device=None) -> Tensor:

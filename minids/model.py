@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from minids.config import ModelArgs
 from minids.layers import MLP, Linear, RMSNorm, compute_dtype
 from minids.mla import MLA, Context, LatentCache
-from minids.moe import MoE, Routing, sequence_balance_loss, update_bias
+from minids.moe import BALANCE_LOSSES, MoE, Routing, update_bias
 from minids.mtp import MTPModule
 from minids.rope import rotations
 
@@ -25,7 +25,7 @@ class Losses(NamedTuple):
 
     main: mean cross-entropy of the next token, nats
     mtp: the mean over depths of the multi-token prediction losses, nats
-    balance: the sequence-wise balance losses of all MoE layers, added up; each is 1 when balanced
+    balance: the balance losses of all MoE layers, added up; each is 1 when balanced
     indexer: always 0 without sparse attention
     loads: (n MoE layers, E) int64, tokens sent to each expert; MTP modules come last
     """
@@ -130,12 +130,13 @@ class Transformer(nn.Module):
         return block(x, *inputs)
 
     def loss(self, tokens: Tensor, targets: Tensor, mtp_weight: float = 0.3,
-             balance_weight: float = 1e-4) -> Losses:
+             balance_weight: float = 1e-4, balance_loss: str = "sequence") -> Losses:
         """The training objective (V3 sections 2.1.2, 2.2 and 4.2).
 
         tokens: (B, S) int64; targets: (B, S) int64, the token after each
         mtp_weight: lambda of V3 equation 25; 0 leaves the MTP modules out
         balance_weight: alpha of V3 equation 17
+        balance_loss: "sequence", V3's, or "expert", V2's
         """
         hidden, routings = self.hidden(tokens)
         main = linear_cross_entropy(hidden, self.head.weight, targets, targets.numel())
@@ -145,7 +146,7 @@ class Transformer(nn.Module):
             routings += more
         balance = main.new_zeros(())
         for routing in routings:
-            balance = balance + sequence_balance_loss(routing, self.args)
+            balance = balance + BALANCE_LOSSES[balance_loss](routing, self.args)
         loads = [routing.load() for routing in routings]
         loads = torch.stack(loads) if loads else targets.new_zeros(0, self.args.n_routed_experts)
         total = main + mtp_weight * mtp + balance_weight * balance
@@ -186,10 +187,12 @@ class Transformer(nn.Module):
 
 
 def initialise(model: Transformer) -> None:
-    """Every matrix normal with init_std, every norm one, every gate bias zero (V3 section 4.2)."""
+    """Every matrix normal with init_std, every norm one, every bias zero (V3 section 4.2)."""
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             nn.init.ones_(parameter)
+        elif name.endswith("bias"):  # of the indexer's LayerNorm
+            nn.init.zeros_(parameter)
         else:
             nn.init.normal_(parameter, std=model.args.init_std)
 

@@ -272,6 +272,22 @@ def sequence_balance_loss(routing: Routing, args: ModelArgs) -> Tensor:
     return (f * p).sum(-1).mean()
 
 
+def expert_balance_loss(routing: Routing, args: ModelArgs) -> Tensor:
+    """V2's expert-level loss, for comparison: sum over experts of f_i P_i, over the whole batch.
+
+    V2 (arXiv 2405.04434) section 2.2.3, equations 23 to 25, alpha_1 = 1. Beside V3's it counts the
+    experts that were really visited, and lets one sequence make up for another. Sigmoid scores are
+    normalised first; V2's softmax scores are as they are.
+    """
+    scores = routing.scores  # (B, S, E)
+    f = routing.load().to(scores) * (args.n_routed_experts / routing.indices.numel())  # (E,)
+    p = (scores / scores.sum(-1, keepdim=True)).mean(dim=(0, 1))  # (E,)
+    return (f * p).sum()
+
+
+BALANCE_LOSSES = {"sequence": sequence_balance_loss, "expert": expert_balance_loss}
+
+
 def max_violation(load: Tensor) -> Tensor:
     """MaxVio: how far the busiest expert lies above the mean, 0 when balanced (arXiv 2408.15664).
 

@@ -17,6 +17,7 @@ BLACK, GREY, ORANGE, SKY = "#222222", "#9a9a9a", "#e69f00", "#56b4e9"
 GREEN, YELLOW, BLUE, RED, PINK = "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"
 PARTS = {  # part of a ParameterCount -> its label and colour
     "embedding": ("embedding", SKY), "head": ("head", BLUE), "attention": ("attention", ORANGE),
+    "indexer": ("lightning indexer", BLACK),
     "dense_ffn": ("dense feed-forward", PINK), "routed_experts": ("routed experts", GREEN),
     "shared_experts": ("shared experts", YELLOW), "gate": ("gate", RED), "norms": ("norms", GREY)}
 STYLE = {
@@ -216,8 +217,9 @@ def draw_shares(ax, parts_by_model: dict[str, dict[str, int]]) -> None:
     left = [0.0] * len(names)
     for part in next(iter(parts_by_model.values())):
         shares = [100 * parts[part] / sum(parts.values()) for parts in parts_by_model.values()]
-        ax.barh(names, shares, left=left, height=0.68, color=PARTS[part][1],
-                label=PARTS[part][0])
+        if any(shares):  # the legend names no part that none of the models has
+            ax.barh(names, shares, left=left, height=0.68, color=PARTS[part][1],
+                    label=PARTS[part][0])
         left = [a + b for a, b in zip(left, shares, strict=True)]
     ax.set_xlim(0, 100)
     ax.set_xlabel("share (percent)")

@@ -73,3 +73,13 @@ def apply_rotary_emb(x: Tensor, rotation: Tensor) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (B, S, H, rope / 2)
     return torch.view_as_real(pairs * rotation.unsqueeze(-2)).flatten(-2).to(x.dtype)
+
+
+def apply_rotary_emb_half(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn the pairs (x_0, x_r/2), (x_1, x_r/2+1), ..: the layout of V3.2's indexer alone.
+
+    Arguments and result as for `apply_rotary_emb`.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation.unsqueeze(-2)  # (B, S, H, rope / 2)
+    return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)

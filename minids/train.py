@@ -220,7 +220,7 @@ class Trainer:
             tokens, targets = tokens.to(self.device), targets.to(self.device)
             with self.autocast():
                 losses = self.loss(tokens, targets, mtp_weight_at(self.step, args),
-                                   args.balance_weight)
+                                   args.balance_weight, args.balance_loss)
             (losses.total / args.grad_accum).backward()
             loads = loads + losses.loads
             for name, value in zip(("loss", "main", "mtp", "balance"), losses[:4], strict=True):

@@ -11,24 +11,29 @@ from minids.config import TRAIN_PRESETS, ModelArgs, TrainArgs, option, parse
 NAMES = ("vocab_size dim n_layers n_dense_layers inter_dim moe_inter_dim n_routed_experts "
          "n_shared_experts n_activated_experts n_expert_groups n_limited_groups score_func "
          "route_scale gate_bias n_heads q_lora_rank kv_lora_rank qk_nope_head_dim "
-         "qk_rope_head_dim v_head_dim rope_theta norm_eps n_mtp_layers max_seq_len").split()
+         "qk_rope_head_dim v_head_dim rope_theta norm_eps n_mtp_layers max_seq_len "
+         "index_n_heads index_head_dim index_topk").split()
+DENSE = (0, 32, 128)  # no indexer; the other two then have no meaning
 # As published: V2 (arXiv 2405.04434) section 3.1 and appendix B, V3 (arXiv 2412.19437) section
 # 4.2, and the configuration files of the released weights.
 PUBLISHED = {
     "v2-lite": (102400, 2048, 27, 1, 10944, 1408, 64, 2, 6, 1, 1, "softmax", 1.0, False, 16, 0,
-                512, 128, 64, 128, 10000.0, 1e-6, 0, 163840),
+                512, 128, 64, 128, 10000.0, 1e-6, 0, 163840, *DENSE),
     "v2": (102400, 5120, 60, 1, 12288, 1536, 160, 2, 6, 8, 3, "softmax", 16.0, False, 128, 1536,
-           512, 128, 64, 128, 10000.0, 1e-6, 0, 163840),
+           512, 128, 64, 128, 10000.0, 1e-6, 0, 163840, *DENSE),
     "v3": (129280, 7168, 61, 3, 18432, 2048, 256, 1, 8, 8, 4, "sigmoid", 2.5, True, 128, 1536,
-           512, 128, 64, 128, 10000.0, 1e-6, 1, 163840),
+           512, 128, 64, 128, 10000.0, 1e-6, 1, 163840, *DENSE),
+    "v3.2": (129280, 7168, 61, 3, 18432, 2048, 256, 1, 8, 8, 4, "sigmoid", 2.5, True, 128, 1536,
+             512, 128, 64, 128, 10000.0, 1e-6, 1, 163840, 64, 128, 2048),
     "moonlight": (163840, 2048, 27, 1, 11264, 1408, 64, 2, 6, 1, 1, "sigmoid", 2.446, True, 16, 0,
-                  512, 128, 64, 128, 50000.0, 1e-5, 0, 8192),
+                  512, 128, 64, 128, 50000.0, 1e-5, 0, 8192, *DENSE),
     "kimi-k2": (163840, 7168, 61, 1, 18432, 2048, 384, 1, 8, 1, 1, "sigmoid", 2.827, True, 64,
-                1536, 512, 128, 64, 128, 50000.0, 1e-6, 0, 131072),
+                1536, 512, 128, 64, 128, 50000.0, 1e-6, 0, 131072, *DENSE),
 }
 # preset: (YaRN on, rope_factor, original_seq_len, mscale); the last three matter where it is on
 STRETCHED = {"v2-lite": (True, 40.0, 4096, 0.707), "v2": (True, 40.0, 4096, 0.707),
-             "v3": (True, 40.0, 4096, 1.0), "kimi-k2": (True, 32.0, 4096, 1.0),
+             "v3": (True, 40.0, 4096, 1.0), "v3.2": (True, 40.0, 4096, 1.0),
+             "kimi-k2": (True, 32.0, 4096, 1.0),
              "moonlight": (False,)}
 
 
@@ -92,6 +97,10 @@ MISTAKES = [
     (dict(n_expert_groups=4, n_activated_experts=3), "n_activated_experts", "between 1 and 2"),
     # V3 scores a group by its best two experts, so a group of one has no score.
     (dict(n_expert_groups=8, n_limited_groups=2), "n_expert_groups", "two experts or more"),
+    (dict(index_n_heads=-1), "index_n_heads", "0 or more"),
+    (dict(index_topk=0), "index_topk", "at least 1"),
+    (dict(index_n_heads=4, index_head_dim=8), "index_head_dim", "qk_rope_head_dim = 16 or more"),
+    (dict(index_n_heads=4, index_head_dim=24, index_hadamard=True), "index_head_dim", "power of"),
 ]
 
 

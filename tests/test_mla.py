@@ -104,8 +104,8 @@ class NormalisedKey(MLA):
 class RopeFirst(MLA):
     """A head's query read as [rotated ; without position]."""
 
-    def queries(self, x, rotation):
-        q = self.wq_b(self.q_norm(self.wq_a(x))) if self.args.q_lora_rank else self.wq(x)
+    def queries(self, c_q, rotation):
+        q = (self.wq_b if self.args.q_lora_rank else self.wq)(c_q)
         q = q.unflatten(-1, (self.args.n_heads, -1))
         q_pe, q_nope = q.split([self.args.qk_rope_head_dim, self.args.qk_nope_head_dim], dim=-1)
         return q_nope, apply_rotary_emb(q_pe, rotation)

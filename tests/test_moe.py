@@ -12,11 +12,13 @@ from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import ModelArgs, Transformer, moe
 from minids.moe import (
+    BALANCE_LOSSES,
     Combine,
     Dispatch,
     Gate,
     MoE,
     Routing,
+    expert_balance_loss,
     grouped_fused,
     grouped_linear,
     grouped_loop,
@@ -31,12 +33,12 @@ from minids.moe import (
 EXACT = 1e-12  # FP64 sums of a few dozen products in another order
 V3_LIKE = replace(LITTLE, n_routed_experts=16, n_expert_groups=4, n_limited_groups=2,
                   n_activated_experts=4)
+V2_LIKE = replace(V3_LIKE, score_func="softmax", gate_bias=False, route_scale=16.0)
 KINDS = {
     "V3, groups": V3_LIKE,
     "V3, one group": replace(V3_LIKE, n_expert_groups=1, n_limited_groups=1),
-    "V2, groups": replace(V3_LIKE, score_func="softmax", gate_bias=False, route_scale=16.0),
-    "V2-Lite": replace(V3_LIKE, score_func="softmax", gate_bias=False, route_scale=1.0,
-                       n_expert_groups=1, n_limited_groups=1),
+    "V2, groups": V2_LIKE,
+    "V2-Lite": replace(V2_LIKE, route_scale=1.0, n_expert_groups=1, n_limited_groups=1),
     "sigmoid without bias": replace(V3_LIKE, gate_bias=False),
     "softmax with bias": replace(V3_LIKE, score_func="softmax"),
     "no shared expert": replace(V3_LIKE, n_shared_experts=0),
@@ -605,6 +607,54 @@ def test_a_wrong_balance_loss_is_caught(wrong):
 def test_a_balance_loss_that_teaches_the_gate_nothing_is_caught():
     value, gradient = balance_errors(detached)
     assert value < EXACT and gradient == 1.0
+
+
+def loop_expert_balance(routing: Routing) -> torch.Tensor:
+    """V2 equations 23 to 25 with alpha_1 = 1, over all tokens of the batch, in loops."""
+    scores, indices = routing.scores.flatten(0, 1), routing.indices.flatten(0, 1).tolist()
+    n_tokens, n_experts = scores.shape
+    total = 0
+    for i in range(n_experts):
+        selected = sum(i in experts for experts in indices)
+        p = sum(scores[t, i] for t in range(n_tokens)) / n_tokens
+        total = total + n_experts / (len(indices[0]) * n_tokens) * selected * p
+    return total
+
+
+def expert_balance_errors(loss) -> tuple[float, float]:
+    """How far a loss of (routing, args) is from the loops on V2's gate: its value, its gradient."""
+    gate, x = gate_of(V2_LIKE), hidden(V2_LIKE, 2, 8)
+
+    def results(value):
+        out = value(gate(x)[1])
+        return out, torch.autograd.grad(out, gate.weight)[0]
+
+    pairs = zip(results(lambda r: loss(r, V2_LIKE)), results(loop_expert_balance), strict=True)
+    return tuple(gap(mine, exact) for mine, exact in pairs)
+
+
+def test_v2s_balance_loss_is_the_papers_sum():
+    assert max(expert_balance_errors(expert_balance_loss)) < EXACT
+
+
+def through_the_counts(routing, args):
+    """Soft counts in place of counted tokens: the gradient flows through both factors."""
+    p = routing.scores.mean(dim=(0, 1))
+    return (args.n_routed_experts * p * p).sum()
+
+
+@pytest.mark.parametrize("wrong", [sequence_balance_loss, through_the_counts])
+def test_a_wrong_v2_loss_is_caught(wrong):
+    assert max(expert_balance_errors(wrong)) > 1e-4
+
+
+def test_the_model_adds_up_the_balance_loss_that_is_asked_for():
+    model = scrambled(LITTLE)
+    tokens = random_tokens(LITTLE, 2, 12)
+    routings = model.hidden(tokens)[1] + model.mtp_loss(model.hidden(tokens)[0], tokens)[1]
+    for name, loss in BALANCE_LOSSES.items():
+        expected = sum(loss(routing, LITTLE) for routing in routings)
+        assert gap(model.loss(tokens, tokens, balance_loss=name).balance, expected) < EXACT
 
 
 def test_the_balance_loss_is_one_at_equal_scores_and_largest_when_all_agree():
