@@ -214,7 +214,8 @@ def sum_places(rows: Tensor, slot: Tensor, weights: Tensor | None = None) -> Ten
 def sum_places_plain(rows: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
     """`sum_places` as gather, product, sum."""
     out = rows[slot]  # (N, K, D)
-    return (out if weights is None else out * weights.unsqueeze(-1)).sum(1)
+    out = (out if weights is None else out * weights.unsqueeze(-1)).sum(1)
+    return out.to(rows.dtype)  # on a GPU autocast makes sums FP32
 
 
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:

@@ -502,6 +502,16 @@ def test_both_ways_to_sum_places_agree(weighted):
     assert not torch.allclose(sum_places(rows, slot.flip(0), weights), plain)  # wrong variant
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_trains_under_autocast():
+    """Where sums are FP32 under autocast, and what is gathered is BF16."""
+    layer, x = moe_layer(V3_LIKE).float().cuda(), hidden(V3_LIKE).float().cuda()
+    with torch.autocast("cuda", torch.bfloat16):
+        out = layer(x)[0]
+    out.float().square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
 def update_is_right(update) -> bool:
     """Whether update(bias, load, speed) moves each bias by exactly `speed` against its load."""
     bias = torch.tensor([0.5, -0.5, 0.0, 1.0, 0.0])
