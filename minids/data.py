@@ -838,6 +838,9 @@ def open_data(spec: str, tokenizer, seq_len: int, seed: int = 0, fim_rate: float
     """
     if not 0 <= fim_rate <= 1:
         raise ValueError(f"fim_rate = {fim_rate!r} is not valid: it must be between 0 and 1")
+    if fim_rate and None in (tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id):
+        raise ValueError(f"fim_rate = {fim_rate!r} is not valid: it must be 0, since the tokenizer "
+                         "has no tokens for fill-in-the-middle")
     if seq_len < 1:
         raise ValueError(f"seq_len = {seq_len!r} is not valid: it must be at least 1")
     workers = workers or os.cpu_count() or 1
