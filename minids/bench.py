@@ -11,12 +11,12 @@ What each table shows:
     dense         training with experts beside a dense model of as many active parameters
     moe-vs-dense  both of these trained: validation bits per byte at equal tokens and equal time
 
-The other side of the first three is DeepseekV3ForCausalLM of transformers with the same weights,
-data, precision, threads and allocator, under those of its settings that a trial finds fastest. The
-two run in turn, A B then B A, and the figure is the median of the ratios of such pairs: on a
-machine with neighbours a ratio within a pair is steadier than any time. Both compute the same
-function, and the benchmark stops if they do not: logits and first losses are compared before
-anything is timed, and decoded tokens may differ only where rounding decides.
+The other side of the first three is transformers' model with the same weights (`minids.hf`), data,
+precision, threads and allocator, under those of its settings that a trial finds fastest. The two
+run in turn, A B then B A, and the figure is the median of the ratios of such pairs: on a machine
+with neighbours a ratio within a pair is steadier than any time. Both compute the same function, and
+the benchmark stops if they do not: logits and first losses are compared before anything is timed,
+and decoded tokens may differ only where rounding decides.
 
 Simplified: without MTP modules, gate-bias updates and balance loss, which transformers' model does
 not train; weights are random. `batched_mm`, a third body of transformers' experts, joins the trial
@@ -33,6 +33,7 @@ import multiprocessing
 import platform
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -56,6 +57,7 @@ from minids.config import (
 from minids.costs import count_parameters, format_table
 from minids.data import open_data
 from minids.generate import generate
+from minids.hf import config_from_args, save_hf
 from minids.model import Transformer
 from minids.tokenizer import Tokenizer
 from minids.train import free_run_folder, read_metrics, train, tune_allocator
@@ -136,65 +138,26 @@ TRAIN_SETTINGS = settings_of(("grouped_mm", "eager"))
 DECODE_SETTINGS = settings_of(("grouped_mm", "eager", "batched_mm"))
 
 
-# transformers' name of each part of ours
-NAMES = {
-    "embed": "model.embed_tokens", "layers": "model.layers", "norm": "model.norm",
-    "head": "lm_head", "attn": "self_attn", "ffn": "mlp", "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm", "wq": "q_proj", "wq_a": "q_a_proj",
-    "q_norm": "q_a_layernorm", "wq_b": "q_b_proj", "wkv_a": "kv_a_proj_with_mqa",
-    "kv_norm": "kv_a_layernorm", "wkv_b": "kv_b_proj", "wo": "o_proj", "w1": "gate_proj",
-    "w2": "down_proj", "w3": "up_proj", "bias": "e_score_correction_bias"}
-
-
-def check_expressible(args: ModelArgs) -> None:
-    """Raise `ValueError` for a model that transformers' DeepseekV3ForCausalLM cannot be."""
-    require(args, "n_routed_experts", args.n_routed_experts >= 2 * args.n_expert_groups,
-            "at least 2 a group to compare with transformers")
-    require(args, "n_shared_experts", args.n_shared_experts >= 1,
-            "at least 1 to compare with transformers")
-    require(args, "score_func", args.score_func == "sigmoid" and args.gate_bias,
-            "sigmoid with gate_bias = True to compare with transformers")
-    require(args, "norm_eps", args.norm_eps == 1e-6, "1e-06 to compare with transformers")
-    require(args, "max_seq_len", not args.yarn,
-            f"at most original_seq_len = {args.original_seq_len} to compare with transformers")
-
-
 def build_transformers(args: ModelArgs):
     """transformers' model of this configuration, with its own random weights."""
-    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, logging
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     logging.set_verbosity_error()
-    config = DeepseekV3Config(
-        vocab_size=args.vocab_size, hidden_size=args.dim, intermediate_size=args.inter_dim,
-        moe_intermediate_size=args.moe_inter_dim, num_hidden_layers=args.n_layers,
-        first_k_dense_replace=args.n_dense_layers, num_attention_heads=args.n_heads,
-        num_key_value_heads=args.n_heads, n_routed_experts=args.n_routed_experts,
-        n_shared_experts=args.n_shared_experts, num_experts_per_tok=args.n_activated_experts,
-        n_group=args.n_expert_groups, topk_group=args.n_limited_groups, norm_topk_prob=True,
-        routed_scaling_factor=args.route_scale, q_lora_rank=args.q_lora_rank or None,
-        kv_lora_rank=args.kv_lora_rank, qk_nope_head_dim=args.qk_nope_head_dim,
-        qk_rope_head_dim=args.qk_rope_head_dim, v_head_dim=args.v_head_dim, rope_interleave=True,
-        rope_parameters=dict(rope_type="default", rope_theta=args.rope_theta),
-        rms_norm_eps=args.norm_eps, max_position_embeddings=args.max_seq_len,
-        initializer_range=args.init_std, num_mtp_layers=0, bos_token_id=None, eos_token_id=None,
-        attn_implementation="sdpa", experts_implementation="grouped_mm")
-    return DeepseekV3ForCausalLM(config)
+    config = AutoConfig.for_model(**config_from_args(args))
+    return AutoModelForCausalLM.from_config(config)
 
 
 def to_transformers(model: Transformer):
     """transformers' model with the weights of ours (without MTP): it computes the same function."""
-    ours, theirs = model.state_dict(), {}
-    for name, tensor in ours.items():
-        words = name.split(".")
-        renamed = ".".join(NAMES.get(word, word) for word in words)
-        if words[-2:] == ["experts", "w1"]:
-            both = [tensor, ours[name.replace("w1", "w3")]]
-            theirs[renamed.replace("gate_proj", "gate_up_proj")] = torch.cat(both, dim=1)
-        elif words[0] != "mtp" and words[-2:] != ["experts", "w3"]:
-            theirs[renamed] = tensor
-    other = build_transformers(model.args)
-    other.load_state_dict(theirs)
-    return other.to(model.head.weight.device)
+    from transformers import AutoModelForCausalLM, logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    weight = model.head.weight
+    with tempfile.TemporaryDirectory() as folder:
+        save_hf(model, Path(folder) / "model", dtype=weight.dtype)
+        other = AutoModelForCausalLM.from_pretrained(Path(folder) / "model", dtype=weight.dtype)
+    return other.to(weight.device)
 
 
 def choose(theirs, setting: Setting) -> None:
@@ -686,7 +649,7 @@ def main(argv: list[str] | None = None) -> None:
     prepare(settings)
     args = replace(ModelArgs.preset(settings.preset), **changes)
     if settings.what not in ("dense", "moe-vs-dense"):
-        check_expressible(args)
+        config_from_args(args)  # refuses a model that transformers has no class for
     bench = Bench(settings, args)
     print(describe(bench), flush=True)
     for name in TABLES[:-1] if settings.what == "all" else [settings.what]:

@@ -2,6 +2,7 @@
 
     python -m minids.evaluate --run runs/tiny
     python -m minids.evaluate --run runs/tiny --data text:other_text
+    python -m minids.evaluate --run DeepSeek-V2-Lite --data text:other_text   # a released model
 
 Bits per byte is the cross-entropy of all tokens, in bits, over the number of bytes they stand for.
 Unlike the loss per token it does not depend on the vocabulary, so that models with different
@@ -17,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.checkpoint import load_run, pick_device
+from minids.checkpoint import pick_device
 from minids.config import check_types, option, parse, require, run_program
 from minids.data import open_data
+from minids.hf import open_model
 from minids.moe import max_violation
 
 
@@ -111,9 +113,9 @@ def parses(block: str) -> bool:
 class EvaluateArgs:
     """Which run to evaluate, and on what."""
 
-    run: str = option("runs/tiny", "run folder, or one of its checkpoint folders")
-    data: str = option("", "text, as for minids.train; none is the run's own")
-    seq_len: int = option(0, "tokens in a window; 0: as in training")
+    run: str = option("runs/tiny", "run folder, one of its checkpoints, or a Hugging Face folder")
+    data: str = option("", "text, as for minids.train; none is the run's own, or else pystdlib")
+    seq_len: int = option(0, "tokens in a window; 0: as in training, or else 1024 at most")
     batch_size: int = option(16, "windows at a time")
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
@@ -131,8 +133,10 @@ def main() -> None:
     args = EvaluateArgs(**given)
     if args.threads:
         torch.set_num_threads(args.threads)
-    run = load_run(args.run, pick_device(args.device))
-    train = run.config["train"]
+    run = open_model(args.run, pick_device(args.device))
+    # A Hugging Face folder does not say what its model was trained on.
+    train = run.config.get("train") or {"data": "pystdlib",
+                                        "seq_len": min(run.model.args.max_seq_len, 1024)}
     seq_len = args.seq_len or train["seq_len"]
     data = open_data(args.data or train["data"], run.tokenizer, seq_len)
     result = evaluate(run.model, data.valid, run.tokenizer.n_bytes, seq_len, args.batch_size)

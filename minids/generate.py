@@ -1,6 +1,7 @@
 """Write text with a trained model: cached decoding, one token of every sequence at a time.
 
     python -m minids.generate --run runs/tiny --prompt "def read_"
+    python -m minids.generate --run DeepSeek-V2-Lite --prompt "def read_"   # a released model
     python -m minids.generate --run runs/tiny --temperature 0 --max-new-tokens 50   # greedy
     python -m minids.generate --run runs/tiny --prompt "class " --samples 4 --seed 7
 
@@ -26,9 +27,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minids.checkpoint import load_run, pick_device
+from minids.checkpoint import pick_device
 from minids.config import check_types, option, parse, require, run_program
 from minids.decode import decoder_for
+from minids.hf import open_model
 from minids.layers import compute_dtype
 from minids.mla import LatentCache
 from minids.model import Transformer
@@ -179,7 +181,7 @@ class Writer:
 class GenerateArgs:
     """Sampling"""
 
-    run: str = option("runs/tiny", "run folder, or one of its checkpoint folders")
+    run: str = option("runs/tiny", "run folder, one of its checkpoints, or a Hugging Face folder")
     prompt: str = option("def", "text to go on from; best without a space at the end")
     max_new_tokens: int = option(200, "length of a sample at most, tokens")
     temperature: float = option(0.8, "divides the logits; 0 takes the likeliest token")
@@ -198,7 +200,7 @@ class GenerateArgs:
 
 def write_samples(args: GenerateArgs, stream) -> None:
     """Load the run and print its samples as they come, then a line of statistics on stderr."""
-    run = load_run(args.run, pick_device(args.device))
+    run = open_model(args.run, pick_device(args.device))
     tokenizer = run.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
     for sample_number in range(args.samples):

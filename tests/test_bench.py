@@ -26,6 +26,10 @@ SHAPES = {
     "groups": dict(n_routed_experts=8, n_expert_groups=4, n_limited_groups=2, route_scale=2.5),
     "short wavelengths": dict(rope_theta=50.0),
     "two shared, two dense": dict(n_shared_experts=2, n_layers=4, n_dense_layers=2),
+    "V2": dict(score_func="softmax", gate_bias=False, route_scale=16.0),
+    "YaRN": dict(max_seq_len=8192),
+    "V3.2": dict(q_lora_rank=24, index_n_heads=16, index_head_dim=16, index_topk=8),
+    "dense": dict(n_routed_experts=0),
 }
 
 
@@ -273,11 +277,9 @@ def test_lower_bits_per_byte_win():
 
 
 @pytest.mark.parametrize("flags,named", [
-    (["--preset", "v2-lite"], "score_func"),
-    (["--n-routed-experts", "0"], "n_routed_experts"),
-    (["--n-shared-experts", "0"], "n_shared_experts"),
-    (["--norm-eps", "1e-5"], "norm_eps"),
-    (["--max-seq-len", "8192"], "max_seq_len"),
+    (["--score-func", "softmax"], "gate_bias"),
+    (["--n-routed-experts", "1", "--n-activated-experts", "1"], "n_routed_experts"),
+    (["--index-n-heads", "2"], "q_lora_rank"),
     (["--seq-len", "300"], "seq_len"),
     (["--new-tokens", "250"], "new_tokens"),
     (["--pairs", "0"], "pairs"),
@@ -285,7 +287,7 @@ def test_lower_bits_per_byte_win():
     (["--preset", "nanoo"], "did you mean 'nano'"),
 ])
 def test_bad_settings_are_named(settings, flags, named, monkeypatch):
-    # v2-lite is refused for what it is, before 16 billion parameters are built
+    # refused for what it is, before anything is built
     monkeypatch.setattr(bench, "Transformer", None)
     with pytest.raises(ValueError, match=named):
         bench.main(["--what=train", "--preset=nano", f"--data={settings.data}", *flags])

@@ -333,7 +333,7 @@ def call(capsys, monkeypatch, *words) -> tuple[int, str, str]:
 def test_the_program_prints_the_text_and_a_line_of_statistics(run, capsys, monkeypatch):
     words = ["--run", run, "--prompt", "def read_", "--max-new-tokens", 20, "--seed", 5]
     status, out, err = call(capsys, monkeypatch, *words)
-    loaded = module.load_run(run)
+    loaded = module.open_model(run)
     prompt = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("def read_")]
     done = generate(loaded.model, [prompt], 20, 0.8, 0, 0.95, 5, loaded.tokenizer.eos_id)
     text = loaded.tokenizer.decode(t for t in done.tokens[0] if t != loaded.tokenizer.eos_id)
