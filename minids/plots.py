@@ -251,3 +251,100 @@ def compression_curve(rows: list[dict], path: str | Path | None = None):
     axes[1].xaxis.set_major_formatter(FuncFormatter(lambda size, _: f"{size:,.0f}"))
     axes[1].set_xlabel("vocabulary (entries, log scale)")
     return finish(figure, path)
+
+
+@house_style()
+def curves(panels: list[dict], x: list[float], xlabel: str, path: str | Path | None = None):
+    """Lines over a common horizontal axis, both axes logarithmic, a panel each.
+
+    panels: title, ylabel (with its unit) and lines: label -> values at x; levels, if there are
+        any: label -> a height that is marked across the panel
+    x: the common values; xlabel: with their unit
+    path: where to save the picture
+    """
+    from matplotlib.ticker import FuncFormatter
+    figure = new_figure(0.6 + 4.4 * len(panels), 3.6)
+    styles = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (RED, ":"), (PINK, "-"), (BLACK, "--")]
+    for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for (label, values), (colour, dash) in zip(panel["lines"].items(), styles, strict=False):
+            ax.plot(x, values, color=colour, linestyle=dash, label=label)
+        for label, height in panel.get("levels", {}).items():
+            ax.axhline(height, color=GREY, linewidth=1.2)
+            ax.annotate(label, (x[0], height), xytext=(2, 3), textcoords="offset points",
+                        fontsize=8.5, color=BLACK)
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(
+            lambda n, _: f"{n / 1024:.0f}K" if n >= 1024 else f"{n:.0f}"))
+        ax.set_yscale("log")
+        ax.set_title(panel["title"])
+        ax.set_xlabel(xlabel)
+        ax.set_ylabel(panel["ylabel"])
+        ax.legend()
+    return finish(figure, path)
+
+
+@house_style()
+def yarn_figure(wavelengths: dict[str, list], mixed: tuple[int, int], contexts: dict[str, int],
+                losses: dict[str, list], trained: int, path: str | Path | None = None):
+    """What YaRN does to the rotary pairs, and to the loss past the trained length.
+
+    wavelengths: label -> tokens in a full turn, for each pair
+    mixed: the last pair that is left alone, and the first that is divided whole
+    contexts: label -> a length to mark, tokens
+    losses: label -> loss at each position, less that of the unchanged model, nats per token
+    trained: the length that the model of `losses` was trained on, tokens
+    path: where to save the picture
+    """
+    figure = new_figure(9.4, 3.6)
+    left, right = figure.subplots(1, 2)
+    for (label, turns), colour, dash in zip(wavelengths.items(), (BLUE, ORANGE), "-o", strict=True):
+        left.plot(range(len(turns)), turns, dash, markersize=4, color=colour, label=label)
+    for label, length in contexts.items():
+        left.axhline(length, color=GREY, linestyle=":", linewidth=1.2)
+        left.annotate(label, (0, length), xytext=(0, 3), textcoords="offset points", fontsize=8.5)
+    left.axvspan(*mixed, color=YELLOW, alpha=0.25, linewidth=0, label="mixed")
+    left.set_yscale("log")
+    left.set_xlabel("rotary pair (number)")
+    left.set_ylabel("wavelength (tokens)")
+    left.legend(loc="lower right")
+    for (label, row), colour, dash in zip(losses.items(), (ORANGE, RED), ("-", "--"), strict=True):
+        means = [sum(part := row[max(i - 12, 0):i + 13]) / len(part) for i in range(len(row))]
+        right.plot(range(len(row)), means, color=colour, linestyle=dash, label=label)
+    right.axhline(0, color=BLACK, linewidth=1.0, label="as trained")
+    right.axvline(trained, color=GREY, linestyle=":", linewidth=1.2)
+    right.annotate("trained length", (trained, 1), xycoords=("data", "axes fraction"),
+                   xytext=(3, -9), textcoords="offset points", fontsize=8.5)
+    right.set_xlabel("position (tokens)")
+    right.set_ylabel("loss, difference\n(nats per token)")
+    right.legend()
+    return finish(figure, path)
+
+
+@house_style()
+def moe_figure(tokens: list[int], losses: dict[str, list], kinds: list[str], visits: list[list],
+               path: str | Path | None = None):
+    """Experts beside a dense model, and who handles which kind of token.
+
+    tokens: seen after each step; losses: label -> loss at each step, nats per token
+    kinds: names; visits: for each kind the share of its tokens that visit each expert, percent
+    path: where to save the picture
+    """
+    figure = new_figure(9.8, 3.6)
+    left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
+    for (label, row), colour in zip(losses.items(), (GREEN, BLUE), strict=True):
+        draw_series(left, tokens, row, colour, label)
+    left.set_xlabel("tokens seen (count)")
+    left.set_ylabel("training loss\n(nats per token)")
+    left.legend()
+    picture = right.imshow(visits, cmap="viridis", aspect="auto", vmin=0)
+    middle = max(map(max, visits)) / 2
+    for n, row in enumerate(visits):
+        for e, share in enumerate(row):
+            right.text(e, n, f"{share:.0f}", ha="center", va="center", fontsize=8,
+                       color=BLACK if share > middle else "white")
+    right.set_yticks(range(len(kinds)), kinds)
+    right.set_xticks(range(len(visits[0])))
+    right.set_xlabel("expert (number)")
+    right.grid(visible=False)
+    figure.colorbar(picture, ax=right, label="tokens that visit (percent)")
+    return finish(figure, path)

@@ -234,3 +234,42 @@ def test_parameter_map_names_the_parts_that_the_models_have():
     assert names[0] - names[1] == {"lightning indexer"}
     assert collisions(with_indexer) == []
     assert len({colour for _, colour in plots.PARTS.values()}) == len(plots.PARTS)
+
+
+def lines_of(ax) -> dict[str, list]:
+    """Label -> heights of each labelled line."""
+    return {line.get_label(): list(line.get_ydata()) for line in ax.lines
+            if not line.get_label().startswith("_")}
+
+
+def test_curves_show_the_numbers_given():
+    panels = [dict(title="a", ylabel="cache (GB)", lines={"MHA": [1, 2, 4], "MLA": [0.1, 0.2, 0.4]},
+                   levels={"one GPU": 80}),
+              dict(title="b", ylabel="work (FLOPs)", lines={"naive": [3, 6, 9]})]
+    figure = plots.curves(panels, [256, 1024, 4096], "context (tokens)")
+    left, right = figure.axes
+    assert lines_of(left) == panels[0]["lines"] and lines_of(right) == panels[1]["lines"]
+    assert [ax.get_ylabel() for ax in (left, right)] == ["cache (GB)", "work (FLOPs)"]
+    assert "1K" in [label.get_text() for label in left.get_xticklabels()]
+    assert "one GPU" in [text.get_text() for text in left.texts]
+
+
+def test_yarn_figure_shows_the_numbers_given():
+    turns = {"as trained": [6.0, 60.0, 600.0], "YaRN": [6.0, 90.0, 24000.0]}
+    losses = {"YaRN": [0.1] * 40, "linear": [0.2] * 20 + [0.4] * 20}
+    figure = plots.yarn_figure(turns, (0, 2), {"4,096 tokens": 4096}, losses, 16)
+    left, right = figure.axes
+    assert lines_of(left) == turns
+    drawn = lines_of(right)
+    assert drawn["YaRN"] == pytest.approx(losses["YaRN"])
+    assert drawn["linear"][0] == pytest.approx(0.2) and drawn["linear"][-1] == pytest.approx(0.4)
+    assert 0.2 < drawn["linear"][20] < 0.4  # smoothed
+
+
+def test_moe_figure_shows_the_numbers_given():
+    losses = {"experts": [3.0, 2.0, 1.0], "dense": [3.0, 2.5, 2.0]}
+    figure = plots.moe_figure([10, 20, 30], losses, ["name", "number"], [[75, 25], [5, 95]])
+    left, right, _ = figure.axes
+    assert lines_of(left) == losses
+    assert [text.get_text() for text in right.texts] == ["75", "25", "5", "95"]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["name", "number"]
