@@ -263,7 +263,8 @@ def curves(panels: list[dict], x: list[float], xlabel: str, path: str | Path | N
     path: where to save the picture
     """
     from matplotlib.ticker import FuncFormatter
-    figure = new_figure(0.6 + 4.4 * len(panels), 3.6)
+    crowded = max(len(panel["lines"]) for panel in panels) > 4  # the legend stands beside the panel
+    figure = new_figure(0.6 + (4.4 + 2.2 * crowded) * len(panels), 3.6)
     styles = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (RED, ":"), (PINK, "-"), (BLACK, "--")]
     for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for (label, values), (colour, dash) in zip(panel["lines"].items(), styles, strict=False):
@@ -279,7 +280,7 @@ def curves(panels: list[dict], x: list[float], xlabel: str, path: str | Path | N
         ax.set_title(panel["title"])
         ax.set_xlabel(xlabel)
         ax.set_ylabel(panel["ylabel"])
-        ax.legend()
+        ax.legend(**dict(loc="center left", bbox_to_anchor=(1.02, 0.5)) if crowded else {})
     return finish(figure, path)
 
 
