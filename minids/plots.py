@@ -285,40 +285,63 @@ def curves(panels: list[dict], x: list[float], xlabel: str, path: str | Path | N
 
 
 @house_style()
-def yarn_figure(wavelengths: dict[str, list], mixed: tuple[int, int], contexts: dict[str, int],
+def yarn_figure(wavelengths: dict[str, list], low: int, high: int, contexts: dict[str, int],
                 losses: dict[str, list], trained: int, path: str | Path | None = None):
     """What YaRN does to the rotary pairs, and to the loss past the trained length.
 
     wavelengths: label -> tokens in a full turn, for each pair
-    mixed: the last pair that is left alone, and the first that is divided whole
-    contexts: label -> a length to mark, tokens
-    losses: label -> loss at each position, less that of the unchanged model, nats per token
+    low, high: the last pair that is left alone, and the first that is divided whole
+    contexts: label -> a length that is marked among the wavelengths, tokens
+    losses: label -> loss at each position, nats per token; a label that is among the wavelengths
+        too has the same line there
     trained: the length that the model of `losses` was trained on, tokens
     path: where to save the picture
     """
-    figure = new_figure(9.4, 3.6)
+    figure = new_figure(10.5, 4.0)
     left, right = figure.subplots(1, 2)
-    for (label, turns), colour, dash in zip(wavelengths.items(), (BLUE, ORANGE), "-o", strict=True):
-        left.plot(range(len(turns)), turns, dash, markersize=4, color=colour, label=label)
-    for label, length in contexts.items():
-        left.axhline(length, color=GREY, linestyle=":", linewidth=1.2)
-        left.annotate(label, (0, length), xytext=(0, 3), textcoords="offset points", fontsize=8.5)
-    left.axvspan(*mixed, color=YELLOW, alpha=0.25, linewidth=0, label="mixed")
-    left.set_yscale("log")
-    left.set_xlabel("rotary pair (number)")
-    left.set_ylabel("wavelength (tokens)")
-    left.legend(loc="lower right")
-    for (label, row), colour, dash in zip(losses.items(), (ORANGE, RED), ("-", "--"), strict=True):
-        means = [sum(part := row[max(i - 12, 0):i + 13]) / len(part) for i in range(len(row))]
-        right.plot(range(len(row)), means, color=colour, linestyle=dash, label=label)
-    right.axhline(0, color=BLACK, linewidth=1.0, label="as trained")
-    right.axvline(trained, color=GREY, linestyle=":", linewidth=1.2)
-    right.annotate("trained length", (trained, 1), xycoords=("data", "axes fraction"),
-                   xytext=(3, -9), textcoords="offset points", fontsize=8.5)
+    styles = [(BLUE, "-"), (RED, "--"), (ORANGE, "-"), (BLACK, ":")]
+    styles = dict(zip(dict.fromkeys([*losses, *wavelengths]), styles, strict=False))
+    draw_wavelengths(left, wavelengths, styles, low, high, contexts)
+    for label, row in losses.items():
+        positions, means = means_of_parts(row, 16)
+        colour, dash = styles[label]
+        right.plot(positions, means, color=colour, linestyle=dash, label=label)
+    right.axvline(trained, color=GREY, linewidth=1.2)
+    right.annotate("trained length", (trained, 0), xycoords=("data", "axes fraction"),
+                   xytext=(4, 5), textcoords="offset points", fontsize=8.5)
     right.set_xlabel("position (tokens)")
-    right.set_ylabel("loss, difference\n(nats per token)")
-    right.legend()
+    right.set_ylabel("loss (nats per token)")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(losses))
     return finish(figure, path)
+
+
+def means_of_parts(row: list[float], size: int) -> tuple[list[float], list[float]]:
+    """The middles of parts of `size` neighbours, and the mean of each part."""
+    starts = range(0, len(row), size)
+    parts = [row[start:start + size] for start in starts]
+    middles = [start + (len(part) - 1) / 2 for start, part in zip(starts, parts, strict=True)]
+    return middles, [sum(part) / len(part) for part in parts]
+
+
+def draw_wavelengths(ax, wavelengths: dict[str, list], styles: dict[str, tuple], low: int,
+                     high: int, contexts: dict[str, int]) -> None:
+    """A line for each set of pairs, over the three regions that YaRN cuts them into."""
+    last = max(map(len, wavelengths.values())) - 1
+    ax.axvspan(low + 0.5, high - 0.5, color=YELLOW, alpha=0.25, linewidth=0)
+    for name, first, end in [("left alone", 0, low), ("mixed", low + 1, high - 1),
+                             ("divided", high, last)]:
+        ax.annotate(f"{name}\n{first}-{end}", ((first + end) / 2, 0.02), fontsize=8.5, ha="center",
+                    xycoords=("data", "axes fraction"))
+    for label, length in contexts.items():
+        ax.axhline(length, color=GREY, linewidth=1.2)
+        ax.annotate(label, (-0.5, length), xytext=(0, 3), textcoords="offset points", fontsize=8.5)
+    for label, turns in wavelengths.items():
+        colour, dash = styles[label]
+        ax.plot(range(len(turns)), turns, color=colour, linestyle=dash, marker="o", markersize=3)
+    ax.set_yscale("log")
+    ax.set_ylim(bottom=min(map(min, wavelengths.values())) / 8)  # room for the regions' names
+    ax.set_xlabel("rotary pair (number)")
+    ax.set_ylabel("wavelength (tokens, log scale)")
 
 
 @house_style()

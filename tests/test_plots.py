@@ -254,16 +254,52 @@ def test_curves_show_the_numbers_given():
     assert "one GPU" in [text.get_text() for text in left.texts]
 
 
-def test_yarn_figure_shows_the_numbers_given():
-    turns = {"as trained": [6.0, 60.0, 600.0], "YaRN": [6.0, 90.0, 24000.0]}
-    losses = {"YaRN": [0.1] * 40, "linear": [0.2] * 20 + [0.4] * 20}
-    figure = plots.yarn_figure(turns, (0, 2), {"4,096 tokens": 4096}, losses, 16)
-    left, right = figure.axes
-    assert lines_of(left) == turns
-    drawn = lines_of(right)
-    assert drawn["YaRN"] == pytest.approx(losses["YaRN"])
-    assert drawn["linear"][0] == pytest.approx(0.2) and drawn["linear"][-1] == pytest.approx(0.4)
-    assert 0.2 < drawn["linear"][20] < 0.4  # smoothed
+YARN = dict(
+    wavelengths={"as trained": [10.0 ** (1 + i / 4) for i in range(32)],
+                 "YaRN": [10.0 ** (1 + i / 2) for i in range(32)]},
+    low=10, high=23, contexts={"4,096": 4096, "163,840": 163_840}, trained=64,
+    losses={name: [4.0 + start + i / 256 for i in range(256)]
+            for start, name in enumerate(["as trained", "linear", "YaRN", "last tokens only"])})
+
+
+def test_yarn_figure_shows_wavelengths_and_means_of_the_losses():
+    figure = plots.yarn_figure(**YARN)
+    for wavelengths in YARN["wavelengths"].values():
+        assert shows(figure, 0, range(32), wavelengths)
+    for row in YARN["losses"].values():
+        # Means of 16 neighbours: sums of small binary fractions, exact in FP64.
+        means = [sum(row[i:i + 16]) / 16 for i in range(0, 256, 16)]
+        assert shows(figure, 1, [i + 7.5 for i in range(0, 256, 16)], means)
+        assert not shows(figure, 1, range(0, 256, 16), means)  # not at the middle of each part
+    levels = [ys[0] for _, ys in drawn(figure, 0) if len(ys) == 2]
+    assert levels == [4096, 163_840]
+
+
+def test_yarn_figure_names_the_three_regions():
+    texts = {text.get_text() for text in plots.yarn_figure(**YARN).axes[0].texts}
+    assert texts == {"left alone\n0-10", "mixed\n11-22", "divided\n23-31", "4,096", "163,840"}
+    shifted = plots.yarn_figure(**YARN | dict(low=11)).axes[0].texts  # wrong variant
+    assert {text.get_text() for text in shifted} != texts
+
+
+def test_yarn_figure_has_one_line_style_a_label():
+    figure = plots.yarn_figure(**YARN)
+    styles = [[(line.get_color(), line.get_linestyle()) for line in ax.get_lines()
+               if len(line.get_xdata()) > 2] for ax in figure.axes]
+    assert len(set(styles[1])) == 4 and styles[0] == [styles[1][0], styles[1][2]]
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == list(YARN["losses"])
+
+
+def test_a_last_part_that_is_shorter_has_its_own_mean():
+    assert plots.means_of_parts([1.0, 3.0, 8.0], 2) == ([0.5, 2.0], [2.0, 8.0])
+
+
+def test_yarn_figure_is_readable():
+    figure = plots.yarn_figure(**YARN)
+    assert axes_without_a_unit(figure) == [] and collisions(figure) == []
+    figure.axes[1].set_ylabel("loss")  # wrong variant
+    assert axes_without_a_unit(figure) == ["y1"]
 
 
 def test_moe_figure_shows_the_numbers_given():
