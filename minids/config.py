@@ -24,14 +24,15 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import NoReturn
 
 
-def option(default, help: str, choices: tuple = ()):
+def option(default, help: str, choices: tuple = (), flag: str = ""):
     """A dataclass field that is also a command-line flag.
 
     default: the value when the flag is absent
     help: one line, with the unit
     choices: the only valid values; empty means any value of the default's type
+    flag: the flag's name where a field cannot have it, such as "from"
     """
-    return field(default=default, metadata={"help": help, "choices": choices})
+    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
 
 
 def nearest(name: str, valid) -> str:
@@ -233,6 +234,10 @@ class TrainArgs:
     tokenizer: str = option("", "folder of the tokenizer; none is the one in data/tokenizer")
     out: str = option("", "run folder; none is the first free of runs/PRESET, runs/PRESET-2, ..")
     resume: bool = option(False, "go on with the run in --out, or with the newest one")
+    from_run: str = option("", "run, or checkpoint, whose weights and settings to begin with",
+                           flag="from")
+    dsa: str = option("", "sparse attention, after --from: the indexers learn alone (warmup), or"
+                          " with the model (sparse)", ("", "warmup", "sparse"))
     steps: int = option(1000, "optimizer steps")
     batch_size: int = option(8, "sequences in an optimizer step")
     batch_start: int = option(0, "sequences in the first step, growing to batch_size; 0: no ramp")
@@ -243,6 +248,7 @@ class TrainArgs:
                             ("adamw", "muon"))
     lr: float = option(2.2e-4, "peak learning rate of AdamW")
     muon_lr: float = option(3e-3, "peak learning rate of Muon")
+    indexer_lr: float = option(1e-3, "peak learning rate of the indexers, by AdamW")
     weight_decay: float = option(0.1, "decoupled weight decay")
     beta1: float = option(0.9, "AdamW: decay of the mean gradient")
     beta2: float = option(0.95, "AdamW: decay of the mean squared gradient")
@@ -257,6 +263,7 @@ class TrainArgs:
     balance_weight: float = option(1e-4, "weight of the balance loss")
     balance_loss: str = option("sequence", "balance loss: V3's of each sequence, V2's of experts",
                                ("sequence", "expert"))
+    indexer_weight: float = option(1.0, "weight of the indexers' loss")
     bias_speed: float = option(0.001, "step of the gate biases, once an optimizer step")
     bias_until: float = option(0.966, "share of the run after which the biases rest")
     fim_rate: float = option(0.0, "share of documents cut for fill-in-the-middle; V3: 0.1")
@@ -284,7 +291,7 @@ class TrainArgs:
                      "mtp_weight_late balance_weight bias_speed spike_factor eval_every "
                      "sample_every keep_last threads seed").split():
             require(self, name, getattr(self, name) >= 0, "0 or more")
-        for name in "lr muon_lr clip eval_tokens".split():
+        for name in "lr muon_lr indexer_lr indexer_weight clip eval_tokens".split():
             require(self, name, getattr(self, name) > 0, "above 0")
         for name in ("constant_until decay_until final_lr mtp_switch bias_until fim_rate "
                      "beta1 beta2").split():
@@ -297,11 +304,21 @@ class TrainArgs:
                 f"a divisor of batch_size = {self.batch_size}")
         require(self, "batch_start", self.batch_start <= self.batch_size,
                 f"at most batch_size = {self.batch_size}")
+        require(self, "dsa", not self.dsa or bool(self.from_run),
+                "none without --from: an indexer learns from a trained model's attention")
 
     @classmethod
-    def for_preset(cls, name: str, **given) -> "TrainArgs":
-        """The preset's settings, varied by those that are given."""
-        return cls(**{"preset": name} | TRAIN_PRESETS.get(name, {}) | given)
+    def for_preset(cls, name: str, before: dict | None = None, **given) -> "TrainArgs":
+        """The preset's settings, varied by those that are given.
+
+        before: settings of the run that this one begins with (`from_run`); they stay as they are,
+            but for those of the stage
+        """
+        settings = {"preset": name} | TRAIN_PRESETS.get(name, {}) | (before or {})
+        if given.get("from_run"):
+            stage = WARMUP if given.get("dsa") == "warmup" else CONTINUED
+            settings |= STAGE | stage.get(name, {})
+        return cls(**settings | given)
 
 
 TRAIN_PRESETS = {
@@ -317,6 +334,19 @@ TRAIN_PRESETS = {
     "v3": dict(steps=235_000, batch_size=15360, batch_start=3072, batch_ramp_steps=12_400,
                seq_len=4096, fim_rate=0.1, recompute=True),
 }
+
+# Of a run that goes on from another: a constant learning rate, and MTP's weight as it was last.
+# V3.2 (section 2.1.1) gives learning rates, steps and batches, and no more; the values for the
+# small models were found by trial.
+STAGE = dict(batch_start=0, batch_ramp_steps=0, warmup_steps=0, constant_until=1.0,
+             decay_until=1.0, mtp_weight=0.1, indexer_lr=3e-3, steps=100)
+V32_WARMUP = dict(indexer_lr=1e-3, steps=1000, batch_size=16, seq_len=131072)
+V32_SPARSE = dict(lr=7.3e-6, indexer_lr=7.3e-6, steps=15_000, batch_size=480, seq_len=131072)
+WARMUP = {"v3": V32_WARMUP, "v3.2": V32_WARMUP}
+# These are for dense attention too: the model that a sparse one is compared with.
+CONTINUED = {"v3": V32_SPARSE, "v3.2": V32_SPARSE,
+             "tiny": dict(lr=5e-4, muon_lr=1.5e-4, indexer_lr=1e-3, steps=200),
+             "nano": dict(lr=2.5e-4, muon_lr=2.5e-4, indexer_lr=1e-3, steps=60)}
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -339,6 +369,11 @@ def to_bool(text: str) -> bool:
     return words[text.lower()]
 
 
+def flag_of(f) -> str:
+    """The flag of a dataclass's field."""
+    return "--" + (f.metadata["flag"] or f.name.replace("_", "-"))
+
+
 def add_flags(parser: argparse.ArgumentParser, cls, title: str) -> None:
     """One flag for each field of the dataclass `cls`; an absent flag leaves no attribute."""
     group = parser.add_argument_group(title.rstrip("."))
@@ -357,7 +392,7 @@ def add_flags(parser: argparse.ArgumentParser, cls, title: str) -> None:
             spec |= dict(type=f.type, metavar=f.type.__name__.upper())
         if f.metadata["choices"]:
             spec |= dict(choices=f.metadata["choices"], metavar=None)
-        group.add_argument("--" + f.name.replace("_", "-"), **spec)
+        group.add_argument(flag_of(f), **spec)
 
 
 def parse(program: str, doc: str, *classes, argv: list[str] | None = None) -> list[dict]:

@@ -3,14 +3,22 @@
     python -m minids.evaluate --run runs/tiny
     python -m minids.evaluate --run runs/tiny --data text:other_text
     python -m minids.evaluate --run DeepSeek-V2-Lite --data text:other_text   # a released model
+    python -m minids.evaluate --run runs/tiny-warm --selections
 
 Bits per byte is the cross-entropy of all tokens, in bits, over the number of bytes they stand for.
 Unlike the loss per token it does not depend on the vocabulary, so that models with different
 tokenizers can be compared (V3's table of base models has it as Pile BPB, section 4.4).
+
+--selections asks what sparse attention (V3.2 section 2.1) costs and why: the same model attends to
+all tokens, to the k that its indexer selects, to the k that attention itself weighs most, to the
+last k, and to k at random.
 """
 
 import ast
+import contextlib
+import functools
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,9 +28,12 @@ from torch import Tensor
 
 from minids.checkpoint import pick_device
 from minids.config import check_types, option, parse, require, run_program
+from minids.costs import format_table
 from minids.data import open_data
 from minids.hf import open_model
+from minids.mla import MLA, Context, seen_by
 from minids.moe import max_violation
+from minids.sparse_attention import Selection, attention_mass, few_rows, select
 
 
 class Evaluation(NamedTuple):
@@ -79,6 +90,136 @@ def evaluate(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: i
     return Evaluation(nats / math.log(2) / size, loads)
 
 
+# How much a layer's queries want each token, (B, S, T), from the attention, its input (B, S, D),
+# its query latent and the context of the pass.
+Scores = Callable[[MLA, Tensor, Tensor, Context], Tensor]
+# From the same, the tokens that they get; None for all.
+Rule = Callable[[MLA, Tensor, Tensor, Context], Selection | None]
+
+
+@contextlib.contextmanager
+def selecting(model: torch.nn.Module, rule: Rule) -> Iterator[None]:
+    """Within it every layer attends to what `rule` selects, whatever its indexer says, if any."""
+    layers = [module for module in model.modules() if isinstance(module, MLA)]
+    for attn in layers:
+        attn.selection = functools.partial(rule, attn)
+    try:
+        yield
+    finally:
+        for attn in layers:
+            del attn.selection
+
+
+def everything(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> None:
+    """The rule of dense attention."""
+
+
+def best(k: int, scores: Scores) -> Rule:
+    """The rule that gives each query the k tokens of the highest scores."""
+    def rule(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Selection | None:
+        wanted = scores(attn, x, c_q, context)  # (B, S, T)
+        keys = wanted.size(2)
+        return select(wanted, seen_by(context, x, keys), k) if keys > k else None
+    return rule
+
+
+def indexer_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+    """As the layer's indexer wants them."""
+    keys = attn.indexer.keys(x, context.rotation)
+    return attn.indexer.scores(x, c_q, keys, context.rotation)
+
+
+def attention_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+    """The probabilities of dense attention, the mean over its heads."""
+    q = torch.cat(attn.queries(c_q, context.rotation), dim=-1)  # (B, S, H, qk_head_dim)
+    k, _ = attn.expand(attn.latent(x, context.rotation))
+    seen = seen_by(context, x, k.size(1))
+    return torch.cat([attention_mass(q[:, rows], k, seen[:, rows], attn.scale)
+                      for rows in few_rows(q.size(1), k, q.size(2))], dim=1)
+
+
+def position_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+    """The later the better: a sliding window."""
+    batch, length = x.shape[:2]
+    return torch.arange(length, dtype=torch.float32, device=x.device).expand(batch, length, -1)
+
+
+def random_scores(seed: int = 0) -> Scores:
+    """At random, each query and layer anew."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+        return torch.rand(len(x), x.size(1), x.size(1), generator=generator).to(x.device)
+    return scores
+
+
+def all_scores(model: torch.nn.Module) -> dict[str, Scores]:
+    """By name; "indexer" where the model has one."""
+    own = {"indexer": indexer_scores} if model.args.has_indexer else {}
+    return own | {"attention": attention_scores, "window": position_scores,
+                  "random": random_scores()}
+
+
+@torch.no_grad()
+def attention_recall(model, tokens: Tensor, k: int) -> dict[str, list[float]]:
+    """How much of dense attention each way of selecting k tokens holds.
+
+    tokens: (B, S) int64; the model runs with dense attention
+    Returns, by the names of `all_scores`, for each layer the share of the probability (the mean
+    over heads) that the selected tokens have, over the queries that see more than k. No k tokens
+    have more than those of "attention". Raises `ValueError` where no query sees more than k.
+    """
+    if tokens.size(1) <= k:
+        raise ValueError(f"index_topk = {k} is not valid: it must be less than the "
+                         f"{tokens.size(1)} tokens of a window, else nothing is left out")
+    ways, held = all_scores(model), {}
+
+    def measure(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> None:
+        mass = attention_scores(attn, x, c_q, context)[:, k:]  # of queries that see more than k
+        for name, scores in ways.items():
+            chosen = best(k, scores)(attn, x, c_q, context)
+            share = mass.gather(-1, chosen.indices[:, k:]).sum(-1).mean()
+            held.setdefault(name, []).append(share.item())
+
+    with selecting(model, measure):
+        model.hidden(tokens)
+    return held
+
+
+class Row(NamedTuple):
+    """One way of selecting k tokens: bits per byte, and `attention_recall` of each layer."""
+
+    selection: str
+    bits_per_byte: float
+    recall: list[float]
+
+
+def compare_selections(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: int,
+                       k: int, max_tokens: int | None = None) -> list[Row]:
+    """The same model and text under dense attention and under every way of selecting k tokens.
+
+    The arguments are those of `evaluate`; recall is measured on one batch of the text.
+    """
+    batch = windows(tokens, seq_len, batch_size * seq_len)[:, :-1]
+    recall = attention_recall(model, batch.to(model.head.weight.device), k)
+    rules = {"dense": everything} | {n: best(k, s) for n, s in all_scores(model).items()}
+    rows = []
+    for name, rule in rules.items():
+        with selecting(model, rule):
+            result = evaluate(model, tokens, n_bytes, seq_len, batch_size, max_tokens)
+        rows += [Row(name, result.bits_per_byte, recall.get(name, [1.0] * model.args.n_layers))]
+    return rows
+
+
+def selection_table(rows: list[Row], k: int) -> str:
+    """`compare_selections` for reading; the first row is what the others are compared with."""
+    title = f"attention to {k} tokens", "bits/byte", "above dense", "recall of attention by layer"
+    cells = [(row.selection, f"{row.bits_per_byte:.4f}",
+              f"{row.bits_per_byte / rows[0].bits_per_byte - 1:+.2%}",
+              " ".join(f"{share:.3f}" for share in row.recall)) for row in rows]
+    return format_table([title, *cells])
+
+
 def parse_share(text: str) -> tuple[int, int]:
     """How much of a text is Python: (top-level blocks that parse, top-level blocks).
 
@@ -117,13 +258,16 @@ class EvaluateArgs:
     data: str = option("", "text, as for minids.train; none is the run's own, or else pystdlib")
     seq_len: int = option(0, "tokens in a window; 0: as in training, or else 1024 at most")
     batch_size: int = option(16, "windows at a time")
+    max_tokens: int = option(0, "validation tokens, spread over the text; 0: all")
+    selections: bool = option(False, "compare dense attention and ways of selecting k tokens")
+    index_topk: int = option(0, "tokens of --selections; 0: the model's, or an eighth of a window")
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
 
     def __post_init__(self):
         check_types(self)
         require(self, "batch_size", self.batch_size >= 1, "at least 1")
-        for name in ("seq_len", "threads"):
+        for name in ("seq_len", "threads", "max_tokens", "index_topk"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
 
 
@@ -139,8 +283,14 @@ def main() -> None:
                                         "seq_len": min(run.model.args.max_seq_len, 1024)}
     seq_len = args.seq_len or train["seq_len"]
     data = open_data(args.data or train["data"], run.tokenizer, seq_len)
-    result = evaluate(run.model, data.valid, run.tokenizer.n_bytes, seq_len, args.batch_size)
+    text = data.valid, run.tokenizer.n_bytes, seq_len, args.batch_size
     print(f"{run.checkpoint} on {data.name}, {len(data.valid):,} validation tokens")
+    if args.selections:
+        k = args.index_topk or (run.model.args.index_topk if run.model.args.has_indexer
+                                else max(seq_len // 8, 1))
+        print(selection_table(compare_selections(run.model, *text, k, args.max_tokens or None), k))
+        return
+    result = evaluate(run.model, *text, args.max_tokens or None)
     print(f"bits per byte    {result.bits_per_byte:.4f}")
     if result.max_vio:
         print("MaxVio by layer  " + " ".join(f"{v:.2f}" for v in result.max_vio))

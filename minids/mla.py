@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from minids.config import ModelArgs
 from minids.layers import Linear, RMSNorm
 from minids.rope import apply_rotary_emb, softmax_scale
-from minids.sparse_attention import Indexer, Selection, select
+from minids.sparse_attention import Indexer, IndexerLoss, Selection, Teaching, select
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever norm_eps is: so in the official code
 
@@ -82,12 +82,14 @@ class Context(NamedTuple):
     visible: (B or 1, S, T) bool, which keys a query sees; None: those up to itself
     cache: earlier tokens' latents; None in training
     absorbed: the form of attention
+    teaching: how the indexers learn; None when they do not
     """
 
     rotation: Tensor
     visible: Tensor | None = None
     cache: LatentCache | None = None
     absorbed: bool = False
+    teaching: Teaching | None = None
 
 
 class MLA(nn.Module):
@@ -120,6 +122,9 @@ class MLA(nn.Module):
         if context.cache is not None:
             latent = context.cache.append(self.layer, latent)  # (B, T, ..)
         chosen = self.selection(x, c_q, context)
+        if context.teaching is not None:
+            loss = self.indexer_loss(x, c_q, (q_nope, q_pe), latent, chosen, context)
+            context.teaching.losses[self.layer] = loss
         attend = self.absorbed if context.absorbed else self.naive
         if chosen is None:
             heads = attend(q_nope, q_pe, latent, context.visible)  # (B, S, H, v_head_dim)
@@ -129,9 +134,11 @@ class MLA(nn.Module):
             heads = self.naive(q_nope, q_pe, latent, chosen.mask(latent.size(1)))
         return self.wo(heads.flatten(2))
 
+    @torch.no_grad()
     def selection(self, x: Tensor, c_q: Tensor, context: Context) -> Selection | None:
         """The tokens to attend to; None for all, as there is no indexer or nothing to leave out."""
-        if self.indexer is None:
+        teaching = context.teaching
+        if self.indexer is None or (teaching is not None and teaching.stage == "warmup"):
             return None
         keys = self.indexer.keys(x, context.rotation)  # (B, S, index_head_dim)
         if context.cache is not None:
@@ -139,9 +146,22 @@ class MLA(nn.Module):
         if keys.size(1) <= self.args.index_topk:
             return None
         scores = self.indexer.scores(x, c_q, keys, context.rotation)  # (B, S, T)
-        visible = context.visible
-        seen = causal(*scores.shape[1:], x.device) if visible is None else visible
-        return select(scores, seen, self.args.index_topk)
+        return select(scores, seen_by(context, x, scores.size(2)), self.args.index_topk)
+
+    def indexer_loss(self, x: Tensor, c_q: Tensor, queries: tuple[Tensor, Tensor], latent: Tensor,
+                     chosen: Selection | None, context: Context) -> Tensor:
+        """How far the indexer is from attention itself over the tokens attended to (V3.2 2.1.1).
+
+        queries: those of attention, its two parts; the other arguments are those of `forward`
+        Returns a scalar, nats a query, whose gradient reaches the indexer alone.
+        """
+        x, c_q = x.detach(), c_q.detach()
+        indexer, rotation = self.indexer, context.rotation
+        with torch.no_grad():
+            q, k = torch.cat(queries, dim=-1), self.expand(latent)[0]
+        seen = chosen.mask(k.size(1)) if chosen else seen_by(context, x, k.size(1))
+        return IndexerLoss.apply(indexer.queries(c_q, rotation), indexer.weights(x),
+                                 indexer.keys(x, rotation), q, k, seen, self.scale)
 
     def query_latent(self, x: Tensor) -> Tensor:
         """What queries are made of: the latent, (B, S, q_lora_rank), or x itself without one."""
@@ -165,14 +185,17 @@ class MLA(nn.Module):
     def naive(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor,
               visible: Tensor | None) -> Tensor:
         """Expand keys and values for each head and attend to them -> (B, S, H, v_head_dim)"""
+        k, v = self.expand(latent)
+        return attention(torch.cat([q_nope, q_pe], dim=-1), k, v, visible, self.scale)
+
+    def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Each head's keys, (B, T, H, qk_head_dim), and values, (B, T, H, v_head_dim)"""
         args = self.args
         c_kv, k_pe = latent.split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
         kv = self.wkv_b(c_kv).unflatten(-1, (args.n_heads, -1))  # (B, T, H, qk_nope + v_head_dim)
         k_nope, v = kv.split([args.qk_nope_head_dim, args.v_head_dim], dim=-1)
-        q = torch.cat([q_nope, q_pe], dim=-1)  # (B, S, H, qk_head_dim)
         k_pe = k_pe.unsqueeze(2).expand(-1, -1, args.n_heads, -1)
-        k = torch.cat([k_nope, k_pe], dim=-1)  # (B, T, H, qk_head_dim)
-        return attention(q, k, v, visible, self.scale)
+        return torch.cat([k_nope, k_pe], dim=-1), v
 
     def absorbed(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor,
                  visible: Tensor | None) -> Tensor:
@@ -197,6 +220,12 @@ class MLA(nn.Module):
         own = chosen.gather(latent).flatten(0, 1)  # (B*S, k, kv_lora_rank + qk_rope_head_dim)
         heads = self.absorbed(*alone, own, chosen.seen.flatten(0, 1).unsqueeze(1))
         return heads.view(*q_nope.shape[:3], -1)
+
+
+def seen_by(context: Context, x: Tensor, keys: int) -> Tensor:
+    """Which of the T keys the queries made of x (B, S, ..) see: (B or 1, S, T) bool"""
+    visible = context.visible
+    return causal(x.size(1), keys, x.device) if visible is None else visible
 
 
 def causal(queries: int, keys: int, device=None) -> Tensor:

@@ -18,15 +18,19 @@ from minids.mla import MLA, Context, LatentCache
 from minids.moe import BALANCE_LOSSES, MoE, Routing, update_bias
 from minids.mtp import MTPModule
 from minids.rope import rotations
+from minids.sparse_attention import Teaching
 
 
 class Losses(NamedTuple):
-    """The parts of the objective, scalars: total = main + mtp_weight mtp + balance_weight balance.
+    """The parts of the objective, scalars.
+
+    total: main + mtp_weight mtp + balance_weight balance + indexer_weight indexer
 
     main: mean cross-entropy of the next token, nats
     mtp: the mean over depths of the multi-token prediction losses, nats
     balance: the balance losses of all MoE layers, added up; each is 1 when balanced
-    indexer: always 0 without sparse attention
+    indexer: how far the indexers are from attention, nats a query, added up over the layers and MTP
+        modules; 0 where they do not learn
     loads: (n MoE layers, E) int64, tokens sent to each expert; MTP modules come last
     """
 
@@ -88,10 +92,10 @@ class Transformer(nn.Module):
         """
         return self.head(self.hidden(tokens, cache, absorbed)[0])
 
-    def hidden(self, tokens: Tensor, cache: LatentCache | None = None,
-               absorbed: bool = False) -> tuple[Tensor, list[Routing]]:
+    def hidden(self, tokens: Tensor, cache: LatentCache | None = None, absorbed: bool = False,
+               teaching: Teaching | None = None) -> tuple[Tensor, list[Routing]]:
         """The state that the head reads, (B, S, D), and the routing of each MoE layer."""
-        context = self.context(tokens, cache, absorbed)
+        context = self.context(tokens, cache, absorbed)._replace(teaching=teaching)
         x, routings = self.embed(tokens), []
         for layer in self.layers:
             x, routing = self.run_block(layer, x, context)
@@ -130,29 +134,35 @@ class Transformer(nn.Module):
         return block(x, *inputs)
 
     def loss(self, tokens: Tensor, targets: Tensor, mtp_weight: float = 0.3,
-             balance_weight: float = 1e-4, balance_loss: str = "sequence") -> Losses:
-        """The training objective (V3 sections 2.1.2, 2.2 and 4.2).
+             balance_weight: float = 1e-4, balance_loss: str = "sequence", dsa: str = "",
+             indexer_weight: float = 1.0) -> Losses:
+        """The training objective (V3 sections 2.1.2, 2.2 and 4.2; V3.2 section 2.1.1).
 
         tokens: (B, S) int64; targets: (B, S) int64, the token after each
         mtp_weight: lambda of V3 equation 25; 0 leaves the MTP modules out
         balance_weight: alpha of V3 equation 17
         balance_loss: "sequence", V3's, or "expert", V2's
+        dsa: how the indexers learn: "warmup", with dense attention, "sparse", or "", not at all
+        indexer_weight: a factor on their loss
         """
-        hidden, routings = self.hidden(tokens)
+        teaching = Teaching(dsa, {}) if dsa else None
+        hidden, routings = self.hidden(tokens, teaching=teaching)
         main = linear_cross_entropy(hidden, self.head.weight, targets, targets.numel())
         mtp = main.new_zeros(())
         if mtp_weight > 0 and self.mtp:
-            mtp, more = self.mtp_loss(hidden, targets)
+            mtp, more = self.mtp_loss(hidden, targets, teaching)
             routings += more
         balance = main.new_zeros(())
         for routing in routings:
             balance = balance + BALANCE_LOSSES[balance_loss](routing, self.args)
         loads = [routing.load() for routing in routings]
         loads = torch.stack(loads) if loads else targets.new_zeros(0, self.args.n_routed_experts)
-        total = main + mtp_weight * mtp + balance_weight * balance
-        return Losses(total, main, mtp, balance, main.new_zeros(()), loads)
+        indexer = sum(teaching.losses.values()) if dsa else main.new_zeros(())
+        total = main + mtp_weight * mtp + balance_weight * balance + indexer_weight * indexer
+        return Losses(total, main, mtp, balance, indexer, loads)
 
-    def mtp_loss(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, list[Routing]]:
+    def mtp_loss(self, hidden: Tensor, targets: Tensor,
+                 teaching: Teaching | None = None) -> tuple[Tensor, list[Routing]]:
         """The mean over depths of V3's equation 24, and the modules' routings.
 
         Depth k has T - k predictions and divides their sum by T. Position i of `targets` is token
@@ -164,7 +174,7 @@ class Transformer(nn.Module):
         total, routings = hidden.new_zeros((), dtype=torch.float32), []
         for k, module in enumerate(self.mtp, start=1):
             embedding = self.embed(targets[:, k - 1:-1])  # (B, S-k, D)
-            context = self.context(targets[:, k:])
+            context = self.context(targets[:, k:])._replace(teaching=teaching)
             hidden, routing = self.run_block(module, hidden[:, :-1], embedding, context)
             total = total + linear_cross_entropy(hidden, self.head.weight, targets[:, k:],
                                                  targets.numel())

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from minids.config import TrainArgs
+from minids.sparse_attention import in_indexer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al., 2024: brings singular values near one
 
@@ -76,8 +77,9 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes a parameter: every matrix inside the blocks and the MTP modules."""
-    return parameter.ndim >= 2 and not name.startswith(("embed.", "head."))
+    """Whether Muon takes a parameter: matrices inside the blocks and MTP modules, but indexers'."""
+    return (parameter.ndim >= 2 and not name.startswith(("embed.", "head."))
+            and not in_indexer(name))
 
 
 def build_optimizers(model: nn.Module, args: TrainArgs,
@@ -85,16 +87,23 @@ def build_optimizers(model: nn.Module, args: TrainArgs,
     """The run's optimizers; each parameter is in exactly one group.
 
     dtype: precision of Muon's products. Norms have no weight decay. Every group keeps its learning
-    rate at the peak as `peak_lr`, for `set_learning_rate`.
+    rate at the peak as `peak_lr`, for `set_learning_rate`. Frozen parameters are in none, and
+    indexers in groups of their own, which come last.
     """
-    named = list(model.named_parameters())
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in trained if not in_indexer(n)]
+    indexers = [p for n, p in trained if in_indexer(n)]
     with_muon = args.optimizer == "muon"
     hidden = [p for n, p in named if with_muon and is_hidden_matrix(n, p)]
     decayed = [p for n, p in named if p.ndim >= 2 and not (with_muon and is_hidden_matrix(n, p))]
     plain = [p for _, p in named if p.ndim < 2]
-    adamw = torch.optim.AdamW(
-        [dict(params=decayed, weight_decay=args.weight_decay), dict(params=plain, weight_decay=0)],
-        lr=args.lr, betas=(args.beta1, args.beta2), fused=True)
+    groups = [dict(params=decayed, weight_decay=args.weight_decay),
+              dict(params=plain, weight_decay=0),
+              dict(params=[p for p in indexers if p.ndim >= 2], lr=args.indexer_lr,
+                   weight_decay=args.weight_decay),
+              dict(params=[p for p in indexers if p.ndim < 2], lr=args.indexer_lr, weight_decay=0)]
+    adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr,
+                              betas=(args.beta1, args.beta2), fused=True)
     optimizers = [adamw]
     if hidden:
         optimizers += [Muon(hidden, args.muon_lr, weight_decay=args.weight_decay, dtype=dtype)]
@@ -102,6 +111,19 @@ def build_optimizers(model: nn.Module, args: TrainArgs,
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
     return optimizers
+
+
+def clip_gradients(model: nn.Module, longest: float) -> dict[str, float]:
+    """Scale long gradients down; the norms before that, by their names in metrics.jsonl.
+
+    The indexers' gradient is one of its own: together, each loss would set the pace of what the
+    other trains.
+    """
+    named = list(model.named_parameters())
+    parts = {"grad_norm": [p for n, p in named if not in_indexer(n)],
+             "indexer_grad_norm": [p for n, p in named if in_indexer(n)]}
+    return {name: nn.utils.clip_grad_norm_(parameters, longest).item()
+            for name, parameters in parts.items() if parameters}
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
@@ -138,5 +160,10 @@ def mtp_weight_at(step: int, args: TrainArgs) -> float:
 
 
 def bias_speed_at(step: int, args: TrainArgs) -> float:
-    """Step of the gate biases: V3 has 0.001, then 0 for the last 500B of 14.8T tokens."""
+    """Step of the gate biases: V3 has 0.001, then 0 for the last 500B of 14.8T tokens.
+
+    0 in the warm-up of sparse attention, which changes nothing in the model.
+    """
+    if args.dsa == "warmup":
+        return 0.0
     return args.bias_speed if step <= args.bias_until * args.steps else 0.0

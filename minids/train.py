@@ -4,10 +4,17 @@
     python -m minids.train --data text:my/folder            your own text
     python -m minids.train --resume                         go on with the newest run
     python -m minids.train --preset small --data hf:HuggingFaceFW/fineweb-edu:sample-10BT
+    python -m minids.train --from runs/tiny --dsa warmup        V3.2's sparse attention: indexers,
+    python -m minids.train --from runs/tiny-warm --dsa sparse   then all of the model
 
 The recipe is V3's (arXiv 2412.19437, section 4): next-token loss plus multi-token prediction plus
 the sequence-wise balance loss; the gate biases move once an optimizer step, against the loads of
 the whole batch; the learning rate rises, stays and falls.
+
+--from begins with another run's weights, settings and tokenizer. With --dsa it goes through the two
+stages of V3.2 (arXiv 2512.02556, section 2.1.1): indexers are added and learn from a frozen model's
+attention; then the model learns under their selection, from the language-model loss, and they go on
+learning from its attention. Without --dsa the model goes on as it is.
 
 A run folder holds config.json (every setting), tokenizer/, metrics.jsonl (one object a step),
 checkpoints/step_NNNNNN/, loss.png and sample.txt. On one machine a run that was stopped at any
@@ -44,6 +51,7 @@ from minids.checkpoint import (
     load_weights,
     newest_checkpoint,
     pick_device,
+    read_manifest,
     resolve,
     rng_state,
     save_checkpoint,
@@ -61,17 +69,23 @@ from minids.optim import (
     batch_size_at,
     bias_speed_at,
     build_optimizers,
+    clip_gradients,
     learning_rate_factor,
     mtp_weight_at,
     set_learning_rate,
 )
+from minids.sparse_attention import freeze_all_but_indexers, load_weights_without_indexer
 from minids.tokenizer import Tokenizer
 
 # What a resumed run may change; everything else would make it another run.
 # Learning rates and guards are what one turns after a run that went wrong.
 MAY_CHANGE = {"out", "resume", "steps", "device", "threads", "compile", "recompute", "eval_every",
               "eval_tokens", "sample_every", "prompt", "save_every", "keep_last", "lr", "muon_lr",
-              "clip", "spike_factor"}
+              "indexer_lr", "clip", "spike_factor"}
+
+# Settings of the model that leave the weights of the run before as they are.
+MAY_VARY = {"max_seq_len", "original_seq_len", "rope_factor", "beta_fast", "beta_slow", "mscale",
+            "index_n_heads", "index_head_dim", "index_topk", "index_hadamard", "index_fp8"}
 
 # Dense BF16 rates from the vendors' data sheets, FLOP/s; the first name that fits counts.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
@@ -100,6 +114,8 @@ class Trainer:
             set_seed(args.seed)  # all the generators that a checkpoint holds
         self.model = Transformer(model_args).to(self.device)
         self.model.recompute = args.recompute
+        if args.dsa == "warmup":
+            freeze_all_but_indexers(self.model)
         self.loss = torch.compile(self.model.loss) if args.compile else self.model.loss
         self.optimizers = build_optimizers(self.model, args, self.dtype)
         self.data = open_data(args.data, tokenizer, args.seq_len, args.seed, args.fim_rate,
@@ -108,6 +124,7 @@ class Trainer:
         self.recent_loss = math.nan  # a moving mean, to tell a spike by
         self.valid_bpb = math.nan  # of the last validation
         self.stop_signal = 0
+        self.source: dict | None = None  # what this run began with
         self.metrics: list[dict] = []
         self.check_texts()
 
@@ -124,8 +141,17 @@ class Trainer:
         on = self.dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
+    def begin_from(self, checkpoint: Path) -> None:
+        """Take the weights of another run, and save them as step 0, so that this one's folder is
+        all that a resumed run needs."""
+        load_weights_without_indexer(self.model, load_weights(checkpoint))
+        digest = read_manifest(checkpoint)["files"]["model.safetensors"]["sha256"]
+        self.source = dict(checkpoint=str(checkpoint), sha256=digest)
+        self.save()
+
     def restore(self) -> None:
         """Go on from the newest whole checkpoint, if there is one."""
+        self.source = read_config(self.run).get("source")
         checkpoint = resolve(self.run) if checkpoints(self.run) else None
         if checkpoint is not None:
             self.model.load_state_dict(load_weights(checkpoint))
@@ -190,8 +216,8 @@ class Trainer:
         self.step += 1
         set_learning_rate(self.optimizers, learning_rate_factor(self.step, self.args))
         parts, loads, n_tokens = self.accumulate()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.args.clip).item()
-        self.check_finite(parts["loss"], norm)
+        norms = clip_gradients(self.model, self.args.clip)
+        self.check_finite(parts["loss"], sum(norms.values()))
         skipped = self.is_spike(parts["loss"])
         if not skipped:
             for optimizer in self.optimizers:
@@ -202,7 +228,7 @@ class Trainer:
         elapsed = time.perf_counter() - start
         self.tokens += n_tokens
         self.seconds += elapsed
-        record = dict(step=self.step, tokens=self.tokens, **parts, grad_norm=norm,
+        record = dict(step=self.step, tokens=self.tokens, **parts, **norms,
                       lr=self.optimizers[0].param_groups[0]["lr"],
                       max_vio=[round(max_violation(load).item(), 4) for load in loads],
                       tokens_per_s=round(n_tokens / elapsed, 1), seconds=round(self.seconds, 3),
@@ -220,10 +246,12 @@ class Trainer:
             tokens, targets = tokens.to(self.device), targets.to(self.device)
             with self.autocast():
                 losses = self.loss(tokens, targets, mtp_weight_at(self.step, args),
-                                   args.balance_weight, args.balance_loss)
+                                   args.balance_weight, args.balance_loss, args.dsa,
+                                   args.indexer_weight)
             (losses.total / args.grad_accum).backward()
             loads = loads + losses.loads
-            for name, value in zip(("loss", "main", "mtp", "balance"), losses[:4], strict=True):
+            names = ("loss", "main", "mtp", "balance", "indexer")
+            for name, value in zip(names if args.dsa else names[:-1], losses, strict=False):
                 parts[name] = parts.get(name, 0.0) + value.item() / args.grad_accum
         return parts, loads, batch * args.seq_len
 
@@ -304,11 +332,23 @@ class Trainer:
         if balance:
             print("balance      MaxVio of each layer over the validation text: "
                   + " ".join(f"{v:.2f}" for v in balance))
+        if self.args.dsa:
+            loss = self.metrics[-1]["indexer"]
+            print(f"indexers     {loss:.4f} nats a query from attention, all layers together")
         if total:
             print(f"sample       {parsed} of {total} generated top-level blocks parse as Python "
                   f"({SAMPLES} texts)")
         print(f"run folder   {self.run}: loss.png, sample.txt, metrics.jsonl, checkpoints")
-        print(f'next         python -m minids.generate --run {self.run} --prompt "def read_"')
+        print(f"next         python -m minids.{next_command(self.args.dsa, self.run)}")
+
+
+def next_command(dsa: str, run: Path) -> str:
+    """What to do with a finished run: program and flags."""
+    if dsa == "warmup":
+        return f"train --from {run} --dsa sparse"
+    if dsa:
+        return f"evaluate --run {run} --selections"
+    return f'generate --run {run} --prompt "def read_"'
 
 
 def progress_line(record: dict, steps: int) -> str:
@@ -377,10 +417,15 @@ def tune_allocator() -> None:
 
 def free_run_folder(preset: str) -> Path:
     """runs/PRESET, or runs/PRESET-2, .. where that is taken."""
-    folder, number = Path("runs") / preset, 1
+    return free_folder(Path("runs") / preset)
+
+
+def free_folder(wanted: Path) -> Path:
+    """That folder, or the first of NAME-2, NAME-3, .. where it is taken."""
+    folder, number = wanted, 1
     while folder.exists():
         number += 1
-        folder = Path("runs") / f"{preset}-{number}"
+        folder = wanted.with_name(f"{wanted.name}-{number}")
     return folder
 
 
@@ -402,18 +447,86 @@ def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
     """
     preset = given.get("preset", "tiny")
     ModelArgs.preset(preset)  # refuses an unknown name before anything else
-    resume = given.get("resume", False)
-    run = Path(given.get("out", "") or (newest_run(preset) if resume else free_run_folder(preset)))
+    resume, before = given.get("resume", False), given.get("from_run", "")
+    if given.get("out"):
+        run = Path(given["out"])
+    elif before and not resume:
+        run = folder_after(run_of(resolve(before)), given.get("dsa", ""))
+    else:
+        run = newest_run(preset) if resume else free_run_folder(preset)
     stored = read_config(run)
     if stored and not resume:
         raise ValueError(f"out = {str(run)!r} holds a run already: go on with it by --resume, or "
                          "name another folder")
     if not stored:
-        return TrainArgs.for_preset(preset, **given | {"out": str(run)}), given_model
-    refuse_changes(run, stored["train"], {k: v for k, v in given.items() if k not in MAY_CHANGE})
+        given = given | {"out": str(run)}
+        args = settings_after(given) if before else TrainArgs.for_preset(preset, **given)
+        return args, given_model
+    refuse_changes(run, dataclasses.asdict(TrainArgs(**stored["train"])),
+                   {k: v for k, v in given.items() if k not in MAY_CHANGE})
     refuse_changes(run, stored["model"], given_model)
     changed = {k: v for k, v in given.items() if k in MAY_CHANGE} | {"out": str(run)}
     return TrainArgs(**stored["train"] | changed), stored["model"]
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run that a checkpoint folder belongs to; `ValueError` if that is no run's."""
+    run = checkpoint.resolve().parent.parent
+    if not (run / "config.json").exists():
+        raise ValueError(f"from = {str(checkpoint)!r} is not valid: {run} holds no config.json, so "
+                         "it is no run folder")
+    return run
+
+
+def folder_after(run: Path, dsa: str) -> Path:
+    """Beside a run: x-warm for the warm-up of x, x-sparse for the stage after it, else x-more."""
+    suffix = {"warmup": "-warm", "sparse": "-sparse", "": "-more"}[dsa]
+    return free_folder(run.with_name(run.name.removesuffix("-warm") + suffix))
+
+
+def settings_after(given: dict) -> TrainArgs:
+    """The settings of a run that begins with another's: those of that one, of the stage, and given.
+
+    Raises `ValueError` for a preset or a tokenizer that is not the other run's.
+    """
+    run = run_of(resolve(given["from_run"]))
+    before = dataclasses.asdict(TrainArgs(**read_config(run)["train"]))
+    if given.get("preset", before["preset"]) != before["preset"]:
+        raise ValueError(f"preset = {given['preset']!r} is not valid: the run in {run} has "
+                         f"{before['preset']!r}, and this one begins with its weights")
+    if given.get("tokenizer"):
+        raise ValueError(f"tokenizer = {given['tokenizer']!r} is not valid with --from: the model "
+                         f"knows the one in {run}")
+    kept = {k: v for k, v in before.items() if k not in ("out", "resume", "from_run", "dsa")}
+    return TrainArgs.for_preset(before["preset"], kept, **given)
+
+
+def model_after(args: TrainArgs, given: dict, run: Path) -> dict:
+    """All fields of the model that begins with the weights of `run`, an indexer added if need be.
+
+    given: fields that are to differ; ValueError for one that would not fit the weights
+    """
+    before = read_config(run)["model"]
+    fixed = {k for k in given if k not in MAY_VARY}
+    if before["index_n_heads"]:
+        fixed |= given.keys() & {"index_n_heads", "index_head_dim"}
+    for name in sorted(fixed):
+        if given[name] != before[name]:
+            raise ValueError(f"{name} = {given[name]!r} is not valid: the weights in {run} have "
+                             f"{before[name]!r}")
+    if args.dsa and not before["index_n_heads"]:
+        given = default_indexer(before, args.seq_len) | given
+    return before | given
+
+
+def default_indexer(model: dict, seq_len: int) -> dict:
+    """An indexer in V3.2's proportions to attention; it selects an eighth of the context.
+
+    For "v3" and the paper's 131,072 tokens that is V3.2's: 64 heads of width 128, 2,048 tokens.
+    """
+    return dict(index_n_heads=max(model["n_heads"] // 2, 4),
+                index_head_dim=2 * model["qk_rope_head_dim"],
+                index_topk=min(max(seq_len // 8, 1), 2048))
 
 
 def refuse_changes(run: Path, stored: dict, given: dict) -> None:
@@ -453,6 +566,10 @@ def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
     if model_args.vocab_size < tokenizer.vocab_size:
         raise ValueError(f"vocab_size = {model_args.vocab_size} is not valid: it must be at least "
                          f"{tokenizer.vocab_size}, the tokenizer's")
+    if model_args.has_indexer and not args.dsa:
+        raise ValueError(f"index_n_heads = {model_args.index_n_heads} is not valid without --dsa: "
+                         "an indexer learns from a trained model; train with index_n_heads = 0, "
+                         "then go on with --from RUN --dsa warmup")
     if args.seq_len > model_args.max_seq_len:
         raise ValueError(f"seq_len = {args.seq_len} is not valid: it must be at most max_seq_len "
                          f"= {model_args.max_seq_len}")
@@ -472,7 +589,8 @@ def start_folder(trainer: Trainer) -> None:
 def write_config(trainer: Trainer) -> None:
     """Every setting of the run as it goes on now: a resumed run may have changed some."""
     versions = dict(minids=__version__, torch=torch.__version__, python=platform.python_version())
-    write_json(trainer.run / "config.json", dict(
+    source = {"source": trainer.source} if trainer.source else {}
+    write_json(trainer.run / "config.json", source | dict(
         model=dataclasses.asdict(trainer.model.args), train=dataclasses.asdict(trainer.args),
         tokenizer=trainer.tokenizer.fingerprint, data=trainer.data.fingerprint,
         dtype=str(trainer.dtype).removeprefix("torch."), versions=versions))
@@ -511,8 +629,12 @@ def train(args: TrainArgs, model: dict | None = None) -> Path:
         torch.set_num_threads(args.threads)
     run = Path(args.out) if args.out else free_run_folder(args.preset)
     resumed = args.resume and (run / "config.json").exists()
+    begin = resolve(args.from_run) if args.from_run and not resumed else None
     if resumed:
         tokenizer = stored_tokenizer(run)
+    elif begin:
+        tokenizer = stored_tokenizer(run_of(begin))
+        model = model_after(args, model or {}, run_of(begin))
     else:
         tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else Tokenizer.load()
     trainer = Trainer(args, fit_model(args, model or {}, tokenizer), run, tokenizer)
@@ -525,6 +647,8 @@ def train(args: TrainArgs, model: dict | None = None) -> Path:
         else:
             if args.resume:
                 print(f"{run} holds no run yet: starting from the beginning", flush=True)
+            if begin:
+                trainer.begin_from(begin)
             start_folder(trainer)
         trainer.train()
     trainer.finish()

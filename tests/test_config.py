@@ -6,7 +6,7 @@ from dataclasses import FrozenInstanceError, dataclass, fields, replace
 
 import pytest
 
-from minids.config import TRAIN_PRESETS, ModelArgs, TrainArgs, option, parse
+from minids.config import TRAIN_PRESETS, ModelArgs, TrainArgs, flag_of, option, parse
 
 NAMES = ("vocab_size dim n_layers n_dense_layers inter_dim moe_inter_dim n_routed_experts "
          "n_shared_experts n_activated_experts n_expert_groups n_limited_groups score_func "
@@ -211,6 +211,36 @@ def test_a_wrong_flag_is_one_line_and_status_2(argv, words, capsys):
     assert all(word in err for word in words)
 
 
+def test_the_stages_of_sparse_attention_are_the_papers():
+    """V3.2 (arXiv 2512.02556) section 2.1.1: learning rates, steps, and the tokens they make."""
+    warm, sparse = (TrainArgs.for_preset("v3.2", from_run="x", dsa=s) for s in ("warmup", "sparse"))
+    tokens = [args.steps * args.batch_size * args.seq_len for args in (warm, sparse)]
+    assert tokens == [2_097_152_000, 943_718_400_000]
+    assert (warm.indexer_lr, sparse.indexer_lr, sparse.lr) == (1e-3, 7.3e-6, 7.3e-6)
+    assert warm.warmup_steps == 0 and warm.constant_until == 1.0  # one rate is all that is stated
+    assert TrainArgs.for_preset("v3", from_run="x", dsa="warmup").indexer_lr == 1e-3
+    assert TrainArgs.for_preset("v3").indexer_lr == TrainArgs.indexer_lr  # no stage without --from
+
+
+def test_a_run_after_another_keeps_its_settings_but_for_the_stages():
+    before = vars(TrainArgs.for_preset("tiny", batch_size=6, lr=1.0, steps=7, seed=3))
+    before = {k: v for k, v in before.items() if k not in ("preset", "dsa", "from_run")}
+    after = TrainArgs.for_preset("tiny", before, from_run="x", muon_lr=2.0)
+    assert (after.batch_size, after.seed, after.muon_lr) == (6, 3, 2.0)
+    assert (after.lr, after.steps) == (5e-4, 200) and after.warmup_steps == 0
+    # The dense model that a sparse one is compared with learns by the same settings.
+    sparse = TrainArgs.for_preset("tiny", before, from_run="x", muon_lr=2.0, dsa="sparse")
+    assert replace(sparse, dsa="") == after
+
+
+def test_stages_need_a_model_to_begin_with():
+    for dsa in ("warmup", "sparse"):
+        with pytest.raises(ValueError, match=f"dsa = '{dsa}' is not valid: .*--from"):
+            TrainArgs(dsa=dsa)
+    with pytest.raises(ValueError, match="dsa = 'warm' .* one of , warmup, sparse"):
+        TrainArgs(dsa="warm", from_run="x")
+
+
 TINY = TrainArgs.for_preset("tiny")
 
 
@@ -223,7 +253,7 @@ def undocumented(text: str, cls) -> list[str]:
         entries[flag] = f"{entries.get(flag, '')} {' '.join(words)}"
     faults = []
     for f in fields(cls):
-        told = entries.get("--" + f.name.replace("_", "-"), "")
+        told = entries.get(flag_of(f), "")
         default = f.default if f.default != "" else "none"
         if cls is TrainArgs and getattr(TINY, f.name) != f.default:
             default = f"{default}; tiny: {getattr(TINY, f.name)}"

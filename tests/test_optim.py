@@ -17,12 +17,14 @@ from minids.optim import (
     batch_size_at,
     bias_speed_at,
     build_optimizers,
+    clip_gradients,
     is_hidden_matrix,
     learning_rate_factor,
     mtp_weight_at,
     orthogonalise,
     set_learning_rate,
 )
+from minids.sparse_attention import freeze_all_but_indexers
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (24, 40), (1, 16)]
 WIDE = torch.float64
@@ -257,6 +259,83 @@ def test_muon_takes_experts_gate_and_projections():
             "layers.0.attn.wq_a.weight", "layers.0.ffn.w1.weight", "mtp.0.eh_proj.weight",
             "mtp.0.block.ffn.experts.w3"} <= taken
     assert not {"embed.weight", "head.weight", "norm.weight"} & taken
+
+
+SPARSE = replace(LITTLE, index_n_heads=4, index_head_dim=16)
+
+
+def indexer_faults(optimizers: list, names: dict[int, str], args: TrainArgs) -> list[str]:
+    """Trained parameters with another learning rate than theirs, or indexers outside AdamW."""
+    wrong = []
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for name in (names[id(p)] for p in group["params"]):
+                muon = type(optimizer) is Muon
+                rate = args.indexer_lr if ".indexer." in name else args.muon_lr if muon else args.lr
+                if group["peak_lr"] != rate or (muon and ".indexer." in name):
+                    wrong.append(name)
+    return wrong
+
+
+@pytest.mark.parametrize("choice", ["adamw", "muon"])
+def test_indexers_have_groups_of_their_own(choice, monkeypatch):
+    args = TrainArgs(optimizer=choice, lr=1.0, muon_lr=2.0, indexer_lr=3.0, weight_decay=0.3)
+    model, names = model_and_names(SPARSE)
+    optimizers = build_optimizers(model, args, torch.float32)
+    assert indexer_faults(optimizers, names, args) == []
+    every = [id(p) for o in optimizers for group in o.param_groups for p in group["params"]]
+    assert sorted(every) == sorted(names)
+    decays = {names[id(p)].split("indexer.")[1]: group["weight_decay"]
+              for group in optimizers[0].param_groups[2:] for p in group["params"]}
+    assert decays == {"wq_b.weight": 0.3, "wk.weight": 0.3, "weights_proj.weight": 0.3,
+                      "k_norm.weight": 0, "k_norm.bias": 0}
+    monkeypatch.setattr(optim, "in_indexer", lambda name: False)
+    assert indexer_faults(build_optimizers(model, args, torch.float32), names, args)
+
+
+def test_frozen_parameters_are_in_no_group():
+    model, names = model_and_names(SPARSE)
+    freeze_all_but_indexers(model)
+    [adamw] = build_optimizers(model, TrainArgs(optimizer="muon"), torch.float32)
+    taken = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
+    assert taken == {name for name in names.values() if ".indexer." in name}
+
+
+def norms_after_clipping(indexer_grad: float, clip=clip_gradients) -> list[float]:
+    """The norms of both parts' gradients, that of the model 30 before."""
+    torch.manual_seed(0)
+    model = Transformer(SPARSE)
+    parts = [[p for n, p in model.named_parameters() if (".indexer." in n) == own]
+             for own in (False, True)]
+    for part, norm in zip(parts, (30.0, indexer_grad), strict=True):
+        flat = torch.randn(sum(p.numel() for p in part))
+        flat *= norm / flat.norm()
+        for p, grad in zip(part, flat.split([p.numel() for p in part]), strict=True):
+            p.grad = grad.view_as(p)
+    before = clip(model, 1.0)
+    if clip is clip_gradients:
+        assert list(before) == ["grad_norm", "indexer_grad_norm"]
+        assert list(before.values()) == pytest.approx([30.0, indexer_grad], rel=1e-5)
+    return [torch.cat([p.grad.flatten() for p in part]).norm().item() for part in parts]
+
+
+def test_indexers_are_clipped_apart():
+    """FP32 norms of some thousand numbers."""
+    assert norms_after_clipping(40.0) == pytest.approx([1.0, 1.0], rel=1e-4)
+    assert norms_after_clipping(0.5) == pytest.approx([1.0, 0.5], rel=1e-4)
+
+    def together(model, longest):
+        return torch.nn.utils.clip_grad_norm_(model.parameters(), longest)
+
+    assert norms_after_clipping(40.0, together)[0] == pytest.approx(0.6, rel=1e-4)
+    dense = Transformer(LITTLE)
+    assert list(clip_gradients(dense, 1.0)) == ["grad_norm"]
+
+
+def test_gate_biases_rest_in_the_warmup():
+    rested, moves = (bias_speed_at(5, TrainArgs(from_run="x", dsa=dsa))
+                     for dsa in ("warmup", "sparse"))
+    assert rested == 0.0 and moves == TrainArgs.bias_speed
 
 
 def test_group_check_notices(monkeypatch):
