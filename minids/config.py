@@ -269,12 +269,16 @@ class TrainArgs:
     fim_rate: float = option(0.0, "share of documents cut for fill-in-the-middle; V3: 0.1")
     dtype: str = option("auto", "precision of products; auto: bf16 where the hardware has it",
                         ("auto", "bf16", "fp32"))
+    fp8: bool = option(False, "products of linear layers and experts in FP8, AdamW's moments in"
+                              " BF16")
     compile: bool = option(False, "compile the model: a minute at the start, faster steps after")
     recompute: bool = option(False, "keep less for the backward pass and compute blocks twice")
     spike_factor: float = option(0.0, "skip a step whose loss is this many times the recent mean;"
                                       " 0: never")
     eval_every: int = option(100, "steps between validations; 0: only at the end")
     eval_tokens: int = option(32768, "validation tokens in between; the end uses all")
+    log_experts_every: int = option(10, "steps between lines of metrics with the load and the bias"
+                                        " of every expert; 0: never")
     sample_every: int = option(0, "steps between samples of text; 0: only at the end")
     prompt: str = option("def", "text that a sample goes on from; best without a space at the end")
     save_every: int = option(100, "steps between checkpoints")
@@ -289,7 +293,7 @@ class TrainArgs:
             require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("batch_start batch_ramp_steps warmup_steps weight_decay mtp_weight "
                      "mtp_weight_late balance_weight bias_speed spike_factor eval_every "
-                     "sample_every keep_last threads seed").split():
+                     "sample_every log_experts_every keep_last threads seed").split():
             require(self, name, getattr(self, name) >= 0, "0 or more")
         for name in "lr muon_lr indexer_lr indexer_weight clip eval_tokens".split():
             require(self, name, getattr(self, name) > 0, "above 0")

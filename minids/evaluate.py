@@ -261,6 +261,7 @@ class EvaluateArgs:
     max_tokens: int = option(0, "validation tokens, spread over the text; 0: all")
     selections: bool = option(False, "compare dense attention and ways of selecting k tokens")
     index_topk: int = option(0, "tokens of --selections; 0: the model's, or an eighth of a window")
+    fp8: bool = option(False, "products of linear layers and experts in FP8")
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
 
@@ -281,6 +282,8 @@ def main() -> None:
     # A Hugging Face folder does not say what its model was trained on.
     train = run.config.get("train") or {"data": "pystdlib",
                                         "seq_len": min(run.model.args.max_seq_len, 1024)}
+    if args.fp8:
+        run.model.use_fp8()
     seq_len = args.seq_len or train["seq_len"]
     data = open_data(args.data or train["data"], run.tokenizer, seq_len)
     text = data.valid, run.tokenizer.n_bytes, seq_len, args.batch_size

@@ -9,14 +9,22 @@ The scale that is kept is the factor to multiply by on the way back ("scale_inv"
 DeepSeek-V3 keeps scales in FP32; V3.1 and V3.2 round them up to powers of two (UE8M0: eight bits of
 exponent and nothing else), so that scaling itself rounds nothing.
 
-The arithmetic is that of DeepSeek's inference kernels. Products in FP8 are not here yet.
+The arithmetic is that of DeepSeek's inference kernels.
+
+A linear layer has three products (V3 section 3.3.1), and each takes both of its factors in FP8:
+    forward          y  = x W^T     x in tiles along its channels, W in blocks
+    input gradient   dx = dy W      dy in tiles along its channels, W in the same blocks
+    weight gradient  dW = dy^T x    both in tiles along the tokens; x is rounded a second time
 """
+
+import functools
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128  # channels in a tile, rows and columns in a block
+STEP = 32  # numbers that Hopper's FP8 units multiply and add at once
 E4M3_MAX = 448.0
 LEAST = 1e-4  # taken for the largest value of a block that holds nothing larger
 
@@ -89,3 +97,95 @@ def next_power_of_two(x: Tensor) -> Tensor:
 def to_e4m3(x: Tensor) -> Tensor:
     """Round to the nearest E4M3 number, ties to even, at most 448 in size."""
     return x.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """A B^T of two matrices in FP8, added up in FP32.
+
+    a: (n, k) and b: (m, k) float8_e4m3fn, each with the scales of its tiles or blocks
+    Returns (n, m) FP32. A Hopper GPU multiplies in FP8; anywhere else the same product of the same
+    rounded numbers is taken in FP32. The results differ by what the GPU's adders round away within
+    128 numbers, see `limited_sum`.
+    """
+    body = gemm_on_hopper if has_fp8_units(a.device) else gemm_simulated
+    return body(a, a_scale, b, b_scale)
+
+
+@functools.cache
+def has_fp8_units(device: torch.device) -> bool:
+    """Whether the GPU multiplies FP8 with scales for tiles and blocks: Hopper does."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def gemm_simulated(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """`fp8_gemm` in FP32. Two E4M3 numbers have a product that FP32 holds exactly."""
+    return dequantize(a, a_scale) @ dequantize(b, b_scale).T
+
+
+def gemm_on_hopper(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
+    """`fp8_gemm` by the GPU's FP8 units, which move sums to FP32 every 128 numbers."""
+    n, m = len(a), len(b)
+    a, a_scale, a_kind = as_hopper_wants(a, a_scale)
+    b, b_scale, b_kind = as_hopper_wants(b, b_scale)
+    return F.scaled_mm(a, b.t(), a_scale, a_kind, b_scale, b_kind,
+                       output_dtype=torch.float32)[:n, :m]
+
+
+def as_hopper_wants(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, F.ScalingType]:
+    """Whole blocks of values, the scales in the kernel's order, and which kind they are."""
+    is_tiles = len(scale) == len(q)
+    q = padded(q.contiguous().view(torch.uint8), *q.shape).view(q.dtype)  # byte 0 is the number 0
+    if is_tiles:
+        scale = F.pad(scale, (0, 0, 0, len(q) - len(scale)))
+        return q, scale.t().contiguous().t(), F.ScalingType.BlockWise1x128
+    return q, F.pad(scale, (0, -scale.size(1) % 4)).contiguous().t(), F.ScalingType.BlockWise128x128
+
+
+def limited_sum(a: Tensor, b: Tensor, bits: int = 14, promote: int = BLOCK) -> Tensor:
+    """A B^T as Hopper's FP8 units add it up, and DeepSeek's remedy (V3 section 3.3.2).
+
+    The units multiply exactly but keep only some 14 bits of a sum: what is small beside the sum so
+    far falls off its end. Moved to FP32 every `promote` numbers, a sum never grows large.
+
+    a: (n, k), b: (m, k), the values without scales; bits: of a partial sum
+    promote: numbers after which a partial sum is added to an FP32 one; k or more: never
+    Returns (n, m) FP32.
+    """
+    total = partial = torch.zeros(len(a), len(b), device=a.device)
+    for start in range(0, a.size(1), STEP):
+        part = slice(start, start + STEP)
+        partial = truncated(partial + a[:, part].float() @ b[:, part].float().T, bits)
+        if (start + STEP) % promote == 0:
+            total, partial = total + partial, torch.zeros_like(total)
+    return total + partial
+
+
+def truncated(x: Tensor, bits: int) -> Tensor:
+    """x without what lies behind its first `bits` binary digits."""
+    mantissa, exponent = torch.frexp(x)
+    return torch.ldexp(torch.trunc(mantissa * 2 ** bits), exponent - bits)
+
+
+class FP8Linear(torch.autograd.Function):
+    """x W^T with all three products in FP8; what it keeps for the backward pass is FP8 too."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.dtypes = x.dtype, weight.dtype
+        rows, blocks = quantize_activation(x.flatten(0, -2)), quantize_weight(weight)
+        ctx.save_for_backward(*rows, *blocks)
+        return fp8_gemm(*rows, *blocks).to(x.dtype).view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        x, x_scale, w, w_scale = ctx.saved_tensors
+        dy = grad.flatten(0, -2)
+        dx = fp8_gemm(*quantize_activation(dy), w.T, w_scale.T)
+        along_tokens = quantize_activation(dequantize(x, x_scale).T)
+        dw = fp8_gemm(*quantize_activation(dy.T), *along_tokens)
+        return dx.to(ctx.dtypes[0]).view(*grad.shape[:-1], w.size(1)), dw.to(ctx.dtypes[1])
+
+
+def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in FP8, forward and backward. x: (.., k), weight: (m, k) -> (.., m)"""
+    return FP8Linear.apply(x, weight)

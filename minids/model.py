@@ -6,6 +6,7 @@ forward pass changes the model, so recomputing a block counts no token twice and
 no bias: the trainer passes the loads it saw to `update_gate_bias`.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minids.config import ModelArgs
+from minids.fp8 import fp8_linear
 from minids.layers import MLP, Linear, RMSNorm, compute_dtype
 from minids.mla import MLA, Context, LatentCache
-from minids.moe import BALANCE_LOSSES, MoE, Routing, update_bias
+from minids.moe import BALANCE_LOSSES, Experts, MoE, Routing, grouped_loop, update_bias
 from minids.mtp import MTPModule
 from minids.rope import rotations
 from minids.sparse_attention import Teaching
@@ -180,6 +182,19 @@ class Transformer(nn.Module):
                                                  targets.numel())
             routings += [routing] if routing else []
         return total / len(self.mtp), routings
+
+    def use_fp8(self) -> None:
+        """From now on, products of the blocks' linear layers and experts in FP8 (V3 section 3.3).
+
+        Embedding, head, gates, norms, the MTP modules' joins, the indexer's weights and attention's
+        core stay as they are.
+        """
+        for block in [*self.layers, *(module.block for module in self.mtp)]:
+            for name, module in block.named_modules():
+                if isinstance(module, Linear) and not name.endswith("weights_proj"):
+                    module.product = fp8_linear
+                elif isinstance(module, Experts):
+                    module.product = partial(grouped_loop, product=fp8_linear)
 
     def gate_biases(self) -> list[Tensor]:
         """The selection biases, in the order of `Losses.loads`: layers first, then MTP modules."""

@@ -101,8 +101,12 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x: (M, D), rows sorted by expert; counts: (E,) rows of each -> (M, D)"""
-        hidden = F.silu(grouped_linear(x, self.w1, counts)) * grouped_linear(x, self.w3, counts)
-        return grouped_linear(hidden, self.w2, counts)
+        hidden = F.silu(self.product(x, self.w1, counts)) * self.product(x, self.w3, counts)
+        return self.product(hidden, self.w2, counts)
+
+    def product(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """Each row times its own expert's matrix; `Transformer.use_fp8` puts another here."""
+        return grouped_linear(x, weight, counts)
 
 
 class MoE(nn.Module):
@@ -241,11 +245,11 @@ def grouped_fused(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
 
 
-def grouped_loop(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+def grouped_loop(x: Tensor, weight: Tensor, counts: Tensor, product=F.linear) -> Tensor:
     """`grouped_linear` as one product for each expert, in any precision."""
     sizes = counts.tolist()
     parts = x.split([*sizes, len(x) - sum(sizes)])
-    out = [F.linear(rows, w) for rows, w in zip(parts, weight.unbind(), strict=False)]
+    out = [product(rows, w) for rows, w in zip(parts, weight.unbind(), strict=False)]
     return torch.cat([*out, x.new_zeros(len(parts[-1]), weight.size(1))])
 
 

@@ -60,6 +60,23 @@ class Muon(torch.optim.Optimizer):
             p.add_(step.view_as(p), alpha=-group["lr"] * scale)
 
 
+class AdamWInBF16(torch.optim.AdamW):
+    """AdamW that keeps its moments in BF16 and computes in FP32 (V3 section 3.3.3)."""
+
+    MOMENTS = "exp_avg", "exp_avg_sq"
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Move every parameter that has a gradient."""
+        self._moments_to(torch.float32)
+        super().step()
+        self._moments_to(torch.bfloat16)
+
+    def _moments_to(self, dtype: torch.dtype) -> None:
+        for state in self.state.values():
+            state.update({name: state[name].to(dtype) for name in self.MOMENTS if name in state})
+
+
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
     """The nearest matrices with all singular values about one, by Newton and Schulz's iteration.
 
@@ -102,8 +119,9 @@ def build_optimizers(model: nn.Module, args: TrainArgs,
               dict(params=[p for p in indexers if p.ndim >= 2], lr=args.indexer_lr,
                    weight_decay=args.weight_decay),
               dict(params=[p for p in indexers if p.ndim < 2], lr=args.indexer_lr, weight_decay=0)]
-    adamw = torch.optim.AdamW([group for group in groups if group["params"]], lr=args.lr,
-                              betas=(args.beta1, args.beta2), fused=True)
+    adamw = (AdamWInBF16 if args.fp8 else torch.optim.AdamW)(
+        [group for group in groups if group["params"]], lr=args.lr,
+        betas=(args.beta1, args.beta2), fused=True)
     optimizers = [adamw]
     if hidden:
         optimizers += [Muon(hidden, args.muon_lr, weight_decay=args.weight_decay, dtype=dtype)]

@@ -116,6 +116,8 @@ class Trainer:
         self.model.recompute = args.recompute
         if args.dsa == "warmup":
             freeze_all_but_indexers(self.model)
+        if args.fp8:
+            self.model.use_fp8()
         self.loss = torch.compile(self.model.loss) if args.compile else self.model.loss
         self.optimizers = build_optimizers(self.model, args, self.dtype)
         self.data = open_data(args.data, tokenizer, args.seq_len, args.seed, args.fim_rate,
@@ -197,6 +199,7 @@ class Trainer:
                     result = self.validate(None if last else args.eval_tokens)
                     record["valid_bpb"] = result.bits_per_byte
                     record["valid_max_vio"] = [round(v, 4) for v in result.max_vio]
+                    record["valid_loads"] = result.loads.tolist()
                 self.write_record(record)
                 bar.update()
                 bar.set_postfix_str(f"loss {record['loss']:.3f}, validation "
@@ -235,6 +238,10 @@ class Trainer:
                       memory_mib=memory_mib(self.device))
         if mfu := self.model_flops_utilisation(n_tokens / elapsed):
             record["mfu"] = mfu
+        if self.args.log_experts_every and self.step % self.args.log_experts_every == 0:
+            record["loads"] = loads.tolist()
+            record["biases"] = [[round(b, 6) for b in bias.tolist()]
+                                for bias in self.model.gate_biases()]
         return record | ({"skipped": True} if skipped else {})
 
     def accumulate(self) -> tuple[dict, Tensor, int]:

@@ -4,19 +4,34 @@
 bias 7, no infinity) and not from torch's cast.
 """
 
+import copy
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from small_models import LITTLE, gap, random_tokens, scrambled
 
+from minids import fp8
+from minids.config import TrainArgs
 from minids.fp8 import (
     E4M3_MAX,
     dequantize,
+    fp8_gemm,
+    fp8_linear,
+    gemm_on_hopper,
+    gemm_simulated,
+    has_fp8_units,
+    limited_sum,
     next_power_of_two,
     quantize_activation,
     quantize_weight,
+    truncated,
 )
+from minids.layers import Linear
+from minids.moe import Experts, Gate
+from minids.optim import AdamWInBF16, build_optimizers
 
 CODES = np.arange(127)  # 127 would be the format's NaN
 EXPONENT, MANTISSA = CODES // 8, CODES % 8
@@ -157,3 +172,251 @@ def test_nothing_overflows_and_zeros_stay():
     q, scale = quantize_activation(x)
     assert q.float().isfinite().all() and q.float().abs().max() == E4M3_MAX
     assert dequantize(*quantize_activation(torch.zeros(2, 128))).abs().max() == 0
+
+
+# The three products. x: tokens x channels, w: outputs x channels, dy: tokens x outputs; ragged.
+
+TOKENS, IN, OUT = 200, 300, 150
+
+
+def factors(outliers: bool, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    torch.manual_seed(seed)
+    x, w, dy = torch.randn(TOKENS, IN), torch.randn(OUT, IN), torch.randn(TOKENS, OUT)
+    if outliers:
+        for t in (x, w, dy):  # one number in a thousand, a hundred thousand times as large
+            t[torch.rand(t.shape) < 1e-3] *= 1e5
+    return x, w, dy
+
+
+def products(product, x, w, dy) -> dict:
+    """What a linear layer computes forward and backward."""
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    y = product(x, w)
+    y.backward(dy)
+    return {"y": y.detach(), "dx": x.grad, "dw": w.grad}
+
+
+def exact_products(x, w, dy) -> dict:
+    x, w, dy = x.double(), w.double(), dy.double()
+    return {"y": x @ w.T, "dx": dy @ w, "dw": dy.T @ x}
+
+
+def rounding(x: torch.Tensor, scale: torch.Tensor, rows: int = 1) -> torch.Tensor:
+    """How far rounding may move each number: half of the last of four binary digits, 2^-4 of it;
+    below the smallest normal number half of the smallest step, 2^-10 scales."""
+    scale = scale.repeat_interleave(rows, 0)[:len(x)].repeat_interleave(128, 1)[:, :x.size(1)]
+    return x.abs().double() * 2 ** -4 + scale.double() * 2 ** -10
+
+
+def bound(a, b, e_a, e_b) -> torch.Tensor:
+    """How far A B^T may be off if A is off by e_a and B by e_b."""
+    a, b = a.abs().double(), b.abs().double()
+    return e_a @ b.T + a @ e_b.T + e_a @ e_b.T
+
+
+def bounds(x, w, dy) -> dict:
+    e_x, e_w = (rounding(t, quantize(t)[1], ROWS[quantize])
+                for t, quantize in ((x, quantize_activation), (w, quantize_weight)))
+    e_dy = rounding(dy, quantize_activation(dy)[1])
+    across = rounding(dy.T, quantize_activation(dy.T.contiguous())[1])
+    twice = x.abs() + e_x  # x is rounded along its channels, then along the tokens
+    e_twice = e_x.T + rounding(twice.T, quantize_activation(twice.T.float())[1])
+    return {"y": bound(x, w, e_x, e_w), "dx": bound(dy, w.T, e_dy, e_w.T),
+            "dw": bound(dy.T, x.T, across, e_twice)}
+
+
+@pytest.mark.parametrize("outliers", [False, True])
+def test_each_product_is_within_what_rounding_may_do(outliers):
+    inputs = factors(outliers)
+    mine, exact, allowed = products(fp8_linear, *inputs), exact_products(*inputs), bounds(*inputs)
+    for name in exact:
+        error = (mine[name].double() - exact[name]).abs()
+        assert (error <= allowed[name] * 1.001).all(), name  # FP32 adds up what is left
+        assert error.max() > allowed[name].max() / 1000  # and something was rounded
+    wrong = products(fp8_linear, inputs[0], inputs[1].roll(1, 0), inputs[2])
+    for name in ("y", "dx"):
+        assert ((wrong[name].double() - exact[name]).abs() > allowed[name]).any()
+
+
+def norm_error(mine: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((mine.double() - exact).norm() / exact.norm()).item()
+
+
+def one_scale(x: torch.Tensor) -> torch.Tensor:
+    """Rounded with a single scale for the whole tensor."""
+    scale = x.abs().max() / E4M3_MAX
+    return fp8.to_e4m3(x / scale).float() * scale
+
+
+def one_scale_linear(x, w):
+    return one_scale(x) @ one_scale(w).T
+
+
+def small_rows(mine: dict, exact: dict) -> float:
+    """The error of y in the half of the tokens that has no outlier."""
+    calm = exact["y"].norm(dim=1) < exact["y"].norm(dim=1).median()
+    return norm_error(mine["y"][calm], exact["y"][calm])
+
+
+def test_one_scale_for_a_tensor_is_visibly_worse_where_there_are_outliers():
+    for outliers, worse in ((False, 0.9), (True, 3.0)):
+        x, w, dy = factors(outliers)
+        w = factors(False)[1]  # outliers in the activations alone
+        exact = exact_products(x, w, dy)
+        tiles = small_rows(products(fp8_linear, x, w, dy), exact)
+        tensor = small_rows({"y": one_scale_linear(x, w)}, exact)
+        assert tiles < 0.05 and tensor > worse * tiles
+
+
+def eight_bit_integers(x, w):
+    """What a project had that called it FP8: 255 evenly spaced steps."""
+    def rounded(t):
+        scale = t.abs().max() / 127
+        return (t / scale).round() * scale
+    return rounded(x) @ rounded(w).T
+
+
+def test_integers_are_not_fp8():
+    x, w, dy = factors(False)
+    grid = (x / x.abs().max() * 127).round()
+    assert not torch.equal(fp8.to_e4m3(grid).float(), grid)  # E4M3 has no 255 even steps
+    x = factors(True)[0]
+    exact = exact_products(x, w, dy)
+    assert small_rows({"y": eight_bit_integers(x, w)}, exact) > 0.9  # all rounded to 0
+
+
+def test_a_matrix_in_fp8_is_multiplied_as_stored():
+    x, w, _ = factors(False)
+    a, b = quantize_activation(x), quantize_weight(w)
+    assert fp8_gemm(*a, *b).dtype == torch.float32
+    exact = dequantize(*a).double() @ dequantize(*b).double().T
+    assert norm_error(fp8_gemm(*a, *b), exact) < 1e-6  # FP32 sums of 300
+    assert norm_error(fp8_gemm(a[0], a[1].flip(1), *b), exact) > 1e-3
+
+
+def test_truncation_keeps_so_many_digits():
+    x = torch.tensor([1.0, -1.0, 0.0, 1 + 2 ** -13, 1 + 2 ** -14, -(1 + 2 ** -14), 4097.0])
+    assert truncated(x, 14).tolist() == [1.0, -1.0, 0.0, 1 + 2 ** -13, 1.0, -1.0, 4097.0]
+    assert truncated(x, 4).tolist() == [1.0, -1.0, 0.0, 1.0, 1.0, -1.0, 4096.0]
+
+
+def test_a_sum_of_4096_loses_two_percent_and_the_promotion_mends_it():
+    """V3 section 3.3.2: near 2 % at K = 4096, at most."""
+    torch.manual_seed(0)
+    a, b = (fp8.to_e4m3(torch.randn(64, 4096)).float() for _ in range(2))
+    exact = a.double() @ b.double().T
+    typical = exact.abs().median()
+
+    def worst(bits, promote):
+        error = (limited_sum(a, b, bits, promote).double() - exact).abs()
+        return (error / exact.abs().clamp(min=typical)).max().item()
+
+    assert 5e-3 < worst(14, 4096) < 5e-2
+    assert worst(14, 128) < worst(14, 4096) / 3
+    assert worst(24, 4096) < 1e-5  # as many digits as FP32 has
+
+
+def test_what_is_kept_for_the_backward_pass_is_half_of_bf16():
+    x, w, _ = (t.bfloat16() for t in factors(False))
+
+    def kept(product):
+        bytes_of = []
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: bytes_of.append(t.numel() * t.element_size()) or t, lambda t: t):
+            product(x.clone().requires_grad_(), w.clone().requires_grad_())
+        return sum(bytes_of)
+
+    plain = kept(torch.nn.functional.linear)
+    assert plain == 2 * (x.numel() + w.numel())
+    scales = 4 * (TOKENS * 3 + 2 * 3)
+    assert kept(fp8_linear) == plain // 2 + scales
+
+
+FP8_ARGS = replace(LITTLE, dim=128, kv_lora_rank=128, q_lora_rank=128, inter_dim=128,
+                   moe_inter_dim=128, n_heads=4, qk_nope_head_dim=32, v_head_dim=32)
+
+
+def test_the_recipe_names_what_is_in_fp8_and_what_is_not():
+    model = scrambled(replace(LITTLE, index_n_heads=2, index_head_dim=8))
+    model.use_fp8()
+    inside = {name for name, m in model.named_modules()
+              if isinstance(m, Linear | Experts) and "product" in vars(m)}
+    assert {name for name, m in model.named_modules() if isinstance(m, Linear | Experts)} - inside \
+        == {"head", "mtp.0.eh_proj", *(f"{block}.attn.indexer.weights_proj"
+                                       for block in ("layers.0", "layers.1", "mtp.0.block"))}
+    assert not any(isinstance(m, Gate) for name, m in model.named_modules() if name in inside)
+
+
+def test_the_loss_on_equal_weights_moves_little_and_every_weight_learns():
+    plain = scrambled(FP8_ARGS, dtype=torch.float32)
+    rounded = copy.deepcopy(plain)
+    rounded.use_fp8()
+    tokens = random_tokens(LITTLE, 4, 32)
+    losses = []
+    for model in (plain, rounded):
+        total = model.loss(tokens, tokens.roll(-1, 1)).total
+        total.backward()
+        losses += [total.item()]
+    assert losses[0] != losses[1] and abs(losses[1] / losses[0] - 1) < 0.05  # a random model
+    for (name, a), b in zip(plain.named_parameters(), rounded.parameters(), strict=True):
+        cosine = torch.cosine_similarity(a.grad.flatten(), b.grad.flatten(), dim=0)
+        assert cosine > 0.8, name
+
+
+def test_experts_in_fp8_are_one_expert_at_a_time():
+    torch.manual_seed(0)
+    model = scrambled(FP8_ARGS, dtype=torch.float32)
+    experts = model.layers[1].ffn.experts
+    x, counts = torch.randn(20, 128), torch.tensor([3, 0, 5, 1, 4, 0, 2, 4])
+    model.use_fp8()
+    mine = experts(x, counts)
+    start = 0
+    for e, count in enumerate(counts.tolist()):
+        rows = x[start:start + count]
+        hidden = torch.nn.functional.silu(fp8_linear(rows, experts.w1[e]))
+        out = fp8_linear(hidden * fp8_linear(rows, experts.w3[e]), experts.w2[e])
+        assert torch.equal(mine[start:start + count], out)
+        start += count
+
+
+def test_moments_rest_in_bf16_and_a_resumed_step_is_the_same():
+    torch.manual_seed(0)
+    runs = []
+    for resumed in (False, True):
+        model = scrambled(LITTLE, dtype=torch.float32)
+        settings = replace(TrainArgs(), fp8=True)
+        [optimizer] = build_optimizers(model, settings, torch.float32)
+        for step in range(3):
+            if resumed and step == 2:
+                state = copy.deepcopy(optimizer.state_dict())
+                [optimizer] = build_optimizers(model, settings, torch.float32)
+                optimizer.load_state_dict(state)
+            torch.manual_seed(step)
+            for p in model.parameters():
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        runs += [[p.detach().clone() for p in model.parameters()]]
+        assert isinstance(optimizer, AdamWInBF16)
+        moments = [m for s in optimizer.state.values() for m in (s["exp_avg"], s["exp_avg_sq"])]
+        assert {m.dtype for m in moments} == {torch.bfloat16}
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+def test_a_gpu_without_the_units_simulates():
+    assert not has_fp8_units(torch.device("cpu"))
+
+
+@pytest.mark.skipif(not (torch.cuda.is_available() and has_fp8_units(torch.device("cuda"))),
+                    reason="no Hopper GPU")
+@pytest.mark.parametrize("shape", [(200, 300, 150), (1, 128, 128), (576, 640, 512)], ids=str)
+def test_hopper_multiplies_the_same_numbers(shape):
+    torch.manual_seed(0)
+    n, k, m = shape
+    x, w, dy = (torch.randn(s, device="cuda") for s in ((n, k), (m, k), (n, m)))
+    pairs = [(quantize_activation(x), quantize_weight(w)),
+             (quantize_activation(dy), tuple(t.T for t in quantize_weight(w))),
+             (quantize_activation(dy.T), quantize_activation(x.T))]
+    for a, b in pairs:
+        # 14 bits of a sum within 128 numbers: 2^-13 at each of four steps, of the largest sum.
+        assert gap(gemm_on_hopper(*a, *b), gemm_simulated(*a, *b)) < 4 * 2 ** -12

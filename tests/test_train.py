@@ -582,12 +582,19 @@ def test_metrics_have_one_whole_line_a_step(unbroken):
     lines = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     for line in lines:
-        assert line.keys() - {"valid_bpb", "valid_max_vio", "mfu"} == LISTED
+        extra = {"valid_bpb", "valid_max_vio", "valid_loads", "loads", "biases", "mfu"}
+        assert line.keys() - extra == LISTED
         parts = line["main"] + 0.3 * line["mtp"] + 1e-4 * line["balance"]
         late = line["main"] + 0.1 * line["mtp"] + 1e-4 * line["balance"]
         assert min(abs(line["loss"] - parts), abs(line["loss"] - late)) < 1e-5
         assert len(line["max_vio"]) == 2 and line["memory_mib"] > 50
     assert [line["step"] for line in lines if "valid_bpb" in line] == [8, 16, 24]
+    assert [line["step"] for line in lines if "loads" in line] == [10, 20]
+    assert [line["step"] for line in lines if "valid_loads" in line] == [8, 16, 24]
+    for line in lines:
+        for load, vio in zip(line.get("loads", []), line["max_vio"], strict="loads" in line):
+            assert max(load) / (sum(load) / len(load)) - 1 == pytest.approx(vio, abs=1e-4)
+        assert all(map(any, line.get("biases", [])))  # they have moved
     assert lines[-1]["main"] < lines[0]["main"] - 0.5  # it learns
 
 
