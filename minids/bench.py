@@ -3,6 +3,7 @@
     python -m minids.bench                          # the preset tiny on a CPU
     python -m minids.bench --what decode --dtype fp32 --pairs 15
     python -m minids.bench --what moe-vs-dense --seeds 3 --steps 500
+    python -m minids.bench --what sparse --context 32768 --pairs 3
 
 What each table shows:
     train         training steps a second: forward, backward, clipping and fused AdamW
@@ -10,6 +11,7 @@ What each table shows:
     memory        the most memory that either takes, each in a process of its own
     dense         training with experts beside a dense model of as many active parameters
     moe-vs-dense  both of these trained: validation bits per byte at equal tokens and equal time
+    sparse        prefill and decoding against context length, dense and sparse: time and FLOPs
 
 The other side of the first three is transformers' model with the same weights (`minids.hf`), data,
 precision, threads and allocator, under those of its settings that a trial finds fastest. The two
@@ -35,7 +37,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
@@ -44,6 +46,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from minids.config import (
     ModelArgs,
@@ -56,14 +59,18 @@ from minids.config import (
 )
 from minids.costs import count_parameters, format_table
 from minids.data import open_data
+from minids.evaluate import Rule, selecting
 from minids.generate import generate
 from minids.hf import config_from_args, save_hf
+from minids.mla import LatentCache
 from minids.model import Transformer
+from minids.sparse_attention import Selection, load_weights_without_indexer
 from minids.tokenizer import Tokenizer
-from minids.train import free_run_folder, read_metrics, train, tune_allocator
+from minids.train import default_indexer, free_run_folder, read_metrics, train, tune_allocator
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TABLES = ("train", "decode", "memory", "dense", "moe-vs-dense")
+TABLES = ("train", "decode", "memory", "dense", "moe-vs-dense", "sparse")
+ASKED_FOR = ("moe-vs-dense", "sparse")  # tables that "all" leaves out
 TRIAL_ROUNDS = 3
 WARM_UP = 2           # training steps; the first ones build kernels
 MEMORY_STEPS = 5
@@ -85,7 +92,7 @@ class BenchArgs:
     """What to measure."""
 
     preset: str = option("tiny", "model: " + ", ".join(ModelArgs.presets()))
-    what: str = option("all", "table to make; all: every one but moe-vs-dense, which takes hours",
+    what: str = option("all", "table to make; all: every one but moe-vs-dense and sparse",
                        ("all", *TABLES))
     pairs: int = option(7, "timings of each side; they take turns")
     steps_per_timing: int = option(8, "training steps in one timing")
@@ -97,6 +104,7 @@ class BenchArgs:
     dtype: str = option("both", "bf16: autocast with FP32 weights to train, BF16 weights to decode",
                         ("both", *DTYPES))
     data: str = option("pystdlib", "text: pystdlib, text:PATH or hf:NAME[:CONFIG[:COLUMN]]")
+    context: int = option(32768, "sparse: the longest context, tokens; the others are halves")
     seed: int = option(0, "decides the weights and the order of the text")
     seeds: int = option(3, "moe-vs-dense: runs of each model")
     steps: int = option(0, "moe-vs-dense: steps of each run; 0: as many as the preset trains")
@@ -106,7 +114,7 @@ class BenchArgs:
     def __post_init__(self):
         check_types(self)
         for name in ("pairs steps_per_timing batch_size seq_len decode_batch prompt new_tokens "
-                     "seeds threads").split():
+                     "context seeds threads").split():
             require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "steps"):
             require(self, name, getattr(self, name) >= 0, "0 or more")
@@ -621,8 +629,162 @@ def quality_cells(bits: list[float]) -> list[str]:
     return cells
 
 
-MAKERS = dict(zip(TABLES, (train_table, decode_table, memory_table, dense_table, quality_table),
-                  strict=True))
+SHORTEST = 1024    # tokens; the first row of the table of sparse attention
+PIECE = 256        # tokens that sparse prefill takes at a time
+DECODE_STEPS = 16  # in one timing
+
+
+class Sparse:
+    """A dense and a sparse model of the same weights, and the work that both are timed at.
+
+    args: the model; without an indexer it gets one in V3.2's proportions that selects 2,048 tokens
+    """
+
+    def __init__(self, bench: Bench):
+        s = self.settings = bench.settings
+        self.dtype = DTYPES["bf16" if s.dtype == "bf16" else "fp32"]
+        args = replace(bench.args, max_seq_len=s.context + 1)
+        if not args.has_indexer:
+            args = replace(args, **default_indexer(asdict(args), 8 * 2048))
+        self.args = args
+        self.sparse = bench.model(args).to(self.dtype).eval()
+        self.dense = bench.model(replace(args, index_n_heads=0)).to(self.dtype).eval()
+        load_weights_without_indexer(self.sparse, self.dense.state_dict())
+        self.tokens = torch.randint(args.vocab_size, (1, s.context), device=s.device,
+                                    generator=torch.Generator(s.device).manual_seed(s.seed))
+
+    def cache(self, model: Transformer, length: int) -> LatentCache:
+        """Room for so many tokens and one more."""
+        return LatentCache(model.args, 1, length + 1, device=self.settings.device, dtype=self.dtype)
+
+    def full_cache(self, model: Transformer, length: int) -> LatentCache:
+        """A cache as after so many tokens; what it holds changes no time."""
+        cache = self.cache(model, length)
+        cache.latents.normal_()
+        if cache.index_keys is not None:
+            cache.index_keys.normal_()
+        cache.length = length
+        return cache
+
+    @torch.inference_mode()
+    def prefill_dense(self, length: int) -> Tensor:
+        """The naive form, all at once by the fused causal kernel."""
+        return self.dense.head(self.dense.hidden(self.tokens[:, :length])[0][:, -1])
+
+    @torch.inference_mode()
+    def prefill_sparse(self, length: int) -> Tensor:
+        """Piece by piece, each query fetching its own tokens: work that grows by k, not by T."""
+        cache = self.cache(self.sparse, length)
+        for piece in self.tokens[:, :length].split(PIECE, dim=1):
+            hidden, _ = self.sparse.hidden(piece, cache, absorbed=True)
+        return self.sparse.head(hidden[:, -1])
+
+    def decoding(self, model: Transformer, length: int) -> Callable[[], Tensor]:
+        """One step after `length` tokens, always the same one."""
+        cache = self.full_cache(model, length)
+
+        @torch.inference_mode()
+        def step() -> Tensor:
+            cache.length = length
+            return model(self.tokens[:, :1], cache, absorbed=True)
+        return step
+
+    def prefills(self, length: int) -> list[Callable[[], Tensor]]:
+        """Dense and sparse."""
+        return [functools.partial(self.prefill_dense, length),
+                functools.partial(self.prefill_sparse, length)]
+
+    def decodings(self, length: int) -> list[Callable[[], Tensor]]:
+        """Dense, sparse, and sparse with a selection that costs nothing: outside the indexer."""
+        sparse = self.decoding(self.sparse, length)
+
+        def outside() -> Tensor:
+            with selecting(self.sparse, same_tokens(self.args.index_topk)):
+                return sparse()
+        return [self.decoding(self.dense, length), sparse, outside]
+
+
+def same_tokens(k: int) -> Rule:
+    """Always the first k tokens, chosen beforehand; None where there are no more."""
+    @functools.cache
+    def first(batch: int, queries: int, device: torch.device) -> Selection:
+        indices = torch.arange(k, device=device).expand(batch, queries, k)
+        return Selection(indices, torch.ones_like(indices, dtype=torch.bool))
+
+    def rule(attn, x: Tensor, c_q: Tensor, context) -> Selection | None:
+        return first(*x.shape[:2], x.device) if context.visible.size(-1) > k else None
+    return rule
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of all products, two for a multiplication and an addition.
+
+    A causal kernel counts for the keys that its queries see, S (S + 1) / 2 pairs; torch counts all
+    pairs on a GPU and none on a CPU, and leaves out the experts' grouped products.
+    """
+    def attention(q, k, v, *_, **__) -> int:
+        pairs = q[-2] * (q[-2] + 1) // 2 if q[-2] == k[-2] else q[-2] * k[-2]
+        return 2 * q[0] * q[1] * pairs * (q[-1] + v[-1])
+
+    def grouped(x, weight, *_, **__) -> int:
+        return 2 * x[0] * weight[1] * weight[2]
+
+    names = ("flash_attention", "flash_attention_for_cpu", "efficient_attention",
+             "cudnn_attention")
+    formulas = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): attention for name in names}
+    formulas[torch.ops.aten._grouped_mm] = grouped
+    with FlopCounterMode(display=False, custom_mapping=formulas) as count:
+        work()
+    return count.get_total_flops()
+
+
+def repeat(work: Callable[[], object], times: int) -> None:
+    """Do it so many times."""
+    for _ in range(times):
+        work()
+
+
+def round_robin(works: list[Callable[[], object]], rounds: int, times: int,
+                device: str) -> list[float]:
+    """The median seconds of each, done so many times in one timing; they take turns."""
+    taken = [[seconds(functools.partial(repeat, work, times), device) / times for work in works]
+             for _ in range(rounds)]
+    return [statistics.median(column) for column in zip(*taken, strict=True)]
+
+
+def contexts(longest: int) -> Iterator[int]:
+    """SHORTEST, twice that, .. and the longest."""
+    length = SHORTEST
+    while length < longest:
+        yield length
+        length *= 2
+    yield longest
+
+
+def sparse_table(bench: Bench) -> list[list[str]]:
+    """Dense and sparse attention against context length; decoding is one token of one sequence.
+
+    What is counted has been run once, so that no clock starts cold.
+    """
+    both, s = Sparse(bench), bench.settings
+    rows = [[f"k = {both.args.index_topk:,}", "dense ms", "sparse ms", "ratio",
+             "outside indexer ms", "dense MFLOP", "sparse MFLOP", "outside indexer MFLOP"]]
+    for name, works_at, times_each in (("prefill", both.prefills, 1),
+                                       ("decode", both.decodings, DECODE_STEPS)):
+        for length in contexts(s.context):
+            works = works_at(length)
+            flops = [f"{count_flops(work) / 1e6:,.3f}" for work in works]
+            taken = round_robin(works, s.pairs, times_each, s.device)
+            times = [f"{1e3 * t:,.2f}" for t in taken]
+            times.insert(2, f"{taken[0] / taken[1]:.2f}")
+            rows += [[f"{name}, {length:,} tokens", *times, *[""] * (4 - len(times)), *flops,
+                      *[""] * (3 - len(flops))]]
+            print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
+MAKERS = dict(zip(TABLES, (train_table, decode_table, memory_table, dense_table, quality_table,
+                           sparse_table), strict=True))
 
 
 def prepare(settings: BenchArgs) -> None:
@@ -648,11 +810,12 @@ def main(argv: list[str] | None = None) -> None:
     settings = BenchArgs(**given)
     prepare(settings)
     args = replace(ModelArgs.preset(settings.preset), **changes)
-    if settings.what not in ("dense", "moe-vs-dense"):
+    if settings.what not in ("dense", *ASKED_FOR):
         config_from_args(args)  # refuses a model that transformers has no class for
     bench = Bench(settings, args)
     print(describe(bench), flush=True)
-    for name in TABLES[:-1] if settings.what == "all" else [settings.what]:
+    every = [name for name in TABLES if name not in ASKED_FOR]
+    for name in every if settings.what == "all" else [settings.what]:
         print(f"\n{format_table(MAKERS[name](bench))}", flush=True)
 
 
