@@ -200,8 +200,9 @@ def main(argv: list[str] | None = None) -> None:
     """The command line."""
     [given] = parse("minids.claims", __doc__, ClaimArgs, argv=argv)
     args = ClaimArgs(**given)
-    torch.set_num_threads(args.threads)
-    print(format_table(TABLES[args.what](args, train_all(args))))
+    runs = train_all(args)
+    torch.set_num_threads(args.threads * args.jobs)  # what the runs had together
+    print(format_table(TABLES[args.what](args, runs)))
 
 
 if __name__ == "__main__":
