@@ -1,4 +1,4 @@
-"""One token of every sequence, for small models on a CPU: the absorbed form in few operations.
+"""A few tokens of every sequence, for small models on a CPU: the absorbed form in few operations.
 
 A decoding step of a small model on a CPU spends its time between the products, calling some
 hundred little operations a layer. `Decoder` computes the same function with fewer:
@@ -6,7 +6,8 @@ hundred little operations a layer. `Decoder` computes the same function with few
     W_UK is multiplied into W_Q and W_UV into W_O beforehand, as V2 says they can be (arXiv
     2405.04434, section 2.1.2 and appendix C); the token's own latent is then one more head of the
     same product.
-    A query that is alone sees all keys, and needs no mask unless there is padding.
+    A query that is alone sees all keys, and needs no mask unless there is padding, or sequences of
+    unequal length.
     The experts' tokens are few: they go side by side into batched products, or one expert after
     the other, whichever was measured faster.
 
@@ -15,8 +16,7 @@ The multiplied matrices are copies, made once per generation. No gradient passes
 """
 
 import contextlib
-from collections.abc import Callable
-from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,19 +26,44 @@ from minids.layers import MLP, Linear, RMSNorm, compute_dtype
 from minids.mla import MLA, LatentCache
 from minids.model import Block, Transformer
 from minids.moe import Experts, Gate, MoE
+from minids.mtp import MTPModule
 from minids.rope import apply_rotary_emb, rotations
 
-PARTS = {nn.Embedding, nn.ModuleList, Block, MLA, MLP, MoE, Gate, Experts, Linear, RMSNorm}
+PARTS = {nn.Embedding, nn.ModuleList, Block, MLA, MLP, MoE, Gate, Experts, Linear, RMSNorm,
+         MTPModule}
 
 
-def decoder_for(model: Transformer, cache: LatentCache) -> Callable[[Tensor], Tensor]:
-    """A function that gives a token of each sequence, (B,), to the model: logits (B, V)."""
-    return Decoder(model, cache) if few_operations_pay(model) else partial(step, model, cache)
+class Steps:
+    """Gives a model a few tokens of each sequence at a time, and their latents to the caches.
+
+    cache: of the model's layers; ahead: of its MTP modules, where they are used
+    absorbed: the form of attention
+    """
+
+    def __init__(self, model: Transformer, cache: LatentCache, ahead: LatentCache | None = None,
+                 absorbed: bool = True):
+        self.model, self.cache, self.ahead, self.absorbed = model, cache, ahead, absorbed
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """One token of each sequence: (B,) int64 -> logits (B, V)"""
+        return self.model.head(self.hidden(tokens.unsqueeze(1))[:, -1])
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head reads after each token: (B, S) int64 -> (B, S, D)"""
+        return self.model.hidden(tokens, self.cache, self.absorbed)[0]
+
+    def mtp(self, k: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """One MTP module further; the cache's `length` stays where it is.
+
+        k: the module, counted from 0; hidden: (B, S, D); tokens: (B, S) int64, those embedded
+        """
+        model, context = self.model, self.model.context(tokens, self.ahead, self.absorbed)
+        return model.mtp[k](hidden, model.embed(tokens), context)[0]
 
 
-def step(model: Transformer, cache: LatentCache, tokens: Tensor) -> Tensor:
-    """The model's own absorbed form: (B,) -> (B, V)"""
-    return model(tokens.unsqueeze(1), cache, absorbed=True)[:, -1]
+def decoder_for(model: Transformer, cache: LatentCache, ahead: LatentCache | None = None) -> Steps:
+    """The quicker of the two that compute what this model computes."""
+    return (Decoder if few_operations_pay(model) else Steps)(model, cache, ahead)
 
 
 def few_operations_pay(model: Transformer) -> bool:
@@ -48,19 +73,35 @@ def few_operations_pay(model: Transformer) -> bool:
     matrices are much larger than those they replace, and reading weights is what takes the time.
     """
     args, weight = model.args, model.head.weight
-    parts = [model.embed, *model.layers, model.norm, model.head]
+    parts = [model.embed, *model.layers, model.norm, model.head, model.mtp]
     known = type(model) is Transformer and all(type(module) in PARTS for part in parts
                                                for module in part.modules())
     return (known and weight.device.type == "cpu" and compute_dtype(weight) == weight.dtype
             and args.kv_lora_rank % 2 == 0 and args.n_heads * args.kv_lora_rank <= 2 * args.dim)
 
 
-class Decoder:
-    """Gives one token of each sequence at a time to a model, and its latents to the cache."""
+class Place(NamedTuple):
+    """Where the tokens of one pass stand.
 
-    def __init__(self, model: Transformer, cache: LatentCache):
-        self.model, self.cache = model, cache
+    cache: where their latents go
+    rotation: (B or 1, S, rope / 2) complex
+    mask: (B or 1, 1, S * H, T), or a shape that broadcasts to it, -inf where nothing is seen; None
+        where a token sees all
+    """
+
+    cache: LatentCache
+    rotation: Tensor
+    mask: Tensor | None
+
+
+class Decoder(Steps):
+    """The same in few operations."""
+
+    def __init__(self, model: Transformer, cache: LatentCache, ahead: LatentCache | None = None):
+        super().__init__(model, cache, ahead)
         self.products = [Folded(block.attn) for block in model.layers]
+        if ahead is not None:
+            self.mtp_products = [Folded(module.block.attn) for module in model.mtp]
         positions, self.mask = torch.arange(cache.latents.size(2))[None], None  # (1, T)
         if cache.pad is not None:
             positions = positions - cache.pad[:, None]  # (B, T)
@@ -69,21 +110,54 @@ class Decoder:
         self.rotations = rotations(positions.clamp(min=0), model.args)  # (B or 1, T, rope / 2)
 
     def __call__(self, tokens: Tensor) -> Tensor:
-        """(B,) int64 -> logits (B, V)"""
+        """One token of each sequence: (B,) int64 -> logits (B, V)"""
         with vector_products(tokens, self.model.head.weight.dtype):
-            return self.step(tokens)
+            return F.linear(self.layers(tokens.unsqueeze(1)), self.model.head.weight)
 
-    def step(self, tokens: Tensor) -> Tensor:
-        """One token of each sequence through the layers."""
-        model, start = self.model, self.cache.length
-        rotation = self.rotations[:, start:start + 1]
-        mask = None if self.mask is None else self.mask[..., :start + 1]
-        x = F.embedding(tokens, model.embed.weight)  # (B, D)
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """What the head reads after each token: (B, S) int64 -> (B, S, D)"""
+        with vector_products(tokens.flatten(), self.model.head.weight.dtype):
+            return self.layers(tokens).view(*tokens.shape, -1)
+
+    def layers(self, tokens: Tensor) -> Tensor:
+        """(B, S) int64 -> (B * S, D)"""
+        model = self.model
+        place = self.place(self.cache, tokens.size(1))
+        x = F.embedding(tokens.flatten(), model.embed.weight)  # (B * S, D)
         for block, folded in zip(model.layers, self.products, strict=True):
-            x = folded.attend(x, normalise(x, block.attn_norm), rotation, mask, self.cache)
-            x = feed(block.ffn, x, normalise(x, block.ffn_norm))
-        self.cache.length = start + 1
-        return F.linear(normalise(x, model.norm), model.head.weight)
+            x = self.block(block, folded, x, place)
+        self.cache.length += tokens.size(1)
+        return normalise(x, model.norm)
+
+    def mtp(self, k: int, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """One MTP module further, as in `Steps`."""
+        module, place = self.model.mtp[k], self.place(self.ahead, tokens.size(1))
+        with vector_products(tokens.flatten(), self.model.head.weight.dtype):
+            embedding = F.embedding(tokens, self.model.embed.weight)  # (B, S, D)
+            joined = torch.cat([normalise(embedding, module.enorm),
+                                normalise(hidden, module.hnorm)], dim=-1)
+            x = F.linear(joined.flatten(0, 1), module.eh_proj.weight)  # (B * S, D)
+            x = self.block(module.block, self.mtp_products[k], x, place)
+        return normalise(x, module.norm).view(hidden.shape)
+
+    def block(self, block: Block, folded: "Folded", x: Tensor, place: Place) -> Tensor:
+        """(B * S, D) -> (B * S, D)"""
+        x = folded.attend(x, normalise(x, block.attn_norm), place)
+        return feed(block.ffn, x, normalise(x, block.ffn_norm))
+
+    def place(self, cache: LatentCache, count: int) -> Place:
+        """Where the next `count` tokens of each sequence stand."""
+        if count == 1 and cache.behind is None:
+            end = cache.length + 1
+            mask = None if self.mask is None else self.mask[..., :end]
+            return Place(cache, self.rotations[:, cache.length:end], mask)
+        slots, (_, visible) = cache.slots(count), cache.place(count)
+        row = torch.arange(len(self.rotations))[:, None]
+        rotation = self.rotations[row, slots]  # (B or 1, S, rope / 2)
+        mask = torch.zeros(visible.shape, dtype=cache.latents.dtype)
+        mask = mask.masked_fill_(~visible, float("-inf"))  # (B or 1, S, T)
+        return Place(cache, rotation,
+                     mask.repeat_interleave(self.model.args.n_heads, dim=1).unsqueeze(1))
 
 
 @contextlib.contextmanager
@@ -124,28 +198,24 @@ class Folded:
         w_o = attn.wo.weight.unflatten(1, (heads, -1))  # (D, H, v_head_dim)
         self.w_o = torch.einsum("ihd,hdc->hci", w_o, w_uv).reshape(heads * rank, -1)
 
-    def attend(self, x: Tensor, n: Tensor, rotation: Tensor, mask: Tensor | None,
-               cache: LatentCache) -> Tensor:
-        """x (B, D) plus the attention of n, which is x normalised.
-
-        rotation: (B or 1, 1, rope / 2); mask: (B, 1, 1, T), -inf at padding
-        """
+    def attend(self, x: Tensor, n: Tensor, place: Place) -> Tensor:
+        """x (B * S, D) plus the attention of n, which is x normalised."""
         args, attn, rank = self.args, self.attn, self.args.kv_lora_rank
         if args.q_lora_rank:
             q = normalise(F.linear(n, attn.wq_a.weight), attn.q_norm) @ self.w_q
             heads = torch.cat([q, F.linear(n, attn.wkv_a.weight)], dim=-1)
         else:
             heads = n @ self.w_q
-        heads = heads.view(len(x), 1, args.n_heads + 1, -1)  # (B, 1, H + 1, width)
-        heads[..., rank:] = apply_rotary_emb(heads[..., rank:], rotation)
-        q, latent = heads[:, :, :-1], heads[:, 0, -1]
-        row = cache.latents[attn.layer]  # (B, max_len, width)
-        row[:, cache.length] = latent
-        row[:, cache.length, :rank] = normalise(latent[:, :rank], attn.kv_norm)
+        batch, count = place.cache.latents.size(1), place.rotation.size(1)
+        heads = heads.view(batch, count, args.n_heads + 1, -1)  # (B, S, H + 1, width)
+        heads[..., rank:] = apply_rotary_emb(heads[..., rank:], place.rotation)
+        q, latent = heads[:, :, :-1], heads[:, :, -1]
+        latent[..., :rank] = normalise(latent[..., :rank], attn.kv_norm)
         # The heads are queries of one head. The value is the first part of the key; the rest of it
         # goes along, for the kernel wants keys and values of one width.
-        key = row[:, None, :cache.length + 1]  # (B, 1, T, width)
-        z = F.scaled_dot_product_attention(q, key, key, mask, scale=attn.scale)
+        key = place.cache.append(attn.layer, latent).unsqueeze(1)  # (B, 1, T, width)
+        q = q.reshape(batch, 1, count * args.n_heads, -1)
+        z = F.scaled_dot_product_attention(q, key, key, place.mask, scale=attn.scale)
         return torch.addmm(x, z[..., :rank].reshape(len(x), -1), self.w_o)
 
 

@@ -3,16 +3,17 @@
     python -m minids.generate --run runs/tiny --prompt "def read_"
     python -m minids.generate --run DeepSeek-V2-Lite --prompt "def read_"   # a released model
     python -m minids.generate --run runs/tiny --temperature 0 --max-new-tokens 50   # greedy
-    python -m minids.generate --run runs/tiny --prompt "class " --samples 4 --seed 7
+    python -m minids.generate --run runs/tiny --prompt "class" --samples 4 --seed 7
+    python -m minids.generate --run runs/tiny --speculative 1 --temperature 0
 
 The prompt goes through the model at once, in attention's naive form; each further token then goes
 through alone, in the absorbed form, and finds what came before in the latent cache (V2, arXiv
 2405.04434, section 2.1). Prompts of unequal length share a batch: the shorter ones are padded on
 the left, and nobody sees the padding.
 
-A token is drawn from softmax(logits / temperature), cut to the top_k likeliest and to the fewest
-tokens that together have the probability top_p (nucleus sampling, Holtzman et al., arXiv
-1904.09751); temperature 0 takes the likeliest.
+How a token is drawn says `minids.sampling`. With --speculative D the model's own MTP modules draft
+D tokens ahead, and the model keeps those that it might have written: the text comes from the same
+distribution, and at temperature 0 is the same, in fewer passes (`minids.speculative`).
 
 Simplified: a batch runs until its last sequence is done, finished ones included.
 """
@@ -20,9 +21,8 @@ Simplified: a batch runs until its last sequence is done, finished ones included
 import codecs
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +34,8 @@ from minids.hf import open_model
 from minids.layers import compute_dtype
 from minids.mla import LatentCache
 from minids.model import Transformer
+from minids.sampling import Sampler
+from minids.speculative import speculative_rounds
 from minids.tokenizer import Tokenizer
 
 
@@ -45,23 +47,43 @@ class Generation:
     steps: passes through the model, the one over the prompts among them
     seconds: time of it all
     prompt_tokens: tokens of all prompts, without padding
+    drafts: tokens drafted in each round
+    passed: of each prompt's rounds, the first one left out, how many drafts passed
     """
 
     tokens: list[list[int]]
     steps: int
     seconds: float
     prompt_tokens: int
+    drafts: int
+    passed: list[list[int]]
 
     @property
     def tokens_per_second(self) -> float:
         """New tokens of all sequences per second, the time for the prompts included."""
         return sum(map(len, self.tokens)) / self.seconds
 
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens of a sequence that one pass of the model yields, 1 without drafts."""
+        rounds = [passed for row in self.passed for passed in row]
+        return 1 + sum(rounds) / max(len(rounds), 1)
+
+    @property
+    def acceptance(self) -> list[float]:
+        """By position of the draft: the share that passes, of those that are looked at.
+
+        A draft is looked at when all before it have passed.
+        """
+        rounds = [passed for row in self.passed for passed in row]
+        reached = [sum(passed >= k for passed in rounds) for k in range(self.drafts + 1)]
+        return [b / max(a, 1) for a, b in zip(reached, reached[1:], strict=False)]
+
 
 @torch.inference_mode()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
              temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-             eos_id: int | None = None,
+             eos_id: int | None = None, speculative: int = 0,
              on_token: Callable[[int, int], None] | None = None) -> Generation:
     """Continue each prompt.
 
@@ -72,44 +94,63 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     top_p: draw from the fewest likeliest tokens that together have this probability; 1: from all
     seed: decides the draws, together with a prompt's place in the batch
     eos_id: the token that ends a sequence; None: none does
+    speculative: tokens that the MTP modules draft before each pass; 0: plain decoding
     on_token: called with row and token as soon as there is one
 
     Raises `ValueError` naming the argument that is not valid.
     """
-    check_arguments(model.args, prompts, max_new_tokens, temperature, top_k, top_p)
+    check_arguments(model.args, prompts, max_new_tokens, temperature, top_k, top_p, speculative)
     start = time.perf_counter()
     device = model.head.weight.device
-    tokens, pad = left_pad(prompts, device)  # (B, S), (B,)
-    cache = LatentCache(model.args, len(prompts), tokens.size(1) + max_new_tokens, pad, device,
+    text = left_pad(prompts, device)  # (B, S), (B,)
+    generator = torch.Generator(device).manual_seed(seed)
+    sampler = Sampler(temperature, top_k, top_p, generator)
+    if speculative:
+        rounds = speculative_rounds(model, *text, max_new_tokens, speculative, sampler)
+    else:
+        rounds = plain_rounds(model, *text, max_new_tokens, sampler)
+    rows, passed, running = [[] for _ in prompts], [[] for _ in prompts], set(range(len(prompts)))
+    for steps, new in enumerate(rounds, start=1):
+        for row in sorted(running):
+            passed[row] += [len(new[row]) - 1] if steps > 1 else []
+            for token in new[row]:
+                rows[row].append(token)
+                if on_token is not None:
+                    on_token(row, token)
+                if token == eos_id or len(rows[row]) == max_new_tokens:
+                    running.remove(row)
+                    break
+        if not running:
+            break
+    return Generation(rows, steps, time.perf_counter() - start, sum(map(len, prompts)),
+                      speculative, passed)
+
+
+def plain_rounds(model: Transformer, tokens: Tensor, pad: Tensor | None, new_tokens: int,
+                 sampler: Sampler) -> Iterator[list[list[int]]]:
+    """Generate text, one token of every sequence at a time, without end.
+
+    tokens, pad: prompts as `left_pad` gives them; new_tokens: what the cache has room for
+    """
+    cache = LatentCache(model.args, len(tokens), tokens.size(1) + new_tokens, pad, tokens.device,
                         compute_dtype(model.head.weight))
-    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p,
-                   generator=torch.Generator(device).manual_seed(seed))
-    rows, running, steps = [[] for _ in prompts], set(range(len(prompts))), 1
     logits = model.head(model.hidden(tokens, cache)[0][:, -1])  # (B, V), of the last position only
     decode = decoder_for(model, cache)
     while True:
-        tokens = draw(logits)  # (B,)
-        for row, token in enumerate(tokens.tolist()):
-            if row not in running:
-                continue
-            rows[row].append(token)
-            if on_token is not None:
-                on_token(row, token)
-            if token == eos_id or len(rows[row]) == max_new_tokens:
-                running.remove(row)
-        if not running:
-            break
+        tokens = sampler.sample(logits)  # (B,)
+        yield tokens.unsqueeze(1).tolist()
         logits = decode(tokens)
-        steps += 1
-    return Generation(rows, steps, time.perf_counter() - start, sum(map(len, prompts)))
 
 
-def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p) -> None:
+def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, speculative) -> None:
     """Raise the one-line `ValueError` for the first argument of `generate` that is not valid."""
     rules = [("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
              ("temperature", temperature, temperature >= 0, "0 or more"),
              ("top_k", top_k, top_k >= 0, "0 or more"),
-             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1")]
+             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+             ("speculative", speculative, speculative >= 0, "0 or more"),
+             ("speculative", speculative, speculative == 0 or args.n_mtp_layers > 0,
+              "0: this model has no MTP module to draft with")]
     for name, value, holds, valid in rules:
         if not holds:
             raise ValueError(f"{name} = {value!r} is not valid: it must be {valid}")
@@ -121,9 +162,12 @@ def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p) ->
                 raise ValueError(f"prompts: token {token} is not valid: the model's tokens are "
                                  f"0 to {args.vocab_size - 1}")
     longest = max(map(len, prompts))
-    if longest + max_new_tokens > args.max_seq_len:
-        raise ValueError(f"prompts: {longest} tokens and max_new_tokens = {max_new_tokens} are "
-                         f"too many together: max_seq_len is {args.max_seq_len}")
+    # Drafts may reach beyond the last token, and further modules look further back.
+    extra = speculative and speculative + args.n_mtp_layers - 1
+    if longest + max_new_tokens + extra > args.max_seq_len:
+        drafts = f" and {extra} of drafts" if extra else ""
+        raise ValueError(f"prompts: {longest} tokens and max_new_tokens = {max_new_tokens}{drafts} "
+                         f"are too many together: max_seq_len is {args.max_seq_len}")
 
 
 def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
@@ -136,27 +180,6 @@ def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Te
     rows = [[0] * n + list(prompt) for n, prompt in zip(pad, prompts, strict=True)]
     tokens = torch.tensor(rows, device=device)  # (B, S)
     return tokens, torch.tensor(pad, device=device) if any(pad) else None
-
-
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float,
-           generator: torch.Generator | None = None) -> Tensor:
-    """Draw a token of each row: (B, V) -> (B,) int64. The arguments are those of `generate`.
-
-    Of logits whose probabilities are [0.5, 0.3, 0.1, 0.1], top_p = 0.7 keeps the first two.
-    """
-    if temperature == 0:
-        return logits.max(-1).indices  # three times as quick as argmax on a CPU, measured
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
-    if 0 < top_k < logits.size(-1):
-        least = logits.topk(top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    probs = logits.softmax(-1)
-    if top_p < 1:
-        ordered, order = probs.sort(-1, descending=True)
-        before = ordered.cumsum(-1) - ordered  # probability of the likelier ones
-        ordered = ordered.masked_fill(before >= top_p, 0.0)
-        probs = torch.zeros_like(probs).scatter_(-1, order, ordered)
-    return torch.multinomial(probs, 1, generator=generator).squeeze(-1)
 
 
 class Writer:
@@ -189,6 +212,7 @@ class GenerateArgs:
     top_p: float = option(0.95, "draw from the likeliest tokens of this probability together")
     seed: int = option(0, "decides the draws")
     samples: int = option(1, "how many texts, one after the other")
+    speculative: int = option(0, "tokens that the MTP modules draft ahead of each pass; 0: none")
     device: str = option("cpu", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
 
@@ -207,11 +231,14 @@ def write_samples(args: GenerateArgs, stream) -> None:
         writer = Writer(tokenizer, stream)
         print(args.prompt, end="", file=stream, flush=True)
         done = generate(run.model, [prompt], args.max_new_tokens, args.temperature, args.top_k,
-                        args.top_p, args.seed + sample_number, tokenizer.eos_id,
+                        args.top_p, args.seed + sample_number, tokenizer.eos_id, args.speculative,
                         on_token=lambda row, token, writer=writer: writer.write(token))
         writer.close()
+        drafted = (f"{done.tokens_per_pass:.2f} tokens a pass, drafts accepted: "
+                   + " ".join(f"{share:.0%}" for share in done.acceptance) + ", ")
         print(f"{len(done.tokens[0])} tokens after {done.prompt_tokens} in {done.seconds:.2f} s, "
-              f"{done.tokens_per_second:.0f} tokens/s, {run.checkpoint}", file=sys.stderr)
+              f"{done.tokens_per_second:.0f} tokens/s, {drafted if args.speculative else ''}"
+              f"{run.checkpoint}", file=sys.stderr)
 
 
 def main() -> None:

@@ -34,28 +34,54 @@ LATENT_EPS = 1e-6  # of the norms on the latents, whatever norm_eps is: so in th
 class LatentCache:
     """The latents and rotated keys of the tokens seen so far, for every layer.
 
-    With an indexer also its keys. Tensors: (n_layers, batch, max_len, width).
+    With an indexer also its keys. Tensors: (n_layers, batch, max_len, width). A place along max_len
+    is a slot; those of a sequence are filled in order, after its padding.
 
     batch: sequences decoded together
-    max_len: tokens that each may reach
+    max_len: slots of each
     pad: (B,) int64, tokens of padding before each prompt; None when all prompts are equally long
+    mtp: keep the latents of the MTP modules in place of those of the layers
+
+    length: slots that the longest sequence has filled
+    behind: (B,) int64, how many fewer each of the others has; None when all have as many
     """
 
     def __init__(self, args: ModelArgs, batch: int, max_len: int, pad: Tensor | None = None,
-                 device=None, dtype: torch.dtype = torch.float32):
+                 device=None, dtype: torch.dtype = torch.float32, mtp: bool = False):
         width = args.kv_lora_rank + args.qk_rope_head_dim
-        shape, kind = (args.n_layers, batch, max_len), dict(device=device, dtype=dtype)
+        self.first_layer = args.n_layers if mtp else 0
+        layers = args.n_mtp_layers if mtp else args.n_layers
+        shape, kind = (layers, batch, max_len), dict(device=device, dtype=dtype)
         self.latents = torch.zeros(*shape, width, **kind)
         self.index_keys = None
         if args.has_indexer:
             self.index_keys = torch.zeros(*shape, args.index_head_dim, **kind)
         self.pad = pad
-        self.length = 0
+        self.length, self.behind = 0, None
 
     @property
     def room(self) -> int:
         """Tokens that still fit."""
         return self.latents.size(2) - self.length
+
+    def slots(self, count: int) -> Tensor:
+        """The next slots of each sequence, (B or 1, count) int64."""
+        slots = torch.arange(self.length, self.length + count, device=self.latents.device)
+        return slots[None] if self.behind is None else slots - self.behind[:, None]
+
+    def place(self, count: int) -> tuple[Tensor, Tensor]:
+        """Where the next `count` tokens of each sequence stand, and what they see.
+
+        Returns their positions, (B or 1, count), and the slots that each sees, (B or 1, count, T).
+        """
+        slots = self.slots(count)
+        keys = torch.arange(self.length + count, device=slots.device)  # (T,)
+        visible = keys <= slots[..., None]
+        if self.pad is None:
+            return slots, visible
+        # A padded position sees itself alone, so that its softmax has something to weigh.
+        visible = visible & (keys >= self.pad[:, None, None]) | (keys == slots[..., None])
+        return (slots - self.pad[:, None]).clamp(min=0), visible
 
     def append(self, layer: int, latent: Tensor) -> Tensor:
         """Keep the new tokens' latents of one layer; the model moves `length` on afterwards.
@@ -63,16 +89,26 @@ class LatentCache:
         latent: (B, S, kv_lora_rank + qk_rope_head_dim)
         Returns those of all tokens so far, (B, T, kv_lora_rank + qk_rope_head_dim).
         """
-        return self._append(self.latents[layer], latent)
+        return self._append(self.latents[layer - self.first_layer], latent)
 
     def append_index_keys(self, layer: int, keys: Tensor) -> Tensor:
         """The same for the indexer's keys: (B, S, index_head_dim) -> (B, T, index_head_dim)"""
-        return self._append(self.index_keys[layer], keys)
+        return self._append(self.index_keys[layer - self.first_layer], keys)
 
     def _append(self, rows: Tensor, new: Tensor) -> Tensor:
         end = self.length + new.size(1)
-        rows[:, self.length:end] = new
+        if self.behind is None:
+            rows[:, self.length:end] = new
+        else:
+            sequence = torch.arange(len(rows), device=rows.device)[:, None]
+            rows[sequence, self.slots(new.size(1))] = new
         return rows[:, :end]
+
+    def go_back(self, filled: Tensor) -> None:
+        """Forget what is after the first `filled` slots of each sequence, (B,) int64."""
+        self.length = int(filled.max())
+        behind = self.length - filled
+        self.behind = behind if behind.any() else None
 
 
 class Context(NamedTuple):

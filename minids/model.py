@@ -115,18 +115,10 @@ class Transformer(nn.Module):
         if end > limit or (cache is not None and tokens.size(1) > cache.room):
             room = limit if cache is None else min(limit, cache.latents.size(2))
             raise ValueError(f"{end} tokens are too many: this model and cache hold {room}")
-        positions = torch.arange(start, end, device=tokens.device)  # (S,)
         if cache is None:
-            return Context(rotations(positions[None], self.args), absorbed=absorbed)
-        keys = torch.arange(end, device=tokens.device)  # (T,)
-        visible = (keys <= positions[:, None])[None]  # (1, S, T)
-        if cache.pad is not None:
-            positions = (positions - cache.pad[:, None]).clamp(min=0)  # (B, S)
-            # A padded position sees itself alone, so that its softmax has something to weigh.
-            own = keys == torch.arange(start, end, device=tokens.device)[:, None]
-            visible = visible & (keys >= cache.pad[:, None, None]) | own  # (B, S, T)
-        else:
-            positions = positions[None]
+            positions = torch.arange(start, end, device=tokens.device)[None]  # (1, S)
+            return Context(rotations(positions, self.args), absorbed=absorbed)
+        positions, visible = cache.place(tokens.size(1))
         return Context(rotations(positions, self.args), visible, cache, absorbed)
 
     def run_block(self, block: nn.Module, x: Tensor, *inputs):
