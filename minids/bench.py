@@ -4,6 +4,7 @@
     python -m minids.bench --what decode --dtype fp32 --pairs 15
     python -m minids.bench --what moe-vs-dense --seeds 3 --steps 500
     python -m minids.bench --what sparse --context 32768 --pairs 3
+    python -m minids.bench --what speculative --run runs/deep
 
 What each table shows:
     train         training steps a second: forward, backward, clipping and fused AdamW
@@ -12,6 +13,8 @@ What each table shows:
     dense         training with experts beside a dense model of as many active parameters
     moe-vs-dense  both of these trained: validation bits per byte at equal tokens and equal time
     sparse        prefill and decoding against context length, dense and sparse: time and FLOPs
+    speculative   greedy decoding of a trained run with and without drafts of its MTP modules,
+                  beside what the cost model of `minids.costs` says, and what of other depths
 
 The other side of the first three is transformers' model with the same weights (`minids.hf`), data,
 precision, threads and allocator, under those of its settings that a trial finds fastest. The two
@@ -45,6 +48,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -57,11 +61,12 @@ from minids.config import (
     require,
     run_program,
 )
-from minids.costs import count_parameters, format_table
+from minids.costs import count_parameters, drafting, format_table
 from minids.data import open_data
-from minids.evaluate import Rule, selecting
-from minids.generate import generate
-from minids.hf import config_from_args, save_hf
+from minids.decode import decoder_for
+from minids.evaluate import Rule, selecting, windows
+from minids.generate import Generation, generate
+from minids.hf import config_from_args, open_model, save_hf
 from minids.mla import LatentCache
 from minids.model import Transformer
 from minids.sparse_attention import Selection, load_weights_without_indexer
@@ -69,8 +74,8 @@ from minids.tokenizer import Tokenizer
 from minids.train import default_indexer, free_run_folder, read_metrics, train, tune_allocator
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TABLES = ("train", "decode", "memory", "dense", "moe-vs-dense", "sparse")
-ASKED_FOR = ("moe-vs-dense", "sparse")  # tables that "all" leaves out
+TABLES = ("train", "decode", "memory", "dense", "moe-vs-dense", "sparse", "speculative")
+ASKED_FOR = ("moe-vs-dense", "sparse", "speculative")  # tables that "all" leaves out
 TRIAL_ROUNDS = 3
 WARM_UP = 2           # training steps; the first ones build kernels
 MEMORY_STEPS = 5
@@ -105,6 +110,7 @@ class BenchArgs:
                         ("both", *DTYPES))
     data: str = option("pystdlib", "text: pystdlib, text:PATH or hf:NAME[:CONFIG[:COLUMN]]")
     context: int = option(32768, "sparse: the longest context, tokens; the others are halves")
+    run: str = option("runs/tiny", "speculative: run folder of the model")
     seed: int = option(0, "decides the weights and the order of the text")
     seeds: int = option(3, "moe-vs-dense: runs of each model")
     steps: int = option(0, "moe-vs-dense: steps of each run; 0: as many as the preset trains")
@@ -783,8 +789,96 @@ def sparse_table(bench: Bench) -> list[list[str]]:
     return rows
 
 
+DEPTHS = (2, 4, 8, 16, 32, 64)  # of which the cost model is asked
+PROMPTS = 16  # texts that are gone on from
+
+
+class Drafts:
+    """A trained run that decodes the same prompts with drafts and without."""
+
+    def __init__(self, bench: Bench):
+        s = self.settings = bench.settings
+        run = open_model(s.run, s.device)
+        if not run.model.mtp:
+            raise ValueError(f"run = {s.run!r} is not valid: it must have an MTP module")
+        self.model = run.model.to(DTYPES["bf16" if s.dtype == "bf16" else "fp32"])
+        text = open_data(s.data, run.tokenizer, s.prompt).valid
+        self.prompts = windows(text, s.prompt, PROMPTS * s.prompt)[:, :-1].tolist()
+
+    def decode(self, drafts: int, batch: int) -> Generation:
+        """All prompts, `batch` at a time."""
+        parts = [generate(self.model, self.prompts[i:i + batch], self.settings.new_tokens,
+                          speculative=drafts) for i in range(0, len(self.prompts), batch)]
+        return Generation([row for part in parts for row in part.tokens],
+                          sum(part.steps for part in parts), sum(part.seconds for part in parts),
+                          sum(part.prompt_tokens for part in parts), drafts,
+                          [row for part in parts for row in part.passed])
+
+    def compare(self, drafts: int, batch: int) -> tuple[Generation, float]:
+        """The drafted text, and how many times as fast it came: the median of paired timings."""
+        plain, drafted = (functools.partial(self.decode, n, batch) for n in (0, drafts))
+        one, other = plain(), drafted()
+        if self.model.head.weight.dtype == torch.float32:
+            require_same_text(one.tokens, other.tokens)
+        ratios = [plain().seconds / drafted().seconds for _ in range(self.settings.pairs)]
+        return other, statistics.median(ratios)
+
+    def constants(self) -> tuple[float, float]:
+        """`call` and `row` of `minids.costs.drafting`, from passes over one token and over two.
+
+        What they take beyond reading their weights, at the speed at which the head is read.
+        """
+        args, head = self.model.args, self.model.head.weight
+        x, cache = head.new_zeros(1, args.dim), LatentCache(args, 1, 200, dtype=head.dtype)
+        with torch.inference_mode():
+            self.model(torch.tensor(self.prompts[:1]), cache)
+            decode, length = decoder_for(self.model, cache), cache.length
+
+            def step(tokens: Tensor) -> None:
+                cache.length = length
+                decode.hidden(tokens)
+            works = [lambda: F.linear(x, head), *(functools.partial(step, torch.ones(
+                1, count, dtype=torch.int64)) for count in (1, 2))]
+            reading, one, two = round_robin(works, 5, 50, "cpu")
+        costs = drafting(args, 0, drafts=1)
+        call = one / reading * head.numel() - (costs.plain - head.numel())
+        both = two / reading * head.numel() - (costs.check - head.numel())
+        return max(call, 0) / args.n_layers, max(both - call, 0) / args.n_layers
+
+
+def require_same_text(plain: list[list[int]], drafted: list[list[int]]) -> None:
+    """Stop if more than one text in eight differs: a tie that rounding decides is rare in FP32."""
+    other = sum(a != b for a, b in zip(plain, drafted, strict=True))
+    if 8 * other > len(plain):
+        raise ValueError(f"{other} of {len(plain)} texts differ with drafts: decoding is wrong")
+
+
+def speculative_table(bench: Bench) -> list[list[str]]:
+    """Drafts measured and predicted, then predicted for the same model at other depths."""
+    both = Drafts(bench)
+    args, (call, row) = both.model.args, both.constants()
+    rows = [[f"{args.n_layers} layers, greedy", "accepted", "tokens a pass", "times as fast",
+             "predicted"]]
+    for drafts in (1, 2, 3):
+        for batch in (1, PROMPTS):
+            done, ratio = both.compare(drafts, batch)
+            first = done.acceptance[0]
+            said = drafting(args, 0, drafts, batch, call, row)._replace(tokens=done.tokens_per_pass)
+            rows += [[f"{drafts} drafted, batch {batch}", " ".join(f"{a:.0%}" for a in
+                                                                   done.acceptance),
+                      f"{done.tokens_per_pass:.2f}", f"{ratio:.2f}", f"{said.speedup:.2f}"]]
+            print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+            if (drafts, batch) == (1, 1):
+                alone = first
+    for depth in DEPTHS:
+        said = drafting(replace(args, n_layers=depth), alone, call=call, row=row)
+        rows += [[f"1 drafted, batch 1, at {depth} layers", f"{alone:.0%}", f"{said.tokens:.2f}",
+                  "", f"{said.speedup:.2f}"]]
+    return rows
+
+
 MAKERS = dict(zip(TABLES, (train_table, decode_table, memory_table, dense_table, quality_table,
-                           sparse_table), strict=True))
+                           sparse_table, speculative_table), strict=True))
 
 
 def prepare(settings: BenchArgs) -> None:

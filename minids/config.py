@@ -199,6 +199,7 @@ V2_LITE_ARGS = V2_ARGS | dict(
 
 MODEL_PRESETS = {
     "tiny": {},
+    "deep": dict(n_layers=16),
     "nano": dict(vocab_size=4096, max_seq_len=256, dim=64, inter_dim=128, moe_inter_dim=32,
                  n_layers=2, n_heads=2, n_routed_experts=4, kv_lora_rank=16, qk_nope_head_dim=16,
                  qk_rope_head_dim=8, v_head_dim=16),
@@ -325,12 +326,14 @@ class TrainArgs:
         return cls(**settings | given)
 
 
+TINY_RUN = dict(steps=800, optimizer="muon", lr=1e-2, muon_lr=3e-3, warmup_steps=20,
+                constant_until=0.5, decay_until=1.0, final_lr=0.05, bias_speed=0.005)
 TRAIN_PRESETS = {
-    "tiny": dict(steps=800, optimizer="muon", lr=1e-2, muon_lr=3e-3, warmup_steps=20,
-                 constant_until=0.5, decay_until=1.0, final_lr=0.05, bias_speed=0.005),
+    "tiny": TINY_RUN,
     "nano": dict(steps=60, batch_size=4, seq_len=128, optimizer="muon", lr=5e-3, muon_lr=5e-3,
                  warmup_steps=5, constant_until=0.5, decay_until=1.0, bias_speed=0.01,
                  eval_every=20, eval_tokens=8192, save_every=20),
+    "deep": TINY_RUN,
     "small": dict(steps=20000, batch_size=64, batch_start=16, batch_ramp_steps=1000, grad_accum=1,
                   seq_len=2048, optimizer="muon", lr=1e-3, muon_lr=1e-3, warmup_steps=500,
                   fim_rate=0.1, recompute=True, eval_every=500, eval_tokens=262144,

@@ -4,6 +4,7 @@
     python -m minids.evaluate --run runs/tiny --data text:other_text
     python -m minids.evaluate --run DeepSeek-V2-Lite --data text:other_text   # a released model
     python -m minids.evaluate --run runs/tiny-warm --selections
+    python -m minids.evaluate --run runs/tiny --drafts
 
 Bits per byte is the cross-entropy of all tokens, in bits, over the number of bytes they stand for.
 Unlike the loss per token it does not depend on the vocabulary, so that models with different
@@ -12,12 +13,20 @@ tokenizers can be compared (V3's table of base models has it as Pile BPB, sectio
 --selections asks what sparse attention (V3.2 section 2.1) costs and why: the same model attends to
 all tokens, to the k that its indexer selects, to the k that attention itself weighs most, to the
 last k, and to k at random.
+
+--drafts asks how well the MTP modules guess what the model will say (V3 section 5.4.3), by depth
+and by kind of text. Over held-out text a draft is compared with what the model itself makes of the
+same true text, so that a module cannot profit from the repetitions that a model falls into when it
+goes on from its own words; those are the last row.
 """
 
 import ast
 import contextlib
 import functools
+import io
+import keyword
 import math
+import tokenize
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -30,6 +39,7 @@ from minids.checkpoint import pick_device
 from minids.config import check_types, option, parse, require, run_program
 from minids.costs import format_table
 from minids.data import open_data
+from minids.generate import generate
 from minids.hf import open_model
 from minids.mla import MLA, Context, seen_by
 from minids.moe import max_violation
@@ -220,6 +230,111 @@ def selection_table(rows: list[Row], k: int) -> str:
     return format_table([title, *cells])
 
 
+class Agreement(NamedTuple):
+    """How drafts of one kind of text fare: tokens, and the shares of them that pass.
+
+    greedy: the module's likeliest token is the model's
+    sampled: the chance to pass at temperature 1
+    """
+
+    tokens: int
+    greedy: float
+    sampled: float
+
+
+KIND = {tokenize.COMMENT: "comments", tokenize.STRING: "strings", tokenize.NUMBER: "numbers",
+        tokenize.OP: "signs"}
+
+
+def kinds_of_python(text: str) -> list[str]:
+    """Of each character, the kind of word that it belongs to, by Python's own tokenizer."""
+    kinds = ["white space" if c.isspace() else "other" for c in text]
+    starts = [0]
+    for line in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):
+        for word in tokenize.generate_tokens(io.StringIO(text).readline):
+            kind = KIND.get(word.type)
+            if word.type == tokenize.NAME:
+                kind = "keywords" if keyword.iskeyword(word.string) else "names"
+            if kind:
+                first, last = (starts[line - 1] + column for line, column in (word.start, word.end))
+                kinds[first:last] = [kind] * (last - first)
+    return kinds
+
+
+def kinds_of_tokens(tokens: Tensor, tokenizer) -> list[str]:
+    """The kind of each token of packed documents: that of its first character that is no space."""
+    special = set(tokenizer.special.values())
+    kinds, ends = [], (tokens == tokenizer.eos_id).nonzero().flatten().tolist()
+    for start, end in zip([0, *(e + 1 for e in ends)], [*(e + 1 for e in ends), len(tokens)],
+                          strict=True):
+        ids = tokens[start:end].tolist()
+        raw = [tokenizer.decode_bytes([i]) if i not in special else b"" for i in ids]
+        text = b"".join(raw).decode("utf-8", "replace")
+        of_bytes = [kind for kind, c in zip(kinds_of_python(text), text, strict=True)
+                    for _ in c.encode()]
+        at = 0
+        for piece in raw:
+            own = of_bytes[at:at + len(piece)]
+            kinds.append(next((k for k in own if k != "white space"),
+                              "white space" if own else "ends of documents"))
+            at += len(piece)
+    return kinds
+
+
+@torch.no_grad()
+def draft_agreement(model, tokens: Tensor, kinds: list[str], seq_len: int, batch_size: int,
+                    max_tokens: int | None = None) -> list[dict[str, Agreement]]:
+    """How well each MTP module guesses the model's own next word on given text.
+
+    tokens: (M,) int64, packed documents; kinds: of each of them; the others as for `evaluate`
+    Returns for each depth k the agreement by kind of the token that is guessed, and of "all".
+    """
+    names = sorted(set(kinds))
+    codes = windows(torch.tensor([names.index(kind) for kind in kinds]), seq_len, max_tokens)
+    device, depths = model.head.weight.device, len(model.mtp)
+    sums = torch.zeros(depths, len(names), 3, dtype=torch.float64)
+    for batch, kind in zip(windows(tokens, seq_len, max_tokens).split(batch_size),
+                           codes.split(batch_size), strict=True):
+        batch = batch[:, :-1].to(device)
+        states = model.hidden(batch)[0]
+        own = model.head(states).float().softmax(-1)  # (B, S, V)
+        for k, module in enumerate(model.mtp, start=1):
+            context = model.context(batch[:, k:])
+            states, _ = module(states[:, :-1], model.embed(batch[:, k:]), context)
+            guess = model.head(states).float().softmax(-1)  # (B, S - k, V), of token i + k + 1
+            p, guessed = own[:, k:], kind[:, k + 1:].flatten()
+            passes = torch.stack([torch.ones_like(p[..., 0]), guess.argmax(-1) == p.argmax(-1),
+                                  torch.minimum(p, guess).sum(-1)], dim=-1)
+            sums[k - 1].index_add_(0, guessed, passes.flatten(0, 1).double().cpu())
+    tables = []
+    for depth in sums:
+        rows = dict(zip(names, depth, strict=True)) | {"all": depth.sum(0)}
+        tables.append({name: Agreement(int(n), float(g / n), float(s / n))
+                       for name, (n, g, s) in rows.items() if n})
+    return tables
+
+
+def draft_table(run, text: Tensor, seq_len: int, batch_size: int, max_tokens: int | None) -> str:
+    """`draft_agreement` for reading, and beside it the drafts of the model's own greedy text."""
+    tables = draft_agreement(run.model, text, kinds_of_tokens(text, run.tokenizer), seq_len,
+                             batch_size, max_tokens)
+    depths = range(1, len(tables) + 1)
+    rows = [("the model's choice is guessed", "tokens", *(f"draft {k}" for k in depths),
+             *(f"draft {k}, sampled" for k in depths))]
+    for name, first in sorted(tables[0].items(), key=lambda item: (item[0] == "all", -item[1][0])):
+        each = [table[name] for table in tables]
+        rows.append((name, first.tokens, *(f"{a.greedy:.1%}" for a in each),
+                     *(f"{a.sampled:.1%}" for a in each)))
+    prompts = windows(text, seq_len // 2, 16 * (seq_len // 2))[:, :-1].tolist()
+    new = seq_len // 2 - 2 * len(tables)
+    shares = [generate(run.model, prompts, new, t, speculative=len(tables)).acceptance
+              for t in (0.0, 1.0)]
+    return format_table([*rows, ("on its own text", len(prompts) * new,
+                                 *(f"{share:.1%}" for own in shares for share in own))])
+
+
 def parse_share(text: str) -> tuple[int, int]:
     """How much of a text is Python: (top-level blocks that parse, top-level blocks).
 
@@ -261,6 +376,7 @@ class EvaluateArgs:
     max_tokens: int = option(0, "validation tokens, spread over the text; 0: all")
     selections: bool = option(False, "compare dense attention and ways of selecting k tokens")
     index_topk: int = option(0, "tokens of --selections; 0: the model's, or an eighth of a window")
+    drafts: bool = option(False, "how often the MTP modules guess what the model says")
     fp8: bool = option(False, "products of linear layers and experts in FP8")
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
@@ -292,6 +408,11 @@ def main() -> None:
         k = args.index_topk or (run.model.args.index_topk if run.model.args.has_indexer
                                 else max(seq_len // 8, 1))
         print(selection_table(compare_selections(run.model, *text, k, args.max_tokens or None), k))
+        return
+    if args.drafts:
+        if not run.model.mtp:
+            raise ValueError(f"drafts = True is not valid: {args.run} has no MTP module")
+        print(draft_table(run, data.valid, seq_len, args.batch_size, args.max_tokens or None))
         return
     result = evaluate(run.model, *text, args.max_tokens or None)
     print(f"bits per byte    {result.bits_per_byte:.4f}")

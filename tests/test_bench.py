@@ -5,9 +5,10 @@ sides do different work, since a ratio of two different works would mean nothing
 """
 
 import argparse
+import json
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,11 @@ import torch
 
 from minids import bench
 from minids.bench import BenchArgs, Stepper, Timing, equal_active_dense
+from minids.checkpoint import save_checkpoint
 from minids.config import ModelArgs
 from minids.costs import count_parameters, pair_flops
 from minids.model import Transformer
+from minids.tokenizer import Tokenizer
 
 NANO = replace(ModelArgs.preset("nano"), n_mtp_layers=0)
 SHAPES = {
@@ -347,6 +350,42 @@ def test_sparse_table(settings, capsys, monkeypatch):
                                                 ("prefill", "decode") for n in (32, 64, 96)]
     assert head[-1].strip() == "outside indexer MFLOP"
     assert len({row[-1] for row in rows[3:]}) == 1 and len({row[-2] for row in rows[3:]}) == 3
+
+
+def a_run(tmp_path, **changes) -> str:
+    """A run folder of a model that has learnt nothing."""
+    tokenizer, folder = Tokenizer.load(), tmp_path / "run"
+    args = replace(ModelArgs.preset("nano"), vocab_size=tokenizer.vocab_size, **changes)
+    torch.manual_seed(0)
+    save_checkpoint(folder, 1, Transformer(args).state_dict(), {"step": 1})
+    tokenizer.save(folder / "tokenizer")
+    config = {"model": asdict(args), "tokenizer": tokenizer.fingerprint}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def test_speculative_table(settings, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "PROMPTS", 2)
+    head, *rows = run(settings, "speculative", capsys, f"--run={a_run(tmp_path)}")
+    assert len(head) == 5
+    assert [row[0].strip() for row in rows[:6]] == [
+        f"{drafts} drafted, batch {batch}" for drafts in (1, 2, 3) for batch in (1, 2)]
+    assert len(rows) == 6 + len(bench.DEPTHS)
+    assert all(1 <= float(row[2]) <= 4 and float(row[3]) > 0 for row in rows[:6])
+    predicted = [float(row[-1]) for row in rows[6:]]
+    assert predicted == sorted(predicted)  # the deeper, the more a draft saves
+
+
+def test_drafts_need_a_module(settings, capsys, tmp_path):
+    with pytest.raises(ValueError, match="must have an MTP module"):
+        run(settings, "speculative", capsys, f"--run={a_run(tmp_path, n_mtp_layers=0)}")
+
+
+def test_texts_that_differ_stop_the_benchmark():
+    same = [[1, 2]] * 16
+    bench.require_same_text(same, [[1, 3], [1, 3], *same[2:]])  # ties
+    with pytest.raises(ValueError, match="3 of 16"):
+        bench.require_same_text(same, [*[[1, 3]] * 3, *same[3:]])
 
 
 def test_lower_bits_per_byte_win():

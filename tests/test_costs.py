@@ -758,3 +758,39 @@ def test_program_needs_neither_torch_nor_memory_nor_time(name, total):
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=5)
     assert run.returncode == 0, run.stderr
     assert total in run.stdout
+
+
+def test_a_round_of_drafts_by_hand():
+    args = ModelArgs.preset("v3")
+    each = count_parameters(args)
+    alone = costs.drafting(args, 0.85)
+    assert alone.tokens == 1.85
+    # One token reads what it activates, without the embedding; checking two of them, in each of 58
+    # layers, 15.75 experts of 44,040,192 weights in place of 8.
+    assert alone.plain == pytest.approx(each.active_without_embedding)
+    assert alone.check - alone.plain == pytest.approx(58 * 7.75 * 44_040_192)
+    # A module: a MoE layer with 15.75 experts, the join and two norms, and the head.
+    layer = 187_107_328 + 14_336 + 1_835_264 + 16.75 * 44_040_192
+    assert alone.draft == pytest.approx(layer + 102_760_448 + 3 * 7_168 + 926_679_040)
+    assert alone.speedup == pytest.approx(1.85 * alone.plain / (alone.check + alone.draft))
+    crowd = costs.drafting(args, 0.85, batch=256)  # nearly all experts are read anyway
+    assert 1.15 < alone.speedup < 1.2 < 1.8 < crowd.speedup < 1.85  # the paper: 1.8
+    two = costs.drafting(args, 0.5, drafts=2)
+    assert two.tokens == 1.75 and two.draft > alone.draft and two.check > alone.check
+
+
+def test_depth_and_calls_decide_whether_drafts_pay():
+    shallow, deep = (replace(ModelArgs.preset("tiny"), n_layers=n) for n in (2, 32))
+    assert costs.drafting(shallow, 0.8).speedup < costs.drafting(deep, 0.8).speedup
+    free, slow = (costs.drafting(deep, 0.8, row=row) for row in (0, 1e6))
+    assert slow.speedup < free.speedup
+    assert costs.drafting(deep, 0.8, call=1e9).speedup == pytest.approx(1.8 * 32 / 33, rel=0.01)
+
+
+def test_models_without_modules_have_no_table_of_drafts(capsys):
+    main(["--preset", "moonlight"])
+    assert "Drafts" not in capsys.readouterr().out
+    main(["--preset", "v3", "--acceptance", "0.9"])
+    assert "Drafts, 90% accepted" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="acceptance = 1.5"):
+        main(["--acceptance", "1.5"])
