@@ -372,3 +372,35 @@ def moe_figure(tokens: list[int], losses: dict[str, list], kinds: list[str], vis
     right.grid(visible=False)
     figure.colorbar(picture, ax=right, label="tokens that visit (percent)")
     return finish(figure, path)
+
+
+@house_style()
+def mtp_figure(kinds: dict[str, tuple[float, float]], tokens_a_pass: dict[str, list],
+               path: str | Path | None = None):
+    """How often drafts pass by kind of text, and what they yield.
+
+    kinds: label -> shares of drafts that pass, greedily and at temperature 1, percent
+    tokens_a_pass: label -> tokens that one pass yields with 0, 1, 2, .. drafts
+    path: where to save the picture
+    """
+    figure = new_figure(9.8, 3.8)
+    left, right = figure.subplots(1, 2, width_ratios=[1.3, 1])
+    places = range(len(kinds))
+    for shift, label, shares, colour in zip((-0.2, 0.2), ("greedy", "temperature 1"),
+                                            zip(*kinds.values(), strict=True), (BLUE, ORANGE),
+                                            strict=True):
+        left.barh([place + shift for place in places], shares, 0.38, color=colour, label=label)
+    left.set_yticks(places, kinds)
+    left.invert_yaxis()
+    left.set_xlim(0, 100)
+    left.set_xlabel("drafts that pass on held-out text (percent)")
+    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
+    for (label, row), colour in zip(tokens_a_pass.items(), (BLUE, ORANGE), strict=True):
+        right.plot(range(len(row)), row, color=colour, marker="o", label=label)
+    most = len(next(iter(tokens_a_pass.values())))
+    right.plot(range(most), range(1, most + 1), color=GREY, linestyle=":", label="all pass")
+    right.set_xticks(range(most))
+    right.set_xlabel("drafts a pass (count)")
+    right.set_ylabel("tokens a pass (count)")
+    right.legend()
+    return finish(figure, path)

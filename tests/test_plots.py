@@ -309,3 +309,14 @@ def test_moe_figure_shows_the_numbers_given():
     assert lines_of(left) == losses
     assert [text.get_text() for text in right.texts] == ["75", "25", "5", "95"]
     assert [label.get_text() for label in right.get_yticklabels()] == ["name", "number"]
+
+
+def test_mtp_figure_shows_the_numbers_given():
+    kinds = {"names": (55.0, 65.0), "signs": (70.0, 75.0)}
+    figure = plots.mtp_figure(kinds, {"greedy": [1, 1.8, 2.4], "temperature 1": [1, 1.6, 2.0]})
+    left, right = figure.axes
+    assert [[bar.get_width() for bar in bars] for bars in left.containers] == [[55, 70], [65, 75]]
+    assert [label.get_text() for label in left.get_yticklabels()] == list(kinds)
+    assert lines_of(right) == {"greedy": [1, 1.8, 2.4], "temperature 1": [1, 1.6, 2.0],
+                               "all pass": [1, 2, 3]}
+    assert axes_without_a_unit(figure) in ([], ["y0"])  # kinds have names, not units
