@@ -404,3 +404,80 @@ def mtp_figure(kinds: dict[str, tuple[float, float]], tokens_a_pass: dict[str, l
     right.set_ylabel("tokens a pass (count)")
     right.legend()
     return finish(figure, path)
+
+
+@house_style()
+def dsa_figure(ks: list[int], held: dict[str, list], attention: list[list], chosen: list[list],
+               first: int, lengths: list[int], flops: dict[str, list],
+               path: str | Path | None = None):
+    """What a choice of k tokens holds, where the chosen stand, and what attention costs.
+
+    ks: tokens chosen; held: label -> share of attention's weight on them, one of each k
+    attention: rows of questions, weights of the tokens from position `first` on
+    chosen: the indexer's tokens of each row, their positions
+    lengths: contexts; flops: label -> FLOPs of one token's attention at each
+    path: where to save the picture
+    """
+    figure = new_figure(12.5, 3.9)
+    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.35, 1])
+    for (label, row), colour in zip(held.items(), (BLACK, BLUE, ORANGE, GREY), strict=True):
+        left.plot(ks, row, color=colour, marker="o", markersize=3, label=label)
+    left.set_xscale("log", base=2)
+    left.set_xlabel("tokens chosen, k (count, log scale)")
+    left.set_ylabel("attention's weight on them (share)")
+    left.legend(loc="center right")
+    last = first + len(attention[0])
+    middle.imshow([[weight ** 0.5 for weight in row] for row in attention], cmap="viridis",
+                  aspect="auto", interpolation="nearest",
+                  extent=(first - 0.5, last - 0.5, len(attention) - 0.5, -0.5))
+    marks = [(token, n) for n, row in enumerate(chosen) for token in row if first <= token < last]
+    middle.scatter(*zip(*marks, strict=True), marker="s", s=26, facecolors="none",
+                   edgecolors=RED, linewidth=0.9)
+    middle.set_xlabel("token looked at (position)")
+    middle.set_ylabel("question (number)")
+    middle.grid(visible=False)
+    for (label, row), colour in zip(flops.items(), (RED, BLUE), strict=True):
+        right.plot(lengths, [count / 1e9 for count in row], color=colour, marker="o",
+                   markersize=3, label=label)
+    right.set_xscale("log", base=2)
+    right.set_yscale("log")
+    right.set_xlabel("context (tokens, log scale)")
+    right.set_ylabel("attention of one token\n(GFLOPs, log scale)")
+    right.legend()
+    return finish(figure, path)
+
+
+@house_style()
+def balance_figure(shares: dict[str, list[list]], max_vio: dict[str, list],
+                   path: str | Path | None = None):
+    """Where the tokens go under each way of balancing, and how far the busiest expert stands out.
+
+    shares: regime -> for each step the load of each expert, in times the even share
+    max_vio: regime -> MaxVio at each step
+    path: where to save the picture
+    """
+    from matplotlib.colors import TwoSlopeNorm
+    figure = new_figure(9.8, 5.6)
+    grid = figure.add_gridspec(2, len(shares), height_ratios=[1, 1.1])
+    norm = TwoSlopeNorm(1, 0, 4)  # white is the even share, whatever the busiest expert gets
+    maps = []
+    for n, (label, rows) in enumerate(shares.items()):
+        ax = figure.add_subplot(grid[0, n])
+        extent = (0.5, len(rows) + 0.5, len(rows[0]) - 0.5, -0.5)
+        picture = ax.imshow([*zip(*rows, strict=True)], cmap="RdBu_r", norm=norm, aspect="auto",
+                            extent=extent, interpolation="nearest")
+        ax.set_title(label)
+        ax.grid(visible=False)
+        ax.tick_params(labelleft=n == 0)
+        maps.append(ax)
+    maps[0].set_ylabel("expert (number)")
+    bar = figure.colorbar(picture, ax=maps, extend="max", ticks=range(5))
+    bar.set_label("load (times the even share)")
+    below = figure.add_subplot(grid[1, :])
+    for (label, row), colour in zip(max_vio.items(), (BLACK, ORANGE, BLUE, GREEN), strict=True):
+        draw_series(below, [*range(1, len(row) + 1)], row, colour, label)
+    below.set_ylim(bottom=0)
+    below.set_xlabel("step")
+    below.set_ylabel("MaxVio (times the mean)")
+    below.legend()
+    return finish(figure, path)

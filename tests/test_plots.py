@@ -320,3 +320,30 @@ def test_mtp_figure_shows_the_numbers_given():
     assert lines_of(right) == {"greedy": [1, 1.8, 2.4], "temperature 1": [1, 1.6, 2.0],
                                "all pass": [1, 2, 3]}
     assert axes_without_a_unit(figure) in ([], ["y0"])  # kinds have names, not units
+
+
+def test_dsa_figure_shows_the_numbers_given():
+    held = {"attention's best": [0.5, 0.9], "indexer": [0.4, 0.8], "window": [0.1, 0.2],
+            "random": [0.0, 0.1]}
+    figure = plots.dsa_figure([1, 2], held, [[0.0, 1.0, 0.0], [0.25, 0.0, 0.75]],
+                              [[11], [12, 3]], 10, [1024, 2048],
+                              {"dense": [1e9, 2e9], "sparse": [1e9, 1e9]})
+    left, middle, right = figure.axes
+    assert lines_of(left) == held
+    assert middle.images[0].get_array().tolist() == [[0, 1, 0], [0.5, 0, 0.75 ** 0.5]]
+    assert middle.collections[0].get_offsets().tolist() == [[11, 0], [12, 1]]
+    assert lines_of(right) == {"dense": [1, 2], "sparse": [1, 1]}
+    assert axes_without_a_unit(figure) == []
+
+
+def test_balance_figure_shows_the_numbers_given():
+    shares = {name: [[n, 2 - n], [1.0, 1.0], [0.5, 1.5]] for n, name in enumerate("abcd")}
+    max_vio = {name: [1.0, 0.0, n / 2] for n, name in enumerate("abcd")}
+    figure = plots.balance_figure(shares, max_vio)
+    maps = [ax for ax in figure.axes if ax.get_title()]
+    assert [ax.get_title() for ax in maps] == list("abcd") and collisions(figure) == []
+    drawn = [ax.images[0].get_array().T.tolist() for ax in maps]
+    assert drawn == list(shares.values())
+    assert drawn != [[row[::-1] for row in rows] for rows in shares.values()]  # wrong variant
+    assert maps[0].images[0].norm(1.0) == 0.5  # the even share is the middle of the colours
+    assert lines_of(figure.axes[-1]) == max_vio

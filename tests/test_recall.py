@@ -6,6 +6,7 @@ The experiment itself trains for minutes and is a program; here it runs for a fe
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -135,6 +136,29 @@ def test_the_program_prints_its_tables(monkeypatch, capsys):
     assert status == 0 and out.count("attention to 8 tokens  accuracy") == 2
     for name in ("dense", "indexer", "attention", "window", "random"):
         assert sum(line.startswith(f"{name} ") for line in out.splitlines()) >= 2
+
+
+def test_kept_models_are_read_again(monkeypatch, tmp_path, capsys):
+    run("--seq-len=64", "--tokens=128", "--steps=2", "--warmup-steps=2", "--sparse-steps=1",
+        "--test-sequences=2", "--device=cpu", "--threads=1", f"--out={tmp_path}/kept",
+        monkeypatch=monkeypatch)
+    (args, warm), (_, sparse) = (recall.load_stage(tmp_path / "kept", stage)
+                                 for stage in ("warmup", "sparse"))
+    assert (args.seq_len, args.warmup_steps) == (64, 2)
+    moved = {name for (name, a), b in zip(warm.named_parameters(), sparse.parameters(), strict=True)
+             if not torch.equal(a, b)}
+    assert "layers.0.attn.wo.weight" in moved
+    row = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("dense"))
+    assert recall.accuracies(args, warm)[0][1] == pytest.approx(float(row.split()[1][:-1]) / 100,
+                                                                abs=1e-4)
+
+
+def test_the_committed_model_finds_what_a_window_does_not():
+    args, model = recall.load_stage(Path(__file__).parent.parent / "data" / "recall", "warmup")
+    found = {name: share for name, share, _ in
+             recall.accuracies(replace(args, test_sequences=2, device="cpu"), model)}
+    assert found["indexer"] > found["dense"] - 0.02 > 0.95
+    assert max(found["window"], found["random"]) < 0.2
 
 
 @pytest.mark.parametrize("flag, named", [
