@@ -468,9 +468,10 @@ def balance_figure(shares: dict[str, list[list]], max_vio: dict[str, list],
                             extent=extent, interpolation="nearest")
         ax.set_title(label)
         ax.grid(visible=False)
-        ax.tick_params(labelleft=n == 0)
+        ax.tick_params(left=n == 0, labelleft=n == 0)
         maps.append(ax)
     maps[0].set_ylabel("expert (number)")
+    maps[0].yaxis.get_major_locator().set_params(integer=True)
     bar = figure.colorbar(picture, ax=maps, extend="max", ticks=range(5))
     bar.set_label("load (times the even share)")
     below = figure.add_subplot(grid[1, :])
@@ -480,4 +481,29 @@ def balance_figure(shares: dict[str, list[list]], max_vio: dict[str, list],
     below.set_xlabel("step")
     below.set_ylabel("MaxVio (times the mean)")
     below.legend()
+    return finish(figure, path)
+
+
+@house_style()
+def ablation_figure(tokens: list[int], losses: dict[str, list], costs: dict[str, list],
+                    path: str | Path | None = None):
+    """Losses on the way, and what each change of the model costs.
+
+    tokens: seen after each step; losses: label -> loss at each step, nats per token
+    costs: label -> bits per byte above the unchanged model, one of each seed
+    path: where to save the picture
+    """
+    figure = new_figure(10.2, 3.8)
+    left, right = figure.subplots(1, 2)
+    for (label, row), colour in zip(losses.items(), (BLUE, RED, GREEN), strict=True):
+        draw_series(left, tokens, row, colour, label)
+    left.set_xlabel("tokens seen (count)")
+    left.set_ylabel("training loss\n(nats per token)")
+    left.legend()
+    for place, row in enumerate(costs.values()):
+        right.plot(row, [place] * len(row), "o", color=BLUE, markersize=6, alpha=0.8)
+    right.axvline(0, color=GREY, linewidth=1.2)
+    right.set_yticks(range(len(costs)), costs)
+    right.set_ylim(len(costs) - 0.5, -0.5)
+    right.set_xlabel("above the whole model (bits per byte)")
     return finish(figure, path)

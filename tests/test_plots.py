@@ -340,10 +340,18 @@ def test_balance_figure_shows_the_numbers_given():
     shares = {name: [[n, 2 - n], [1.0, 1.0], [0.5, 1.5]] for n, name in enumerate("abcd")}
     max_vio = {name: [1.0, 0.0, n / 2] for n, name in enumerate("abcd")}
     figure = plots.balance_figure(shares, max_vio)
-    maps = [ax for ax in figure.axes if ax.get_title()]
-    assert [ax.get_title() for ax in maps] == list("abcd") and collisions(figure) == []
-    drawn = [ax.images[0].get_array().T.tolist() for ax in maps]
-    assert drawn == list(shares.values())
-    assert drawn != [[row[::-1] for row in rows] for rows in shares.values()]  # wrong variant
+    maps = figure.axes[:4]
+    assert [ax.get_title("left") for ax in maps] == list("abcd") and collisions(figure) == []
+    assert [ax.images[0].get_array().T.tolist() for ax in maps] == [*shares.values()]
     assert maps[0].images[0].norm(1.0) == 0.5  # the even share is the middle of the colours
     assert lines_of(figure.axes[-1]) == max_vio
+
+
+def test_ablation_figure_shows_the_numbers_given():
+    losses = {"everything": [3.0, 2.0], "AdamW": [3.0, 2.5], "dense": [3.0, 2.2]}
+    figure = plots.ablation_figure([10, 20], losses, {"a": [0.1, 0.2], "b": [-0.1, 0.0]})
+    left, right = figure.axes
+    assert lines_of(left) == losses
+    dots = [line.get_xdata().tolist() for line in right.get_lines()[:2]]
+    assert dots == [[0.1, 0.2], [-0.1, 0.0]]
+    assert [label.get_text() for label in right.get_yticklabels()] == ["a", "b"]
