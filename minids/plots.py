@@ -507,3 +507,30 @@ def ablation_figure(tokens: list[int], losses: dict[str, list], costs: dict[str,
     right.set_ylim(len(costs) - 0.5, -0.5)
     right.set_xlabel("above the whole model (bits per byte)")
     return finish(figure, path)
+
+
+@house_style()
+def fp8_figure(factors: list[float], outliers: dict[str, list], lengths: list[int],
+               sums: dict[str, list], path: str | Path | None = None):
+    """What FP8 loses by outliers and by long sums.
+
+    factors: sizes of outliers; outliers: label -> error of a product at each, percent
+    lengths: of sums; sums: label -> largest error at each, percent
+    path: where to save the picture
+    """
+    figure = new_figure(9.8, 3.8)
+    left, right = figure.subplots(1, 2)
+    for (label, row), colour in zip(outliers.items(), (RED, ORANGE, BLUE), strict=True):
+        left.plot(factors, row, color=colour, marker="o", markersize=3, label=label)
+    left.set_xscale("log")
+    left.set_yscale("log")
+    left.set_xlabel("size of the outliers (ratio, log scale)")
+    left.set_ylabel("error of the product\n(percent, log scale)")
+    left.legend(title="one scale for a")
+    for (label, row), colour in zip(sums.items(), (RED, BLUE), strict=True):
+        right.plot(lengths, row, color=colour, marker="o", markersize=3, label=label)
+    right.set_xscale("log", base=2)
+    right.set_xlabel("length of the sum (count, log scale)")
+    right.set_ylabel("largest error (percent)")
+    right.legend()
+    return finish(figure, path)

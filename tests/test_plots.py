@@ -355,3 +355,12 @@ def test_ablation_figure_shows_the_numbers_given():
     dots = [line.get_xdata().tolist() for line in right.get_lines()[:2]]
     assert dots == [[0.1, 0.2], [-0.1, 0.0]]
     assert [label.get_text() for label in right.get_yticklabels()] == ["a", "b"]
+
+
+def test_fp8_figure_shows_the_numbers_given():
+    outliers = {"tensor": [3.0, 90.0], "block": [3.0, 9.0], "tile": [3.0, 3.0]}
+    sums = {"14 bits": [0.1, 2.0], "moved": [0.1, 0.2]}
+    figure = plots.fp8_figure([1.0, 100.0], outliers, [128, 4096], sums)
+    left, right = figure.axes
+    assert lines_of(left) == outliers and lines_of(right) == sums
+    assert axes_without_a_unit(figure) == []
