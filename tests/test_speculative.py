@@ -9,6 +9,7 @@ from small_models import LITTLE, gap, random_tokens, scrambled
 from minids import ModelArgs, Transformer, speculative
 from minids.decode import Decoder, Steps, few_operations_pay
 from minids.generate import generate
+from minids.hf import load_hf, save_hf
 from minids.mla import LatentCache
 from minids.sampling import Sampler
 
@@ -172,6 +173,16 @@ def test_few_operations_equal_the_models_own_for_sequences_of_unequal_length(sha
             out += [body.hidden(tokens[:, 16:18]), cache.latents, ahead.latents]
             outs.append(out)
     assert max(gap(b, a) for a, b in zip(*outs, strict=True)) < EXACT
+
+
+def test_modules_of_a_hugging_face_folder_draft(tmp_path):
+    model = agreeing(replace(LITTLE, rope_factor=1.0), seed=3).float()
+    save_hf(model, tmp_path / "folder")
+    loaded = load_hf(tmp_path / "folder")
+    done = generate(loaded, PROMPTS, 16, speculative=2)
+    assert done.tokens == generate(model, PROMPTS, 16).tokens
+    assert done.passed == generate(model, PROMPTS, 16, speculative=2).passed
+    assert done.tokens_per_pass > 1.3
 
 
 def test_going_back_forgets_what_came_after():
