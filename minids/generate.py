@@ -227,6 +227,8 @@ def write_samples(args: GenerateArgs, stream) -> None:
     run = open_model(args.run, pick_device(args.device))
     tokenizer = run.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
+    check_arguments(run.model.args, [prompt], args.max_new_tokens, args.temperature, args.top_k,
+                    args.top_p, args.speculative)  # before anything is printed
     for sample_number in range(args.samples):
         writer = Writer(tokenizer, stream)
         print(args.prompt, end="", file=stream, flush=True)

@@ -307,12 +307,13 @@ def test_the_program_prints_the_text_and_a_line_of_statistics(run, capsys, monke
     (["--run", "nowhere"], "nowhere"), (["--device", "tpu"], "valid are auto, cpu and cuda"),
     (["--device", "cuda"], "use --device cpu"), (["--samples", "0"], "samples = 0"),
     (["--top-p", "2"], "top_p = 2.0"), (["--temprature", "1"], "--temperature"),
-    (["--max-new-tokens", "300"], "max_seq_len is 256")])
+    (["--max-new-tokens", "300"], "max_seq_len is 256"),
+    (["--speculative", "99"], "99 of drafts")])
 def test_a_mistake_is_one_line_and_status_2(words, named, run, capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     given = words if "--run" in words else ["--run", run, *words]
     status, out, err = call(capsys, monkeypatch, *given)
-    assert status == 2 and named in err and err.count("\n") == 1
+    assert status == 2 and named in err and err.count("\n") == 1 and out == ""
 
 
 def test_another_tokenizer_is_refused(run, tmp_path, capsys, monkeypatch):
