@@ -322,10 +322,15 @@ for line in sys.stdin:
     save_name, run, first = line.split()
     if (child := os.fork()) == 0:
         test_checkpoint.save_for_ever(save_name, run, int(first))
-    print("child", child, flush=True)
+    test_checkpoint.say("child", child)
     os.waitpid(child, 0)
-    print("dead", flush=True)
+    test_checkpoint.say("dead")
 """
+
+
+def say(*words) -> None:
+    """A line on stdout in a single write, which a kill cannot cut in two as it can a `print`."""
+    os.write(1, (" ".join(map(str, words)) + "\n").encode())
 
 
 def save_for_ever(save_name: str, run: str, step: int) -> None:
@@ -334,7 +339,7 @@ def save_for_ever(save_name: str, run: str, step: int) -> None:
     while True:
         for _ in range(2):
             save(Path(run), step, *small(step), keep_last=2)
-            print("saved", step, flush=True)
+            say("saved", step)
         step += 1
 
 
@@ -359,7 +364,7 @@ class Killer:
                 child = int(number[0])
             elif word == "saved":
                 last = int(number[0])
-            if child and last == first:  # only after one is whole, so that there is one to find
+            if child and last >= first:  # only after one is whole, so that there is one to find
                 time.sleep(self.moments.uniform(0, 0.05))
                 os.kill(child, signal.SIGKILL)
                 child = 0
