@@ -67,11 +67,12 @@ from minids.decode import decoder_for
 from minids.evaluate import Rule, selecting, windows
 from minids.generate import Generation, generate
 from minids.hf import config_from_args, open_model, save_hf
+from minids.loop import read_metrics, tune_allocator
 from minids.mla import LatentCache
 from minids.model import Transformer
 from minids.sparse_attention import Selection, load_weights_without_indexer
 from minids.tokenizer import Tokenizer
-from minids.train import default_indexer, free_run_folder, read_metrics, train, tune_allocator
+from minids.train import default_indexer, free_run_folder, train
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TABLES = ("train", "decode", "memory", "dense", "moe-vs-dense", "sparse", "speculative")

@@ -37,7 +37,7 @@ from minids.config import ModelArgs, check_types, option, parse, require, run_pr
 from minids.costs import format_table
 from minids.data import open_data
 from minids.evaluate import evaluate
-from minids.train import read_metrics
+from minids.loop import read_metrics
 
 REGIMES = {
     "balance": {

@@ -39,6 +39,7 @@ from minids.checkpoint import pick_device
 from minids.config import ModelArgs, TrainArgs, check_types, option, parse, require, run_program
 from minids.costs import format_table
 from minids.evaluate import all_scores, attention_recall, best, everything, selecting
+from minids.loop import pick_dtype, tune_allocator
 from minids.model import Transformer
 from minids.optim import build_optimizers, clip_gradients, set_learning_rate
 from minids.sparse_attention import (
@@ -46,7 +47,6 @@ from minids.sparse_attention import (
     freeze_all_but_indexers,
     load_weights_without_indexer,
 )
-from minids.train import pick_dtype, tune_allocator
 
 VALUES, FILLERS = 64, 64  # words of each kind; there are S / 8 keys
 SHORTEST, FEWEST = 32, 8  # tokens and pairs of the first sequences, which have no filler

@@ -23,47 +23,36 @@ moment and resumed ends with the same bytes as one that was not; Ctrl-C finishes
 Simplified: one process. The sequence length is fixed, and there is no context extension.
 """
 
-import contextlib
-import ctypes
 import dataclasses
 import json
 import math
-import os
-import platform
-import random
-import resource
 import shlex
-import signal
-import sys
-import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minids import __version__, plots
-from minids.checkpoint import (
-    checkpoints,
-    load_state,
-    load_weights,
-    newest_checkpoint,
-    pick_device,
-    read_manifest,
-    resolve,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-    write_json,
-)
+from minids import plots
+from minids.checkpoint import resolve
 from minids.config import ModelArgs, TrainArgs, parse, run_program
 from minids.costs import count_parameters, flops_per_token
 from minids.data import open_data
 from minids.evaluate import Evaluation, evaluate, parse_share, windows
 from minids.generate import generate
-from minids.model import Transformer
+from minids.loop import (
+    Learner,
+    Stopped,
+    free_folder,
+    memory_mib,
+    refuse_changes,
+    run_learner,
+    run_of,
+    stored_tokenizer,
+    tune_allocator,
+)
+from minids.model import Packed
 from minids.moe import max_violation
 from minids.optim import (
     batch_size_at,
@@ -74,7 +63,7 @@ from minids.optim import (
     mtp_weight_at,
     set_learning_rate,
 )
-from minids.sparse_attention import freeze_all_but_indexers, load_weights_without_indexer
+from minids.sparse_attention import freeze_all_but_indexers
 from minids.tokenizer import Tokenizer
 
 # What a resumed run may change; everything else would make it another run.
@@ -95,24 +84,14 @@ PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 9
 SAMPLES, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 16, 200, 0.7
 
 
-class Stopped(Exception):
-    """The run was asked to stop and has saved its state; holds the signal's number."""
+class Trainer(Learner):
+    """One run of pre-training: the model, its optimizers and its data, and where it stands."""
 
-
-class Trainer:
-    """One run: the model, its optimizers and its data, and where it stands.
-
-    run: the run's folder
-    """
+    program = "train"
+    numbers = "step", "tokens", "seconds", "recent_loss", "valid_bpb"
 
     def __init__(self, args: TrainArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
-        self.args, self.run, self.tokenizer = args, run, tokenizer
-        self.device = pick_device(args.device)
-        self.dtype = pick_dtype(args.dtype, self.device)
-        check_memory(model_args, self.device)
-        for set_seed in (random.seed, np.random.seed, torch.manual_seed):
-            set_seed(args.seed)  # all the generators that a checkpoint holds
-        self.model = Transformer(model_args).to(self.device)
+        super().__init__(args, model_args, run, tokenizer)
         self.model.recompute = args.recompute
         if args.dsa == "warmup":
             freeze_all_but_indexers(self.model)
@@ -122,13 +101,22 @@ class Trainer:
         self.optimizers = build_optimizers(self.model, args, self.dtype)
         self.data = open_data(args.data, tokenizer, args.seq_len, args.seed, args.fim_rate,
                               workers=args.threads)
-        self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.tokens = 0
         self.recent_loss = math.nan  # a moving mean, to tell a spike by
         self.valid_bpb = math.nan  # of the last validation
-        self.stop_signal = 0
-        self.source: dict | None = None  # what this run began with
-        self.metrics: list[dict] = []
         self.check_texts()
+
+    def more_state(self) -> dict:
+        """Where the data stands."""
+        return dict(loader=self.data.loader.state_dict())
+
+    def restore_more(self, state: dict) -> None:
+        """Go on where the data stood."""
+        self.data.loader.load_state_dict(state["loader"])
+
+    def more_config(self) -> dict:
+        """What the run reads."""
+        return dict(data=self.data.fingerprint)
 
     def check_texts(self) -> None:
         """Refuse at the start what validation and samples would refuse at the end."""
@@ -138,80 +126,27 @@ class Trainer:
             raise ValueError(f"prompt = {self.args.prompt!r} is not valid: its {len(prompt)} "
                              f"tokens must be fewer than max_seq_len = {limit}")
 
-    def autocast(self):
-        """BF16 products over FP32 weights, where the run has them."""
-        on = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+    def measure(self, record: dict, last: bool) -> float | None:
+        """Validation and a sample, on the steps that have them; the validation's bits per byte."""
+        args, metric = self.args, None
+        if last or (args.eval_every and self.step % args.eval_every == 0):
+            result = self.validate(None if last else args.eval_tokens)
+            metric = record["valid_bpb"] = result.bits_per_byte
+            record["valid_max_vio"] = [round(v, 4) for v in result.max_vio]
+            record["valid_loads"] = result.loads.tolist()
+        if args.sample_every and self.step % args.sample_every == 0 and not last:
+            tqdm.write(f"step {self.step}: {self.sample(64)[0]!r}")
+        return metric
 
-    def begin_from(self, checkpoint: Path) -> None:
-        """Take the weights of another run, and save them as step 0, so that this one's folder is
-        all that a resumed run needs."""
-        load_weights_without_indexer(self.model, load_weights(checkpoint))
-        digest = read_manifest(checkpoint)["files"]["model.safetensors"]["sha256"]
-        self.source = dict(checkpoint=str(checkpoint), sha256=digest)
-        self.save()
+    def brief(self, record: dict) -> str:
+        """What the progress bar says beside the count."""
+        return f"loss {record['loss']:.3f}, validation {self.valid_bpb:.3f} bits/byte"
 
-    def restore(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
-        self.source = read_config(self.run).get("source")
-        checkpoint = resolve(self.run) if checkpoints(self.run) else None
-        if checkpoint is not None:
-            self.model.load_state_dict(load_weights(checkpoint))
-            state = load_state(checkpoint)
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                peaks = [group["peak_lr"] for group in optimizer.param_groups]
-                optimizer.load_state_dict(saved)
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["peak_lr"] = peak  # this run's setting, not the saved one
-            self.data.loader.load_state_dict(state["loader"])
-            set_rng_state(state["rng"])
-            for name in ("step", "tokens", "seconds", "recent_loss", "valid_bpb"):
-                setattr(self, name, state[name])
-        self.metrics = [m for m in read_metrics(self.run) if m["step"] <= self.step]
-        lines = "".join(json.dumps(m) + "\n" for m in self.metrics)
-        replacement = self.run / "metrics.jsonl.new"
-        replacement.write_text(lines)
-        replacement.replace(self.run / "metrics.jsonl")
-
-    def save(self, valid_bpb: float | None = None) -> Path:
-        """Write a checkpoint of this step, unless a weight in it is no number.
-
-        valid_bpb: measured at this very step; without it the checkpoint is never the best one
-        """
-        if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise self.diverged("a weight is no longer a finite number")
-        state = dict(optimizers=[o.state_dict() for o in self.optimizers],
-                     loader=self.data.loader.state_dict(), rng=rng_state(), step=self.step,
-                     tokens=self.tokens, seconds=self.seconds, recent_loss=self.recent_loss,
-                     valid_bpb=self.valid_bpb)
-        return save_checkpoint(self.run, self.step, self.model.state_dict(), state,
-                               self.args.keep_last, valid_bpb)
-
-    def train(self) -> None:
-        """All steps that are left, with a bar, validations, samples and checkpoints on the way."""
-        args = self.args
-        bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=None)
-        with bar:
-            while self.step < args.steps:
-                record = self.train_step()
-                last = self.step == args.steps
-                if last or (args.eval_every and self.step % args.eval_every == 0):
-                    result = self.validate(None if last else args.eval_tokens)
-                    record["valid_bpb"] = result.bits_per_byte
-                    record["valid_max_vio"] = [round(v, 4) for v in result.max_vio]
-                    record["valid_loads"] = result.loads.tolist()
-                self.write_record(record)
-                bar.update()
-                bar.set_postfix_str(f"loss {record['loss']:.3f}, validation "
-                                    f"{self.valid_bpb:.3f} bits/byte")
-                if bar.disable and (last or "valid_bpb" in record):
-                    print(progress_line(record, args.steps), flush=True)
-                if args.sample_every and self.step % args.sample_every == 0 and not last:
-                    bar.write(f"step {self.step}: {self.sample(64)[0]!r}")
-                if self.step % args.save_every == 0 or last or self.stop_signal:
-                    self.save(record.get("valid_bpb"))
-                if self.stop_signal and not last:
-                    raise Stopped(self.stop_signal)
+    def line(self, record: dict) -> str:
+        """What a log file shows in place of a progress bar."""
+        return (f"step {record['step']}/{self.args.steps}: loss {record['loss']:.3f}, "
+                f"validation {record['valid_bpb']:.4f} bits per byte, "
+                f"{record['tokens_per_s']:.0f} tokens/s")
 
     def train_step(self) -> dict:
         """One optimizer step; returns its line of metrics."""
@@ -254,7 +189,7 @@ class Trainer:
             with self.autocast():
                 losses = self.loss(tokens, targets, mtp_weight_at(self.step, args),
                                    args.balance_weight, args.balance_loss, args.dsa,
-                                   args.indexer_weight)
+                                   args.indexer_weight, self.packed(tokens))
             (losses.total / args.grad_accum).backward()
             loads = loads + losses.loads
             names = ("loss", "main", "mtp", "balance", "indexer")
@@ -262,19 +197,12 @@ class Trainer:
                 parts[name] = parts.get(name, 0.0) + value.item() / args.grad_accum
         return parts, loads, batch * args.seq_len
 
-    def check_finite(self, loss: float, norm: float) -> None:
-        """Stop before a loss or gradient that is no number reaches the weights."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self.diverged(f"the loss is {loss} and the gradient's norm {norm}")
-
-    def diverged(self, what: str) -> ValueError:
-        """The error that says what happened, where to go on from, and what to try."""
-        good = newest_checkpoint(self.run)
-        return ValueError(f"step {self.step}: {what}; the last good checkpoint is "
-                          f"{good or 'none'}; try --resume --out {self.run} with half the "
-                          f"learning rate (--lr {self.args.lr / 2:g} --muon-lr "
-                          f"{self.args.muon_lr / 2:g}) or a smaller --clip, or a new run with "
-                          "more --warmup-steps or --dtype fp32")
+    def packed(self, tokens: Tensor) -> Packed | None:
+        """The documents of each window, where they are not to see each other."""
+        if not self.args.separate:
+            return None
+        begins = tokens == self.tokenizer.bos_id
+        return Packed(begins.cumsum(1), torch.ones_like(begins))
 
     def is_spike(self, loss: float) -> bool:
         """Whether the loss is far above its recent mean; if not, the mean takes it in."""
@@ -301,7 +229,8 @@ class Trainer:
         batch_size = max(self.args.batch_size // self.args.grad_accum, 1)
         with self.autocast():
             result = evaluate(self.model, self.data.valid, self.tokenizer.n_bytes,
-                              self.args.seq_len, batch_size, max_tokens)
+                              self.args.seq_len, batch_size, max_tokens,
+                              self.tokenizer.bos_id if self.args.separate else None)
         self.valid_bpb = result.bits_per_byte
         return result
 
@@ -318,12 +247,6 @@ class Trainer:
                           eos_id=end)
         return [self.args.prompt + self.tokenizer.decode([t for t in row if t != end])
                 for row in result.tokens]
-
-    def write_record(self, record: dict) -> None:
-        """Add a line to metrics.jsonl."""
-        self.metrics.append(record)
-        with open(self.run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
 
     def finish(self) -> None:
         """Figure, sample, and what the user would like to know and do next."""
@@ -342,98 +265,27 @@ class Trainer:
         if self.args.dsa:
             loss = self.metrics[-1]["indexer"]
             print(f"indexers     {loss:.4f} nats a query from attention, all layers together")
-        if total:
+        if total and not self.args.data.startswith("task:"):
             print(f"sample       {parsed} of {total} generated top-level blocks parse as Python "
                   f"({SAMPLES} texts)")
         print(f"run folder   {self.run}: loss.png, sample.txt, metrics.jsonl, checkpoints")
-        print(f"next         python -m minids.{next_command(self.args.dsa, self.run)}")
+        print(f"next         python -m minids.{next_command(self.args, self.run)}")
 
 
-def next_command(dsa: str, run: Path) -> str:
+def next_command(args: TrainArgs, run: Path) -> str:
     """What to do with a finished run: program and flags."""
-    if dsa == "warmup":
+    if args.data.startswith("task:"):
+        return f"solve --run {run} --task {args.data.removeprefix('task:')} --template plain"
+    if args.dsa == "warmup":
         return f"train --from {run} --dsa sparse"
-    if dsa:
+    if args.dsa:
         return f"evaluate --run {run} --selections"
     return f'generate --run {run} --prompt "def read_"'
-
-
-def progress_line(record: dict, steps: int) -> str:
-    """What a log file shows in place of a progress bar."""
-    return (f"step {record['step']}/{steps}: loss {record['loss']:.3f}, "
-            f"validation {record['valid_bpb']:.4f} bits per byte, "
-            f"{record['tokens_per_s']:.0f} tokens/s")
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """The whole lines of metrics.jsonl; a line that a crash cut short is left out."""
-    path, records = run / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def memory_mib(device: torch.device) -> int:
-    """Largest memory held so far, MiB: the GPU's, or on a CPU the process's."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) >> 20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak >> (20 if sys.platform == "darwin" else 10)
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The precision of products; 'auto' is BF16 where the hardware multiplies it."""
-    if name != "auto":
-        return {"bf16": torch.bfloat16, "fp32": torch.float32}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    able = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if able else torch.float32
-
-
-def check_memory(args: ModelArgs, device: torch.device) -> None:
-    """Refuse a model that cannot be trained here, before torch runs out of memory on the way."""
-    count = count_parameters(args)
-    needed = 16 * (count.total + count.mtp)  # weight, gradient and two moments, FP32
-    if device.type == "cuda":
-        here = torch.cuda.mem_get_info(device)[1]
-    else:
-        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > here:
-        raise ValueError(f"a model of {count.total + count.mtp:,} parameters does not fit: weights,"
-                         f" gradients and optimizer take {needed / 2**30:,.0f} GiB, and {device} "
-                         f"has {here / 2**30:,.0f}; take a smaller preset or fewer layers")
-
-
-def tune_allocator() -> None:
-    """Keep freed memory in the process, where the C library is glibc.
-
-    By default it hands every large block back to the kernel and fetches it, zeroed, for the next
-    tensor: 1.05 to 1.5 times the time of a step, measured on two cores.
-    """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of <malloc.h>
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(top_pad, 1 << 26)
 
 
 def free_run_folder(preset: str) -> Path:
     """runs/PRESET, or runs/PRESET-2, .. where that is taken."""
     return free_folder(Path("runs") / preset)
-
-
-def free_folder(wanted: Path) -> Path:
-    """That folder, or the first of NAME-2, NAME-3, .. where it is taken."""
-    folder, number = wanted, 1
-    while folder.exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder
 
 
 def newest_run(preset: str) -> Path:
@@ -474,15 +326,6 @@ def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
     refuse_changes(run, stored["model"], given_model)
     changed = {k: v for k, v in given.items() if k in MAY_CHANGE} | {"out": str(run)}
     return TrainArgs(**stored["train"] | changed), stored["model"]
-
-
-def run_of(checkpoint: Path) -> Path:
-    """The run that a checkpoint folder belongs to; `ValueError` if that is no run's."""
-    run = checkpoint.resolve().parent.parent
-    if not (run / "config.json").exists():
-        raise ValueError(f"from = {str(checkpoint)!r} is not valid: {run} holds no config.json, so "
-                         "it is no run folder")
-    return run
 
 
 def folder_after(run: Path, dsa: str) -> Path:
@@ -536,14 +379,6 @@ def default_indexer(model: dict, seq_len: int) -> dict:
                 index_topk=min(max(seq_len // 8, 1), 2048))
 
 
-def refuse_changes(run: Path, stored: dict, given: dict) -> None:
-    """Raise `ValueError` for a flag that differs from what the run was started with."""
-    for name, value in given.items():
-        if stored[name] != value:
-            raise ValueError(f"{name} = {value!r} is not valid: the run in {run} has "
-                             f"{stored[name]!r}, and a resumed run keeps its configuration")
-
-
 def read_config(run: Path) -> dict | None:
     """A run's config.json, None where there is none; `ValueError` where it is not understood."""
     path = run / "config.json"
@@ -555,15 +390,6 @@ def read_config(run: Path) -> dict | None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or of another version of minids: {error}") from error
     return config
-
-
-def stored_tokenizer(run: Path) -> Tokenizer:
-    """The run's own tokenizer, if it is still the one that the run was started with."""
-    tokenizer, started = Tokenizer.load(run / "tokenizer"), read_config(run)["tokenizer"]
-    if tokenizer.fingerprint != started:
-        raise ValueError(f"tokenizer in {run} is not the run's: its fingerprint is "
-                         f"{tokenizer.fingerprint}, the run's is {started}; put that one back")
-    return tokenizer
 
 
 def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
@@ -586,44 +412,6 @@ def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
     return model_args
 
 
-def start_folder(trainer: Trainer) -> None:
-    """Make the run folder; config.json comes last, so that a folder that has it is complete."""
-    trainer.run.mkdir(parents=True, exist_ok=True)
-    trainer.tokenizer.save(trainer.run / "tokenizer")
-    write_config(trainer)
-
-
-def write_config(trainer: Trainer) -> None:
-    """Every setting of the run as it goes on now: a resumed run may have changed some."""
-    versions = dict(minids=__version__, torch=torch.__version__, python=platform.python_version())
-    source = {"source": trainer.source} if trainer.source else {}
-    write_json(trainer.run / "config.json", source | dict(
-        model=dataclasses.asdict(trainer.model.args), train=dataclasses.asdict(trainer.args),
-        tokenizer=trainer.tokenizer.fingerprint, data=trainer.data.fingerprint,
-        dtype=str(trainer.dtype).removeprefix("torch."), versions=versions))
-
-
-@contextlib.contextmanager
-def stopping(trainer: Trainer):
-    """Let Ctrl-C and SIGTERM finish the step; a second one interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def ask(number, _frame):
-        if trainer.stop_signal:
-            raise KeyboardInterrupt
-        trainer.stop_signal = number
-        print("\nfinishing the step and saving ..", file=sys.stderr, flush=True)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def train(args: TrainArgs, model: dict | None = None) -> Path:
     """Train a model, or go on with a run when `args.resume` is set.
 
@@ -643,21 +431,10 @@ def train(args: TrainArgs, model: dict | None = None) -> Path:
         tokenizer = stored_tokenizer(run_of(begin))
         model = model_after(args, model or {}, run_of(begin))
     else:
-        tokenizer = Tokenizer.load(args.tokenizer) if args.tokenizer else Tokenizer.load()
+        tokenizer = Tokenizer.open(args.tokenizer)
     trainer = Trainer(args, fit_model(args, model or {}, tokenizer), run, tokenizer)
     print(describe(trainer), flush=True)
-    with stopping(trainer):
-        if resumed:
-            trainer.restore()
-            write_config(trainer)
-            print(f"resumed at step {trainer.step} of {args.steps}", flush=True)
-        else:
-            if args.resume:
-                print(f"{run} holds no run yet: starting from the beginning", flush=True)
-            if begin:
-                trainer.begin_from(begin)
-            start_folder(trainer)
-        trainer.train()
+    run_learner(trainer, resumed, begin)
     trainer.finish()
     return run
 

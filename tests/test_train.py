@@ -34,7 +34,7 @@ from kill_and_resume import (
 )
 
 from minids import ModelArgs, train
-from minids.checkpoint import load_weights, newest_checkpoint
+from minids.checkpoint import load_weights, newest_checkpoint, rng_state
 from minids.config import TrainArgs, run_program
 from minids.costs import flops_per_token
 from minids.data import PackedLoader
@@ -410,7 +410,7 @@ def whole_state(trainer: Trainer) -> dict[str, object]:
         weights=dict(trainer.model.state_dict()), loader=trainer.data.loader.state_dict(),
         optimizers=[o.state_dict() for o in trainer.optimizers],
         grads=[p.grad is None for p in trainer.model.parameters()],
-        rng=train.rng_state(), step=trainer.step, recent_loss=trainer.recent_loss)))
+        rng=rng_state(), step=trainer.step, recent_loss=trainer.recent_loss)))
 
 
 def moves_something(trainer: Trainer) -> list[str]:
