@@ -203,6 +203,9 @@ MODEL_PRESETS = {
     "nano": dict(vocab_size=4096, max_seq_len=256, dim=64, inter_dim=128, moe_inter_dim=32,
                  n_layers=2, n_heads=2, n_routed_experts=4, kv_lora_rank=16, qk_nope_head_dim=16,
                  qk_rope_head_dim=8, v_head_dim=16),
+    "micro": dict(vocab_size=320, max_seq_len=256, dim=64, inter_dim=128, moe_inter_dim=64,
+                  n_layers=2, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=32,
+                  v_head_dim=16, rope_theta=100.0, n_mtp_layers=0, init_std=0.1),
     "small": dict(vocab_size=4096, max_seq_len=4096, dim=1024, inter_dim=4096, moe_inter_dim=640,
                   n_layers=16, n_heads=16, n_routed_experts=32, n_activated_experts=4,
                   n_expert_groups=4, n_limited_groups=2, route_scale=1.0, q_lora_rank=384,
@@ -231,8 +234,10 @@ class TrainArgs:
     """
 
     preset: str = option("tiny", "model and settings to train: " + ", ".join(MODEL_PRESETS))
-    data: str = option("pystdlib", "text: pystdlib, text:PATH or hf:NAME[:CONFIG[:COLUMN]]")
-    tokenizer: str = option("", "folder of the tokenizer; none is the one in data/tokenizer")
+    data: str = option("pystdlib", "text: pystdlib, text:PATH, hf:NAME[:CONFIG[:COLUMN]] or"
+                                     " task:NAME")
+    tokenizer: str = option("", "folder of the tokenizer, or bytes: one token a byte; none is the"
+                                " one in data/tokenizer")
     out: str = option("", "run folder; none is the first free of runs/PRESET, runs/PRESET-2, ..")
     resume: bool = option(False, "go on with the run in --out, or with the newest one")
     from_run: str = option("", "run, or checkpoint, whose weights and settings to begin with",
@@ -267,6 +272,7 @@ class TrainArgs:
     indexer_weight: float = option(1.0, "weight of the indexers' loss")
     bias_speed: float = option(0.001, "step of the gate biases, once an optimizer step")
     bias_until: float = option(0.966, "share of the run after which the biases rest")
+    separate: bool = option(False, "documents of a window do not see each other; in V3 they do")
     fim_rate: float = option(0.0, "share of documents cut for fill-in-the-middle; V3: 0.1")
     dtype: str = option("auto", "precision of products; auto: bf16 where the hardware has it",
                         ("auto", "bf16", "fp32"))
@@ -333,6 +339,10 @@ TRAIN_PRESETS = {
     "nano": dict(steps=60, batch_size=4, seq_len=128, optimizer="muon", lr=5e-3, muon_lr=5e-3,
                  warmup_steps=5, constant_until=0.5, decay_until=1.0, bias_speed=0.01,
                  eval_every=20, eval_tokens=8192, save_every=20),
+    "micro": dict(data="task:calculator", tokenizer="bytes", steps=500, batch_size=16, seq_len=256,
+                  separate=True, optimizer="muon", lr=4e-3, muon_lr=4e-3, weight_decay=0.0,
+                  warmup_steps=20, constant_until=0.5, decay_until=1.0, final_lr=0.05,
+                  bias_speed=0.005, dtype="fp32", save_every=100, prompt="3*7+5-2*4+6-8"),
     "deep": TINY_RUN,
     "small": dict(steps=20000, batch_size=64, batch_start=16, batch_ramp_steps=1000, grad_accum=1,
                   seq_len=2048, optimizer="muon", lr=1e-3, muon_lr=1e-3, warmup_steps=500,

@@ -25,6 +25,7 @@ import glob
 import hashlib
 import json
 import os
+import random
 import re
 import shutil
 import socket
@@ -46,7 +47,9 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
+from minids.chat import plain_text
 from minids.config import nearest
+from minids.tasks import open_task
 
 CACHE = Path(__file__).resolve().parents[1] / "data" / "cache"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
@@ -59,6 +62,7 @@ MAX_VALID_TOKENS = 2**24   # validation reads no more than this
 BATCH_CHARACTERS = 2**22   # text that is tokenised at once
 PIECE_CHARACTERS = 2**17   # longest text given to the tokenizer in one call
 CACHE_FORMAT = 1
+EXAMPLES = 60_000          # documents of a task
 
 
 @dataclass(frozen=True)
@@ -97,10 +101,13 @@ def open_corpus(spec: str) -> Corpus:
         return open_text(spec, rest)
     if kind == "hf" and rest:
         return open_hub(spec, rest)
-    hint = nearest(kind, ["pystdlib", "text:PATH", "hf:NAME"])
+    if kind == "task" and rest:
+        return open_examples(spec, rest)
+    hint = nearest(kind, ["pystdlib", "text:PATH", "hf:NAME", "task:NAME"])
     if Path(spec).expanduser().exists():
         hint = f"did you mean 'text:{spec}'? "
-    raise wrong(spec, f"{hint}valid are pystdlib, text:PATH and hf:NAME[:CONFIG[:COLUMN]]")
+    raise wrong(spec, f"{hint}valid are pystdlib, text:PATH, hf:NAME[:CONFIG[:COLUMN]] "
+                      "and task:NAME")
 
 
 def wrong(spec: str, reason: str) -> ValueError:
@@ -158,6 +165,18 @@ def open_pystdlib() -> Corpus:
     if not train or not valid:
         raise wrong("pystdlib", f"{root} holds no Python library; use text:PATH")
     return Corpus("pystdlib", train, valid, content.hexdigest())
+
+
+def open_examples(spec: str, name: str) -> Corpus:
+    """Problems of a task in plain text, some worked out and some with the answer only."""
+    task = open_task(name)
+    sides, content = {}, hashlib.sha256()
+    for split, count in (("train", EXAMPLES), ("held-out", EXAMPLES // 20)):
+        rng = random.Random(f"{spec} {split}")
+        sides[split] = [plain_text(p.question, p.thought if rng.random() < task.worked else None,
+                                   p.answer) for p in task.some(count, split, seed=0)]
+        content.update("\n".join(sides[split]).encode())
+    return Corpus(spec, sides["train"], sides["held-out"], content.hexdigest())
 
 
 @dataclass(frozen=True)

@@ -79,18 +79,21 @@ def windows(tokens: Tensor, seq_len: int, max_tokens: int | None = None) -> Tens
 
 @torch.no_grad()
 def evaluate(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: int,
-             max_tokens: int | None = None) -> Evaluation:
+             max_tokens: int | None = None, begin_id: int | None = None) -> Evaluation:
     """Run the model over validation text; nothing in the model changes.
 
     tokens: (M,) int64, packed documents
     n_bytes: (vocab_size,) int64, bytes that each token stands for
     seq_len, batch_size: tokens in a window, windows at a time
     max_tokens: the same evenly spread part every time; None: all windows
+    begin_id: the token that begins a document, where documents do not see each other
     """
     device = model.head.weight.device
     nats, size, loads = 0.0, 0, 0
     for batch in windows(tokens, seq_len, max_tokens).split(batch_size):
-        hidden, routings = model.hidden(batch[:, :-1].to(device))
+        inputs = batch[:, :-1].to(device)
+        samples = None if begin_id is None else (inputs == begin_id).cumsum(1)
+        hidden, routings = model.hidden(inputs, samples=samples)
         logits, targets = model.head(hidden).float(), batch[:, 1:].to(device)
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         size += int(n_bytes[batch[:, 1:]].sum())
@@ -414,7 +417,8 @@ def main() -> None:
             raise ValueError(f"drafts = True is not valid: {args.run} has no MTP module")
         print(draft_table(run, data.valid, seq_len, args.batch_size, args.max_tokens or None))
         return
-    result = evaluate(run.model, *text, args.max_tokens or None)
+    begin_id = run.tokenizer.bos_id if train.get("separate") else None
+    result = evaluate(run.model, *text, args.max_tokens or None, begin_id)
     print(f"bits per byte    {result.bits_per_byte:.4f}")
     if result.max_vio:
         print("MaxVio by layer  " + " ".join(f"{v:.2f}" for v in result.max_vio))

@@ -119,6 +119,7 @@ class Context(NamedTuple):
     cache: earlier tokens' latents; None in training
     absorbed: the form of attention
     teaching: how the indexers learn; None when they do not
+    kept: by layer, the experts that its tokens are to go to, (B, S, K) int64; None: gates choose
     """
 
     rotation: Tensor
@@ -126,6 +127,7 @@ class Context(NamedTuple):
     cache: LatentCache | None = None
     absorbed: bool = False
     teaching: Teaching | None = None
+    kept: dict[int, Tensor] | None = None
 
 
 class MLA(nn.Module):

@@ -10,13 +10,14 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minids.config import ModelArgs
 from minids.fp8 import fp8_linear
 from minids.layers import MLP, Linear, RMSNorm, compute_dtype
-from minids.mla import MLA, Context, LatentCache
+from minids.mla import MLA, Context, LatentCache, causal
 from minids.moe import BALANCE_LOSSES, Experts, MoE, Routing, grouped_loop, update_bias
 from minids.mtp import MTPModule
 from minids.rope import rotations
@@ -44,6 +45,17 @@ class Losses(NamedTuple):
     loads: Tensor
 
 
+class Packed(NamedTuple):
+    """Samples side by side in the rows of a batch, which do not see each other (V3 section 5.1).
+
+    samples: (B, S) int64, which sample each token belongs to; those of one stand together
+    learnt: (B, S) bool, whether a token's target counts in the loss
+    """
+
+    samples: Tensor
+    learnt: Tensor
+
+
 class Block(nn.Module):
     """x + attention(norm(x)), then x + feed-forward(norm(x))."""
 
@@ -58,8 +70,10 @@ class Block(nn.Module):
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Routing | None]:
         """x: (B, S, D) -> (B, S, D), and the routing of a MoE layer"""
         x = x + self.attn(self.attn_norm(x), context)
-        out = self.ffn(self.ffn_norm(x))
-        y, routing = out if self.is_moe else (out, None)
+        if not self.is_moe:
+            return x + self.ffn(self.ffn_norm(x)), None
+        kept = context.kept and context.kept[self.attn.layer]
+        y, routing = self.ffn(self.ffn_norm(x), kept)
         return x + y, routing
 
 
@@ -95,9 +109,14 @@ class Transformer(nn.Module):
         return self.head(self.hidden(tokens, cache, absorbed)[0])
 
     def hidden(self, tokens: Tensor, cache: LatentCache | None = None, absorbed: bool = False,
-               teaching: Teaching | None = None) -> tuple[Tensor, list[Routing]]:
-        """The state that the head reads, (B, S, D), and the routing of each MoE layer."""
-        context = self.context(tokens, cache, absorbed)._replace(teaching=teaching)
+               teaching: Teaching | None = None, samples: Tensor | None = None,
+               kept: dict[int, Tensor] | None = None) -> tuple[Tensor, list[Routing]]:
+        """The state that the head reads, (B, S, D), and the routing of each MoE layer.
+
+        samples: as in `Packed`; kept: by layer, the experts to take, see `Context`
+        """
+        context = self.context(tokens, cache, absorbed, samples)
+        context = context._replace(teaching=teaching, kept=kept)
         x, routings = self.embed(tokens), []
         for layer in self.layers:
             x, routing = self.run_block(layer, x, context)
@@ -107,7 +126,7 @@ class Transformer(nn.Module):
         return self.norm(x), routings
 
     def context(self, tokens: Tensor, cache: LatentCache | None = None,
-                absorbed: bool = False) -> Context:
+                absorbed: bool = False, samples: Tensor | None = None) -> Context:
         """Positions and visible keys of the tokens, given what the cache holds already."""
         start = cache.length if cache is not None else 0
         end = start + tokens.size(1)
@@ -115,6 +134,8 @@ class Transformer(nn.Module):
         if end > limit or (cache is not None and tokens.size(1) > cache.room):
             room = limit if cache is None else min(limit, cache.latents.size(2))
             raise ValueError(f"{end} tokens are too many: this model and cache hold {room}")
+        if samples is not None:
+            return Context(rotations(places(samples), self.args), together(samples))
         if cache is None:
             positions = torch.arange(start, end, device=tokens.device)[None]  # (1, S)
             return Context(rotations(positions, self.args), absorbed=absorbed)
@@ -129,7 +150,7 @@ class Transformer(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, mtp_weight: float = 0.3,
              balance_weight: float = 1e-4, balance_loss: str = "sequence", dsa: str = "",
-             indexer_weight: float = 1.0) -> Losses:
+             indexer_weight: float = 1.0, packed: Packed | None = None) -> Losses:
         """The training objective (V3 sections 2.1.2, 2.2 and 4.2; V3.2 section 2.1.1).
 
         tokens: (B, S) int64; targets: (B, S) int64, the token after each
@@ -138,13 +159,15 @@ class Transformer(nn.Module):
         balance_loss: "sequence", V3's, or "expert", V2's
         dsa: how the indexers learn: "warmup", with dense attention, "sparse", or "", not at all
         indexer_weight: a factor on their loss
+        packed: samples that do not see each other, and what of them counts; None: all is one text
         """
         teaching = Teaching(dsa, {}) if dsa else None
-        hidden, routings = self.hidden(tokens, teaching=teaching)
-        main = linear_cross_entropy(hidden, self.head.weight, targets, targets.numel())
+        hidden, routings = self.hidden(tokens, teaching=teaching,
+                                       samples=packed and packed.samples)
+        main = self.prediction_loss(hidden, targets, packed)
         mtp = main.new_zeros(())
         if mtp_weight > 0 and self.mtp:
-            mtp, more = self.mtp_loss(hidden, targets, teaching)
+            mtp, more = self.mtp_loss(hidden, targets, teaching, packed)
             routings += more
         balance = main.new_zeros(())
         for routing in routings:
@@ -155,8 +178,21 @@ class Transformer(nn.Module):
         total = main + mtp_weight * mtp + balance_weight * balance + indexer_weight * indexer
         return Losses(total, main, mtp, balance, indexer, loads)
 
-    def mtp_loss(self, hidden: Tensor, targets: Tensor,
-                 teaching: Teaching | None = None) -> tuple[Tensor, list[Routing]]:
+    def prediction_loss(self, hidden: Tensor, targets: Tensor, packed: Packed | None,
+                        depth: int = 0) -> Tensor:
+        """Cross-entropy of the targets `depth` tokens further on, over all targets that count.
+
+        hidden: (B, S - depth, D); targets: (B, S) int64
+        """
+        rows, wanted, count = hidden, targets[:, depth:], targets.numel()
+        if packed is not None:
+            same = packed.samples[:, depth:] == packed.samples[:, :targets.size(1) - depth]
+            counts = packed.learnt[:, depth:] & same  # (B, S - depth)
+            rows, wanted, count = hidden[counts], wanted[counts], max(int(packed.learnt.sum()), 1)
+        return linear_cross_entropy(rows, self.head.weight, wanted, count)
+
+    def mtp_loss(self, hidden: Tensor, targets: Tensor, teaching: Teaching | None = None,
+                 packed: Packed | None = None) -> tuple[Tensor, list[Routing]]:
         """The mean over depths of V3's equation 24, and the modules' routings.
 
         Depth k has T - k predictions and divides their sum by T. Position i of `targets` is token
@@ -168,10 +204,10 @@ class Transformer(nn.Module):
         total, routings = hidden.new_zeros((), dtype=torch.float32), []
         for k, module in enumerate(self.mtp, start=1):
             embedding = self.embed(targets[:, k - 1:-1])  # (B, S-k, D)
-            context = self.context(targets[:, k:])._replace(teaching=teaching)
+            samples = packed and packed.samples[:, :-k]
+            context = self.context(targets[:, k:], samples=samples)._replace(teaching=teaching)
             hidden, routing = self.run_block(module, hidden[:, :-1], embedding, context)
-            total = total + linear_cross_entropy(hidden, self.head.weight, targets[:, k:],
-                                                 targets.numel())
+            total = total + self.prediction_loss(hidden, targets, packed, depth=k)
             routings += [routing] if routing else []
         return total / len(self.mtp), routings
 
@@ -201,6 +237,19 @@ class Transformer(nn.Module):
         """
         for bias, load in zip(self.gate_biases(), loads, strict=False):
             update_bias(bias, load, speed)
+
+
+def places(samples: Tensor) -> Tensor:
+    """Each token's position in its own sample: [[7, 7, 7, 8, 8]] gives [[0, 1, 2, 0, 1]]."""
+    at = torch.arange(samples.size(1), device=samples.device).expand_as(samples)
+    begins = F.pad(samples[:, 1:] != samples[:, :-1], (1, 0), value=True)  # (B, S)
+    return at - torch.where(begins, at, 0).cummax(dim=1).values
+
+
+def together(samples: Tensor) -> Tensor:
+    """(B, S, S) bool: a query sees the keys of its own sample up to itself."""
+    same = samples[:, :, None] == samples[:, None, :]
+    return same & causal(samples.size(1), samples.size(1), samples.device)
 
 
 def initialise(model: Transformer) -> None:

@@ -51,16 +51,24 @@ class Gate(nn.Module):
         else:
             self.bias = None
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x: (B, S, D) -> weights of the chosen experts (B, S, K) FP32, and the routing"""
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x: (B, S, D) -> weights of the chosen experts (B, S, K) FP32, and the routing
+
+        kept: (B, S, K) int64, experts that were chosen before and are to be taken again (V3.2
+            section 3.1, keep routing); None: choose
+        """
         args = self.args
         scores = self.scores(x)  # (B, S, E)
-        choice = scores.detach() if self.bias is None else scores.detach() + self.bias
-        indices = self.limit_groups(choice).topk(args.n_activated_experts, sorted=False).indices
+        indices = self.choose(scores.detach()) if kept is None else kept
         weights = scores.gather(-1, indices)  # (B, S, K), from the scores without the bias
         if args.score_func == "sigmoid":
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * args.route_scale, Routing(scores, indices)
+
+    def choose(self, scores: Tensor) -> Tensor:
+        """The K experts of each token: (B, S, E) -> (B, S, K) int64"""
+        choice = scores if self.bias is None else scores + self.bias
+        return self.limit_groups(choice).topk(self.args.n_activated_experts, sorted=False).indices
 
     def scores(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, E), in FP32 or wider: a rounded score would choose other experts."""
@@ -121,9 +129,9 @@ class MoE(nn.Module):
         if args.n_shared_experts:
             self.shared_experts = MLP(args.dim, args.n_shared_experts * args.moe_inter_dim)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
-        """x: (B, S, D) -> (B, S, D), and where the tokens went"""
-        weights, routing = self.gate(x)
+    def forward(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x: (B, S, D) -> (B, S, D), and where the tokens went; kept: as in `Gate`"""
+        weights, routing = self.gate(x) if kept is None else self.gate(x, kept)
         y = self.routed(x.flatten(0, 1), weights.flatten(0, 1), routing.indices.flatten(0, 1))
         y = y.view_as(x)
         if self.shared_experts is not None:

@@ -154,6 +154,16 @@ class Tokenizer:
         raise ValueError(f"no whole tokenizer in {folder}: {problem}; build one with "
                          f"python -m minids.tokenizer --out {folder}")
 
+    @classmethod
+    def open(cls, name: str) -> "Tokenizer":
+        """The tokenizer that a program's flag names: a folder, `bytes`, or nothing for our own.
+
+        Without merges a token is a byte: the vocabulary of models too small for another.
+        """
+        if name == "bytes":
+            return cls.train([], SMALLEST, "none: bytes")
+        return cls.load(name) if name else cls.load()
+
     def save(self, folder: str | Path) -> None:
         """Write the two files; a tokenizer that is already there is replaced.
 

@@ -161,7 +161,7 @@ def through_json(config: dict) -> dict:
 def test_every_preset_returns(preset):
     args = ModelArgs.preset(preset)
     assert args_from_config(through_json(config_from_args(args))) == args
-    beyond_transformers = {"tiny", "deep", "nano", "moonlight"}
+    beyond_transformers = {"tiny", "deep", "nano", "micro", "moonlight"}
     assert (hf.OURS in config_from_args(args)) == (preset in beyond_transformers)
 
 

@@ -224,7 +224,7 @@ def off_by_one(queries: int, keys: int, device=None) -> torch.Tensor:
 class PeeksInTheCache(Transformer):
     """Visible keys one position too far."""
 
-    def context(self, tokens, cache=None, absorbed=False):
+    def context(self, tokens, cache=None, absorbed=False, samples=None):
         context = super().context(tokens, cache, absorbed)
         if cache is None:
             return context
@@ -268,7 +268,7 @@ def test_cached_equals_uncached(pieces, absorbed):
 class ForgetsPosition(Transformer):
     """Each chunk starts again at position 0."""
 
-    def context(self, tokens, cache=None, absorbed=False):
+    def context(self, tokens, cache=None, absorbed=False, samples=None):
         fresh = super().context(tokens)
         return super().context(tokens, cache, absorbed)._replace(rotation=fresh.rotation)
 
@@ -276,7 +276,7 @@ class ForgetsPosition(Transformer):
 class TopLeftMask(Transformer):
     """A chunk's mask aligned with the first keys instead of the last, as `is_causal` would."""
 
-    def context(self, tokens, cache=None, absorbed=False):
+    def context(self, tokens, cache=None, absorbed=False, samples=None):
         context = super().context(tokens, cache, absorbed)
         if cache is None:
             return context
