@@ -534,3 +534,30 @@ def fp8_figure(factors: list[float], outliers: dict[str, list], lengths: list[in
     right.set_ylabel("largest error (percent)")
     right.legend()
     return finish(figure, path)
+
+
+@house_style()
+def grpo_figure(runs: dict[str, list[dict]], path: str | Path | None = None):
+    """The course of reinforcement learning, one line for each run.
+
+    runs: by name, the lines of a run's metrics.jsonl. Read are step, reward_accuracy (share of
+        the sampled replies that are right), thinking (share that think), length (tokens) and kl
+        (nats a token)
+    path: where to save the picture
+    """
+    figure = new_figure(8.6, 5.6)
+    panels = [("reward_accuracy", "sampled replies that are right", "share"),
+              ("thinking", "replies that think", "share"),
+              ("length", "length of a reply", "tokens"),
+              ("kl", "distance from the reference", "KL, nats a token")]
+    styles = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (RED, ":"), (PINK, "-"), (BLACK, "--")]
+    for ax, (name, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+        for (label, metrics), (colour, dash) in zip(runs.items(), styles, strict=False):
+            ax.plot(*column(metrics, name), color=colour, linestyle=dash, label=label)
+        ax.set_title(title)
+        ax.set_xlabel("step")
+        ax.set_ylabel(unit)
+        ax.set_ylim(bottom=0, top=1.05 if unit == "share" else None)
+        if name == "reward_accuracy" and len(runs) > 1:
+            ax.legend()
+    return finish(figure, path)

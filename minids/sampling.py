@@ -27,6 +27,11 @@ class Sampler:
     top_p: float = 1.0
     generator: torch.Generator | None = None
 
+    @property
+    def cuts(self) -> bool:
+        """Whether some tokens can never be drawn."""
+        return self.temperature == 0 or self.top_k > 0 or self.top_p < 1
+
     def distribution(self, logits: Tensor) -> Tensor:
         """What tokens are drawn from: (.., V) -> (.., V), which sums to 1.
 

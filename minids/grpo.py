@@ -1,0 +1,482 @@
+"""Reinforcement learning by group relative policy optimization, with rewards that a rule gives.
+
+    python -m minids.grpo --from runs/base-sft                        the calculator, on a CPU
+    python -m minids.grpo --from runs/base --template plain           R1-Zero: no cold start
+    python -m minids.grpo --from runs/base-sft --objective v3.2
+    python -m minids.grpo --from DeepSeek-V2-Lite --preset r1 --task gsm8k --device cuda
+    python -m minids.grpo --resume --out runs/base-sft-grpo
+
+For each question the model writes a group of replies; a reply's advantage is its reward less the
+group's mean. No critic, and no learnt reward. The loss of token t of reply i is
+
+    -M_i min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i) + beta KL_t,
+    r_t = pi(o_t) / pi_old(o_t)
+
+where pi_old is what the sampler drew from, KL compares pi with a reference model by the estimator
+k3 = pi_ref/pi - log(pi_ref/pi) - 1 (DeepSeekMath, arXiv 2402.03300, section 4.1), and M is 1.
+
+--objective names the variants of the papers; each of their settings is also a flag:
+    r1         R1 and V3: A over the group's standard deviation; clip at 10; reference replaced
+               every 400 steps (Nature 645:633, Methods)
+    v3.2       A without it; KL times r, which makes its gradient unbiased; M is 0 for a bad reply
+               that the model has left behind; routing and sampling mask kept; a penalty on length
+               (arXiv 2512.02556, section 3.1)
+    speciale   the same with the penalty relaxed; how much is not published
+    deepseekmath   clip at 0.2, beta 0.04 (arXiv 2402.03300)
+    dapo       a higher upper clip, every token of the batch weighs the same, no KL (2503.14476)
+    dr-grpo    no standard deviation, a constant in place of the reply's length (2503.20783)
+
+Simplified: replies of a batch are sampled together until the last one ends, by the process that
+trains. The gates' biases rest.
+"""
+
+import math
+import random
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minids.chat import MODES, TEMPLATES, Reply
+from minids.config import ModelArgs, option, parse, require, run_program
+from minids.loop import (
+    LearnArgs,
+    Learner,
+    Stopped,
+    model_and_tokenizer,
+    run_learner,
+    settings,
+    tune_allocator,
+)
+from minids.model import Transformer
+from minids.optim import (
+    build_optimizers,
+    clip_gradients,
+    learning_rate_factor,
+    set_learning_rate,
+)
+from minids.rollout import Rollout, log_probs, roll_out
+from minids.sampling import Sampler
+from minids.solve import examine
+from minids.tasks import Problem, accuracy, consistency, open_task, well_formed
+from minids.tokenizer import Tokenizer
+
+NO_CLIP = 1e9
+
+OBJECTIVES = {
+    "r1": dict(clip_low=10.0, clip_high=10.0, reference_every=400),
+    "deepseekmath": dict(clip_low=0.2, clip_high=0.2, kl_beta=0.04),
+    "v3.2": dict(advantage="mean", kl="unbiased", off_policy_delta=0.1, length_weight=0.1,
+                 clip_low=0.2, clip_high=0.2),
+    "speciale": dict(advantage="mean", kl="unbiased", off_policy_delta=0.1, length_weight=0.01,
+                     clip_low=0.2, clip_high=0.2),
+    "dapo": dict(clip_low=0.2, clip_high=0.28, normalise="tokens", kl_beta=0.0),
+    "dr-grpo": dict(advantage="mean", clip_low=0.2, clip_high=0.2, normalise="constant",
+                    kl_beta=0.0),
+}
+
+# R1: 32 questions of 16 replies a step, lr 3e-6, KL 0.001, at most 32,768 tokens; a rollout of
+# 8,192 replies serves 16 steps.
+PRESETS = {"tiny": {},
+           "r1": dict(steps=10_400, questions=512, group=16, updates=16, lr=3e-6, kl_beta=0.001,
+                      format_weight=1.0, max_new_tokens=32768, dtype="auto", mode="think",
+                      eval_every=100, save_every=100)}
+
+
+@dataclass(frozen=True)
+class GrpoArgs(LearnArgs):
+    """The settings of one reinforcement learning."""
+
+    preset: str = option("tiny", "tiny, or r1: the paper's", tuple(PRESETS))
+    objective: str = option("r1", "the loss's settings by name", tuple(OBJECTIVES))
+    task: str = option("calculator", "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or"
+                                     " jsonl:PATH")
+    template: str = option("chat", "chat, or plain: text without tags, for a base model (R1-Zero)",
+                           tuple(TEMPLATES))
+    mode: str = option("free", "who decides whether to think: the model (free), or the prompt:"
+                               " think, direct, or both by turns", (*MODES, "both"))
+    steps: int = option(60, "optimizer steps")
+    questions: int = option(16, "questions in a rollout")
+    group: int = option(16, "replies to each question, two at least")
+    updates: int = option(1, "optimizer steps that share a rollout, each on a part of it")
+    micro_batch: int = option(256, "replies that go through the model together")
+    max_new_tokens: int = option(48, "length of a reply at most, tokens")
+    temperature: float = option(1.0, "divides the logits in sampling")
+    top_k: int = option(0, "draw from so many likeliest tokens; 0: all")
+    top_p: float = option(1.0, "draw from the likeliest tokens of this probability together")
+    advantage: str = option("std", "reward less the group's mean (mean), over its standard"
+                                   " deviation (std)", ("std", "mean"))
+    clip_low: float = option(0.2, "the ratio counts down to 1 - clip_low")
+    clip_high: float = option(0.2, "the ratio counts up to 1 + clip_high")
+    clip_both: float = option(0.0, "largest ratio of a bad reply too, above 1; 0: none")
+    kl: str = option("k3", "estimator of the KL, or the same times the ratio",
+                     ("k3", "unbiased"))
+    kl_beta: float = option(0.02, "weight of the KL; 0: no reference model")
+    reference_every: int = option(0, "steps after which the reference becomes the model as it is;"
+                                     " 0: never")
+    off_policy_delta: float = option(0.0, "leave out a bad reply whose mean log(pi_old / pi) is"
+                                          " above this, nats; 0: none")
+    normalise: str = option("sequence", "what a token's loss is divided by: its reply's length and"
+                                        " their number, all tokens, or the longest length",
+                            ("sequence", "tokens", "constant"))
+    keep_routing: bool = option(True, "train with the experts that sampling chose")
+    keep_mask: bool = option(True, "train with the tokens that top-k and top-p left")
+    accuracy_weight: float = option(1.0, "reward of a right answer")
+    format_weight: float = option(0.1, "reward of a well-formed reply")
+    language_weight: float = option(0.0, "reward of a thought in the question's language")
+    length_weight: float = option(0.0, "penalty on a reply of the greatest length")
+    reward: str = option("task", "the task's, or shuffled among a rollout's replies: a control",
+                         ("task", "shuffled"))
+    eval_every: int = option(10, "steps between measurements; 0: only at the end")
+    eval_problems: int = option(200, "held-out problems in a measurement")
+    lr: float = option(1e-3, "peak learning rate of AdamW")
+
+    may_change = LearnArgs.may_change | {"micro_batch", "eval_every", "eval_problems"}
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in "questions updates micro_batch max_new_tokens eval_problems".split():
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "group", self.group >= 2, "at least 2: a reply is judged by the others")
+        require(self, "temperature", self.temperature > 0, "above 0")
+        require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        for name in ("top_k kl_beta reference_every off_policy_delta clip_low clip_high "
+                     "accuracy_weight format_weight language_weight length_weight "
+                     "eval_every").split():
+            require(self, name, getattr(self, name) >= 0, "0 or more")
+        require(self, "clip_both", self.clip_both == 0 or self.clip_both > 1, "0, or above 1")
+        require(self, "updates", self.questions % self.updates == 0,
+                f"a divisor of questions = {self.questions}")
+
+    @classmethod
+    def for_preset(cls, preset: str = "tiny", objective: str = "r1", **given) -> "GrpoArgs":
+        """The settings of preset and objective, varied by those that are given."""
+        named = OBJECTIVES.get(objective, {}) | PRESETS.get(preset, {})
+        return cls(**named | dict(preset=preset, objective=objective) | given)
+
+
+def advantages(rewards: Tensor, kind: str) -> Tensor:
+    """How much better than its group each reply is: (Q, G) -> (Q, G)
+
+    kind: "mean", R - mean R (V3.2 section 3.1), or "std", the same over the group's standard
+        deviation (DeepSeekMath section 4.1.2). Exactly 0 where all rewards of a group are equal.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    if kind == "std":
+        centred = centred / (rewards.std(1, correction=0, keepdim=True) + 1e-6)
+    alike = rewards.amax(1, keepdim=True) == rewards.amin(1, keepdim=True)
+    return centred.masked_fill(alike, 0.0)
+
+
+class Objective(NamedTuple):
+    """The loss of some tokens, and what one wants to know about them.
+
+    loss: scalar, with gradient; kl: mean over tokens, nats; clipped, left_out: shares of tokens
+    """
+
+    loss: Tensor
+    kl: float
+    clipped: float
+    left_out: float
+
+
+def objective(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage: Tensor,
+              reply: Tensor, weight: Tensor, args: GrpoArgs) -> Objective:
+    """The GRPO loss of M tokens, see the head of this file.
+
+    logp: (M,) log pi, with gradient; old_logp: (M,) what it was drawn with
+    ref_logp: (M,) log pi_ref; None without KL
+    advantage: (M,) that of the token's reply; reply: (M,) int64, which reply it is of
+    weight: (M,) of each token in the sum, see `token_weights`
+    """
+    ratio = (logp - old_logp).exp()  # (M,)
+    bounded = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
+    gain = torch.minimum(ratio * advantage, bounded * advantage)
+    clipped = (ratio * advantage > bounded * advantage)
+    if args.clip_both:
+        limit = torch.where(advantage < 0, args.clip_both * advantage, -math.inf)
+        clipped, gain = clipped | (gain < limit), torch.maximum(gain, limit)
+    on_policy = torch.ones_like(logp)
+    if args.off_policy_delta:
+        drift = mean_by_reply((old_logp - logp).detach(), reply)  # (M,)
+        on_policy = 1.0 - ((advantage < 0) & (drift > args.off_policy_delta)).to(logp)
+    loss = -on_policy * gain
+    kl = torch.zeros_like(logp)
+    if ref_logp is not None:
+        further = ref_logp - logp
+        kl = further.exp() - further - 1
+        loss = loss + args.kl_beta * (kl * ratio if args.kl == "unbiased" else kl)
+    return Objective((weight * loss).sum(), kl.mean().item(), clipped.float().mean().item(),
+                     1 - on_policy.mean().item())
+
+
+def mean_by_reply(values: Tensor, reply: Tensor) -> Tensor:
+    """The mean over a token's reply, at each token: (M,), (M,) -> (M,)"""
+    sums = torch.zeros(int(reply.max()) + 1, 2, dtype=values.dtype, device=values.device)
+    sums.index_add_(0, reply, torch.stack([values, torch.ones_like(values)], dim=1))
+    return (sums[:, 0] / sums[:, 1].clamp(min=1))[reply]
+
+
+def token_weights(lengths: Tensor, normalise: str, longest: int) -> Tensor:
+    """What a token of each of B replies weighs in the loss: (B,) -> (B,)
+
+    lengths: tokens of each reply; longest: what a reply may have at most
+    normalise: "sequence", 1 / (B length): every reply weighs the same (DeepSeekMath); "tokens",
+        one over all tokens (DAPO); "constant", 1 / (B longest) (Dr. GRPO)
+    """
+    batch = len(lengths)
+    return {"sequence": 1.0 / (batch * lengths.clamp(min=1)),
+            "tokens": torch.ones_like(lengths, dtype=torch.float32) / lengths.sum().clamp(min=1),
+            "constant": torch.full_like(lengths, 1.0 / (batch * longest), dtype=torch.float32),
+            }[normalise]
+
+
+class Batch(NamedTuple):
+    """A rollout with its rewards.
+
+    replies: B = questions * group of them; those of a group stand together
+    parts: by kind of reward, (B,); rewards: their weighted sum, (Q, G)
+    """
+
+    rollout: Rollout
+    replies: list[Reply]
+    parts: dict[str, Tensor]
+    rewards: Tensor
+
+
+class Reinforcer(Learner):
+    """One reinforcement learning: model, reference and questions, and where it stands."""
+
+    program = "grpo"
+
+    def __init__(self, args: GrpoArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
+        self.template = TEMPLATES[args.template](tokenizer)
+        self.task = open_task(args.task)
+        check_lengths(args, model_args, self.task, self.template)
+        super().__init__(args, model_args, run, tokenizer)
+        self.optimizers = build_optimizers(self.model, args, self.dtype)
+        self.reference = Transformer(model_args).to(self.device).requires_grad_(False)
+        self.batch: Batch | None = None
+
+    def begin_from(self, checkpoint: Path) -> None:
+        """The reference begins as the model does."""
+        super().begin_from(checkpoint)
+        self.renew_reference()
+
+    def renew_reference(self) -> None:
+        """From now on KL is to the model as it is."""
+        self.reference.load_state_dict(self.model.state_dict())
+
+    def more_state(self) -> dict:
+        """The reference's weights, and a rollout that has more steps to serve."""
+        begun = self.batch is not None and self.step % self.args.updates
+        return dict(reference={n: w.cpu() for n, w in self.reference.state_dict().items()},
+                    rollout=self.batch.rollout._asdict() if begun else None)
+
+    def restore_more(self, state: dict) -> None:
+        """Take both back."""
+        self.reference.load_state_dict(state["reference"])
+        if state["rollout"] is not None:
+            rollout = Rollout(**state["rollout"]).to(self.device)
+            self.batch = self.judge(state["step"] // self.args.updates, rollout)
+
+    def train_step(self) -> dict:
+        """One optimizer step; a new rollout before the first of `updates`."""
+        args, start = self.args, time.perf_counter()
+        share = self.step % args.updates
+        if share == 0:
+            self.batch = self.sample(self.step // args.updates)
+        sampled = time.perf_counter() - start
+        self.step += 1
+        set_learning_rate(self.optimizers, learning_rate_factor(self.step, args))
+        found = self.accumulate(share)
+        norms = clip_gradients(self.model, args.clip)
+        self.check_finite(found["loss"], sum(norms.values()))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        if args.reference_every and self.step % args.reference_every == 0:
+            self.renew_reference()
+        elapsed = time.perf_counter() - start
+        self.seconds += elapsed
+        return dict(step=self.step) | found | norms | self.describe_batch() | dict(
+            lr=self.optimizers[0].param_groups[0]["lr"], sampling_s=round(sampled, 3),
+            seconds=round(self.seconds, 3))
+
+    def asked(self, number: int) -> list[tuple[Problem, str]]:
+        """Problem and mode of each reply of rollout `number`."""
+        args = self.args
+        problems = self.task.some(args.questions, "train", seed=args.seed * 1_000_003 + number)
+        return [(p, ("think", "direct")[i % 2] if args.mode == "both" else args.mode)
+                for i, p in enumerate(problems) for _ in range(args.group)]
+
+    def sample(self, number: int) -> Batch:
+        """Draw and judge rollout `number`; the same whenever the weights are the same."""
+        args = self.args
+        prompts = [self.template.prompt(p.question, mode) for p, mode in self.asked(number)]
+        generator = torch.Generator(self.device).manual_seed(args.seed * 1_000_003 + number)
+        with self.autocast():
+            rollout = roll_out(self.model, prompts, args.max_new_tokens,
+                               Sampler(args.temperature, args.top_k, args.top_p, generator),
+                               self.tokenizer.eos_id)
+        return self.judge(number, rollout)
+
+    def judge(self, number: int, rollout: Rollout) -> Batch:
+        """The rewards of rollout `number`."""
+        args = self.args
+        problems, modes = zip(*self.asked(number), strict=True)
+        replies = [self.template.read(ids, mode)
+                   for ids, mode in zip(rollout.replies(), modes, strict=True)]
+        parts = {name: torch.tensor([self.reward(name, p, r) for p, r in
+                                     zip(problems, replies, strict=True)], dtype=torch.float32)
+                 for name in ("accuracy", "format", "language", "length")}
+        rewards = self.total(parts)
+        if args.reward == "shuffled":
+            order = random.Random(number).sample(range(len(rewards)), len(rewards))
+            rewards = rewards[order]
+        return Batch(rollout, replies, parts, rewards.view(args.questions, args.group))
+
+    def reward(self, name: str, problem: Problem, reply: Reply) -> float:
+        """One part of a reply's reward, by rule."""
+        if name == "accuracy":
+            return accuracy(self.task, problem, reply)
+        if name == "format":
+            return well_formed(reply)
+        if name == "language":
+            return consistency(problem.question, reply.thought or "")
+        return reply.tokens / self.args.max_new_tokens
+
+    def total(self, parts: dict[str, Tensor]) -> Tensor:
+        """The weighted sum of the parts, (B,); ValueError where it is no number."""
+        args = self.args
+        rewards = (args.accuracy_weight * parts["accuracy"] + args.format_weight * parts["format"]
+                   + args.language_weight * parts["language"]
+                   - args.length_weight * parts["length"])
+        if not rewards.isfinite().all():
+            bad = int((~rewards.isfinite()).nonzero()[0])
+            raise ValueError(f"step {self.step + 1}: the reward of reply {bad + 1} is "
+                             f"{rewards[bad].item()}; the rewards of task {args.task!r} must be "
+                             "finite numbers")
+        return rewards
+
+    def accumulate(self, share: int) -> dict:
+        """Gradients of one part of the rollout, in micro-batches; its line of metrics."""
+        args, rollout = self.args, self.batch.rollout
+        size = len(rollout.tokens) // args.updates
+        rows = torch.arange(share * size, (share + 1) * size, device=self.device)
+        advantage = advantages(self.batch.rewards.double(), args.advantage).flatten().float()
+        advantage = advantage.to(self.device)
+        lengths = rollout.written.sum(1)
+        weights = torch.zeros(len(lengths), device=self.device)
+        weights[rows] = token_weights(lengths[rows], args.normalise, args.max_new_tokens)
+        sums = dict.fromkeys(("loss", "kl", "clip_fraction", "left_out", "entropy",
+                              "sampler_gap"), 0.0)
+        worst, total = 0.0, int(lengths[rows].sum())
+        for part in rows.split(args.micro_batch):
+            some = rollout.part(part)
+            reply = some.written.nonzero()[:, 0]  # (M,)
+            how = dict(temperature=args.temperature, keep_routing=args.keep_routing,
+                       keep_mask=args.keep_mask)
+            with self.autocast():
+                logp, entropy = log_probs(self.model, some, **how)
+                ref_logp = None
+                if args.kl_beta:
+                    with torch.no_grad():
+                        ref_logp = log_probs(self.reference, some, **how)[0]
+            old = some.logp[some.written]
+            found = objective(logp, old, ref_logp, advantage[part][reply], reply,
+                              weights[part][reply], args)
+            found.loss.backward()
+            gap = (logp.detach() - old).abs()
+            worst = max(worst, gap.max().item())
+            sums["loss"] += found.loss.item()
+            for name, value in (("kl", found.kl), ("clip_fraction", found.clipped),
+                                ("left_out", found.left_out), ("entropy", entropy.mean().item()),
+                                ("sampler_gap", gap.mean().item())):
+                sums[name] += value * len(reply) / total
+        return sums | dict(sampler_gap_max=worst)
+
+    def describe_batch(self) -> dict:
+        """What is told about a rollout."""
+        batch, tokens = self.batch, [reply.tokens for reply in self.batch.replies]
+        silent = (batch.rewards.amax(1) == batch.rewards.amin(1)).float().mean().item()
+        return dict(reward=batch.rewards.mean().item(),
+                    **{f"reward_{name}": part.mean().item() for name, part in batch.parts.items()},
+                    thinking=fmean(reply.thought is not None for reply in batch.replies),
+                    length=fmean(tokens), groups_without_signal=silent)
+
+    def measure(self, record: dict, last: bool) -> float | None:
+        """Marks on held-out problems, greedy, the model left to choose, and in both modes at the
+        end; judged by the error."""
+        every = self.args.eval_every
+        if not (last or (every and self.step % every == 0)):
+            return None
+        modes = MODES if last else ("think", "direct") if self.args.mode == "both" else (
+            self.args.mode,)
+        with self.autocast():
+            for mode in modes:
+                record[mode] = examine(self.model, self.tokenizer, self.task,
+                                       self.args.eval_problems, mode=mode,
+                                       template=self.args.template,
+                                       max_new_tokens=self.args.max_new_tokens)._asdict()
+        judged = [record[mode]["accuracy"] for mode in modes]
+        return 1 - max(judged)
+
+    def brief(self, record: dict) -> str:
+        """What the progress bar says beside the count."""
+        return f"reward {record['reward']:.3f}, {record['length']:.0f} tokens"
+
+    def line(self, record: dict) -> str:
+        """What a log file shows in place of a progress bar."""
+        marks = "".join(f", {mode} {record[mode]['accuracy']:.3f}" for mode in MODES
+                        if mode in record)
+        return (f"step {record['step']}/{self.args.steps}: reward {record['reward']:.3f}, "
+                f"thinking {record['thinking']:.2f}, {record['length']:.1f} tokens, "
+                f"KL {record['kl']:.3f}, held out{marks.removeprefix(',')}")
+
+
+def check_lengths(args: GrpoArgs, model_args: ModelArgs, task, template) -> None:
+    """Refuse replies that are longer than the context leaves room for."""
+    prompt = max(len(template.prompt(p.question, "think")) for p in task.some(64, "train", 0))
+    room = model_args.max_seq_len - prompt
+    if args.max_new_tokens > room:
+        raise ValueError(f"max_new_tokens = {args.max_new_tokens} is not valid: it must be at most "
+                         f"{room}: max_seq_len is {model_args.max_seq_len}, and the questions "
+                         f"have up to {prompt} tokens")
+
+
+def grpo(args: GrpoArgs) -> Path:
+    """Reinforce a model, or go on with a run when `args.resume` is set; returns the run's folder.
+
+    Raises `ValueError` for settings that do not fit, before anything is written.
+    """
+    tune_allocator()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model_args, tokenizer, begin = model_and_tokenizer(args)
+    learner = Reinforcer(args, model_args, Path(args.out), tokenizer)
+    print(f"grpo    {args.task}, {args.questions} questions of {args.group} replies, objective "
+          f"{args.objective}; run {args.out}, on {learner.device}", flush=True)
+    run_learner(learner, begin is None, begin)
+    return learner.run
+
+
+def main() -> int:
+    """The command line."""
+    [given] = parse("minids.grpo", __doc__, GrpoArgs)
+    args = settings("grpo", GrpoArgs, given, "-grpo")
+    try:
+        grpo(args)
+    except Stopped as stopped:
+        print(f"stopped; go on with: python -m minids.grpo --resume --out {shlex.quote(args.out)}")
+        return 128 + int(stopped.args[0])
+    return 0
+
+
+if __name__ == "__main__":
+    run_program("minids.grpo", main)

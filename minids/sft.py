@@ -1,0 +1,266 @@
+"""Supervised fine-tuning: from a base model to one that answers, with a thought or without.
+
+    python -m minids.sft --from runs/base --data task:calculator
+    python -m minids.sft --from runs/base --data jsonl:conversations.jsonl
+    python -m minids.sft --from runs/base --preset r1 --data jsonl:reasoning.jsonl
+    python -m minids.sft --resume --out runs/base-sft
+
+The cold start of R1 (arXiv 2501.12948, section 2.3.1) and the fine-tuning after its rejection
+sampling (2.3.3) are both this: conversations in the template of `minids.chat`, loss on the
+assistant's tokens only. Samples lie side by side in a row and do not see each other (V3, arXiv
+2412.19437, section 5.1). The gates' biases rest.
+
+A file of conversations holds lines {"messages": [{"role": "user", "content": ..}, {"role":
+"assistant", "thought": .., "content": ..}]}. Of a task, problems of its training side are drawn,
+with their worked solution for a thought in a share of the cases.
+
+Simplified: a sample longer than a row is refused, not cut.
+"""
+
+import json
+import random
+import shlex
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from minids.chat import Chat
+from minids.config import ModelArgs, option, parse, require, run_program
+from minids.loop import (
+    LearnArgs,
+    Learner,
+    Stopped,
+    model_and_tokenizer,
+    run_learner,
+    settings,
+    tune_allocator,
+)
+from minids.model import Packed
+from minids.optim import (
+    build_optimizers,
+    clip_gradients,
+    learning_rate_factor,
+    set_learning_rate,
+)
+from minids.solve import examine
+from minids.tasks import Problem, open_task
+from minids.tokenizer import Tokenizer
+
+# R1's second fine-tuning: AdamW, cosine from 5e-5 to 5e-6, rows of 32,768 tokens, 128 at a time,
+# two epochs over some 800,000 samples.
+PRESETS = {"tiny": {},
+           "r1": dict(steps=12_500, lr=5e-5, constant_until=0.0, decay_until=1.0, final_lr=0.1,
+                      weight_decay=0.1, seq_len=32768, batch_size=128, dtype="auto",
+                      eval_every=0, save_every=500)}
+
+
+@dataclass(frozen=True)
+class SftArgs(LearnArgs):
+    """The settings of one fine-tuning."""
+
+    preset: str = option("tiny", "tiny, or r1: the paper's", tuple(PRESETS))
+    data: str = option("task:calculator", "task:NAME or jsonl:PATH, conversations")
+    examples: int = option(4096, "of a task: problems drawn")
+    think: float = option(0.4, "of a task: share of the answers with a thought")
+    steps: int = option(150, "optimizer steps")
+    seq_len: int = option(256, "tokens in a row")
+    batch_size: int = option(16, "rows in an optimizer step")
+    balance_weight: float = option(1e-4, "weight of the balance loss")
+    mtp_weight: float = option(0.1, "weight of the multi-token prediction loss")
+    task: str = option("", "task to measure accuracy on; none: that of --data, if it is one")
+    eval_every: int = option(25, "steps between measurements; 0: only at the end")
+    eval_problems: int = option(100, "held-out problems in a measurement")
+    max_new_tokens: int = option(64, "length of a reply at most, tokens")
+    lr: float = option(2e-3, "peak learning rate of AdamW")
+    muon_lr: float = option(2e-3, "peak learning rate of Muon")
+    optimizer: str = option("muon", "adamw, or muon for the matrices inside the blocks",
+                            ("adamw", "muon"))
+    constant_until: float = option(0.5, "share of the run after which the learning rate falls")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in "examples seq_len batch_size eval_problems max_new_tokens".split():
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in "balance_weight mtp_weight eval_every".split():
+            require(self, name, getattr(self, name) >= 0, "0 or more")
+        require(self, "think", 0 <= self.think <= 1, "between 0 and 1")
+
+    @classmethod
+    def for_preset(cls, preset: str = "tiny", **given) -> "SftArgs":
+        """The preset's settings, varied by those that are given."""
+        return cls(**PRESETS.get(preset, {}) | dict(preset=preset) | given)
+
+
+class Rows:
+    """Conversations as rows of tokens, side by side.
+
+    tokens, samples: (R, S) int64; learnt: (R, S) bool, whether a token's target is to be learnt;
+    targets: (R, S) int64. A row's rest is a sample of its own of which nothing is learnt.
+    """
+
+    def __init__(self, chat: Chat, conversations: list[list[dict]], seq_len: int):
+        rows: list[list[tuple]] = []
+        size = seq_len + 1
+        for number, messages in enumerate(conversations):
+            ids, learnt = chat.sample(messages)
+            if len(ids) > seq_len:
+                raise ValueError(f"seq_len = {seq_len} is not valid: conversation {number + 1} has "
+                                 f"{len(ids)} tokens")
+            if not rows or len(rows[-1]) + len(ids) > size:
+                rows.append([])
+            rows[-1] += [(token, number, learn) for token, learn in zip(ids, learnt, strict=True)]
+        filler = (chat.tokenizer.eos_id, len(conversations), False)
+        table = torch.tensor([row + [filler] * (size - len(row)) for row in rows])  # (R, S + 1, 3)
+        tokens, samples, learnt = table.unbind(-1)
+        self.tokens, self.targets = tokens[:, :-1], tokens[:, 1:]
+        self.samples = samples[:, :-1]
+        self.learnt = learnt[:, 1:].bool() & (samples[:, 1:] == self.samples)
+
+    def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor, Packed]:
+        """The rows of a step, counted from 1: every epoch all of them, in another order."""
+        chosen = []
+        for place in range((step - 1) * size, step * size):
+            epoch, at = divmod(place, len(self.tokens))
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+            chosen.append(torch.randperm(len(self.tokens), generator=generator)[at])
+        at = torch.stack(chosen)
+        return self.tokens[at], self.targets[at], Packed(self.samples[at], self.learnt[at])
+
+
+def conversation(problem: Problem, think: bool) -> list[dict]:
+    """A problem with its answer, and its thought if it is to have one."""
+    reply = dict(role="assistant", content=problem.answer)
+    thought = dict(thought=problem.thought) if think else {}
+    return [dict(role="user", content=problem.question), reply | thought]
+
+
+def open_conversations(args: SftArgs) -> list[list[dict]]:
+    """What `data` names; `ValueError` where it is neither, or a line of a file is wrong."""
+    kind, _, rest = args.data.partition(":")
+    if kind == "task" and rest:
+        rng = random.Random(f"sft {args.seed}")
+        return [conversation(problem, rng.random() < args.think)
+                for problem in open_task(rest).some(args.examples, "train", args.seed)]
+    if kind == "jsonl" and rest:
+        return read_conversations(Path(rest))
+    raise ValueError(f"data = {args.data!r} is not valid: valid are task:NAME and jsonl:PATH")
+
+
+def read_conversations(path: Path) -> list[list[dict]]:
+    """The conversations of a file, a JSON object a line; `ValueError` naming a wrong line."""
+    if not path.is_file():
+        raise ValueError(f"data = 'jsonl:{path}' is not valid: there is no such file")
+    found = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        try:
+            messages = json.loads(line)["messages"]
+            assert isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
+        except (ValueError, KeyError, TypeError, AssertionError):
+            raise ValueError(f"data = 'jsonl:{path}' is not valid: line {number} is no object with "
+                             'a list of "messages"') from None
+        found.append(messages)
+    if not found:
+        raise ValueError(f"data = 'jsonl:{path}' is not valid: it is empty")
+    return found
+
+
+def balanced_order(conversations: list[list[dict]], seed: int) -> list[list[dict]]:
+    """The conversations in a random order, so that a row holds all kinds."""
+    return random.Random(seed).sample(conversations, len(conversations))
+
+
+class FineTuner(Learner):
+    """One fine-tuning: the model, its optimizers and its rows, and where it stands."""
+
+    program = "sft"
+
+    def __init__(self, args: SftArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
+        if args.seq_len > model_args.max_seq_len:
+            raise ValueError(f"seq_len = {args.seq_len} is not valid: it must be at most "
+                             f"max_seq_len = {model_args.max_seq_len}")
+        chat = Chat(tokenizer)
+        self.rows = Rows(chat, balanced_order(open_conversations(args), args.seed), args.seq_len)
+        kind, _, rest = args.data.partition(":")
+        name = args.task or (rest if kind == "task" else "")
+        self.task = open_task(name) if name else None
+        super().__init__(args, model_args, run, tokenizer)
+        self.optimizers = build_optimizers(self.model, args, self.dtype)
+
+    def train_step(self) -> dict:
+        """One optimizer step; returns its line of metrics."""
+        args, start = self.args, time.perf_counter()
+        self.step += 1
+        set_learning_rate(self.optimizers, learning_rate_factor(self.step, args))
+        tokens, targets, packed = self.rows.batch(self.step, args.batch_size, args.seed)
+        packed = Packed(*(t.to(self.device) for t in packed))
+        with self.autocast():
+            losses = self.model.loss(tokens.to(self.device), targets.to(self.device),
+                                     args.mtp_weight, args.balance_weight, packed=packed)
+        losses.total.backward()
+        norms = clip_gradients(self.model, args.clip)
+        self.check_finite(losses.total.item(), sum(norms.values()))
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.seconds += time.perf_counter() - start
+        return dict(step=self.step, loss=losses.total.item(), main=losses.main.item(), **norms,
+                    lr=self.optimizers[0].param_groups[0]["lr"],
+                    learnt=int(packed.learnt.sum()), seconds=round(self.seconds, 3))
+
+    def measure(self, record: dict, last: bool) -> float | None:
+        """Marks on held-out problems, in every mode; judged by the mean error of both modes."""
+        every = self.args.eval_every
+        if self.task is None or not (last or (every and self.step % every == 0)):
+            return None
+        with self.autocast():
+            for mode in ("think", "direct", "free"):
+                marks = examine(self.model, self.tokenizer, self.task, self.args.eval_problems,
+                                mode=mode, max_new_tokens=self.args.max_new_tokens)
+                record[mode] = marks._asdict()
+        return 1 - (record["think"]["accuracy"] + record["direct"]["accuracy"]) / 2
+
+    def brief(self, record: dict) -> str:
+        """What the progress bar says beside the count."""
+        return f"loss {record['loss']:.3f}"
+
+    def line(self, record: dict) -> str:
+        """What a log file shows in place of a progress bar."""
+        marks = "".join(f", {mode} {record[mode]['accuracy']:.3f}"
+                        for mode in ("think", "direct", "free") if mode in record)
+        return f"step {record['step']}/{self.args.steps}: loss {record['loss']:.3f}{marks}"
+
+
+def sft(args: SftArgs) -> Path:
+    """Fine-tune a model, or go on with a run when `args.resume` is set; returns the run's folder.
+
+    Raises `ValueError` for settings that do not fit, before anything is written.
+    """
+    tune_allocator()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    model_args, tokenizer, begin = model_and_tokenizer(args)
+    tuner = FineTuner(args, model_args, Path(args.out), tokenizer)
+    print(f"sft     {args.data}: {len(tuner.rows.tokens):,} rows of {args.seq_len} tokens, "
+          f"{int(tuner.rows.learnt.sum()):,} tokens to learn; run {args.out}, on {tuner.device}",
+          flush=True)
+    run_learner(tuner, begin is None, begin)
+    return tuner.run
+
+
+def main() -> int:
+    """The command line."""
+    [given] = parse("minids.sft", __doc__, SftArgs)
+    args = settings("sft", SftArgs, given, "-sft")
+    try:
+        sft(args)
+    except Stopped as stopped:
+        print(f"stopped; go on with: python -m minids.sft --resume --out {shlex.quote(args.out)}")
+        return 128 + int(stopped.args[0])
+    return 0
+
+
+if __name__ == "__main__":
+    run_program("minids.sft", main)

@@ -1,0 +1,162 @@
+"""Put problems to a model and mark its replies by rule, thinking and not.
+
+    python -m minids.solve --run runs/r1/final
+    python -m minids.solve --run runs/r1/base --template plain
+    python -m minids.solve --run runs/r1/sft --mode free --temperature 1 --samples 32
+
+The problems are held out: no training has seen them. Modes are those of `minids.chat`: think and
+direct force the reply's first tag, free leaves the choice to the model. With several samples a
+problem, pass@k is the chance that one of k replies is right, without bias (Chen et al., arXiv
+2107.03374, section 2.1).
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import NamedTuple
+
+import torch
+
+from minids.chat import MODES, TEMPLATES, Reply
+from minids.checkpoint import pick_device
+from minids.config import check_types, option, parse, require, run_program
+from minids.costs import format_table
+from minids.generate import generate
+from minids.hf import open_model
+from minids.model import Transformer
+from minids.tasks import Problem, Task, accuracy, open_task, well_formed
+from minids.tokenizer import Tokenizer
+
+BATCH = 512  # prompts that are decoded together
+
+
+class Marks(NamedTuple):
+    """What replies are worth, means over all of them.
+
+    accuracy, form: shares of right and of well-formed replies
+    thinking: share that think; tokens: length
+    """
+
+    accuracy: float
+    form: float
+    thinking: float
+    tokens: float
+
+
+def parts(items: Sequence, size: int) -> Iterator[Sequence]:
+    """The items, so many at a time."""
+    return (items[i:i + size] for i in range(0, len(items), size))
+
+
+def ask(model: Transformer, tokenizer: Tokenizer, questions: Sequence[str], mode: str = "free",
+        template: str = "chat", max_new_tokens: int = 64, temperature: float = 0.0,
+        top_p: float = 1.0, seed: int = 0) -> list[Reply]:
+    """The model's reply to each question; the other arguments are those of `generate`."""
+    form = TEMPLATES[template](tokenizer)
+    replies = []
+    for number, part in enumerate(parts(questions, BATCH)):
+        done = generate(model, [form.prompt(question, mode) for question in part], max_new_tokens,
+                        temperature, top_p=top_p, seed=seed + number, eos_id=tokenizer.eos_id)
+        replies += [form.read(tokens, mode) for tokens in done.tokens]
+    return replies
+
+
+def mark(task: Task, problems: Sequence[Problem], replies: Sequence[Reply]) -> Marks:
+    """The marks of replies, one to each problem."""
+    right = [accuracy(task, p, r) for p, r in zip(problems, replies, strict=True)]
+    return Marks(fmean(right), fmean(map(well_formed, replies)),
+                 fmean(reply.thought is not None for reply in replies),
+                 fmean(reply.tokens for reply in replies))
+
+
+def examine(model: Transformer, tokenizer: Tokenizer, task: Task, count: int,
+            **how) -> Marks:
+    """The marks on the first `count` held-out problems; how: as in `ask`."""
+    problems = task.some(count, "held-out", seed=0)
+    return mark(task, problems, ask(model, tokenizer, [p.question for p in problems], **how))
+
+
+def pass_at(k: int, right: int, samples: int) -> float:
+    """Chance that one of k replies is right, drawn from `samples` of which `right` are.
+
+    >>> pass_at(1, 1, 4), pass_at(2, 1, 4)
+    (0.25, 0.5)
+    """
+    return 1 - math.comb(samples - right, k) / math.comb(samples, k)
+
+
+def pass_curve(model: Transformer, tokenizer: Tokenizer, task: Task, count: int, samples: int,
+               **how) -> dict[int, float]:
+    """pass@k over `count` held-out problems for k = 1, 2, 4, .. up to `samples`."""
+    problems = [p for p in task.some(count, "held-out", seed=0) for _ in range(samples)]
+    replies = ask(model, tokenizer, [p.question for p in problems], **how)
+    right = [accuracy(task, p, r) for p, r in zip(problems, replies, strict=True)]
+    each = [int(sum(part)) for part in parts(right, samples)]
+    ks = [2 ** i for i in range(samples.bit_length())]
+    return {k: fmean(pass_at(k, n, samples) for n in each) for k in ks}
+
+
+@dataclass(frozen=True)
+class SolveArgs:
+    """The problems and how they are put"""
+
+    run: str = option("runs/r1/final", "run folder, checkpoint, or Hugging Face folder")
+    task: str = option("calculator", "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or"
+                                     " jsonl:PATH")
+    template: str = option("chat", "form of the prompt: turns with tags, or plain text for a base"
+                                   " model", tuple(TEMPLATES))
+    mode: str = option("", "only this mode; none: all three", ("", *MODES))
+    problems: int = option(400, "held-out problems")
+    max_new_tokens: int = option(64, "length of a reply at most, tokens")
+    temperature: float = option(0.0, "divides the logits; 0 takes the likeliest token")
+    top_p: float = option(1.0, "draw from the likeliest tokens of this probability together")
+    samples: int = option(1, "replies to each problem; pass@k of more than one")
+    show: int = option(0, "print so many replies")
+    seed: int = option(0, "decides the draws")
+    device: str = option("auto", "auto, cpu or cuda")
+    threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
+
+    def __post_init__(self):
+        check_types(self)
+        for name in "problems samples max_new_tokens".split():
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in "show seed threads temperature".split():
+            require(self, name, getattr(self, name) >= 0, "0 or more")
+        require(self, "samples", self.samples == 1 or self.temperature > 0,
+                "1 at temperature 0, where all replies are the same")
+
+
+def report(args: SolveArgs) -> str:
+    """The table that the program prints."""
+    task, run = open_task(args.task), open_model(args.run, pick_device(args.device))
+    how = dict(template=args.template, max_new_tokens=args.max_new_tokens, seed=args.seed,
+               temperature=args.temperature, top_p=args.top_p)
+    rows = [["mode", "accuracy", "well formed", "thinks", "tokens"]]
+    for mode in [args.mode] if args.mode else MODES:
+        problems = task.some(args.problems, "held-out", seed=0)
+        replies = ask(run.model, run.tokenizer, [p.question for p in problems], mode, **how)
+        m = mark(task, problems, replies)
+        rows += [[mode, f"{m.accuracy:.3f}", f"{m.form:.3f}", f"{m.thinking:.3f}",
+                  f"{m.tokens:.1f}"]]
+        for problem, reply in list(zip(problems, replies, strict=True))[:args.show]:
+            print(f"{problem.question}   thought {reply.thought!r}   answer {reply.answer!r}, "
+                  f"right is {problem.answer!r}")
+        if args.samples > 1:
+            curve = pass_curve(run.model, run.tokenizer, task, args.problems, args.samples,
+                               mode=mode, **how)
+            print(f"{mode}: " + "  ".join(f"pass@{k} {p:.3f}" for k, p in curve.items()))
+    return format_table(rows)
+
+
+def main() -> None:
+    """The command line."""
+    [given] = parse("minids.solve", __doc__, SolveArgs)
+    args = SolveArgs(**given)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    print(report(args))
+
+
+if __name__ == "__main__":
+    run_program("minids.solve", main)

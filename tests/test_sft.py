@@ -1,0 +1,221 @@
+"""Fine-tuning: what is learnt, who sees whom, and runs that end with equal bytes."""
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from kill_and_resume import differences
+from small_models import LITTLE, gap, random_tokens, scrambled
+
+from minids import sft as sft_module
+from minids.chat import Chat
+from minids.checkpoint import load_weights, resolve
+from minids.config import TrainArgs, run_program
+from minids.hf import save_hf
+from minids.model import Packed, places, together
+from minids.sft import PRESETS, Rows, SftArgs, conversation
+from minids.solve import pass_at
+from minids.tasks import open_task
+from minids.tokenizer import Tokenizer
+from minids.train import train
+
+SMALL = dict(steps=6, examples=64, seq_len=128, batch_size=4, eval_every=3, eval_problems=4,
+             max_new_tokens=8, save_every=1, keep_last=0, threads=1)
+
+
+@pytest.fixture(scope="module")
+def chat() -> Chat:
+    return Chat(Tokenizer.open("bytes"))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("sft") / "base"
+    with contextlib.redirect_stdout(io.StringIO()):
+        train(TrainArgs.for_preset("micro", out=str(run), steps=2, eval_every=0, threads=1))
+    return run
+
+
+def some(count: int = 12) -> list[list[dict]]:
+    return [conversation(p, think=i % 2 == 0)
+            for i, p in enumerate(open_task("calculator").some(count, "train", 0))]
+
+
+def test_positions_and_sight_of_packed_samples():
+    samples = torch.tensor([[7, 7, 7, 8, 8], [1, 2, 2, 2, 2]])
+    assert places(samples).tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
+    assert together(samples)[0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0],
+                                                   [1, 1, 1, 0, 0], [0, 0, 0, 1, 0],
+                                                   [0, 0, 0, 1, 1]]
+
+
+def pieces(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = random_tokens(LITTLE, 1, sum(lengths))
+    samples = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
+    return tokens, samples
+
+
+def test_packed_samples_are_as_if_alone():
+    model, lengths = scrambled(LITTLE), [5, 1, 11, 7]
+    tokens, samples = pieces(lengths)
+    hidden = model.hidden(tokens, samples=samples)[0]
+    alone = torch.cat([model.hidden(part)[0] for part in tokens.split(lengths, dim=1)], dim=1)
+    assert gap(hidden, alone) < 1e-12
+    assert gap(model.hidden(tokens)[0], alone) > 0.1  # wrong variant: all is one text
+
+
+def test_the_loss_of_packed_samples_is_the_mean_of_those_alone():
+    """Main and MTP: over the targets that count, each sample with its own past only."""
+    model, lengths = scrambled(LITTLE), [6, 9, 5]
+    tokens, samples = pieces(lengths)
+    targets = tokens.roll(-1, dims=1)
+    learnt = torch.ones_like(tokens, dtype=torch.bool)
+    learnt[0, torch.tensor(lengths).cumsum(0) - 1] = False  # the last target is another sample's
+    together = model.loss(tokens, targets, packed=Packed(samples, learnt))
+    main = mtp = 0.0
+    for part in tokens.split(lengths, dim=1):
+        loss = model.loss(part[:, :-1], part[:, 1:])
+        count = part.size(1) - 1
+        main, mtp = main + loss.main * count, mtp + loss.mtp * count
+    assert gap(together.main, main / (sum(lengths) - 3)) < 1e-12
+    assert gap(together.mtp, mtp / (sum(lengths) - 3)) < 1e-12
+    assert gap(model.loss(tokens, targets).main, together.main) > 1e-3
+
+
+def test_rows_hold_every_conversation_once_and_learn_replies_only(chat):
+    conversations = some()
+    rows = Rows(chat, conversations, seq_len=96)
+    for number, messages in enumerate(conversations):
+        mine = rows.samples == number
+        assert mine.any(1).sum() == 1  # in one row
+        ids, learnt = chat.sample(messages)
+        # The row's last token may be a target only.
+        seen = rows.tokens[mine].tolist()
+        assert seen == ids[:len(seen)] and len(seen) >= len(ids) - 1
+        assert rows.targets[mine & rows.learnt].tolist() == [
+            t for t, learn in zip(ids, learnt, strict=True) if learn]
+    assert rows.tokens.shape[1] == 96
+
+
+def test_every_row_once_an_epoch(chat):
+    rows = Rows(chat, some(40), seq_len=64)
+    count = len(rows.tokens)
+    at = {tuple(row): i for i, row in enumerate(rows.tokens.tolist())}
+    order = [at[tuple(rows.batch(step, 1, seed=0)[0][0].tolist())]
+             for step in range(1, 2 * count + 1)]
+    assert sorted(order[:count]) == sorted(order[count:]) == list(range(count))
+    assert order[:count] != order[count:]
+
+
+def test_a_conversation_that_does_not_fit(chat):
+    with pytest.raises(ValueError, match="seq_len = 20 is not valid: conversation 1 has"):
+        Rows(chat, some(), seq_len=20)
+
+
+def run_sft(*flags: str) -> tuple[int, str, str]:
+    """`python -m minids.sft` with these flags, in this process: status, stdout, stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        patch.setattr(sys, "argv", ["minids.sft", *flags])
+        run_program("minids.sft", sft_module.main)
+    return end.value.code, out.getvalue(), err.getvalue()
+
+
+def as_flags(options: dict) -> list[str]:
+    return [word for name, value in options.items()
+            for word in ("--" + name.replace("_", "-"), str(value))]
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(base, tmp_path):
+    run, again = tmp_path / "run", tmp_path / "again"
+    status, out, err = run_sft("--from", str(base), "--out", str(run), *as_flags(SMALL))
+    assert (status, err) == (0, "") and "step 6/6: loss" in out
+    shutil.copytree(run, again)
+    for path in (again / "checkpoints").iterdir():
+        if int(path.name[5:]) > 3:
+            shutil.rmtree(path)
+    assert run_sft("--resume", "--out", str(again))[0] == 0
+    for folder in (run, again):
+        (folder / "sample.txt").write_text("")  # only pre-training writes one
+    assert differences(run, again) == []
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert {"think", "direct", "free"} <= lines[2].keys() and "think" not in lines[3]
+
+
+def test_gate_biases_rest(base, tmp_path):
+    run = tmp_path / "run"
+    assert run_sft("--from", str(base), "--out", str(run), *as_flags(SMALL))[0] == 0
+    before, after = load_weights(resolve(base)), load_weights(resolve(run))
+    biases = [n for n in before if n.endswith("gate.bias")]
+    assert biases and all(torch.equal(before[n], after[n]) for n in biases)
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+def test_conversations_from_a_file(base, tmp_path):
+    path = tmp_path / "talk.jsonl"
+    messages = [dict(role="system", content="Be brief."), dict(role="user", content="2+3"),
+                dict(role="assistant", content="5", thought="2+3=5"),
+                dict(role="user", content="and 4?"), dict(role="assistant", content="9")]
+    path.write_text(json.dumps(dict(messages=messages)) + "\n")
+    status, out, err = run_sft("--from", str(base), "--data", f"jsonl:{path}", "--out",
+                               str(tmp_path / "run"), *as_flags(SMALL))
+    assert (status, err) == (0, "") and "1 rows" in out
+
+
+def test_from_a_hugging_face_folder(base, tmp_path):
+    from minids.checkpoint import load_run
+    run = load_run(base)
+    save_hf(run.model, tmp_path / "hf")
+    run.tokenizer.save_hf(tmp_path / "hf")
+    status, _, err = run_sft("--from", str(tmp_path / "hf"), "--out", str(tmp_path / "run"),
+                             *as_flags(SMALL))
+    assert (status, err) == (0, "")
+    first = load_weights(tmp_path / "run/checkpoints/step_000000")
+    assert all(torch.equal(first[n], w) for n, w in load_weights(resolve(base)).items())
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--data", "pystdlib"], "data = 'pystdlib' is not valid: valid are task:NAME and jsonl:PATH"),
+    (["--data", "jsonl:nowhere"], "there is no such file"),
+    (["--data", "task:sudoku"], "task = 'sudoku' is not valid"),
+    (["--seq-len", "1000"], "seq_len = 1000 is not valid: it must be at most max_seq_len = 256"),
+    (["--seq-len", "16"], "seq_len = 16 is not valid: conversation"),
+    (["--think", "1.5"], "think = 1.5 is not valid"),
+    (["--lr", "0"], "lr = 0.0 is not valid"),
+    (["--preset", "huge"], "preset"), (["--thinks", "1"], "did you mean '--think'?")])
+def test_mistakes_are_one_line_and_leave_nothing(base, tmp_path, flags, named):
+    status, _, err = run_sft("--from", str(base), "--out", str(tmp_path / "run"),
+                             *as_flags(SMALL), *flags)
+    assert status == 2 and err.count("\n") == 1 and named in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_line_is_named(base, tmp_path):
+    path = tmp_path / "talk.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", '
+                    '"content": "b"}]}\n{"messages": 3}\n')
+    status, _, err = run_sft("--from", str(base), "--data", f"jsonl:{path}")
+    assert status == 2 and "line 2 is no object" in err
+
+
+def test_presets():
+    assert SftArgs.for_preset("r1").lr == 5e-5 and SftArgs.for_preset("r1", lr=1e-3).lr == 1e-3
+    assert all(SftArgs.for_preset(name).preset == name for name in PRESETS)
+
+
+def test_pass_at_k_against_all_subsets():
+    from itertools import combinations
+    for right in range(6):
+        replies = [True] * right + [False] * (5 - right)
+        for k in range(1, 6):
+            subsets = list(combinations(replies, k))
+            assert pass_at(k, right, 5) == pytest.approx(sum(map(any, subsets)) / len(subsets))
+    # Wrong variant: as if replies were drawn with replacement.
+    assert 1 - (1 - 2 / 5) ** 2 != pytest.approx(pass_at(2, 2, 5))
