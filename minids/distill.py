@@ -1,0 +1,187 @@
+"""Rejection sampling and distillation: a teacher's right answers teach another model.
+
+    python -m minids.distill --teacher runs/r1/final --corpus teacher.jsonl
+    python -m minids.distill --teacher runs/r1/final --corpus teacher.jsonl \\
+        --from runs/r1/student --out runs/distilled
+
+The teacher answers problems of the training side; what is right, well formed, short enough and in
+the question's language is kept, at most one reply a problem, and the rest is rejected. That is the
+third stage of R1 (arXiv 2501.12948, section 2.3.3), where the corpus goes to the base model, and
+its distillation (section 2.4), where it goes to smaller ones; R1 adds answers without reasoning, a
+quarter of the corpus, so that the model keeps both ways of answering.
+
+Without --from only the corpus is made: lines {"messages": [..]}, and FILE.json beside it with the
+counts. With it, a student is fine-tuned on it; its flags are those of `minids.sft`.
+"""
+
+import json
+import os
+import random
+import shlex
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+
+from minids.chat import TEMPLATES, Reply
+from minids.checkpoint import pick_device, write_json
+from minids.config import check_types, option, parse, require, run_program
+from minids.hf import open_model
+from minids.loop import Stopped, settings, tune_allocator
+from minids.sft import SftArgs, conversation, sft
+from minids.solve import BATCH, ask, parts
+from minids.tasks import Problem, Task, accuracy, consistency, open_task, well_formed
+
+
+@dataclass(frozen=True)
+class CorpusArgs:
+    """The teacher and what it answers."""
+
+    teacher: str = option("", "run folder, checkpoint, or Hugging Face folder")
+    corpus: str = option("", "file to write, a JSON object a line")
+    about: str = option("calculator", "task: calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or"
+                                      " jsonl:PATH")
+    problems: int = option(2048, "problems that the teacher answers, of the training side")
+    tries: int = option(1, "replies to each; the first good one is kept")
+    template: str = option("chat", "form of the prompt", tuple(TEMPLATES))
+    temperature: float = option(1.0, "divides the logits; R1 recommends 0.6 to its users")
+    top_p: float = option(1.0, "draw from the likeliest tokens of this probability together")
+    longest: int = option(48, "length of a reply at most, tokens; longer ones are rejected")
+    direct: float = option(0.25, "share of the corpus that answers without a thought")
+    draws: int = option(0, "seed of problems and replies")
+    on: str = option("auto", "the teacher's device: auto, cpu or cuda")
+
+    def __post_init__(self):
+        check_types(self)
+        require(self, "teacher", bool(self.teacher), "a run or a Hugging Face folder")
+        require(self, "corpus", bool(self.corpus), "a file to write")
+        for name in "problems tries longest".split():
+            require(self, name, getattr(self, name) >= 1, "at least 1")
+        require(self, "draws", self.draws >= 0, "0 or more")
+        require(self, "temperature", self.temperature >= 0, "0 or more")
+        require(self, "tries", self.tries == 1 or self.temperature > 0,
+                "1 at temperature 0, where all replies are the same")
+        require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
+        require(self, "direct", 0 <= self.direct < 1, "0 or more and below 1")
+
+
+class Verdict(NamedTuple):
+    """What became of the replies: how many were kept, and why the others were not."""
+
+    kept: int
+    wrong: int
+    malformed: int
+    other_language: int
+
+
+def verdict(task: Task, problem: Problem, reply: Reply) -> str:
+    """The field of `Verdict` that a reply counts in; a reply that is cut is malformed."""
+    if not well_formed(reply) or reply.thought is None:
+        return "malformed"
+    if not accuracy(task, problem, reply):
+        return "wrong"
+    return "kept" if consistency(problem.question, reply.thought) == 1 else "other_language"
+
+
+def sift(args: CorpusArgs) -> tuple[list[list[dict]], Verdict]:
+    """The conversations that are kept, and the counts.
+
+    Their thoughts and answers are the teacher's; those without a thought have the task's answer.
+    """
+    task, run = open_task(args.about), open_model(args.teacher, pick_device(args.on))
+    kept, counts = [], dict.fromkeys(Verdict._fields, 0)
+    problems = task.some(args.problems, "train", args.draws)
+    with tqdm(total=len(problems), unit="problem", desc="answers", disable=None) as bar:
+        for number, part in enumerate(parts(problems, BATCH)):
+            for problem, reply in good_replies(args, run, task, part, number, counts):
+                kept.append([dict(role="user", content=problem.question),
+                             dict(role="assistant", thought=reply.thought, content=reply.answer)])
+            bar.update(len(part))
+    without = round(len(kept) * args.direct / (1 - args.direct))
+    kept += [conversation(problem, think=False)
+             for problem in task.some(without, "train", args.draws + 1)]
+    random.Random(args.draws).shuffle(kept)
+    return kept, Verdict(**counts)
+
+
+def good_replies(args: CorpusArgs, run, task: Task, problems: list[Problem], number: int,
+                 counts: dict[str, int]) -> Iterator[tuple[Problem, Reply]]:
+    """Problems with their first good reply; every reply is counted. number: of the part"""
+    left = list(problems)
+    for attempt in range(args.tries):
+        replies = ask(run.model, run.tokenizer, [p.question for p in left], "think",
+                      args.template, args.longest, args.temperature, args.top_p,
+                      seed=args.draws * 1_000_003 + number * args.tries + attempt)
+        again = []
+        for problem, reply in zip(left, replies, strict=True):
+            found = verdict(task, problem, reply)
+            counts[found] += 1
+            if found == "kept":
+                yield problem, reply
+            else:
+                again.append(problem)
+        if not (left := again):
+            return
+
+
+def write_corpus(args: CorpusArgs) -> Verdict:
+    """Make the corpus and write it, whole or not at all.
+
+    Raises `ValueError` if no reply was good: nothing can be learnt from it.
+    """
+    conversations, counts = sift(args)
+    if not counts.kept:
+        raise ValueError(f"teacher = {args.teacher!r} is not valid: none of {sum(counts)} replies "
+                         f"was kept ({counts.wrong} wrong, {counts.malformed} malformed)")
+    path = Path(args.corpus)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    making = path.with_name(f".tmp_{path.name}")
+    making.write_text("".join(json.dumps(dict(messages=messages), ensure_ascii=False) + "\n"
+                              for messages in conversations), "utf-8")
+    write_json(path.with_name(path.name + ".json"), counts._asdict() | dict(
+        conversations=len(conversations), teacher=args.teacher, task=args.about))
+    os.replace(making, path)
+    return counts
+
+
+def told(counts: Verdict, path: str) -> str:
+    """The counts in a line."""
+    return (f"corpus  {counts.kept} of {sum(counts)} replies kept: {counts.wrong} wrong, "
+            f"{counts.malformed} malformed or too long, {counts.other_language} in another "
+            f"language; {path}")
+
+
+def main() -> int:
+    """The command line."""
+    given, for_student = parse("minids.distill", __doc__, CorpusArgs, SftArgs)
+    args = CorpusArgs(**given)
+    tune_allocator()
+    if "data" in for_student:
+        raise ValueError(f"data = {for_student['data']!r} is not valid here: the corpus is "
+                         "--corpus")
+    student = None
+    if for_student.get("from_run") or for_student.get("resume"):
+        student = settings("sft", SftArgs, for_student | dict(data=f"jsonl:{args.corpus}",
+                                                              task=args.about), "-distilled")
+    if for_student.get("threads"):
+        torch.set_num_threads(for_student["threads"])
+    if not Path(args.corpus).exists():
+        print(told(write_corpus(args), args.corpus), flush=True)
+    elif student is None:
+        raise ValueError(f"corpus = {args.corpus!r} is not valid: there is such a file")
+    try:
+        if student is not None:
+            sft(student)
+    except Stopped as stopped:
+        again = shlex.join(sys.argv[1:])
+        print(f"stopped; go on with: python -m minids.distill {again} --resume")
+        return 128 + int(stopped.args[0])
+    return 0
+
+
+if __name__ == "__main__":
+    run_program("minids.distill", main)

@@ -1,0 +1,170 @@
+"""The R1 pipeline as one command: stages in order, each once, killed and restarted at will.
+
+A pipeline of a few steps; whether it learns is what `python -m minids.r1` prints.
+"""
+
+import contextlib
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from minids import distill as distill_module
+from minids import r1 as r1_module
+from minids.chat import Reply
+from minids.checkpoint import load_weights, resolve
+from minids.config import ModelArgs, run_program
+from minids.distill import CorpusArgs, sift, verdict
+from minids.grpo import Reinforcer
+from minids.loop import Learner, Stopped
+from minids.r1 import NAMES, PRESETS, TABLE, R1Args, r1, table
+from minids.sft import read_conversations
+from minids.tasks import Problem, open_task
+
+RUN = dict(save_every=2, eval_every=0, eval_problems=2)
+RL = RUN | dict(steps=2, questions=2, group=2, max_new_tokens=8)
+BRIEF = dict(
+    task="calculator", model="micro", curve="free", student=dict(dim=48, n_heads=3),
+    base=dict(steps=2, eval_every=0),
+    sft=RUN | dict(steps=2, examples=32), rl=RL, rejected=RUN | dict(steps=2), final=RL,
+    studied=dict(steps=2, eval_every=0), distilled=RUN | dict(steps=2), alone=RL,
+    corpus=dict(problems=4, longest=8))
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """The pipeline in a few steps, whose teachers are right by decree."""
+    monkeypatch.setitem(PRESETS, "tiny", BRIEF)
+    monkeypatch.setattr(distill_module, "verdict", lambda *_: "kept")
+    monkeypatch.setattr(distill_module, "ask", lambda model, tokenizer, questions, *_, **__: [
+        Reply("1+1=2", "2", True, 9) for _ in questions])
+    monkeypatch.setattr(r1_module, "EARLY", 2)
+
+
+def quiet(args: R1Args) -> tuple[dict, str]:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        return r1(args), out.getvalue()
+
+
+def args_for(run: Path, **more) -> R1Args:
+    return R1Args(out=str(run), problems=4, threads=1, **more)
+
+
+def test_all_stages_then_none(brief, tmp_path):
+    run = tmp_path / "r1"
+    marks, said = quiet(args_for(run, controls=True))
+    assert list(marks) == list(TABLE) and (run / "table.txt").exists() and (run / "r1.png").exists()
+    made = {path.name for path in run.iterdir() if path.is_dir()}
+    assert made == set(TABLE)
+    stamps = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+    again, said = quiet(args_for(run, controls=True))
+    assert again == marks and "step" not in said  # nothing was run again
+    assert stamps == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
+
+
+def test_a_stage_begins_where_the_one_before_ended(brief, tmp_path):
+    quiet(args_for(tmp_path, controls=True))
+    before = {"sft": "base", "rl": "sft", "rejected": "base", "final": "rejected",
+              "distilled": "student", "alone": "student", "zero": "base", "shuffled": "sft",
+              "direct": "base", "early-sft": "early", "early-rl": "early-sft"}
+    for stage, source in before.items():
+        first = load_weights(tmp_path / stage / "checkpoints/step_000000")
+        last = load_weights(resolve(tmp_path / source))
+        assert all(torch.equal(first[n], last[n]) for n in last)
+    student = json.loads((tmp_path / "student/config.json").read_text())["model"]
+    assert (student["dim"], student["n_heads"]) == (48, 3)
+    messages = read_conversations(tmp_path / "rl.jsonl")
+    assert {"thought" in m[-1] for m in messages} == {True, False}  # both modes
+
+
+def test_a_pipeline_that_was_stopped_ends_with_the_same_bytes(brief, tmp_path, monkeypatch):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    quiet(args_for(whole))
+    step = Learner.write_record
+
+    def stop_after_one(learner, record):
+        if learner.run.name in ("sft", "final") and learner.step == 1:
+            learner.stop_signal = 15
+        step(learner, record)
+
+    monkeypatch.setattr(Learner, "write_record", stop_after_one)
+    stops = 0
+    while True:
+        try:
+            quiet(args_for(broken))
+            break
+        except Stopped:
+            stops += 1
+            assert stops < 5
+    assert stops == 2
+    for stage in ("sft", "final", "distilled"):
+        a, b = (load_weights(resolve(run / stage)) for run in (whole, broken))
+        assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_the_table_has_every_stage():
+    marks = {stage: {mode: dict(accuracy=0.5, form=1.0, thinking=0.25, tokens=12.0)
+                     for mode in ("think", "direct", "free")} for stage in TABLE}
+    text = table(marks)
+    assert all(NAMES.get(stage, stage) in text for stage in TABLE) and "0.500" in text
+
+
+def test_a_run_keeps_its_preset_and_seed(brief, tmp_path, monkeypatch):
+    quiet(args_for(tmp_path))
+    for flags, named in ((["--seed", "1"], "seed = 1 is not valid: the run in"),
+                         (["--preset", "countdown"], "preset = 'countdown' is not valid: the run"),
+                         (["--problems", "0"], "problems = 0 is not valid")):
+        monkeypatch.setattr(sys, "argv", ["minids.r1", "--out", str(tmp_path), *flags])
+        err = io.StringIO()
+        with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+            run_program("minids.r1", r1_module.main)
+        assert end.value.code == 2 and named in err.getvalue() and err.getvalue().count("\n") == 1
+
+
+def test_verdicts():
+    task, problem = open_task("calculator"), Problem("1+1", "1+1=2", "2")
+    cases = {"kept": Reply("1+1=2", "2", True, 9), "wrong": Reply("1+1=3", "3", True, 9),
+             "malformed": Reply("1+1=2", None, False, 9),
+             "other_language": Reply("一加一 = 2", "2", True, 9)}
+    for name, reply in cases.items():
+        assert verdict(task, problem, reply) == name
+    assert verdict(task, problem, Reply(None, "2", True, 3)) == "malformed"  # without a thought
+
+
+def test_only_the_first_good_reply_of_a_problem_is_kept(tmp_path, brief, monkeypatch):
+    """Two of three replies are wrong: with enough tries every problem is answered."""
+    quiet(args_for(tmp_path))
+    turn = iter(range(10 ** 6))
+    monkeypatch.setattr(distill_module, "verdict",
+                        lambda *_: "kept" if next(turn) % 3 == 0 else "wrong")
+    args = CorpusArgs(teacher=str(tmp_path / "rl"), corpus=str(tmp_path / "c.jsonl"), problems=9,
+                      tries=20, direct=0.0)
+    conversations, counts = sift(args)
+    questions = [m[0]["content"] for m in conversations]
+    assert len(questions) == len(set(questions)) == counts.kept == 9
+    assert counts.wrong >= 9
+
+
+def test_a_teacher_without_a_right_answer(tmp_path, brief, monkeypatch):
+    quiet(args_for(tmp_path))
+    monkeypatch.undo()
+    flags = ["--teacher", str(tmp_path / "rl"), "--corpus", str(tmp_path / "c.jsonl"),
+             "--problems", "3", "--longest", "4"]
+    err = io.StringIO()
+    monkeypatch.setattr(sys, "argv", ["minids.distill", *flags])
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        run_program("minids.distill", distill_module.main)
+    assert end.value.code == 2 and "none of 3 replies was kept" in err.getvalue()
+    assert not (tmp_path / "c.jsonl").exists()
+
+
+def test_the_default_settings_are_the_papers_order():
+    """Both modes in the last stage, the model's own choice before; a student that is smaller."""
+    tiny = PRESETS["tiny"]
+    assert tiny["final"]["mode"] == "both" and "mode" not in tiny["rl"]
+    assert tiny["student"]["dim"] < ModelArgs.preset(tiny["model"]).dim
+    assert Reinforcer.program == "grpo"
