@@ -5,6 +5,8 @@
     python -m minids.bench --what moe-vs-dense --seeds 3 --steps 500
     python -m minids.bench --what sparse --context 32768 --pairs 3
     python -m minids.bench --what speculative --run runs/deep
+    python -m minids.bench --what rollout --preset micro --decode-batch 256 --prompt 16 \\
+        --new-tokens 48 --dtype fp32
 
 What each table shows:
     train         training steps a second: forward, backward, clipping and fused AdamW
@@ -15,13 +17,15 @@ What each table shows:
     sparse        prefill and decoding against context length, dense and sparse: time and FLOPs
     speculative   greedy decoding of a trained run with and without drafts of its MTP modules,
                   beside what the cost model of `minids.costs` says, and what of other depths
+    rollout       sampling for reinforcement learning (`minids.rollout`), log-probabilities and
+                  routes kept, beside transformers' generate, which keeps neither
 
-The other side of the first three is transformers' model with the same weights (`minids.hf`), data,
-precision, threads and allocator, under those of its settings that a trial finds fastest. The two
-run in turn, A B then B A, and the figure is the median of the ratios of such pairs: on a machine
-with neighbours a ratio within a pair is steadier than any time. Both compute the same function, and
-the benchmark stops if they do not: logits and first losses are compared before anything is timed,
-and decoded tokens may differ only where rounding decides.
+The other side of the first three and of the last is transformers' model with the same weights
+(`minids.hf`), data, precision, threads and allocator, under those of its settings that a trial
+finds fastest. The two run in turn, A B then B A, and the figure is the median of the ratios of such
+pairs: on a machine with neighbours a ratio within a pair is steadier than any time. Both compute
+the same function, and the benchmark stops if they do not: logits and first losses are compared
+before anything is timed, and decoded tokens may differ only where rounding decides.
 
 Simplified: without MTP modules, gate-bias updates and balance loss, which transformers' model does
 not train; weights are random. `batched_mm`, a third body of transformers' experts, joins the trial
@@ -70,16 +74,20 @@ from minids.hf import config_from_args, open_model, save_hf
 from minids.loop import read_metrics, tune_allocator
 from minids.mla import LatentCache
 from minids.model import Transformer
+from minids.rollout import roll_out
+from minids.sampling import Sampler
 from minids.sparse_attention import Selection, load_weights_without_indexer
 from minids.tokenizer import Tokenizer
 from minids.train import default_indexer, free_run_folder, train
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-TABLES = ("train", "decode", "memory", "dense", "moe-vs-dense", "sparse", "speculative")
-ASKED_FOR = ("moe-vs-dense", "sparse", "speculative")  # tables that "all" leaves out
+TABLES = ("train", "decode", "memory", "dense", "moe-vs-dense", "sparse", "speculative",
+          "rollout")
+ASKED_FOR = ("moe-vs-dense", "sparse", "speculative", "rollout")  # tables that "all" leaves out
 TRIAL_ROUNDS = 3
 WARM_UP = 2           # training steps; the first ones build kernels
 MEMORY_STEPS = 5
+NEVER = -1            # a token that ends no text
 LEARNING_RATE = 1e-3  # of the timed steps
 WIDTH_MULTIPLE = 8    # of the dense model's hidden width, to give it no odd shape
 
@@ -227,11 +235,21 @@ def decode_minids(model: Transformer, prompts: list[list[int]], new_tokens: int)
     return generate(model, prompts, new_tokens).tokens
 
 
-def decode_transformers(theirs, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """The greedy continuation of each prompt by transformers."""
+def roll_out_minids(model: Transformer, prompts: list[list[int]], new_tokens: int) -> list:
+    """A drawn continuation of each prompt by minids, as the trainer of `minids.grpo` wants it."""
+    generator = torch.Generator(model.head.weight.device).manual_seed(0)
+    return roll_out(model, prompts, new_tokens, Sampler(1.0, generator=generator),
+                    eos_id=NEVER).replies()
+
+
+def decode_transformers(theirs, prompts: list[list[int]], new_tokens: int,
+                        draw: bool = False) -> list[list[int]]:
+    """The continuation of each prompt by transformers, greedy or drawn at temperature 1."""
     ids = torch.tensor(prompts, device=theirs.device)  # (B, S)
-    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False,
-                          use_cache=True, min_new_tokens=new_tokens, max_new_tokens=new_tokens)
+    how = dict(do_sample=True, temperature=1.0, top_k=0, top_p=1.0) if draw else dict(
+        do_sample=False)
+    out = theirs.generate(ids, attention_mask=torch.ones_like(ids), **how, use_cache=True,
+                          min_new_tokens=new_tokens, max_new_tokens=new_tokens)
     return out[:, ids.size(1):].tolist()
 
 
@@ -362,7 +380,7 @@ class Bench:
     """
 
     def __init__(self, settings: BenchArgs, args: ModelArgs):
-        tokenizer = Tokenizer.load()
+        tokenizer = Tokenizer.open(TrainArgs.for_preset(settings.preset).tokenizer)
         self.settings = settings
         self.trained_args = replace(args, vocab_size=tokenizer.vocab_size)
         self.args = replace(self.trained_args, n_mtp_layers=0)
@@ -470,6 +488,25 @@ def decode_table(bench: Bench) -> list[list[str]]:
                          s.device)
         rows += [[f"{dtype}, batch {batch}, {setting}", *timing.cells(batch * s.new_tokens),
                   f"{share:.1%}"]]
+    return rows
+
+
+def rollout_table(bench: Bench) -> list[list[str]]:
+    """Sampling beside transformers; a draw needs no check beyond that of the logits."""
+    s = bench.settings
+    rows = [["sampling", "minids tokens/s", "transformers tokens/s", *RATIOS]]
+    for dtype in s.dtypes:
+        ours, judge, theirs = bench.decoders(dtype)
+        choose(theirs, setting := bench.fastest_decoding(dtype, s.decode_batch))
+        prompts = bench.prompts(s.decode_batch)
+        check_same_function(judge, to_transformers(judge), torch.tensor(prompts, device=s.device))
+        work = [functools.partial(roll_out_minids, ours, prompts, s.new_tokens),
+                functools.partial(decode_transformers, theirs, prompts, s.new_tokens, draw=True)]
+        assert all(len(row) == s.new_tokens for sample in work for row in sample())
+        timing = in_turn(*(lambda pair, sample=sample: sample() for sample in work), s.pairs,
+                         s.device)
+        rows += [[f"{dtype}, batch {s.decode_batch}, {setting}",
+                  *timing.cells(s.decode_batch * s.new_tokens)]]
     return rows
 
 
@@ -879,7 +916,7 @@ def speculative_table(bench: Bench) -> list[list[str]]:
 
 
 MAKERS = dict(zip(TABLES, (train_table, decode_table, memory_table, dense_table, quality_table,
-                           sparse_table, speculative_table), strict=True))
+                           sparse_table, speculative_table, rollout_table), strict=True))
 
 
 def prepare(settings: BenchArgs) -> None:

@@ -339,7 +339,7 @@ TRAIN_PRESETS = {
     "nano": dict(steps=60, batch_size=4, seq_len=128, optimizer="muon", lr=5e-3, muon_lr=5e-3,
                  warmup_steps=5, constant_until=0.5, decay_until=1.0, bias_speed=0.01,
                  eval_every=20, eval_tokens=8192, save_every=20),
-    "micro": dict(data="task:calculator", tokenizer="bytes", steps=500, batch_size=16, seq_len=256,
+    "micro": dict(data="task:calculator", tokenizer="bytes", steps=600, batch_size=16, seq_len=256,
                   separate=True, optimizer="muon", lr=4e-3, muon_lr=4e-3, weight_decay=0.0,
                   warmup_steps=20, constant_until=0.5, decay_until=1.0, final_lr=0.05,
                   bias_speed=0.005, dtype="fp32", save_every=100, prompt="3*7+5-2*4+6-8"),

@@ -31,6 +31,8 @@ from minids.config import ModelArgs, check_types, option, parse, require, run_pr
 BLOCK = 128  # rows and columns that share one scale in an FP8 weight, numbers in an FP8 vector
 DTYPE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}  # by the names that safetensors has for them
 V3_GPU_HOURS = {"pre-training": 2_664_000, "context extension": 119_000, "post-training": 5_000}
+# What R1 added, on 512 H800, as reported beside the Nature version (645:633).
+R1_GPU_HOURS = {"R1-Zero": 101_000, "R1": 41_000, "data for fine-tuning": 5_000}
 V3_TOKENS = 14.8e12  # of pre-training
 
 

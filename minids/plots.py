@@ -546,10 +546,10 @@ def grpo_figure(runs: dict[str, list[dict]], path: str | Path | None = None):
     path: where to save the picture
     """
     figure = new_figure(8.6, 5.6)
-    panels = [("reward_accuracy", "sampled replies that are right", "share"),
-              ("thinking", "replies that think", "share"),
-              ("length", "length of a reply", "tokens"),
-              ("kl", "distance from the reference", "KL, nats a token")]
+    panels = [("reward_accuracy", "right answers", "replies (share)"),
+              ("thinking", "thinking", "replies (share)"),
+              ("length", "length", "a reply (tokens)"),
+              ("kl", "distance from the reference", "KL (nats a token)")]
     styles = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (RED, ":"), (PINK, "-"), (BLACK, "--")]
     for ax, (name, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for (label, metrics), (colour, dash) in zip(runs.items(), styles, strict=False):
@@ -557,7 +557,71 @@ def grpo_figure(runs: dict[str, list[dict]], path: str | Path | None = None):
         ax.set_title(title)
         ax.set_xlabel("step")
         ax.set_ylabel(unit)
-        ax.set_ylim(bottom=0, top=1.05 if unit == "share" else None)
+        ax.set_ylim(bottom=0, top=1.05 if "share" in unit else None)
         if name == "reward_accuracy" and len(runs) > 1:
             ax.legend()
+    return finish(figure, path)
+
+
+@house_style()
+def cold_start_figure(steps: list[int], accuracy: dict[str, list[float]], form: list[float],
+                      path: str | Path | None = None):
+    """What fine-tuning gives first: the form of a reply, then right answers.
+
+    steps: optimizer steps at which the model was examined
+    accuracy: by mode ("think", "direct", "free"), share of right answers at each
+    form: share of well-formed replies when the model may choose
+    path: where to save the picture
+    """
+    figure = new_figure(8.6, 3.4)
+    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    left.plot(steps, form, color=BLACK, marker="o", markersize=4)
+    left.set_title("well-formed replies, left to choose")
+    styles = {"think": ("made to think", BLUE, "-"), "direct": ("made to answer", ORANGE, "--"),
+              "free": ("left to choose", GREEN, "-.")}
+    for mode, values in accuracy.items():
+        label, colour, dash = styles[mode]
+        right.plot(steps, values, color=colour, linestyle=dash, marker="o", markersize=4,
+                   label=label)
+    right.set_title("right answers to held-out questions")
+    right.legend()
+    for ax in (left, right):
+        ax.set_xlabel("step")
+        ax.set_ylabel("replies (share)")
+        ax.set_ylim(0, 1.05)
+    return finish(figure, path)
+
+
+@house_style()
+def bill_figure(shares: dict[str, float], tokens: list[float], bills: dict[str, list[float]],
+                paid: tuple[float, float], path: str | Path | None = None):
+    """Who answers right, and what pre-training costs.
+
+    shares: model -> share of right answers; tokens: of pre-training
+    bills: model -> USD for each of `tokens`; paid: tokens and USD of a run as published
+    path: where to save the picture
+    """
+    from matplotlib.ticker import FuncFormatter
+    figure = new_figure(9.0, 3.6)
+    left, right = figure.subplots(1, 2)
+    names = list(shares)[::-1]
+    left.barh(names, [shares[name] for name in names], color=BLUE, height=0.55)
+    for name in names:
+        left.annotate(f"{shares[name]:.2f}", (shares[name], name), xytext=(4, 0),
+                      textcoords="offset points", va="center", fontsize=9)
+    left.set_xlim(0, 1.15)
+    left.set_xlabel("right answers, thinking (share)")
+    left.set_title("distilled, and by reward alone")
+    left.grid(axis="y", visible=False)
+    styles = [(SKY, ":"), (ORANGE, "--"), (GREEN, "-")]
+    for (name, dollars), (colour, dash) in zip(bills.items(), styles, strict=False):
+        right.plot(tokens, dollars, color=colour, linestyle=dash, label=name)
+    right.plot(*paid, "o", color=BLACK, label="V3 as published")
+    right.set_xscale("log")
+    right.set_yscale("log")
+    right.yaxis.set_major_formatter(FuncFormatter(lambda usd, _: f"{usd:,.0f}"))
+    right.set_xlabel("pre-training (tokens)")
+    right.set_ylabel("cost (USD)")
+    right.set_title("pre-training on H800 at 2 USD an hour")
+    right.legend()
     return finish(figure, path)

@@ -22,8 +22,8 @@ With --controls also:
     shuffled    `rl` with the rewards shuffled among the replies
     direct      base, fine-tuned on bare answers for as many tokens as the model of `rl` went
                 through in all stages
-    early       base as it was before it could calculate; its cold start and GRPO: a recipe that
-                plateaus
+    early       base as it was before it could calculate, a short cold start, and GRPO: a recipe
+                that plateaus
 
 A stage that is done is skipped, one that was cut off goes on. Each is a program of its own too:
 `minids.train`, `sft`, `grpo`, `distill`; the settings are in STAGES.
@@ -53,7 +53,7 @@ from minids.tasks import open_task
 from minids.train import train
 
 SAMPLES = 32  # replies to a problem, for pass@k
-EARLY = 200  # steps of base at which it does not calculate yet
+EARLY, EARLY_SFT = 200, 60  # steps of base, and of its cold start, after which it cannot calculate
 
 # By preset: the model's preset, the fields of the student's that differ, and by stage the settings
 # that differ from the programs' defaults.
@@ -61,18 +61,18 @@ PRESETS = {
     "tiny": dict(
         task="calculator", model="micro",
         student=dict(dim=48, inter_dim=96, moe_inter_dim=48, n_heads=3),
-        base={}, sft=dict(steps=80), rl=dict(steps=40, lr=2e-4),
-        rejected=dict(steps=100), final=dict(steps=20, lr=1e-4, mode="both"),
-        studied=dict(steps=250), distilled=dict(steps=150), alone=dict(steps=60, lr=2e-4),
+        base={}, sft={}, rl=dict(steps=40, lr=2e-4),
+        rejected={}, final=dict(steps=20, lr=1e-4, mode="both"),
+        studied=dict(steps=250), distilled={}, alone=dict(steps=60, lr=2e-4),
         corpus=dict(direct=0.5), curve="free"),
     "countdown": dict(
         task="countdown", model="micro",
         student=dict(dim=48, inter_dim=96, moe_inter_dim=48, n_heads=3),
-        base=dict(steps=1000), sft=dict(steps=100, examples=8192, max_new_tokens=120),
+        base=dict(steps=1000), sft=dict(examples=8192, max_new_tokens=120),
         rl=dict(steps=100, lr=2e-4, max_new_tokens=120),
-        rejected=dict(steps=150, max_new_tokens=120),
+        rejected=dict(max_new_tokens=120),
         final=dict(steps=40, lr=2e-4, mode="both", max_new_tokens=120),
-        studied=dict(steps=500), distilled=dict(steps=200, max_new_tokens=120),
+        studied=dict(steps=500), distilled=dict(max_new_tokens=120),
         alone=dict(steps=100, lr=2e-4, max_new_tokens=120),
         corpus=dict(problems=4096, longest=120, direct=0.5), curve="think"),
 }
@@ -89,7 +89,7 @@ class R1Args:
     problems: int = option(400, "held-out problems that the table is measured on")
     seed: int = option(0, "decides weights, data and samples")
     device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(2, "CPU threads")
+    threads: int = option(1, "CPU threads; with two a busy neighbour slows all of it down")
 
     def __post_init__(self):
         check_types(self)
@@ -180,7 +180,7 @@ class Pipeline:
         self.tune("direct", "base", **preset["sft"] | dict(think=0.0, examples=65536,
                                                            steps=self.equal_steps()))
         self.base("early", {}, **preset["base"] | dict(steps=EARLY))
-        self.tune("early-sft", "early", **preset["sft"])
+        self.tune("early-sft", "early", **preset["sft"] | dict(steps=EARLY_SFT))
         self.reinforce("early-rl", "early-sft", **preset["rl"])
 
     def equal_steps(self) -> int:

@@ -415,3 +415,9 @@ def test_bad_flag_is_one_line():
     done = subprocess.run(words, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
     assert "trian" in done.stderr and "moe-vs-dense" in done.stderr
+
+
+def test_rollout_table(settings, capsys):
+    head, row = run(settings, "rollout", capsys, "--dtype=fp32")
+    assert len(head) == len(row) == 6 and "fp32, batch" in row[0]
+    assert float(row[3]) > 0 and float(row[4]) <= float(row[3]) <= float(row[5])

@@ -26,8 +26,6 @@ def assistant(text: str = "6", **more) -> dict:
     return said("assistant", text, **more)
 
 
-# --- exact ids ---
-
 @both
 def test_a_prompt_ends_in_what_its_mode_forces(t):
     start = [t.bos_id, t.user_id, *t.encode(QUESTION), t.assistant_id]
@@ -60,8 +58,6 @@ def test_the_tags_have_the_lowest_ids():
         0, 1, 2, 3, 4, 5]
     assert Chat(t).prompt("A") == [0, 2, len(SPECIAL) + ord("A"), 3, 4]
 
-
-# --- text that spells a tag ---
 
 def joined(t: Tokenizer, text: str) -> list[int]:
     """Wrong: the user's text goes into a template of strings, whose tags then become ids."""
@@ -97,8 +93,6 @@ def test_no_text_of_a_conversation_becomes_a_tag(t):
     assert Chat(t).read(after) == Reply(every, every, True, len(after))
     assert tags(t, Plain(t).prompt(every)) == [t.bos_id]
 
-
-# --- history ---
 
 class Remembering(Chat):
     """Wrong: each turn as if it were the last, with its thought, and learnt."""
@@ -153,8 +147,6 @@ def test_messages_are_left_as_they_were():
     Chat(BYTES).sample(messages)
     assert messages == before
 
-
-# --- replies ---
 
 def random_text(rng: random.Random) -> str:
     """Any characters but surrogates, which UTF-8 cannot hold, and what looks like a form."""
@@ -244,8 +236,6 @@ def test_half_a_character_is_read_as_a_broken_one():
     assert Chat(BYTES).read(BYTES.encode("é")[:1], "direct") == Reply(None, "\ufffd", False, 2)
 
 
-# --- plain text ---
-
 MODES = {"think": ":", "direct": " =", "free": ""}
 
 
@@ -307,8 +297,6 @@ def test_worked_examples_are_written_like_that():
     assert plain_text("3*7+5", "3*7=1+5=6", "6") == "3*7+5: 3*7=1+5=6 = 6"
     assert plain_text("3*7+5", None, "6") == "3*7+5 = 6"
 
-
-# --- mistakes ---
 
 def complaint(ask, *args) -> str:
     with pytest.raises(ValueError) as error:

@@ -364,3 +364,32 @@ def test_fp8_figure_shows_the_numbers_given():
     left, right = figure.axes
     assert lines_of(left) == outliers and lines_of(right) == sums
     assert axes_without_a_unit(figure) == []
+
+
+def some_metrics(steps: int, scale: float) -> list[dict]:
+    return [dict(step=s, reward_accuracy=scale * s / steps, thinking=s / steps, length=3.0 * s,
+                 kl=0.01 * s) for s in range(1, steps + 1)]
+
+
+def test_grpo_figure_shows_the_numbers_given():
+    runs = {"reward": some_metrics(4, 1.0), "shuffled": some_metrics(3, 0.5)}
+    figure = plots.grpo_figure(runs)
+    for ax, name in zip(figure.axes, ("reward_accuracy", "thinking", "length", "kl"), strict=True):
+        assert lines_of(ax) == {run: [m[name] for m in ms] for run, ms in runs.items()}
+    assert axes_without_a_unit(figure) == [] and collisions(figure) == []
+
+
+def test_cold_start_figure_shows_the_numbers_given():
+    series = {"think": [0.0, 1.0], "direct": [0.1, 0.2], "free": [0.1, 0.3]}
+    left, right = plots.cold_start_figure([20, 40], series, [0.5, 1.0]).axes
+    assert left.get_lines()[0].get_ydata().tolist() == [0.5, 1.0]
+    assert lines_of(right) == {"made to think": [0.0, 1.0], "made to answer": [0.1, 0.2],
+                               "left to choose": [0.1, 0.3]}
+
+
+def test_bill_figure_shows_the_numbers_given():
+    bills = {"small": [1.0, 10.0], "large": [5.0, 50.0]}
+    figure = plots.bill_figure({"teacher": 1.0, "student": 0.25}, [1e9, 1e10], bills, (1e10, 7.0))
+    left, right = figure.axes
+    assert sorted(bar.get_width() for bar in left.patches) == [0.25, 1.0]
+    assert lines_of(right) == bills | {"V3 as published": [7.0]}

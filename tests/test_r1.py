@@ -19,9 +19,11 @@ from minids.checkpoint import load_weights, resolve
 from minids.config import ModelArgs, run_program
 from minids.distill import CorpusArgs, sift, verdict
 from minids.grpo import Reinforcer
+from minids.hf import open_model
 from minids.loop import Learner, Stopped
 from minids.r1 import NAMES, PRESETS, TABLE, R1Args, r1, table
 from minids.sft import read_conversations
+from minids.solve import examine
 from minids.tasks import Problem, open_task
 
 RUN = dict(save_every=2, eval_every=0, eval_problems=2)
@@ -42,6 +44,7 @@ def brief(monkeypatch):
     monkeypatch.setattr(distill_module, "ask", lambda model, tokenizer, questions, *_, **__: [
         Reply("1+1=2", "2", True, 9) for _ in questions])
     monkeypatch.setattr(r1_module, "EARLY", 2)
+    monkeypatch.setattr(r1_module, "EARLY_SFT", 2)
 
 
 def quiet(args: R1Args) -> tuple[dict, str]:
@@ -168,3 +171,17 @@ def test_the_default_settings_are_the_papers_order():
     assert tiny["final"]["mode"] == "both" and "mode" not in tiny["rl"]
     assert tiny["student"]["dim"] < ModelArgs.preset(tiny["model"]).dim
     assert Reinforcer.program == "grpo"
+
+
+def test_the_models_that_come_with_minids_are_what_the_notebooks_say():
+    """Four stages of `python -m minids.r1`, on forty held-out problems each."""
+    folder, task = Path(__file__).parent.parent / "data/r1", open_task("calculator")
+    found = {}
+    for stage, template in (("base", "plain"), ("sft", "chat"), ("rl", "chat"),
+                            ("student", "plain")):
+        run = open_model(folder / stage)
+        found[stage] = [examine(run.model, run.tokenizer, task, 40, mode=mode, template=template
+                                ).accuracy for mode in ("think", "direct", "free")]
+    assert all(found[stage][0] > 0.9 for stage in ("base", "sft", "rl")) > found["student"][0]
+    assert all(direct < 0.35 for _, direct, _ in found.values())  # a guess: 0.16, +- 0.06
+    assert found["sft"][2] < 0.35 and found["rl"][2] > 0.9
