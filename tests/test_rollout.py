@@ -6,6 +6,7 @@ import pytest
 import torch
 from small_models import LITTLE, gap, scrambled
 
+from minids import decode
 from minids import rollout as rollout_module
 from minids.generate import generate
 from minids.model import Transformer
@@ -41,6 +42,19 @@ def test_sampler_and_trainer_agree(shape, dtype, allowed, how):
     model = scrambled(SHAPES[shape], dtype=dtype)
     found = sampled(model, **how)
     assert worst(model, found, temperature=how.get("temperature", 1.0)) < allowed
+
+
+def test_many_sequences_take_other_products(monkeypatch):
+    """From `decode.MANY` sequences on attention is two batched products; padding counts there too.
+    """
+    monkeypatch.setattr(decode, "attend_fused", None)
+    model = scrambled(LITTLE)
+    found = roll_out(model, PROMPTS * 3, 20, Sampler(1.0), EOS)
+    assert worst(model, found) < 1e-12
+    products = decode.attend_products
+    monkeypatch.setattr(decode, "attend_products",
+                        lambda q, key, mask, scale: products(q, key, None, scale))
+    assert worst(model, roll_out(model, PROMPTS * 3, 20, Sampler(1.0), EOS)) > 1e-3
 
 
 def test_without_the_mask_they_disagree():

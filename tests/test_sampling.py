@@ -164,3 +164,12 @@ def test_greedy_drafts_pass_if_they_are_the_models_choice():
         drafts = torch.tensor([drafts])
         q = torch.nn.functional.one_hot(drafts, 3).float()
         assert [t.item() for t in Sampler().verify(drafts, q, p)] == [passed, token]
+
+
+def test_what_has_no_probability_is_never_drawn():
+    """Not even at the ends of the row, nor where the rest is tiny."""
+    probs = torch.tensor([[0.0, 0.5, 0.0, 1e-7, 0.0, 0.5, 0.0, 0.0]]).expand(200_000, -1)
+    drawn = Sampler(1.0, generator=torch.Generator().manual_seed(0)).draw(probs)
+    assert set(drawn.tolist()) <= {1, 3, 5}
+    few = torch.tensor([[0.0, 0.0, 1e-30, 0.0]])  # not scaled to sum to 1
+    assert all(Sampler(1.0).draw(few) == 2 for _ in range(100))
