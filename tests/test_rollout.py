@@ -48,7 +48,8 @@ def test_many_sequences_take_other_products(monkeypatch):
     """From `decode.MANY` sequences on attention is two batched products; padding counts there too.
     """
     monkeypatch.setattr(decode, "attend_fused", None)
-    model = scrambled(LITTLE)
+    model = scrambled(replace(LITTLE, kv_lora_rank=8))
+    assert decode.few_operations_pay(model)
     found = roll_out(model, PROMPTS * 3, 20, Sampler(1.0), EOS)
     assert worst(model, found) < 1e-12
     products = decode.attend_products
