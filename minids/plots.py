@@ -558,8 +558,9 @@ def grpo_figure(runs: dict[str, list[dict]], path: str | Path | None = None):
         ax.set_xlabel("step")
         ax.set_ylabel(unit)
         ax.set_ylim(bottom=0, top=1.05 if "share" in unit else None)
-        if name == "reward_accuracy" and len(runs) > 1:
-            ax.legend()
+    if len(runs) > 1:
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center",
+                      ncols=min(len(runs), 5))
     return finish(figure, path)
 
 

@@ -61,19 +61,19 @@ PRESETS = {
     "tiny": dict(
         task="calculator", model="micro",
         student=dict(dim=48, inter_dim=96, moe_inter_dim=48, n_heads=3),
-        base={}, sft={}, rl=dict(steps=40, lr=2e-4),
+        base={}, sft={}, rl={},
         rejected={}, final=dict(steps=20, lr=1e-4, mode="both"),
-        studied=dict(steps=250), distilled={}, alone=dict(steps=60, lr=2e-4),
+        studied=dict(steps=250), distilled={}, alone=dict(steps=60),
         corpus=dict(direct=0.5), curve="free"),
     "countdown": dict(
         task="countdown", model="micro",
         student=dict(dim=48, inter_dim=96, moe_inter_dim=48, n_heads=3),
         base=dict(steps=1000), sft=dict(examples=8192, max_new_tokens=120),
-        rl=dict(steps=100, lr=2e-4, max_new_tokens=120),
+        rl=dict(steps=100, max_new_tokens=120),
         rejected=dict(max_new_tokens=120),
-        final=dict(steps=40, lr=2e-4, mode="both", max_new_tokens=120),
+        final=dict(mode="both", max_new_tokens=120),
         studied=dict(steps=500), distilled=dict(max_new_tokens=120),
-        alone=dict(steps=100, lr=2e-4, max_new_tokens=120),
+        alone=dict(steps=100, max_new_tokens=120),
         corpus=dict(problems=4096, longest=120, direct=0.5), curve="think"),
 }
 

@@ -16,6 +16,7 @@ from minids.sampling import Sampler
 EOS = 1
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15], [8, 20], [9], [33, 2, 41]]
 SHAPES = {"experts in groups": LITTLE, "no query latent": replace(LITTLE, q_lora_rank=0),
+          "few operations": replace(LITTLE, kv_lora_rank=8),
           "dense": replace(LITTLE, n_routed_experts=0)}
 
 
