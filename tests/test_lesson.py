@@ -1,10 +1,14 @@
 """An exercise's check tells a right answer from a wrong one, in words and without a traceback."""
 
+import itertools
+import threading
+import time
+
 import numpy as np
 import pytest
 import torch
 
-from minids.lesson import problems, review, table
+from minids.lesson import PATIENCE, problems, review, table
 
 CASES = [((3,), 9, "multiply the number by itself"), ((0.1,), 0.01, "decimals count too")]
 
@@ -66,6 +70,119 @@ def test_a_list_may_come_as_an_array(answer, right):
     (9.0, 9, False), ("9", 9, False), (np.float64(0.3), 0.3, True), (float("nan"), 0.3, False)])
 def test_floats_to_nine_digits_and_all_else_exactly(answer, expected, right):
     assert (problems(lambda: answer, [((), expected, "")]) == []) is right
+
+
+def loops(x):
+    """Never ends."""
+    while True:
+        x += 1
+
+
+def sleeps(x):
+    """Waits outside of Python's loop."""
+    time.sleep(60)
+
+
+def counts(x):
+    """Never ends, and makes more and more."""
+    return [number for number in itertools.count() if number < 0]
+
+
+def clings(x):
+    """Never ends, and catches what it can."""
+    while True:
+        try:
+            x += 1
+        except:  # noqa: E722
+            x = 0
+
+
+@pytest.mark.parametrize("endless", [loops, sleeps, counts, clings])
+def test_an_answer_that_never_ends_is_told_within_five_seconds(endless):
+    start = time.monotonic()
+    found = problems(endless, CASES)
+    assert time.monotonic() - start < 5.0
+    assert found == [f"{endless.__name__}(3) has not finished after 4 seconds: "
+                     "does one of its loops never end?"]
+    assert problems(square, CASES) == []
+
+
+def test_an_endless_loop_is_stopped_not_left_behind():
+    before = threading.active_count()
+    assert problems(loops, CASES)
+    assert threading.active_count() == before
+
+
+def test_all_cases_share_the_time():
+    """Ten cases of a second each must not take ten seconds."""
+    start = time.monotonic()
+    found = problems(lambda x: time.sleep(1) or x, [((i,), i, "") for i in range(10)])
+    assert PATIENCE <= time.monotonic() - start < 5.0 and "not finished" in found[-1]
+
+
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, RecursionError, MemoryError])
+def test_whatever_is_raised_is_told(error):
+    def leave(x):
+        raise error("enough")
+
+    assert problems(leave, CASES[:1]) == [f"leave(3) stops with {error.__name__}: enough"]
+
+
+def test_nothing_returned_is_told():
+    assert problems(lambda x: None, CASES[:1]) == [
+        "<lambda>(3) gives None instead of 9 (does it return its result?): "
+        "multiply the number by itself"]
+
+
+def test_a_case_is_not_spoiled_by_a_function_that_changes_its_arguments():
+    def empties(numbers):
+        total = sum(numbers)
+        numbers.clear()
+        return total
+
+    cases = [(([1, 2],), 3, "")]
+    assert problems(empties, cases) == problems(empties, cases) == []
+
+
+ONES = torch.ones(2, 3, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("answer, told", [
+    (ONES + 1e-12, ""),
+    (ONES.T, "shape (3, 2) instead of (2, 3)"),
+    (ONES.float(), "torch.float32 instead of torch.float64"),
+    (ONES * float("nan"), "nan in places"),
+    (ONES * 1.5, "values that differ by up to 0.5"),
+    (ONES.tolist(), "[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]] instead of a tensor of shape (2, 3)")])
+def test_a_tensor_has_a_shape_a_type_and_values(answer, told):
+    found = problems(lambda: answer, [((), ONES, "hint")])
+    assert found == ([f"<lambda>() gives {told}: hint"] if told else [])
+
+
+class Yes:
+    """Equal to everything."""
+
+    def __eq__(self, other):
+        return True
+
+
+@pytest.mark.parametrize("answer, expected, right", [
+    ([0.1 + 0.2], [0.3], True), ([[0.1 + 0.2], 1], [[0.3], 1], True), ([True], [1], False),
+    ({"a": 0.1 + 0.2}, {"a": 0.3}, True), ({"a": 0.3, "b": 0}, {"a": 0.3}, False),
+    ([(0, 1.0)], [(0, 1.0)], True), ([(0, 1.1)], [(0, 1.0)], False), ([1, 2, 3], [1, 2], False),
+    (Yes(), 3, False), ([Yes()], [3], False), ([float("nan")], [0.5], False), ([2], [2.0], True)])
+def test_nested_answers_are_compared_number_by_number(answer, expected, right):
+    assert (problems(lambda: answer, [((), expected, "")]) == []) is right
+
+
+def test_a_list_of_another_length_is_told():
+    assert problems(lambda: [1], [((), [1, 2], "two")]) == [
+        "<lambda>() gives [1], 1 entries instead of 2: two"]
+
+
+def test_functions_are_named_and_tensors_by_shape():
+    found = problems(lambda f, x: 0, [((square, torch.zeros(2, 5)), 1, "")])
+    assert found == ["<lambda>(square, a tensor of shape (2, 5)) gives 0 instead of 1: "]
 
 
 def test_long_values_are_named_by_their_type():

@@ -139,7 +139,7 @@ def anatomy(book: Notebook) -> list[str]:
 
 
 def grading(book: Notebook) -> list[str]:
-    """Two or three exercises: a marked solution, a check that speaks, a locked test with points."""
+    """Three or four exercises: a marked solution, a check that speaks, a test with points."""
     graded = [(cell, cell.metadata["nbgrader"]) for cell in book.code
               if "nbgrader" in cell.metadata]
     found = [f"{kind} markers without their metadata" for cell in book.code for kind in
@@ -153,9 +153,26 @@ def grading(book: Notebook) -> list[str]:
     solutions = sum(bool(meta.get("solution")) for _, meta in graded)
     tests = sum(bool(meta.get("grade")) for _, meta in graded)
     checks = sum(re.search(r"^review\(", cell.source, re.M) is not None for cell, _ in graded)
-    if not (2 <= solutions <= 3 and solutions == tests == checks):
+    if not (3 <= solutions <= 4 and solutions == tests == checks):
         found.append(f"{solutions} solutions, {checks} checks and {tests} tests with points")
     return found
+
+
+def bug(book: Notebook) -> list[str]:
+    """One section has a variant that looks right; the exercise is a property, which is put to
+    right variants and to wrong ones."""
+    heads = [i for i, cell in enumerate(book.nb.cells)
+             if cell.cell_type == "markdown" and cell.source.startswith("## ")]
+    starts = [i for i in heads if book.nb.cells[i].source.startswith("## Find the bug")]
+    if len(starts) != 1:
+        return [f"{len(starts)} sections to find a bug in"]
+    end = min((i for i in heads if i > starts[0]), default=None)
+    roles = [(cell.metadata.get("nbgrader", {}), cell.source)
+             for cell in book.nb.cells[starts[0]:end]]
+    cases = [source for meta, source in roles if meta.get("locked")]
+    found = [] if sum(bool(meta.get("solution")) for meta, _ in roles) == 1 else ["no property"]
+    return found + [f"the property is never {verdict} in {source[:30]!r}" for source in cases
+                    for verdict in (True, False) if f", {verdict}, " not in source]
 
 
 def graded_cell(cell, meta: dict) -> list[str]:
@@ -186,7 +203,8 @@ def first_cell(books: list[Notebook]) -> list[str]:
     return [] if len(kinds) == 1 else [f"{len(kinds)} different first cells"]
 
 
-CHECKS = [kernel, execution, noise, length, prose, proportion, figure, local, anatomy, grading]
+CHECKS = [kernel, execution, noise, length, prose, proportion, figure, local, anatomy, grading,
+          bug]
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 BOOKS = [read(path) for path in PATHS]
 
@@ -225,13 +243,17 @@ def graded(name: str, source: str, **role) -> nbformat.NotebookNode:
     return new_code_cell(source, metadata={"nbgrader": meta})
 
 
+HIDES = "assert y == (a, True, 0), (b, False, 0)"
+
+
 def exercise(name: str) -> list:
     """The four cells of an exercise."""
     return [new_markdown_cell("Write it."),
             graded(name, "### BEGIN SOLUTION\nx = 1\n### END SOLUTION", solution=True),
-            graded(f"{name}_check", "review(f, cases)", locked=True),
-            graded(f"{name}_test", "assert x\n### BEGIN HIDDEN TESTS\n### END HIDDEN TESTS",
-                   grade=True, locked=True, points=1)]
+            graded(f"{name}_check", "cases = (a, True, 0), (b, False, 0)\nreview(f, cases)",
+                   locked=True),
+            graded(f"{name}_test", f"assert x\n### BEGIN HIDDEN TESTS\n{HIDES}\n"
+                   "### END HIDDEN TESTS", grade=True, locked=True, points=1)]
 
 
 @pytest.fixture
@@ -248,7 +270,8 @@ def right(tmp_path) -> Notebook:
              new_code_cell("assert mine == package"), say("Figure"),
              new_code_cell('draw("07_a.png")', outputs=[picture]), say("## What breaks?"),
              say("<details>A</details>"), say("<details>B</details>"),
-             *exercise("one"), *exercise("two"), say("## Summary\n\n1. a\n\n5. e"),
+             *exercise("one"), *exercise("two"), say("## Find the bug"), *exercise("property"),
+             say("## Summary\n\n1. a\n\n5. e"),
              say("| paper symbol | minids name | official name |\n|--|--|--|")]
     book = Notebook("07_test", tmp_path, new_notebook(cells=cells))
     book.nb.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3"}
@@ -309,6 +332,11 @@ WRONG = {
     "no comparison": (anatomy, lambda b: replace(b, "assert mine == package", "package")),
     "a summary of six lines": (anatomy, lambda b: replace(b, "5. e", "5. e\n6. f")),
     "no table of names": (anatomy, lambda b: b.nb.cells.pop()),
+    "no bug": (bug, lambda b: replace(b, "## Find the bug", "## More")),
+    "two bugs": (bug, lambda b: replace(b, "Step", "## Find the bug")),
+    "a bug without a property": (bug, lambda b: b.code[10].metadata.pop("nbgrader")),
+    "a property that is never false": (bug, lambda b: replace(b, "False", "True")),
+    "a property that must never hold": (bug, lambda b: replace(b, "True", "False")),
     "one exercise": (grading, lambda b: b.nb.cells.__delitem__(slice(11, 15))),
     "a name used twice": (grading, lambda b: set_meta(b, 7, grade_id="one")),
     "no name": (grading, lambda b: b.code[4].metadata["nbgrader"].pop("grade_id")),

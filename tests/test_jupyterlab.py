@@ -1,0 +1,364 @@
+"""A learner's way through a notebook: a real JupyterLab, a real browser, Run All, a figure.
+
+The other tests run the notebooks without a page. Here a server is started on a small tree of its
+own, beside the repository, and Chromium opens a notebook there. `troubles` says in words what is
+wrong with what came out. It is tried on wrong notebooks too.
+"""
+
+import contextlib
+import http.client
+import importlib
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook
+
+playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+psutil = pytest.importorskip("psutil", reason="psutil, a part of ipykernel, is not installed")
+pytest.importorskip("jupyterlab", reason="jupyterlab is not installed")
+BROWSERS = "chromium", "chromium-browser", "google-chrome"
+BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
+pytestmark = [
+    pytest.mark.skipif(not BROWSER, reason=f"none of {', '.join(BROWSERS)} is on the PATH"),
+    pytest.mark.skipif(sys.platform == "win32", reason="needs process groups and symlinks"),
+]
+
+ROOT = Path(__file__).resolve().parent.parent
+MAP = ROOT / "notebooks" / "00_map.ipynb"
+START = 90  # seconds that the server, and then the page, may take to appear
+LIMIT = 180  # seconds that the kernel's start and all cells may take together
+
+# The notebook's panel in the page; nothing until JupyterLab has opened it.
+PANEL = """
+const panel = window.jupyterapp?.shell && [...window.jupyterapp.shell.widgets('main')].find(
+    widget => widget.context?.path === path && widget.content?.widgets);
+const sleep = seconds => new Promise(done => setTimeout(done, 1000 * seconds));
+"""
+OPENED = f"path => {{ {PANEL} return Boolean(panel); }}"
+# The toolbar says "idle" before the kernel is connected, and a run then would hang for ever.
+RUN_ALL = f"""async ([path, limit]) => {{ {PANEL}
+    const run = async () => {{
+        await panel.context.ready;
+        await panel.sessionContext.ready;
+        const kernel = () => panel.sessionContext.session?.kernel;
+        while (kernel()?.connectionStatus !== 'connected' || kernel().status !== 'idle')
+            await sleep(0.1);
+        window.jupyterapp.shell.activateById(panel.id);
+        await window.jupyterapp.commands.execute('notebook:run-all-cells');
+        return true;
+    }};
+    return Promise.race([run(), sleep(limit).then(() => false)]);
+}}"""
+CELLS = f"path => {{ {PANEL} return panel.content.model.toJSON().cells; }}"
+# A page holds only what is near the screen, so it must scroll to a cell before it can see it.
+WIDTHS = "async ([path, places]) => {" + PANEL + """
+    const widths = [];
+    for (const place of places) {
+        await Promise.race([panel.content.scrollToItem(place, 'center'), sleep(5)]);
+        const pictures = () => [...panel.content.widgets[place].node.querySelectorAll(
+            '.jp-OutputArea-output img')].filter(picture => picture.getClientRects().length);
+        for (let i = 0; i < 50 && !(pictures().length && pictures().every(p => p.complete)); i++)
+            await sleep(0.1);
+        for (const picture of pictures()) {
+            picture.scrollIntoView({block: 'center'});
+            await sleep(0.2);
+        }
+        widths.push(...pictures().map(picture => picture.naturalWidth));
+    }
+    return widths;
+}"""
+STOP = f"""async path => {{ {PANEL}
+    await Promise.race([panel?.sessionContext.shutdown(), sleep(10)]);
+}}"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """tree: the folder that it shows; address: with port; token: what a page must know"""
+
+    tree: Path
+    address: str
+    token: str
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a page shows after Run All.
+
+    finished: whether Run All came to its end; cells: the notebook's; widths: the figures', in
+    pixels, 0 where the browser cannot draw one
+    """
+
+    finished: bool
+    cells: list[dict]
+    widths: list[int]
+
+    @property
+    def code(self) -> list[dict]:
+        """The code cells that are not blank, in order."""
+        return [c for c in self.cells if c["cell_type"] == "code" and text_of(c["source"]).strip()]
+
+
+def text_of(lines: str | list[str]) -> str:
+    """A text that a notebook may keep as a list of lines."""
+    return lines if isinstance(lines, str) else "".join(lines)
+
+
+def streams(cell: dict, name: str) -> str:
+    """What a cell has written to "stdout" or to "stderr"."""
+    return "".join(text_of(out["text"]) for out in cell["outputs"] if out.get("name") == name)
+
+
+def pictures(cell: dict) -> list[dict]:
+    """A cell's outputs that have an image."""
+    return [out for out in cell.get("outputs", [])
+            if any(kind.startswith("image/") for kind in out.get("data", {}))]
+
+
+def cell_troubles(number: int, cell: dict) -> list[str]:
+    """What is wrong with the code cell of a number, counted from 1."""
+    found = []
+    if cell["execution_count"] != number:
+        found.append(f"cell {number} has the count {cell['execution_count']}")
+    for out in cell["outputs"]:
+        if out["output_type"] == "error":
+            found.append(f"cell {number} stops with {out['ename']}: {out['evalue']}")
+        elif "application/vnd.jupyter.error" in out.get("data", {}):
+            found.append(f"cell {number} shows an error")
+    if streams(cell, "stderr"):
+        found.append(f"cell {number} warns: {streams(cell, 'stderr').strip()}")
+    return found
+
+
+def troubles(seen: Seen) -> list[str]:
+    """What is wrong after Run All, a sentence each; nothing where a learner sees all is well."""
+    found = [] if seen.finished else ["Run All has not come to its end"]
+    for number, cell in enumerate(seen.code, start=1):
+        found += cell_troubles(number, cell)
+    if not seen.widths:
+        found.append("the page shows no figure")
+    elif min(seen.widths) == 0:
+        found.append("the browser cannot draw a figure")
+    return found
+
+
+def save(nb: nbformat.NotebookNode, path: Path) -> str:
+    """Write a notebook without results, so that only a new run can number its cells.
+
+    Returns its path in the server's tree, with slashes.
+    """
+    for cell in nb.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    nbformat.write(nb, path)
+    return f"{path.parent.name}/{path.name}"
+
+
+def save_small(server: Server, name: str, *sources: str) -> str:
+    """Write a small notebook of code cells into the server's tree."""
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nb = new_notebook(cells=list(map(new_code_cell, sources)), metadata={"kernelspec": kernel})
+    return save(nb, server.tree / "notebooks" / f"{name}.ipynb")
+
+
+def plant(tree: Path) -> None:
+    """Make a tree that a notebook takes for the repository, with figures of its own."""
+    for part in ["notebooks", "figures"]:
+        (tree / part).mkdir(parents=True)
+    (tree / "minids").symlink_to(ROOT / "minids", target_is_directory=True)
+
+
+def environment(home: Path, token: str) -> dict[str, str]:
+    """The server's environment: settings of its own, so a user's neither help nor harm."""
+    folders = {name: home / name.lower() for name in [
+        "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR",
+        "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR"]}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    kept = {name: value for name, value in os.environ.items() if name != "JUPYTER_PATH"}
+    return kept | {name: str(folder) for name, folder in folders.items()} | {
+        "JUPYTER_TOKEN": token, "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def command(port: int) -> list[str]:
+    """How to start this Python's JupyterLab at a port, without a browser and without news."""
+    return [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
+            "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
+            "--ServerApp.root_dir=.", "--LabApp.expose_app_in_browser=True",
+            "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"]
+
+
+def free_port() -> int:
+    """A port that nobody listens to."""
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+def answers(port: int) -> bool:
+    """Whether a server answers at a port."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
+    try:
+        connection.request("GET", "/api")
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def wait_for(process: subprocess.Popen, port: int, log: Path) -> None:
+    """Return when the server answers; fail with its log if it does not."""
+    late = time.monotonic() + START
+    while time.monotonic() < late and process.poll() is None:
+        if answers(port):
+            return
+        time.sleep(0.2)
+    pytest.fail(f"JupyterLab does not start:\n{log.read_text()[-3000:]}")
+
+
+def end(process: subprocess.Popen) -> None:
+    """End the server with its process group, and its kernels, which have groups of their own."""
+    try:
+        kernels = psutil.Process(process.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        kernels = []
+    process.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(15)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    for kernel in kernels:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            kernel.kill()
+    psutil.wait_procs(kernels, timeout=5)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Server]:
+    """A JupyterLab server that runs until the module's tests are over."""
+    importlib.import_module("matplotlib.font_manager")  # else a kernel may warn while it builds it
+    home = tmp_path_factory.mktemp("jupyterlab")
+    tree, log, port, token = home / "tree", home / "log.txt", free_port(), secrets.token_hex()
+    plant(tree)
+    with open(log, "wb") as out:
+        process = subprocess.Popen(command(port), cwd=tree, env=environment(home, token),
+                                   stdin=subprocess.DEVNULL, stdout=out, stderr=out,
+                                   start_new_session=True)
+    try:
+        wait_for(process, port, log)
+        yield Server(tree, f"http://127.0.0.1:{port}", token)
+    finally:
+        end(process)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator:
+    """A Chromium without a window."""
+    flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+             "--disable-background-networking"]
+    with playwright.sync_playwright() as tools:
+        chromium = tools.chromium.launch(executable_path=BROWSER, args=flags)
+        try:
+            yield chromium
+        finally:
+            chromium.close()
+
+
+@pytest.fixture
+def run_all(server, browser, tmp_path) -> Iterator:
+    """A function that opens a notebook, does Run All and returns what the page then shows.
+
+    The page's picture is kept beside the test's files, also when the test fails.
+    """
+    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page.set_default_timeout(1000 * START)
+    opened = []
+
+    def act(path: str, limit: float = LIMIT) -> Seen:
+        opened.append(path)
+        page.goto(f"{server.address}/lab/tree/{path}?reset&token={server.token}")
+        page.wait_for_function(OPENED, arg=path)
+        finished = page.evaluate(RUN_ALL, [path, limit])
+        cells = page.evaluate(CELLS, path)
+        places = [place for place, cell in enumerate(cells) if pictures(cell)]
+        return Seen(finished, cells, page.evaluate(WIDTHS, [path, places]))
+
+    try:
+        yield act
+    finally:
+        with contextlib.suppress(playwright.Error):
+            page.screenshot(path=tmp_path / "page.png")
+        for path in opened:
+            with contextlib.suppress(playwright.Error):
+                page.evaluate(STOP, path)
+        page.close()
+
+
+def test_run_all_shows_the_map(server, run_all):
+    """The first notebook runs to its end in the page, without an error, and shows its figure."""
+    nb = nbformat.read(MAP, as_version=4)
+    seen = run_all(save(nb, server.tree / "notebooks" / MAP.name))
+    assert troubles(seen) == []
+    assert len(seen.code) == sum(cell.cell_type == "code" for cell in nb.cells)
+    assert len(seen.widths) == 1 and seen.widths[0] > 300
+    assert (server.tree / "figures" / "00_map.png").is_file()
+
+
+DOT = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
+       "+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg==")
+SHOW = "from IPython.display import display\ndisplay({{'image/png': '{}'}}, raw=True)"
+DRAW = SHOW.format(DOT)
+WRONG = {
+    "error": ([DRAW, "1 / 0", "2"], ["cell 2 stops with ZeroDivisionError: division by zero",
+                                     "cell 3 has the count None"]),
+    "no_figure": (["1", "print('no figure')"], ["the page shows no figure"]),
+    "broken_figure": (["1", SHOW.format(DOT[:40])], ["the browser cannot draw a figure"]),
+    "warning": ([DRAW, "import sys\nprint('careful', file=sys.stderr)"],
+                ["cell 2 warns: careful"]),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_notebook_is_noticed(name, server, run_all):
+    """The checks can fail: each says of a small wrong notebook what is wrong, and no more."""
+    sources, told = WRONG[name]
+    assert troubles(run_all(save_small(server, name, *sources))) == told
+
+
+def test_a_right_small_notebook_has_no_troubles(server, run_all):
+    """The small notebooks are wrong in one thing only: without it nothing is found."""
+    assert troubles(run_all(save_small(server, "right", "1", DRAW))) == []
+
+
+def test_a_run_that_does_not_end_is_noticed(server, run_all):
+    """A cell that takes too long is told, and the test goes on."""
+    path = save_small(server, "endless", DRAW, "import time\ntime.sleep(600)")
+    assert "Run All has not come to its end" in troubles(run_all(path, limit=8))
+
+
+def test_an_endless_answer_leaves_the_kernel_alive(server, run_all):
+    """A learner's loop that never ends is told in words, and the next cell still runs."""
+    first = next(cell.source for cell in nbformat.read(MAP, as_version=4).cells
+                 if cell.cell_type == "code")
+    path = save_small(server, "loop", first, "from minids.lesson import review",
+                      "def f(x):\n    while True: pass", "review(f, [((1,), 1, '')])",
+                      "print('alive')", DRAW)
+    start = time.monotonic()
+    seen = run_all(path, limit=60)
+    assert time.monotonic() - start < 90
+    assert troubles(seen) == []
+    assert "not finished" in streams(seen.code[3], "stdout")
+    assert streams(seen.code[4], "stdout") == "alive\n"

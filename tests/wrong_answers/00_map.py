@@ -1,0 +1,105 @@
+"""Wrong answers to the exercises of notebook 00; a docstring says what is wrong."""
+
+
+def attention_numbers(a):
+    """As if every model squeezed its queries."""
+    return sum(rows * columns for rows, columns in attention_shapes(a).values())
+
+
+def attention_numbers(a):
+    """Heads without their turned part."""
+    shapes = attention_shapes(a)
+    if a.q_lora_rank == 0:
+        for name in ["wq_a", "q_norm", "wq_b"]:
+            del shapes[name]
+        shapes["wq"] = (a.n_heads * a.qk_nope_head_dim, a.dim)
+    return sum(rows * columns for rows, columns in shapes.values())
+
+
+def attention_numbers(a):
+    """A turned key for each head."""
+    shapes = attention_shapes(a)
+    if a.q_lora_rank == 0:
+        for name in ["wq_a", "q_norm", "wq_b"]:
+            del shapes[name]
+        shapes["wq"] = (a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim), a.dim)
+    shapes["wkv_a"] = (a.kv_lora_rank + a.n_heads * a.qk_rope_head_dim, a.dim)
+    return sum(rows * columns for rows, columns in shapes.values())
+
+
+def mtp_numbers(a):
+    """Without the joining matrix."""
+    block = attention_numbers(a) + 2 * a.dim + feed_forward(a, a.n_layers, a.n_routed_experts)
+    return block + 3 * a.dim
+
+
+def mtp_numbers(a):
+    """The joining matrix reads one width, not two."""
+    block = attention_numbers(a) + 2 * a.dim + feed_forward(a, a.n_layers, a.n_routed_experts)
+    return block + a.dim * a.dim + 3 * a.dim
+
+
+def mtp_numbers(a):
+    """The block's own norms are forgotten."""
+    block = attention_numbers(a) + feed_forward(a, a.n_layers, a.n_routed_experts)
+    return block + 2 * a.dim * a.dim + 3 * a.dim
+
+
+def mtp_numbers(a):
+    """Only the active experts."""
+    block = attention_numbers(a) + 2 * a.dim + feed_forward(a, a.n_layers, a.n_activated_experts)
+    return block + 2 * a.dim * a.dim + 3 * a.dim
+
+
+def mtp_numbers(a):
+    """Embedding and head once more, as the released file stores them."""
+    block = attention_numbers(a) + 2 * a.dim + feed_forward(a, a.n_layers, a.n_routed_experts)
+    return block + 2 * a.dim * a.dim + 3 * a.dim + 2 * a.vocab_size * a.dim
+
+
+def gpus_for_weights(parameters, width, gpu_bytes):
+    """Rounded down."""
+    return parameters * width // gpu_bytes
+
+
+def gpus_for_weights(parameters, width, gpu_bytes):
+    """Always one more."""
+    return parameters * width // gpu_bytes + 1
+
+
+def gpus_for_weights(parameters, width, gpu_bytes):
+    """Rounded to the nearest."""
+    return max(1, round(parameters * width / gpu_bytes))
+
+
+def gpus_for_weights(parameters, width, gpu_bytes):
+    """The width is forgotten."""
+    return -(-parameters // gpu_bytes)
+
+
+def nothing_idle(counter):
+    """A test of types and sizes."""
+    total, active = counter(v3)
+    return isinstance(total, int) and 0 < active < total
+
+
+def nothing_idle(counter):
+    """Only the total, which both get right."""
+    return counter(v3)[0] == 671_026_419_200
+
+
+def nothing_idle(counter):
+    """Only about the paper's 37 billion: a bound, not a property."""
+    return counter(v3)[1] > 37e9
+
+
+def nothing_idle(counter):
+    """At least all of them: what is counted twice passes."""
+    total, active = counter(all_awake)
+    return active >= total
+
+
+def nothing_idle(counter):
+    """The experts sleep as usual."""
+    total, active = counter(v3)
+    return total == active

@@ -1,0 +1,86 @@
+"""Wrong answers to the exercises of notebook 01; a docstring says what is wrong."""
+
+
+def bits_per_byte(nats, text):
+    """Characters for bytes."""
+    return nats / log(2) / len(text)
+
+
+def bits_per_byte(nats, text):
+    """Nats per byte."""
+    return nats / len(text.encode())
+
+
+def bits_per_byte(nats, text):
+    """Times ln 2."""
+    return nats * log(2) / len(text.encode())
+
+
+def bits_per_byte(nats, text):
+    """Bits of the whole text."""
+    return nats / log(2)
+
+
+def bits_per_byte(nats, text):
+    """Two bytes a character, as in UTF-16."""
+    return nats / log(2) / len(text.encode("utf-16-le"))
+
+
+def fill_in_the_middle(text, start, stop, tok):
+    """The middle stays in its place."""
+    prefix, middle, suffix = text[:start], text[start:stop], text[stop:]
+    return [tok.bos_id, tok.fim_begin_id, *tok.encode(prefix), tok.fim_hole_id,
+            *tok.encode(middle), tok.fim_end_id, *tok.encode(suffix), tok.eos_id]
+
+
+def fill_in_the_middle(text, start, stop, tok):
+    """Suffix first, as other models have it."""
+    prefix, middle, suffix = text[:start], text[start:stop], text[stop:]
+    return [tok.bos_id, tok.fim_begin_id, *tok.encode(suffix), tok.fim_hole_id,
+            *tok.encode(prefix), tok.fim_end_id, *tok.encode(middle), tok.eos_id]
+
+
+def fill_in_the_middle(text, start, stop, tok):
+    """Hole and end change places."""
+    prefix, middle, suffix = text[:start], text[start:stop], text[stop:]
+    return [tok.bos_id, tok.fim_begin_id, *tok.encode(prefix), tok.fim_end_id,
+            *tok.encode(suffix), tok.fim_hole_id, *tok.encode(middle), tok.eos_id]
+
+
+def fill_in_the_middle(text, start, stop, tok):
+    """One character late."""
+    prefix, middle, suffix = text[:start], text[start:stop + 1], text[stop + 1:]
+    return [tok.bos_id, tok.fim_begin_id, *tok.encode(prefix), tok.fim_hole_id,
+            *tok.encode(suffix), tok.fim_end_id, *tok.encode(middle), tok.eos_id]
+
+
+def fill_in_the_middle(text, start, stop, tok):
+    """No end: the model never learns to stop."""
+    prefix, middle, suffix = text[:start], text[start:stop], text[stop:]
+    return [tok.bos_id, tok.fim_begin_id, *tok.encode(prefix), tok.fim_hole_id,
+            *tok.encode(suffix), tok.fim_end_id, *tok.encode(middle)]
+
+
+def keeps_everything(pattern, text):
+    """Whether anything is found."""
+    return text == "" or bool(regex.findall(pattern, text))
+
+
+def keeps_everything(pattern, text):
+    """Whether the first piece starts the text."""
+    return regex.match(pattern, text) is not None or text == ""
+
+
+def keeps_everything(pattern, text):
+    """As many pieces as words."""
+    return len(regex.findall(pattern, text)) >= len(text.split())
+
+
+def keeps_everything(pattern, text):
+    """White space does not count."""
+    return "".join("".join(regex.findall(pattern, text)).split()) == "".join(text.split())
+
+
+def keeps_everything(pattern, text):
+    """It decodes without an error."""
+    return isinstance("".join(regex.findall(pattern, text)), str)

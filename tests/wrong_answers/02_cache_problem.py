@@ -1,0 +1,101 @@
+"""Wrong answers to the exercises of notebook 02; a docstring says what is wrong."""
+
+
+def request_gib(tokens, kv_heads, width, layers):
+    """Keys without values."""
+    return kv_heads * width * layers * 2 * tokens / 2 ** 30
+
+
+def request_gib(tokens, kv_heads, width, layers):
+    """One byte a number."""
+    return 2 * kv_heads * width * layers * tokens / 2 ** 30
+
+
+def request_gib(tokens, kv_heads, width, layers):
+    """Gigabytes of ten to the ninth."""
+    return 2 * kv_heads * width * layers * 2 * tokens / 1e9
+
+
+def request_gib(tokens, kv_heads, width, layers):
+    """FP32."""
+    return 2 * kv_heads * width * layers * 4 * tokens / 2 ** 30
+
+
+def request_gib(tokens, kv_heads, width, layers):
+    """Whole GiB."""
+    return float(2 * kv_heads * width * layers * 2 * tokens // 2 ** 30)
+
+
+def key_of_head(n_heads, n_kv_heads):
+    """In turn, as `repeat` does."""
+    return [h % n_kv_heads for h in range(n_heads)]
+
+
+def key_of_head(n_heads, n_kv_heads):
+    """Divided by the number of keys, not by the size of a group."""
+    return [h // n_kv_heads for h in range(n_heads)]
+
+
+def key_of_head(n_heads, n_kv_heads):
+    """Backwards."""
+    return [n_kv_heads - 1 - h // (n_heads // n_kv_heads) for h in range(n_heads)]
+
+
+def key_of_head(n_heads, n_kv_heads):
+    """One key for all."""
+    return [0] * n_heads
+
+
+def visible_keys(cached, new):
+    """The token itself is left out."""
+    return [cached + i for i in range(new)]
+
+
+def visible_keys(cached, new):
+    """All new tokens see each other: no mask within the piece."""
+    return [cached + new] * new
+
+
+def visible_keys(cached, new):
+    """The cache is forgotten: a mask of new times new."""
+    return [i + 1 for i in range(new)]
+
+
+def visible_keys(cached, new):
+    """A mask from the wrong corner: the first new token sees itself, the cache comes last."""
+    return [min(i + 1, cached + new) for i in range(new)]
+
+
+def own_group(attend):
+    """The shape."""
+    q, k = torch.randn(5, 4, 8), torch.randn(5, 2, 8)
+    return attend(q, k, k).shape == q.shape
+
+
+def own_group(attend):
+    """As many keys as heads, where nothing can go wrong."""
+    q, k, v = torch.randn(3, 5, 4, 8)
+    return torch.allclose(attend(q, k, v), heads(q, k, v))
+
+
+def own_group(attend):
+    """Something moves, no matter where."""
+    q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    return not torch.equal(attend(q, k, v), attend(q, k, v + 1))
+
+
+def own_group(attend):
+    """Values only: keys may be a stranger's."""
+    q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    other = v.clone()
+    other[:, 0] += 1
+    moved = (attend(q, k, other) - attend(q, k, v)).abs().amax((0, 2)) > 1e-6
+    return moved.tolist() == [True, True, False, False]
+
+
+def own_group(attend):
+    """Two of four heads move, whichever."""
+    q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    other = v.clone()
+    other[:, 0] += 1
+    return ((attend(q, k, other) - attend(q, k, v)).abs().amax((0, 2)) > 1e-6).sum().item() == 2

@@ -1,0 +1,116 @@
+"""Wrong answers to the exercises of notebook 03; a docstring says what is wrong."""
+
+
+def cached_numbers(args, tokens):
+    """A turned key for each head instead of one shared."""
+    return (args.kv_lora_rank + args.n_heads * args.qk_rope_head_dim) * args.n_layers * tokens
+
+
+def cached_numbers(args, tokens):
+    """The turned key is forgotten."""
+    return args.kv_lora_rank * args.n_layers * tokens
+
+
+def cached_numbers(args, tokens):
+    """Twice, as for keys and values."""
+    return 2 * (args.kv_lora_rank + args.qk_rope_head_dim) * args.n_layers * tokens
+
+
+def cached_numbers(args, tokens):
+    """One layer."""
+    return (args.kv_lora_rank + args.qk_rope_head_dim) * tokens
+
+
+def cached_numbers(args, tokens):
+    """Keys and values of all heads, expanded."""
+    head = args.qk_nope_head_dim + args.qk_rope_head_dim + args.v_head_dim
+    return args.n_heads * head * args.n_layers * tokens
+
+
+def move_to_query(q, w_uk):
+    """The matrix of head 0 for all heads."""
+    return torch.einsum("shd,dc->shc", q, w_uk[0])
+
+
+def move_to_query(q, w_uk):
+    """The sum over all heads' matrices."""
+    return torch.einsum("shd,gdc->shc", q, w_uk)
+
+
+def move_to_query(q, w_uk):
+    """Positions and heads have changed places in the product."""
+    return torch.einsum("shd,hdc->shc", q, w_uk.flip(0))
+
+
+def move_to_query(q, w_uk):
+    """Scaled here, and again before the softmax."""
+    return torch.einsum("shd,hdc->shc", q, w_uk) / w_uk.size(1) ** 0.5
+
+
+def move_to_query(q, w_uk):
+    """The matrix the other way round, which fits where it is square."""
+    return torch.einsum("shd,hcd->shc", q, w_uk)
+
+
+def kept(h, wkv_a, rank, turn_key):
+    """No norm on the latent."""
+    latent, left_over = (h @ wkv_a.T).tensor_split([rank], dim=-1)
+    return torch.cat([latent, turn_key(left_over)], dim=-1)
+
+
+def kept(h, wkv_a, rank, turn_key):
+    """One norm over the latent and the key."""
+    latent, left_over = rms_norm(h @ wkv_a.T).tensor_split([rank], dim=-1)
+    return torch.cat([latent, turn_key(left_over)], dim=-1)
+
+
+def kept(h, wkv_a, rank, turn_key):
+    """The key is not turned."""
+    latent, left_over = (h @ wkv_a.T).tensor_split([rank], dim=-1)
+    return torch.cat([rms_norm(latent), left_over], dim=-1)
+
+
+def kept(h, wkv_a, rank, turn_key):
+    """The key gets a norm of its own."""
+    latent, left_over = (h @ wkv_a.T).tensor_split([rank], dim=-1)
+    return torch.cat([rms_norm(latent), turn_key(rms_norm(left_over))], dim=-1)
+
+
+def kept(h, wkv_a, rank, turn_key):
+    """LayerNorm: the mean is taken away."""
+    latent, left_over = (h @ wkv_a.T).tensor_split([rank], dim=-1)
+    return torch.cat([rms_norm(latent - latent.mean(-1, keepdim=True)), turn_key(left_over)], -1)
+
+
+def parts_alike(scores):
+    """The shape."""
+    return scores(torch.randn(3, 4), torch.randn(3, 2), torch.randn(3, 4),
+                  torch.randn(2)).shape == (3,)
+
+
+def parts_alike(scores):
+    """Both parts of one width, where two scales are the same scale."""
+    q, k = torch.randn(3, 8).double(), torch.randn(8).double()
+    there = scores(q[:, :4], q[:, 4:], k[:4].expand(3, 4), k[4:])
+    return torch.allclose(there, scores(q[:, 4:], q[:, :4], k[4:].expand(3, 4), k[:4]))
+
+
+def parts_alike(scores):
+    """Twice the query gives twice the score: every version does that."""
+    q, k = torch.randn(3, 10).double(), torch.randn(10).double()
+    one, two = (scores(s * q[:, :6], s * q[:, 6:], k[:6].expand(3, 6), k[6:]) for s in (1, 2))
+    return torch.allclose(2 * one, two)
+
+
+def parts_alike(scores):
+    """One head: a key for each head goes unnoticed."""
+    q, k = torch.randn(1, 10).double(), torch.randn(10).double()
+    a, b = (scores(q[:, :n], q[:, n:], k[None, :n], k[n:]) for n in (3, 7))
+    return torch.allclose(a, b)
+
+
+def parts_alike(scores):
+    """The scores must differ between parts."""
+    q, k = torch.randn(3, 10).double(), torch.randn(10).double()
+    a, b = (scores(q[:, :n], q[:, n:], k[:n].expand(3, n), k[n:]) for n in (3, 7))
+    return not torch.allclose(a, b)

@@ -1,0 +1,125 @@
+"""Wrong answers to the exercises of notebook 04; a docstring says what is wrong."""
+
+
+def pair_score(q, k, m, n, f):
+    """Only the query is turned."""
+    a, b = q[0] * cos(m * f) - q[1] * sin(m * f), q[0] * sin(m * f) + q[1] * cos(m * f)
+    return a * k[0] + b * k[1]
+
+
+def pair_score(q, k, m, n, f):
+    """The key is turned backwards: the sum of the positions counts."""
+    a, b = q[0] * cos(m * f) - q[1] * sin(m * f), q[0] * sin(m * f) + q[1] * cos(m * f)
+    c, d = k[0] * cos(n * f) + k[1] * sin(n * f), -k[0] * sin(n * f) + k[1] * cos(n * f)
+    return a * c + b * d
+
+
+def pair_score(q, k, m, n, f):
+    """The minus stands in the second row for both: distances change their sign."""
+    angle = (m - n) * f
+    return (q[0] * (k[0] * cos(angle) - k[1] * sin(angle))
+            + q[1] * (k[0] * sin(angle) + k[1] * cos(angle)))
+
+
+def pair_score(q, k, m, n, f):
+    """The distance without its sign."""
+    angle = abs(n - m) * f
+    return (q[0] * (k[0] * cos(angle) - k[1] * sin(angle))
+            + q[1] * (k[0] * sin(angle) + k[1] * cos(angle)))
+
+
+def pair_score(q, k, m, n, f):
+    """Both parts of a pair are multiplied by the cosine, and nothing turns."""
+    return (q[0] * k[0] + q[1] * k[1]) * cos((n - m) * f)
+
+
+def ramp_of(low, high, pairs):
+    """Linear interpolation: every pair is divided."""
+    return [1.0] * pairs
+
+
+def ramp_of(low, high, pairs):
+    """The ramp upside down: slow pairs are left alone."""
+    high = high + 0.001 if low == high else high
+    return [1 - min(max((i - low) / (high - low), 0.0), 1.0) for i in range(pairs)]
+
+
+def ramp_of(low, high, pairs):
+    """A step in the middle, no line."""
+    return [float(i > (low + high) / 2) for i in range(pairs)]
+
+
+def ramp_of(low, high, pairs):
+    """No clamp."""
+    high = high + 0.001 if low == high else high
+    return [(i - low) / (high - low) for i in range(pairs)]
+
+
+def ramp_of(low, high, pairs):
+    """Equal bounds divide everything."""
+    if low == high:
+        return [1.0] * pairs
+    return [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(pairs)]
+
+
+def ramp_of(low, high, pairs):
+    """From the first pair on, whatever low is."""
+    return [min(i / max(high, 0.001), 1.0) for i in range(pairs)]
+
+
+def scale_of(width, factor, mscale):
+    """m once, not squared."""
+    m = 0.1 * mscale * log(factor) + 1 if factor > 1 else 1.0
+    return width ** -0.5 * m
+
+
+def scale_of(width, factor, mscale):
+    """The root of the width is forgotten."""
+    m = 0.1 * mscale * log(factor) + 1 if factor > 1 else 1.0
+    return m ** 2
+
+
+def scale_of(width, factor, mscale):
+    """Also where nothing is stretched."""
+    return width ** -0.5 * (0.1 * mscale * log(factor) + 1) ** 2
+
+
+def scale_of(width, factor, mscale):
+    """mscale is left out."""
+    m = 0.1 * log(factor) + 1 if factor > 1 else 1.0
+    return width ** -0.5 * m ** 2
+
+
+def scale_of(width, factor, mscale):
+    """No sharper softmax: the usual scale."""
+    return width ** -0.5
+
+
+def distance_alone(score):
+    """At one position only, where nothing is turned."""
+    q, k = torch.randn(2, 64, dtype=torch.float64)
+    return abs(score(q, k, 0, 0) - float(q @ k)) < 1e-6
+
+
+def distance_alone(score):
+    """Same place for both: no distance."""
+    q, k = torch.randn(2, 64, dtype=torch.float64)
+    return abs(score(q, k, 9, 9) - score(q, k, 0, 0)) < 1e-6
+
+
+def distance_alone(score):
+    """A score without any position passes too."""
+    q, k = torch.randn(2, 64, dtype=torch.float64)
+    return abs(score(q, k, 15, 12) - score(q, k, 5, 2)) < 1e-6
+
+
+def distance_alone(score):
+    """It must depend on the positions, somehow."""
+    q, k = torch.randn(2, 64, dtype=torch.float64)
+    return score(q, k, 5, 2) != score(q, k, 6, 2)
+
+
+def distance_alone(score):
+    """Distance without its sign: query and key change places."""
+    q, k = torch.randn(2, 64, dtype=torch.float64)
+    return abs(score(q, k, 5, 2) - score(q, k, 2, 5)) < 1e-6

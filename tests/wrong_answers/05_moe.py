@@ -1,0 +1,153 @@
+"""Wrong answers to the exercises of notebook 05; a docstring says what is wrong."""
+
+
+def groups_kept(choice, groups, kept):
+    """A group's score is its best expert, as in V2."""
+    size = len(choice) // groups
+    score = [max(choice[g * size:(g + 1) * size]) for g in range(groups)]
+    return sorted(sorted(range(groups), key=lambda g: -score[g])[:kept])
+
+
+def groups_kept(choice, groups, kept):
+    """The sum of the whole group."""
+    size = len(choice) // groups
+    score = [sum(choice[g * size:(g + 1) * size]) for g in range(groups)]
+    return sorted(sorted(range(groups), key=lambda g: -score[g])[:kept])
+
+
+def groups_kept(choice, groups, kept):
+    """Groups of every third expert, not of neighbours."""
+    score = [sum(sorted(choice[g::groups])[-2:]) for g in range(groups)]
+    return sorted(sorted(range(groups), key=lambda g: -score[g])[:kept])
+
+
+def groups_kept(choice, groups, kept):
+    """The worst groups."""
+    size = len(choice) // groups
+    score = [sum(sorted(choice[g * size:(g + 1) * size])[-2:]) for g in range(groups)]
+    return sorted(sorted(range(groups), key=lambda g: score[g])[:kept])
+
+
+def groups_kept(choice, groups, kept):
+    """The first two of a group, unsorted."""
+    size = len(choice) // groups
+    score = [sum(choice[g * size:g * size + 2]) for g in range(groups)]
+    return sorted(sorted(range(groups), key=lambda g: -score[g])[:kept])
+
+
+def idle_numbers(a):
+    """Dense layers count as well."""
+    idle = a.n_routed_experts - a.n_activated_experts
+    return a.n_layers * idle * 3 * a.dim * a.moe_inter_dim
+
+
+def idle_numbers(a):
+    """Two matrices an expert, as without the gate of SwiGLU."""
+    layers = a.n_layers - a.n_dense_layers
+    idle = a.n_routed_experts - a.n_activated_experts
+    return layers * idle * 2 * a.dim * a.moe_inter_dim
+
+
+def idle_numbers(a):
+    """The width of the dense layers."""
+    layers = a.n_layers - a.n_dense_layers
+    idle = a.n_routed_experts - a.n_activated_experts
+    return layers * idle * 3 * a.dim * a.inter_dim
+
+
+def idle_numbers(a):
+    """All routed experts, idle or not."""
+    return (a.n_layers - a.n_dense_layers) * a.n_routed_experts * 3 * a.dim * a.moe_inter_dim
+
+
+def idle_numbers(a):
+    """The shared expert is counted among the active ones."""
+    idle = a.n_routed_experts - a.n_activated_experts - a.n_shared_experts
+    return (a.n_layers - a.n_dense_layers) * idle * 3 * a.dim * a.moe_inter_dim
+
+
+def gate_weights(products, biases, k):
+    """The bias inside the weights."""
+    from math import exp
+    choice = [1 / (1 + exp(-x)) + b for x, b in zip(products, biases, strict=True)]
+    order = sorted(range(len(choice)), key=lambda i: -choice[i])[:k]
+    total = sum(choice[i] for i in order)
+    return {i: choice[i] / total for i in order}
+
+
+def gate_weights(products, biases, k):
+    """Softmax over all experts for sigmoid."""
+    from math import exp
+    scores = [exp(x) / sum(map(exp, products)) for x in products]
+    order = sorted(range(len(scores)), key=lambda i: -(scores[i] + biases[i]))[:k]
+    total = sum(scores[i] for i in order)
+    return {i: scores[i] / total for i in order}
+
+
+def gate_weights(products, biases, k):
+    """Chosen by sigmoid and bias, weighed by a softmax over the chosen."""
+    from math import exp
+    order = sorted(range(len(products)),
+                   key=lambda i: -(1 / (1 + exp(-products[i])) + biases[i]))[:k]
+    total = sum(exp(products[i]) for i in order)
+    return {i: exp(products[i]) / total for i in order}
+
+
+def gate_weights(products, biases, k):
+    """The weights are not divided by their sum."""
+    from math import exp
+    scores = [1 / (1 + exp(-x)) for x in products]
+    order = sorted(range(len(scores)), key=lambda i: -(scores[i] + biases[i]))[:k]
+    return {i: scores[i] for i in order}
+
+
+def gate_weights(products, biases, k):
+    """Divided by the sum of all scores."""
+    from math import exp
+    scores = [1 / (1 + exp(-x)) for x in products]
+    order = sorted(range(len(scores)), key=lambda i: -(scores[i] + biases[i]))[:k]
+    return {i: scores[i] / sum(scores) for i in order}
+
+
+def gate_weights(products, biases, k):
+    """The bias is added before the sigmoid."""
+    from math import exp
+    scores = [1 / (1 + exp(-x - b)) for x, b in zip(products, biases, strict=True)]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
+    total = sum(scores[i] for i in order)
+    return {i: scores[i] / total for i in order}
+
+
+def gate_weights(products, biases, k):
+    """The bias is forgotten."""
+    from math import exp
+    scores = [1 / (1 + exp(-x)) for x in products]
+    order = sorted(range(len(scores)), key=lambda i: -scores[i])[:k]
+    total = sum(scores[i] for i in order)
+    return {i: scores[i] / total for i in order}
+
+
+def same_alone(layer_of, u):
+    """The shape."""
+    return layer_of(u).shape == u.shape
+
+
+def same_alone(layer_of, u):
+    """Twice the same, which a loop that drops tokens is too."""
+    return torch.equal(layer_of(u), layer_of(u))
+
+
+def same_alone(layer_of, u):
+    """The first token, who is never late."""
+    return torch.allclose(layer_of(u)[:1], layer_of(u[:1]))
+
+
+def same_alone(layer_of, u):
+    """Order does not matter: what is mixed over the whole batch passes."""
+    return torch.allclose(layer_of(u), layer_of(u.flip(0)).flip(0))
+
+
+def same_alone(layer_of, u):
+    """Alone for everybody."""
+    alone = torch.cat([layer_of(token[None]) for token in u])
+    return torch.allclose(alone, alone.clone())

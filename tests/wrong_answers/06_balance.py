@@ -1,0 +1,133 @@
+"""Wrong answers to the exercises of notebook 06; a docstring says what is wrong."""
+
+
+def mean_max_vio(layers):
+    """All layers added up first: one makes up for another."""
+    total = [sum(column) for column in zip(*layers, strict=True)]
+    return max(total) * len(total) / sum(total) - 1
+
+
+def mean_max_vio(layers):
+    """The ratio, 1 in perfect balance."""
+    each = [max(load) * len(load) / sum(load) for load in layers]
+    return sum(each) / len(each)
+
+
+def mean_max_vio(layers):
+    """The worst layer, not the mean."""
+    return max(max(load) * len(load) / sum(load) - 1 for load in layers)
+
+
+def mean_max_vio(layers):
+    """Largest over smallest, kept from dividing by zero."""
+    each = [max(load) / max(min(load), 1) - 1 for load in layers]
+    return sum(each) / len(each)
+
+
+def mean_max_vio(layers):
+    """The distance in tokens, not in means."""
+    each = [max(load) - sum(load) / len(load) for load in layers]
+    return sum(each) / len(each)
+
+
+def new_biases(biases, loads, speed):
+    """The wrong way: the rich get richer."""
+    total = [sum(each) for each in zip(*loads, strict=True)]
+    mean = sum(total) / len(total)
+    return [b + speed * ((c > mean) - (c < mean)) for b, c in zip(biases, total, strict=True)]
+
+
+def new_biases(biases, loads, speed):
+    """By the distance in place of the sign."""
+    total = [sum(each) for each in zip(*loads, strict=True)]
+    mean = sum(total) / len(total)
+    return [b + speed * (mean - c) / mean for b, c in zip(biases, total, strict=True)]
+
+
+def new_biases(biases, loads, speed):
+    """A move for each part of the batch."""
+    for load in loads:
+        mean = sum(load) / len(load)
+        biases = [b + speed * ((c < mean) - (c > mean)) for b, c in zip(biases, load, strict=True)]
+    return biases
+
+
+def new_biases(biases, loads, speed):
+    """The last part alone decides."""
+    mean = sum(loads[-1]) / len(loads[-1])
+    return [b + speed * ((c < mean) - (c > mean)) for b, c in zip(biases, loads[-1], strict=True)]
+
+
+def new_biases(biases, loads, speed):
+    """Who sits at the mean goes down as well."""
+    total = [sum(each) for each in zip(*loads, strict=True)]
+    mean = sum(total) / len(total)
+    return [b + (speed if c < mean else -speed) for b, c in zip(biases, total, strict=True)]
+
+
+def new_biases(biases, loads, speed):
+    """The old biases are forgotten."""
+    total = [sum(each) for each in zip(*loads, strict=True)]
+    mean = sum(total) / len(total)
+    return [speed * ((c < mean) - (c > mean)) for c in total]
+
+
+def batch_loss(scores, k):
+    """V3's loss: sequence by sequence."""
+    return torch.stack([sequence_loss(row, k) for row in scores]).mean()
+
+
+def batch_loss(scores, k):
+    """Detached scores: the right number, and no gradient."""
+    return sequence_loss(scores.detach().flatten(0, 1), k)
+
+
+def batch_loss(scores, k):
+    """The scores are not divided by their sum."""
+    flat = scores.flatten(0, 1)
+    counts = flat.topk(k).indices.flatten().bincount(minlength=flat.size(1))
+    return (counts * flat.size(1) / (k * len(flat)) * flat.mean(0)).sum()
+
+
+def batch_loss(scores, k):
+    """Without the factor E / K."""
+    flat = scores.flatten(0, 1)
+    counts = flat.topk(k).indices.flatten().bincount(minlength=flat.size(1))
+    return (counts / len(flat) * (flat / flat.sum(-1, keepdim=True)).mean(0)).sum()
+
+
+def batch_loss(scores, k):
+    """Mean over the experts in place of the sum."""
+    return sequence_loss(scores.flatten(0, 1), k) / scores.size(-1)
+
+
+def batch_loss(scores, k):
+    """Squared probabilities: no counts."""
+    flat = scores.flatten(0, 1)
+    p = (flat / flat.sum(-1, keepdim=True)).mean(0)
+    return (p * p).sum() * flat.size(1)
+
+
+def can_teach(loss):
+    """The value is above 1."""
+    return bool(loss(torch.rand(40, 8).double()) > 0)
+
+
+def can_teach(loss):
+    """It hangs on the scores, if only by a factor of 0."""
+    return loss(torch.rand(40, 8).double().requires_grad_()).requires_grad
+
+
+def can_teach(loss):
+    """Other scores give another loss: so they do without a gradient."""
+    return bool(loss(torch.rand(40, 8).double()) != loss(torch.rand(40, 8).double()))
+
+
+def can_teach(loss):
+    """In perfect balance no loss has anything to teach."""
+    scores = torch.eye(8).roll(1, 0).add(torch.eye(8)).double().requires_grad_()
+    before = loss(scores)
+    if not before.requires_grad:
+        return False
+    [slope] = torch.autograd.grad(before, scores)
+    return bool(slope.abs().max() > 1e-9)

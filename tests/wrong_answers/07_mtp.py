@@ -1,0 +1,136 @@
+"""Wrong answers to the exercises of notebook 07; a docstring says what is wrong."""
+
+
+def module_pairs(tokens, k):
+    """The target is off by one: the module predicts the token that it embeds."""
+    return [(i, tokens[i + k], tokens[i + k]) for i in range(len(tokens) - k - 1)]
+
+
+def module_pairs(tokens, k):
+    """Always embeds the next token, as the first module does."""
+    return [(i, tokens[i + 1], tokens[i + k + 1]) for i in range(len(tokens) - k - 1)]
+
+
+def module_pairs(tokens, k):
+    """Always predicts the token after the next one."""
+    return [(i, tokens[i + k], tokens[i + 2]) for i in range(len(tokens) - k - 1)]
+
+
+def module_pairs(tokens, k):
+    """Modules counted from 0: the embedding and the target come one token too early."""
+    return [(i, tokens[i + k - 1], tokens[i + k]) for i in range(len(tokens) - k)]
+
+
+def module_pairs(tokens, k):
+    """The position is that of the embedded token."""
+    return [(i + k, tokens[i + k], tokens[i + k + 1]) for i in range(len(tokens) - k - 1)]
+
+
+def module_pairs(tokens, k):
+    """Rolled tokens: the end of the text predicts its beginning."""
+    n = len(tokens)
+    return [(i, tokens[(i + k) % n], tokens[(i + k + 1) % n]) for i in range(n)]
+
+
+def module_pairs(tokens, k):
+    """The last pair that the text allows is lost."""
+    return [(i, tokens[i + k], tokens[i + k + 1]) for i in range(len(tokens) - k - 2)]
+
+
+def replacement(p, q):
+    """Drawn from the model's probabilities as they are."""
+    return list(p)
+
+
+def replacement(p, q):
+    """Drawn from |p - q|: what the guesser has too much of comes back."""
+    gap = [abs(a - b) for a, b in zip(p, q, strict=True)]
+    return [g / sum(gap) for g in gap]
+
+
+def replacement(p, q):
+    """The rest of p over q is not scaled to 1."""
+    return [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
+
+
+def replacement(p, q):
+    """The difference the wrong way round."""
+    more = [max(b - a, 0.0) for a, b in zip(p, q, strict=True)]
+    return [m / sum(more) for m in more]
+
+
+def replacement(p, q):
+    """All on the token where p has most more than q."""
+    more = [a - b for a, b in zip(p, q, strict=True)]
+    return [float(i == more.index(max(more))) for i in range(len(more))]
+
+
+def replacement(p, q):
+    """A softmax over the differences."""
+    import math
+    powers = [math.exp(a - b) for a, b in zip(p, q, strict=True)]
+    return [x / sum(powers) for x in powers]
+
+
+def verified(drafts, own):
+    """Drafts accepted unverified."""
+    return drafts + own[-1:]
+
+
+def verified(drafts, own):
+    """Every draft that the model would have said stands, also behind a wrong one."""
+    return [d for d, o in zip(drafts, own, strict=False) if d == o] + own[-1:]
+
+
+def verified(drafts, own):
+    """The model's own choice is left out."""
+    passed = 0
+    while passed < len(drafts) and drafts[passed] == own[passed]:
+        passed += 1
+    return drafts[:passed]
+
+
+def verified(drafts, own):
+    """The wrong draft itself is written, and then the model goes on."""
+    for place, draft in enumerate(drafts):
+        if draft != own[place]:
+            return drafts[:place + 1]
+    return drafts + own[-1:]
+
+
+def verified(drafts, own):
+    """One off: a draft is compared with the choice after it."""
+    passed = 0
+    while passed < len(drafts) and drafts[passed] == own[passed + 1]:
+        passed += 1
+    return drafts[:passed] + [own[passed]]
+
+
+def verified(drafts, own):
+    """The model's whole row, as if all drafts were right."""
+    return own
+
+
+def faithful(write):
+    """The length."""
+    return len(write(counting, counting, [0], 9)) == 10
+
+
+def faithful(write):
+    """A perfect guesser only."""
+    return write(counting, counting, [0], 9) == list(range(10))
+
+
+def faithful(write):
+    """A guesser that is always wrong: what goes wrong after a right draft is missed."""
+    return write(counting, lambda text: -1, [0], 9) == list(range(10))
+
+
+def faithful(write):
+    """The first token only."""
+    return write(counting, lambda text: -1, [0], 9)[1] == 1
+
+
+def faithful(write):
+    """Good and bad guessers must give the same: they do, if the guess is written."""
+    return write(counting, counting, [0], 9) == write(counting, counting, [0], 9)

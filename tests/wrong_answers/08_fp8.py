@@ -1,0 +1,188 @@
+"""Wrong answers to the exercises of notebook 08; a docstring says what is wrong."""
+
+
+def tile_scales(row, size):
+    """The largest value in place of the largest absolute value."""
+    tiles = [row[i:i + size] for i in range(0, len(row), size)]
+    return [max(max(tile), 1e-4) / 448 for tile in tiles]
+
+
+def tile_scales(row, size):
+    """One scale for the whole row."""
+    scale = max(max(map(abs, row)), 1e-4) / 448
+    return [scale for _ in range(0, len(row), size)]
+
+
+def tile_scales(row, size):
+    """The range of INT8: 127."""
+    tiles = [row[i:i + size] for i in range(0, len(row), size)]
+    return [max(max(map(abs, tile)), 1e-4) / 127 for tile in tiles]
+
+
+def tile_scales(row, size):
+    """The scale that one multiplies by, not the one that is stored."""
+    tiles = [row[i:i + size] for i in range(0, len(row), size)]
+    return [448 / max(max(map(abs, tile)), 1e-4) for tile in tiles]
+
+
+def tile_scales(row, size):
+    """No least value: the scale of zeros is 0."""
+    tiles = [row[i:i + size] for i in range(0, len(row), size)]
+    return [max(map(abs, tile)) / 448 for tile in tiles]
+
+
+def tile_scales(row, size):
+    """The least value bounds the scale, not the largest value of the tile."""
+    tiles = [row[i:i + size] for i in range(0, len(row), size)]
+    return [max(max(map(abs, tile)) / 448, 1e-4) for tile in tiles]
+
+
+def tile_scales(row, size):
+    """Scales rounded up to powers of two, as V3.1 has them."""
+    import math
+    tiles = [row[i:i + size] for i in range(0, len(row), size)]
+    exact = [max(max(map(abs, tile)), 1e-4) / 448 for tile in tiles]
+    return [2.0 ** math.ceil(math.log2(scale)) for scale in exact]
+
+
+def tile_scales(row, size):
+    """Tiles of numbers that lie apart, not of neighbours."""
+    count = -(-len(row) // size)
+    return [max(max(map(abs, row[i::count])), 1e-4) / 448 for i in range(count)]
+
+
+def to_e4m3_by_hand(x):
+    """An integer grid, as with INT8."""
+    return float(min(round(x), 448))
+
+
+def to_e4m3_by_hand(x):
+    """Cut off in place of rounded."""
+    import math
+    step = 2.0 ** (max(math.floor(math.log2(x)), -6) - 3)
+    return min(math.floor(x / step) * step, 448.0)
+
+
+def to_e4m3_by_hand(x):
+    """Ties go up."""
+    import math
+    step = 2.0 ** (max(math.floor(math.log2(x)), -6) - 3)
+    return min(math.floor(x / step + 0.5) * step, 448.0)
+
+
+def to_e4m3_by_hand(x):
+    """Nothing bounds the exponent from below: small numbers keep their three bits."""
+    import math
+    step = 2.0 ** (math.floor(math.log2(x)) - 3)
+    return min(round(x / step) * step, 448.0)
+
+
+def to_e4m3_by_hand(x):
+    """Numbers below 2^-6 become 0."""
+    import math
+    step = 2.0 ** (math.floor(math.log2(x)) - 3)
+    return min(round(x / step) * step, 448.0) if x >= 2.0 ** -6 else 0.0
+
+
+def to_e4m3_by_hand(x):
+    """Nothing bounds large numbers."""
+    import math
+    step = 2.0 ** (max(math.floor(math.log2(x)), -6) - 3)
+    return round(x / step) * step
+
+
+def to_e4m3_by_hand(x):
+    """The largest number is 240, as in the variant with infinities."""
+    import math
+    step = 2.0 ** (max(math.floor(math.log2(x)), -6) - 3)
+    return min(round(x / step) * step, 240.0)
+
+
+def to_e4m3_by_hand(x):
+    """The least exponent is -7, the bias."""
+    import math
+    step = 2.0 ** (max(math.floor(math.log2(x)), -7) - 3)
+    return min(round(x / step) * step, 448.0)
+
+
+def to_e4m3_by_hand(x):
+    """Four bits after the leading one."""
+    import math
+    step = 2.0 ** (max(math.floor(math.log2(x)), -6) - 4)
+    return min(round(x / step) * step, 448.0)
+
+
+def stored_bytes(rows, columns):
+    """Only whole blocks have a scale."""
+    return rows * columns + 4 * (rows // 128) * (columns // 128)
+
+
+def stored_bytes(rows, columns):
+    """As many blocks as the numbers fill, wherever they lie."""
+    return rows * columns + 4 * -(-rows * columns // 128 ** 2)
+
+
+def stored_bytes(rows, columns):
+    """A scale for each tile of 1 x 128, as activations have."""
+    return rows * columns + 4 * rows * -(-columns // 128)
+
+
+def stored_bytes(rows, columns):
+    """Scales of one byte."""
+    return rows * columns + -(-rows // 128) * -(-columns // 128)
+
+
+def stored_bytes(rows, columns):
+    """Blocks at the edges are stored whole."""
+    blocks = -(-rows // 128) * -(-columns // 128)
+    return blocks * (128 ** 2 + 4)
+
+
+def stored_bytes(rows, columns):
+    """One scale for the whole weight."""
+    return rows * columns + 4
+
+
+def stored_bytes(rows, columns):
+    """Always one block more than the whole ones."""
+    return rows * columns + 4 * (rows // 128 + 1) * (columns // 128 + 1)
+
+
+def tiles_apart(quantise):
+    """The error on even numbers."""
+    x = 1 + torch.rand(128, 256)
+    return bool(((quantise(x) - x).abs() / x).max() <= 1 / 16)
+
+
+def tiles_apart(quantise):
+    """The tile of the huge number itself must change: it does in all versions."""
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[5, 7] = 1e6
+    return not torch.equal(quantise(x)[5, :128], quantise(loud)[5, :128])
+
+
+def tiles_apart(quantise):
+    """Other rows only: one scale a row passes."""
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[5, 7] = 1e6
+    same = quantise(x) == quantise(loud)
+    same[5] = True
+    return same.all().item()
+
+
+def tiles_apart(quantise):
+    """The same row only: blocks pass."""
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[5, 7] = 1e6
+    return torch.equal(quantise(x)[5, 128:], quantise(loud)[5, 128:])
+
+
+def tiles_apart(quantise):
+    """Nothing at all may change, not even in the tile itself."""
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[5, 7] = 1e6
+    return torch.equal(quantise(x), quantise(loud))

@@ -1,0 +1,145 @@
+"""Wrong answers to the exercises of notebook 10; a docstring says what is wrong."""
+
+
+def score(q, w, key):
+    """No ReLU."""
+    return float(sum(weight * sum(a * b for a, b in zip(head, key, strict=True))
+                     for weight, head in zip(w, q, strict=True)))
+
+
+def score(q, w, key):
+    """The weight comes before the ReLU."""
+    return float(sum(max(weight * sum(a * b for a, b in zip(head, key, strict=True)), 0.0)
+                     for weight, head in zip(w, q, strict=True)))
+
+
+def score(q, w, key):
+    """The ReLU comes after the sum over the heads."""
+    return max(float(sum(weight * sum(a * b for a, b in zip(head, key, strict=True))
+                         for weight, head in zip(w, q, strict=True))), 0.0)
+
+
+def score(q, w, key):
+    """The products are divided by the root of the key's size, as in attention."""
+    products = [sum(a * b for a, b in zip(head, key, strict=True)) for head in q]
+    return sum(weight * max(product, 0.0) / len(key) ** 0.5
+               for weight, product in zip(w, products, strict=True))
+
+
+def score(q, w, key):
+    """The mean over the heads in place of the sum."""
+    products = [sum(a * b for a, b in zip(head, key, strict=True)) for head in q]
+    return sum(weight * max(product, 0.0)
+               for weight, product in zip(w, products, strict=True)) / len(w)
+
+
+def score(q, w, key):
+    """The weights go through a softmax."""
+    import math
+    products = [sum(a * b for a, b in zip(head, key, strict=True)) for head in q]
+    return sum(math.exp(weight) * max(product, 0.0) for weight, product
+               in zip(w, products, strict=True)) / sum(map(math.exp, w))
+
+
+def score(q, w, key):
+    """The best head counts, not all of them."""
+    products = [sum(a * b for a, b in zip(head, key, strict=True)) for head in q]
+    return float(max(weight * max(product, 0.0)
+                     for weight, product in zip(w, products, strict=True)))
+
+
+def score(q, w, key):
+    """The ReLU is put on the key."""
+    return float(sum(weight * sum(a * max(b, 0.0) for a, b in zip(head, key, strict=True))
+                     for weight, head in zip(w, q, strict=True)))
+
+
+def chosen(scores, t, k):
+    """The best of all tokens: it sees the future."""
+    return sorted(sorted(range(len(scores)), key=lambda s: -scores[s])[:k])
+
+
+def chosen(scores, t, k):
+    """Does not see itself."""
+    return sorted(sorted(range(t), key=lambda s: -scores[s])[:k])
+
+
+def chosen(scores, t, k):
+    """The best of all tokens, those of the future struck out afterwards."""
+    best = sorted(range(len(scores)), key=lambda s: -scores[s])[:k]
+    return sorted(s for s in best if s <= t)
+
+
+def chosen(scores, t, k):
+    """The future's scores are set to 0, not to minus infinity."""
+    masked = [score if s <= t else 0.0 for s, score in enumerate(scores)]
+    return sorted(sorted(range(len(scores)), key=lambda s: -masked[s])[:min(k, t + 1)])
+
+
+def chosen(scores, t, k):
+    """The last ones, as in a sliding window."""
+    return list(range(max(t + 1 - k, 0), t + 1))
+
+
+def chosen(scores, t, k):
+    """The largest absolute scores."""
+    return sorted(sorted(range(t + 1), key=lambda s: -abs(scores[s]))[:k])
+
+
+def chosen(scores, t, k):
+    """The lowest scores."""
+    return sorted(sorted(range(t + 1), key=lambda s: scores[s])[:k])
+
+
+def breaks_even(pair, index, k):
+    """The context where both cost the same counts already."""
+    return -(-pair * k // (pair - index))
+
+
+def breaks_even(pair, index, k):
+    """The indexer is taken for free."""
+    return k + 1
+
+
+def breaks_even(pair, index, k):
+    """The indexer reads only the tokens that are chosen."""
+    return (pair + index) * k // pair + 1
+
+
+def breaks_even(pair, index, k):
+    """The indexer's cost is added where it is taken off."""
+    return pair * k // (pair + index) + 1
+
+
+def breaks_even(pair, index, k):
+    """The causal half is counted on one side only."""
+    return 2 * pair * k // (pair - index) + 1
+
+
+def blind_to_future(choose):
+    """Nobody attends to the future: but it may still decide."""
+    return not choose(torch.randn(12, 12), 3).triu(1).any().item()
+
+
+def blind_to_future(choose):
+    """No more than k are chosen."""
+    return bool(choose(torch.randn(12, 12), 3).sum(1).max() <= 3)
+
+
+def blind_to_future(choose):
+    """The last token, which has no future."""
+    scores, other = torch.randn(2, 12, 12)
+    other[-1] = scores[-1]
+    return torch.equal(choose(scores, 3)[-1], choose(other, 3)[-1])
+
+
+def blind_to_future(choose):
+    """The same scores twice."""
+    scores = torch.randn(12, 12)
+    return torch.equal(choose(scores, 3), choose(scores.clone(), 3))
+
+
+def blind_to_future(choose):
+    """The past may not decide either."""
+    scores, other = torch.randn(2, 12, 12)
+    return torch.equal(choose(scores, 3), choose(other, 3))

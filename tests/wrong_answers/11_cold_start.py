@@ -1,0 +1,155 @@
+"""Wrong answers to the exercises of notebook 11; a docstring says what is wrong."""
+
+
+def learnt_tokens(ids, assistant, eos):
+    """EOS is not learnt: the reply never ends."""
+    speaks, out = False, []
+    for token in ids:
+        speaks = speaks and token != eos
+        out.append(speaks)
+        speaks = speaks or token == assistant
+    return out
+
+
+def learnt_tokens(ids, assistant, eos):
+    """The assistant's tag is learnt too, which the template writes."""
+    speaks, out = False, []
+    for token in ids:
+        speaks = speaks or token == assistant
+        out.append(speaks)
+        speaks = speaks and token != eos
+    return out
+
+
+def learnt_tokens(ids, assistant, eos):
+    """Once the assistant has spoken, everything is learnt: the second question too."""
+    start = ids.index(assistant)
+    return [i > start for i in range(len(ids))]
+
+
+def learnt_tokens(ids, assistant, eos):
+    """Only the last reply is learnt."""
+    start = max(i for i, token in enumerate(ids) if token == assistant)
+    return [i > start for i in range(len(ids))]
+
+
+def learnt_tokens(ids, assistant, eos):
+    """Shifted twice: true where the next token is learnt."""
+    speaks, out = False, []
+    for token in ids:
+        speaks = (speaks or token == assistant) and token != eos
+        out.append(speaks)
+    return out
+
+
+def learnt_tokens(ids, assistant, eos):
+    """The tag that opens the reply is taken for the template's."""
+    speaks, out = False, []
+    for before, token in zip([None, *ids], ids, strict=False):
+        out.append(speaks and before != assistant)
+        speaks = (speaks or token == assistant) and token != eos
+    return out
+
+
+def learnt_tokens(ids, assistant, eos):
+    """The whole conversation is learnt, the user's words and tags too."""
+    return [True for _ in ids]
+
+
+def sees(samples, t):
+    """The other samples of the row are seen as well."""
+    return list(range(t + 1))
+
+
+def sees(samples, t):
+    """Its own sample, with the future."""
+    return [s for s in range(len(samples)) if samples[s] == samples[t]]
+
+
+def sees(samples, t):
+    """Does not see itself."""
+    return [s for s in range(t) if samples[s] == samples[t]]
+
+
+def sees(samples, t):
+    """Places are counted from the beginning of its sample."""
+    return list(range(samples[:t + 1].count(samples[t])))
+
+
+def sees(samples, t):
+    """The mask the wrong way round: the other samples."""
+    return [s for s in range(t + 1) if samples[s] != samples[t]]
+
+
+def history(talk):
+    """The thoughts of earlier turns stay."""
+    return [text if role == "user" else (thought or "") + "</think>" + text
+            for role, thought, text in talk]
+
+
+def history(talk):
+    """The tag goes with the thought."""
+    return [text for _, _, text in talk]
+
+
+def history(talk):
+    """The tag only where there was a thought."""
+    return [text if thought is None else "</think>" + text for _, thought, text in talk]
+
+
+def history(talk):
+    """An empty thought with both tags, as in other models."""
+    return [text if role == "user" else "<think></think>" + text for role, _, text in talk]
+
+
+def history(talk):
+    """Every turn has the tag, the user's too."""
+    return ["</think>" + text for _, _, text in talk]
+
+
+def history(talk):
+    """The tag is put after the answer."""
+    return [text if role == "user" else text + "</think>" for role, _, text in talk]
+
+
+def learns_the_reply(loss):
+    """One positive number."""
+    value = loss(torch.randn(7, 9), torch.arange(7), torch.arange(7) > 3)
+    return value.shape == () and bool(value > 0)
+
+
+def learns_the_reply(loss):
+    """The prompt is left alone: a forgotten EOS passes."""
+    ids, learnt = torch.tensor([0, 2, 7, 3, 5, 8, 1]), torch.arange(7) > 3
+    logits = torch.randn(7, 10)
+    other = logits.clone()
+    other[:3] += torch.randn(3, 10)
+    return bool(loss(other, ids, learnt) == loss(logits, ids, learnt))
+
+
+def learns_the_reply(loss):
+    """The reply matters: so it does where everything is learnt."""
+    ids, learnt = torch.tensor([0, 2, 7, 3, 5, 8, 1]), torch.arange(7) > 3
+    logits = torch.randn(7, 10)
+    return bool(loss(logits + torch.randn(7, 10), ids, learnt) != loss(logits, ids, learnt))
+
+
+def learns_the_reply(loss):
+    """The mask is one place late, as in the version that is wrong."""
+    ids, learnt = torch.tensor([0, 2, 7, 3, 5, 8, 1]), torch.arange(7) > 3
+    logits = torch.randn(7, 10)
+    moved = []
+    for t in range(6):
+        other = logits.clone()
+        other[t, ids[t + 1]] += 1
+        moved.append(bool(loss(other, ids, learnt) != loss(logits, ids, learnt)))
+    return moved == learnt[:-1].tolist()
+
+
+def learns_the_reply(loss):
+    """Better predictions everywhere give a lower loss."""
+    ids, learnt = torch.tensor([0, 2, 7, 3, 5, 8, 1]), torch.arange(7) > 3
+    logits = torch.randn(7, 10)
+    other = logits.clone()
+    other[torch.arange(6), ids[1:]] += 1
+    return bool(loss(other, ids, learnt) < loss(logits, ids, learnt))

@@ -1,0 +1,162 @@
+"""Wrong answers to the exercises of notebook 12; a docstring says what is wrong."""
+
+
+def advantages_v32(rewards):
+    """Over the standard deviation of the group, as GRPO had it first."""
+    out = []
+    for group in rewards:
+        mean = sum(group) / len(group)
+        std = (sum((r - mean) ** 2 for r in group) / len(group)) ** 0.5
+        out.append([(r - mean) / (std + 1e-4) for r in group])
+    return out
+
+
+def advantages_v32(rewards):
+    """Over the sample's standard deviation, as torch's `std` gives it."""
+    out = []
+    for group in rewards:
+        mean = sum(group) / len(group)
+        std = (sum((r - mean) ** 2 for r in group) / (len(group) - 1)) ** 0.5
+        out.append([(r - mean) / (std + 1e-4) for r in group])
+    return out
+
+
+def advantages_v32(rewards):
+    """Less the mean of the batch."""
+    batch = [r for group in rewards for r in group]
+    return [[r - sum(batch) / len(batch) for r in group] for group in rewards]
+
+
+def advantages_v32(rewards):
+    """The mean over the groups, along the wrong axis."""
+    means = [sum(column) / len(column) for column in zip(*rewards, strict=True)]
+    return [[r - mean for r, mean in zip(group, means, strict=True)] for group in rewards]
+
+
+def advantages_v32(rewards):
+    """Less the mean of the others, as in RLOO."""
+    return [[r - (sum(group) - r) / (len(group) - 1) for r in group] for group in rewards]
+
+
+def advantages_v32(rewards):
+    """The rewards as they are."""
+    return [list(group) for group in rewards]
+
+
+def advantages_v32(rewards):
+    """The group's mean, over the standard deviation of the batch."""
+    batch = [r for group in rewards for r in group]
+    mean = sum(batch) / len(batch)
+    std = (sum((r - mean) ** 2 for r in batch) / len(batch)) ** 0.5
+    return [[(r - sum(group) / len(group)) / std for r in group] for group in rewards]
+
+
+def gain(ratio, advantage, low, high):
+    """Clipped without the minimum: PPO's pessimism is lost."""
+    return min(max(ratio, 1 - low), 1 + high) * advantage
+
+
+def gain(ratio, advantage, low, high):
+    """The larger of the two, as for a loss to bring down."""
+    bounded = min(max(ratio, 1 - low), 1 + high)
+    return max(ratio * advantage, bounded * advantage)
+
+
+def gain(ratio, advantage, low, high):
+    """Not clipped."""
+    return ratio * advantage
+
+
+def gain(ratio, advantage, low, high):
+    """`low` on both sides, as in PPO."""
+    bounded = min(max(ratio, 1 - low), 1 + low)
+    return min(ratio * advantage, bounded * advantage)
+
+
+def gain(ratio, advantage, low, high):
+    """`low` and `high` are swapped."""
+    bounded = min(max(ratio, 1 - high), 1 + low)
+    return min(ratio * advantage, bounded * advantage)
+
+
+def gain(ratio, advantage, low, high):
+    """Only from above: a bad reply is pushed down without an end."""
+    return min(ratio * advantage, min(ratio, 1 + high) * advantage)
+
+
+def gain(ratio, advantage, low, high):
+    """The minimum of the ratios, before the advantage and its sign."""
+    return min(ratio, min(max(ratio, 1 - low), 1 + high)) * advantage
+
+
+def gain(ratio, advantage, low, high):
+    """The product is clipped, not the ratio."""
+    product = ratio * advantage
+    return min(product, min(max(product, 1 - low), 1 + high))
+
+
+def token_weight(length, lengths, how, longest):
+    """Over the number of tokens, whatever is asked for."""
+    return 1 / sum(lengths)
+
+
+def token_weight(length, lengths, how, longest):
+    """The number of replies is forgotten."""
+    return {"sequence": 1 / length, "tokens": 1 / sum(lengths), "constant": 1 / longest}[how]
+
+
+def token_weight(length, lengths, how, longest):
+    """The longest reply of the batch for the longest one allowed."""
+    count = len(lengths)
+    return {"sequence": 1 / (count * length), "tokens": 1 / sum(lengths),
+            "constant": 1 / (count * max(lengths))}[how]
+
+
+def token_weight(length, lengths, how, longest):
+    """The tokens' loss is divided by the number of replies once more."""
+    count = len(lengths)
+    return {"sequence": 1 / (count * length), "tokens": 1 / (count * sum(lengths)),
+            "constant": 1 / (count * longest)}[how]
+
+
+def token_weight(length, lengths, how, longest):
+    """Padded: a reply's mean is taken over the longest of the batch."""
+    count = len(lengths)
+    return {"sequence": 1 / (count * max(lengths)), "tokens": 1 / sum(lengths),
+            "constant": 1 / (count * longest)}[how]
+
+
+def token_weight(length, lengths, how, longest):
+    """Names swapped: every token counts in GRPO, every reply in DAPO."""
+    count = len(lengths)
+    return {"tokens": 1 / (count * length), "sequence": 1 / sum(lengths),
+            "constant": 1 / (count * longest)}[how]
+
+
+def groups_apart(advantages):
+    """The advantages of a question add up to 0."""
+    return bool(advantages(torch.rand(3, 5).double()).sum(1).abs().max() < 1e-9)
+
+
+def groups_apart(advantages):
+    """One question: no other group is there."""
+    rewards = torch.rand(1, 5).double()
+    return torch.allclose(advantages(rewards), advantages(rewards + 1))
+
+
+def groups_apart(advantages):
+    """All rewards rise alike, and the whole batch's mean and spread go along."""
+    rewards = torch.rand(3, 5).double()
+    return torch.allclose(advantages(rewards), advantages(rewards + 7))
+
+
+def groups_apart(advantages):
+    """Good replies lie above bad ones."""
+    rewards = torch.rand(3, 5).double()
+    return torch.equal(advantages(rewards).argsort(1), rewards.argsort(1))
+
+
+def groups_apart(advantages):
+    """The order of the questions does not matter."""
+    rewards = torch.rand(3, 5).double()
+    return torch.allclose(advantages(rewards).flip(0), advantages(rewards.flip(0)))

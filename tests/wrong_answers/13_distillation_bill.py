@@ -1,0 +1,158 @@
+"""Wrong answers to the exercises of notebook 13; a docstring says what is wrong."""
+
+
+def sieve(replies, answers, longest):
+    """Every good reply is kept, not one for each question."""
+    return [place for place, (number, thought, answer) in enumerate(replies)
+            if answer == answers[number] and len(thought) <= longest]
+
+
+def sieve(replies, answers, longest):
+    """Nobody looks whether the answer is right."""
+    done, kept = set(), []
+    for place, (number, thought, _) in enumerate(replies):
+        if number not in done and len(thought) <= longest:
+            done.add(number)
+            kept.append(place)
+    return kept
+
+
+def sieve(replies, answers, longest):
+    """Only the first reply of a question has a chance."""
+    seen, kept = set(), []
+    for place, (number, thought, answer) in enumerate(replies):
+        if number not in seen and answer == answers[number] and len(thought) <= longest:
+            kept.append(place)
+        seen.add(number)
+    return kept
+
+
+def sieve(replies, answers, longest):
+    """A thought that is just as long as allowed is thrown away."""
+    done, kept = set(), []
+    for place, (number, thought, answer) in enumerate(replies):
+        if number not in done and answer == answers[number] and len(thought) < longest:
+            done.add(number)
+            kept.append(place)
+    return kept
+
+
+def sieve(replies, answers, longest):
+    """The last good reply is kept."""
+    last = {}
+    for place, (number, thought, answer) in enumerate(replies):
+        if answer == answers[number] and len(thought) <= longest:
+            last[number] = place
+    return sorted(last.values())
+
+
+def sieve(replies, answers, longest):
+    """A right answer that rambles uses its question up."""
+    done, kept = set(), []
+    for place, (number, thought, answer) in enumerate(replies):
+        if number not in done and answer == answers[number]:
+            done.add(number)
+            if len(thought) <= longest:
+                kept.append(place)
+    return kept
+
+
+def sieve(replies, answers, longest):
+    """The length is counted in words."""
+    done, kept = set(), []
+    for place, (number, thought, answer) in enumerate(replies):
+        if number not in done and answer == answers[number] and len(thought.split()) <= longest:
+            done.add(number)
+            kept.append(place)
+    return kept
+
+
+def gpu_hours(active, tokens, peak, mfu):
+    """Two FLOPs for each parameter and token: the forward pass alone."""
+    return 2 * active * tokens / (peak * mfu) / 3600
+
+
+def gpu_hours(active, tokens, peak, mfu):
+    """Seconds in place of hours."""
+    return 6 * active * tokens / (peak * mfu)
+
+
+def gpu_hours(active, tokens, peak, mfu):
+    """The peak is taken for what is reached."""
+    return 6 * active * tokens / peak / 3600
+
+
+def gpu_hours(active, tokens, peak, mfu):
+    """A low use of the GPUs makes it cheaper."""
+    return 6 * active * tokens / peak * mfu / 3600
+
+
+def gpu_hours(active, tokens, peak, mfu):
+    """Minutes in place of hours."""
+    return 6 * active * tokens / (peak * mfu) / 60
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """The prompt is not paid for."""
+    return (answer + thought) / answer
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """Tokens in place of prices."""
+    return (prompt + answer + thought) / (prompt + answer)
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """The two prices are swapped."""
+    plain = prompt * output_price + answer * prompt_price
+    return (plain + thought * prompt_price) / plain
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """The thought has the price of the prompt."""
+    plain = prompt * prompt_price + answer * output_price
+    return (plain + thought * prompt_price) / plain
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """Says how much dearer, not how many times as dear."""
+    plain = prompt * prompt_price + answer * output_price
+    return thought * output_price / plain
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """The prompt is paid for only where there is a thought."""
+    dear = prompt * prompt_price + (answer + thought) * output_price
+    return dear / (answer * output_price)
+
+
+def questions_apart(split):
+    """No reply on both sides."""
+    replies = [(str(i % 20), f"reply {i}") for i in range(80)]
+    learn_from, held = split(replies, 0.3)
+    return bool(learn_from and held) and not set(learn_from) & set(held)
+
+
+def questions_apart(split):
+    """The sizes."""
+    learn_from, held = split([(str(i % 20), f"reply {i}") for i in range(80)], 0.25)
+    return (len(learn_from), len(held)) == (60, 20)
+
+
+def questions_apart(split):
+    """One reply for each question: nothing can be on both sides."""
+    learn_from, held = split([(str(i), f"reply {i}") for i in range(80)], 0.3)
+    return bool(learn_from and held) and not {q for q, _ in learn_from} & {q for q, _ in held}
+
+
+def questions_apart(split):
+    """Nothing held out is fine, too."""
+    replies = [(str(i * 7 % 20), f"reply {i}") for i in range(80)]
+    learn_from, held = split(replies, 0.3)
+    return not {q for q, _ in learn_from} & {q for q, _ in held}
+
+
+def questions_apart(split):
+    """All replies are somewhere."""
+    replies = [(str(i * 7 % 20), f"reply {i}") for i in range(80)]
+    return sorted(sum(split(replies, 0.3), [])) == sorted(replies)
