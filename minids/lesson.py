@@ -135,7 +135,8 @@ def tensor_difference(answer, expected: torch.Tensor) -> str:
     digits = 1e-9 if expected.dtype == torch.float64 else 1e-5
     if torch.allclose(answer, expected, rtol=digits, atol=digits):
         return ""
-    return f"values that differ by up to {(answer.double() - expected.double()).abs().max().item():.2g}"
+    largest = (answer.double() - expected.double()).abs().max().item()
+    return f"values that differ by up to {largest:.2g}"
 
 
 def same(answer, expected) -> bool:

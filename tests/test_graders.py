@@ -50,7 +50,7 @@ class Exercise:
 
 
 def names(source: str) -> tuple[set[str], set[str]]:
-    """The global names that a cell binds, and those that it or its functions read."""
+    """The global names that a cell binds, and the others that it or its functions read."""
     def read(scope) -> set[str]:
         own = {s.get_name() for s in scope.get_symbols() if s.is_referenced()
                and (scope.get_type() == "module" or s.is_global())}
@@ -59,7 +59,7 @@ def names(source: str) -> tuple[set[str], set[str]]:
     top = symtable.symtable(source, "cell", "exec")
     bound = {s.get_name() for s in top.get_symbols() if s.is_assigned() or s.is_imported()
              or s.is_namespace()}
-    return bound, read(top)
+    return bound, read(top) - bound
 
 
 def needed(before: list[str], cells: list[str]) -> tuple[str, ...]:
