@@ -84,3 +84,20 @@ def keeps_everything(pattern, text):
 def keeps_everything(pattern, text):
     """It decodes without an error."""
     return isinstance("".join(regex.findall(pattern, text)), str)
+
+
+def fill_in_the_middle(text, start, stop, tok):
+    """The tokens are cut, not the text."""
+    ids = tok.encode(text)
+    return [tok.bos_id, tok.fim_begin_id, *ids[:start], tok.fim_hole_id,
+            *ids[stop:], tok.fim_end_id, *ids[start:stop], tok.eos_id]
+
+
+def keeps_everything(pattern, text):
+    """A match of the whole text, which tries again where cutting does not."""
+    return regex.fullmatch(f"(?:{pattern})*", text) is not None
+
+
+def keeps_everything(pattern, text):
+    """Every character occurs in some piece."""
+    return set("".join(regex.findall(pattern, text))) == set(text)

@@ -114,3 +114,9 @@ def parts_alike(scores):
     q, k = torch.randn(3, 10).double(), torch.randn(10).double()
     a, b = (scores(q[:, :n], q[:, n:], k[:n].expand(3, n), k[n:]) for n in (3, 7))
     return not torch.allclose(a, b)
+
+
+def move_to_query(q, w_uk):
+    """Reshaped where it must be transposed."""
+    positions, heads, width = q.shape
+    return (q.reshape(heads, positions, width) @ w_uk).reshape(positions, heads, -1)

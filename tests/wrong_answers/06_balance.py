@@ -131,3 +131,19 @@ def can_teach(loss):
         return False
     [slope] = torch.autograd.grad(before, scores)
     return bool(slope.abs().max() > 1e-9)
+
+
+def mean_max_vio(layers):
+    """The largest distance on either side."""
+    each = []
+    for load in layers:
+        mean = sum(load) / len(load)
+        each.append(max(abs(c - mean) for c in load) / mean)
+    return sum(each) / len(each)
+
+
+def new_biases(biases, loads, speed):
+    """The mean in whole tokens."""
+    total = [sum(each) for each in zip(*loads, strict=True)]
+    mean = sum(total) // len(total)
+    return [b + speed * ((c < mean) - (c > mean)) for b, c in zip(biases, total, strict=True)]
