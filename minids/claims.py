@@ -129,7 +129,7 @@ def is_finished(folder: Path) -> bool:
 
 def mean_vio(run: Trained, share: float) -> float:
     """MaxVio of the training batches around a share of the run, the mean over layers and steps."""
-    middle, reach = share * len(run.metrics), len(run.metrics) / 20
+    middle, reach = share * len(run.metrics), max(len(run.metrics) / 20, 0.5)
     near = [m["max_vio"] for m in run.metrics if abs(m["step"] - middle) <= reach]
     return statistics.mean(v for layers in near for v in layers)
 

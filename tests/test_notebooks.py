@@ -4,7 +4,9 @@ A check takes a notebook and returns what is wrong, in words. Each is tried on a
 notebook, and on the same with one thing made wrong.
 """
 
+import base64
 import copy
+import json
 import re
 import statistics
 import subprocess
@@ -220,6 +222,35 @@ def test_all_begin_alike():
     other = copy.deepcopy(BOOKS[0])
     other.code[0].source += "\nimport minids"
     assert first_cell([*BOOKS, other]) == ["2 different first cells"]
+
+
+def drawn(notebook: bytes) -> dict[str, bytes]:
+    """The pictures in a notebook's outputs, by the name under which the cell saves them."""
+    found = {}
+    for cell in json.loads(notebook)["cells"]:
+        name = re.search(r'"(\d\d_\w+\.png)"', "".join(cell["source"]))
+        for output in cell.get("outputs", []) if name else []:
+            if picture := output.get("data", {}).get("image/png"):
+                found[name[1]] = base64.b64decode("".join(picture))
+    return found
+
+
+def committed(path: str) -> bytes:
+    """A file as it was committed: running the notebooks draws the figures anew."""
+    try:
+        return subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True,
+                              check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("this is no git checkout")
+
+
+@pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
+def test_figures_are_the_notebooks_own(book):
+    pictures = drawn(committed(f"notebooks/{book.name}.ipynb"))
+    assert pictures
+    for name, picture in pictures.items():
+        assert picture == committed(f"figures/{name}")
+        assert picture != committed("figures/default_run.png")
 
 
 def numbering(names: list[str]) -> list[str]:
