@@ -158,7 +158,7 @@ def test_memorised_answers_get_none(exercise):
 
 @each_exercise
 def test_what_is_no_answer_is_told(exercise):
-    """None, a number that is none, and a loop without an end: words, within five seconds."""
+    """None, NaN, a text, an error: told in words. (Loops without an end: tests/test_lesson.py.)"""
     head = exercise.solution[:exercise.solution.index(":\n") + 1]
     for body, word in [("return None", "None"), ("return float('nan')", "nan"),
                        ("return 'x'", "'x'"), ("raise ValueError('no')", "ValueError: no")]:
