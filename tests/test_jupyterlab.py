@@ -322,8 +322,7 @@ DOT = ("iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk"
 SHOW = "from IPython.display import display\ndisplay({{'image/png': '{}'}}, raw=True)"
 DRAW = SHOW.format(DOT)
 WRONG = {
-    "error": ([DRAW, "1 / 0", "2"], ["cell 2 stops with ZeroDivisionError: division by zero",
-                                     "cell 3 has the count None"]),
+    "error": ([DRAW, "1 / 0"], ["cell 2 stops with ZeroDivisionError: division by zero"]),
     "no_figure": (["1", "print('no figure')"], ["the page shows no figure"]),
     "broken_figure": (["1", SHOW.format(DOT[:40])], ["the browser cannot draw a figure"]),
     "warning": ([DRAW, "import sys\nprint('careful', file=sys.stderr)"],
@@ -344,9 +343,14 @@ def test_a_right_small_notebook_has_no_troubles(server, run_all):
 
 
 def test_a_run_that_does_not_end_is_noticed(server, run_all):
-    """A cell that takes too long is told, and the test goes on."""
-    path = save_small(server, "endless", DRAW, "import time\ntime.sleep(600)")
-    assert "Run All has not come to its end" in troubles(run_all(path, limit=8))
+    """A cell that takes too long is told, with the cell that waits for it; the test goes on.
+
+    That no cell follows an error is not looked at: it depends on how fast the page sends them.
+    """
+    path = save_small(server, "endless", DRAW, "import time\ntime.sleep(600)", "2")
+    told = troubles(run_all(path, limit=8))
+    assert "Run All has not come to its end" in told
+    assert "cell 3 has the count None" in told
 
 
 def test_an_endless_answer_leaves_the_kernel_alive(server, run_all):
