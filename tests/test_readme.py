@@ -16,11 +16,14 @@ import pytest
 from local_hub import serve
 from small_models import LITTLE, scrambled
 
+from minids.__main__ import programs
+
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("python", "pip", "pytest", "jupyter", "nbgrader", "cd")
 
 # The beginning of a command -> flags that make it small. The longest beginning counts.
 TRAIN = "--steps 2 --batch-size 2 --seq-len 64 --eval-every 0 --threads 1"
+BENCH = "--preset nano --pairs 1 --steps-per-timing 1 --batch-size 1 --seq-len 32 --threads 1"
 SMALL = {
     "python -m minids.train": f"--preset nano {TRAIN}",
     "python -m minids.train --resume": "",
@@ -34,10 +37,15 @@ SMALL = {
     "python -m minids.evaluate": "--max-tokens 500 --threads 1",
     "python -m minids.evaluate --run runs/warm": "--max-tokens 500 --index-topk 8 --threads 1",
     "python -m minids.tokenizer": "--vocab-size 400 --max-bytes 100000",
-    "python -m minids.bench": "--preset nano --what train --pairs 1 --steps-per-timing 1 "
-                              "--batch-size 1 --seq-len 32 --threads 1",
+    "python -m minids.bench": f"{BENCH} --what train",
+    "python -m minids.bench --what sparse": f"{BENCH} --context 96 --index-n-heads 2 "
+                                            "--index-head-dim 16 --index-topk 16",
+    "python -m minids.bench --what speculative": "--pairs 1 --prompt 8 --new-tokens 4 --threads 1",
+    "python -m minids.bench --what moe-vs-dense": f"{BENCH} --seeds 1 --steps 2",
+    "python -m minids.bench --what rollout": f"{BENCH} --decode-batch 2 --prompt 8 --new-tokens 4",
     "python -m minids.recall": "--seq-len 256 --dim 32 --steps 2 --warmup-steps 2 "
-                               "--sparse-steps 2 --tokens 512 --test-sequences 2 --threads 1",
+                               "--sparse-steps 2 --tokens 512 --test-sequences 2 --threads 1 "
+                               "--device cpu",
     "python -m minids.sft": "--steps 2 --examples 64 --eval-problems 4 --threads 1",
     "python -m minids.grpo": "--steps 2 --questions 2 --group 2 --eval-problems 4 --threads 1 "
                              "--max-new-tokens 8 --warmup-steps 1",
@@ -46,8 +54,12 @@ SMALL = {
     "python -m minids.solve": "--problems 4 --max-new-tokens 8 --threads 1",
     "python -m minids.solve --run runs/rejected": "--problems 4 --max-new-tokens 8 --samples 2 "
                                                   "--threads 1",
-    "python -m minids.costs": "", "python -m minids.hf": "",
-    "python tests/kill_and_resume.py": "--kills 1",
+    "python -m minids.grpo --from FOLDER": "--steps 1 --questions 2 --group 2 --updates 1 "
+                                           "--eval-problems 4 --threads 1 --max-new-tokens 8 "
+                                           "--device cpu",
+    "python -m minids.costs": "", "python -m minids.hf": "", "python -m minids": "",
+    "python tests/kill_and_resume.py": "--kills 1", "python tests/parity_hf.py": "--seeds 1",
+    "pytest tests/test_fp8.py -k half_of_bf16": "--collect-only -p no:cacheprovider",
 }
 
 # What is not run here, and where it is.
@@ -79,7 +91,22 @@ def beginning(command: str, known: dict) -> str | None:
     return max(found, key=len, default=None)
 
 
-README = blocks((ROOT / "README.md").read_text(encoding="utf-8"))
+def spans(text: str) -> list[list[str]]:
+    """The commands between backticks, outside of blocks; tables leave out `python -m minids.`"""
+    found, modules = {}, {name for name, _ in programs()}
+    for line in re.sub(r"^```.*?^```", "", text, flags=re.M | re.S).split("\n\n"):
+        for span in re.findall(r"`([^`]+)`", line):
+            first, *more = span.split()
+            if line.startswith("|") and first in modules:
+                found[" ".join([f"python -m minids.{first}", *more])] = None
+            elif more and first in PROGRAMS and not span.endswith("."):
+                found[" ".join([first, *more])] = None
+    return [[command] for command in found]
+
+
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+README = blocks(TEXT)
+README += [[c] for [c] in spans(TEXT) if not any(c in block for block in README)]
 HERE = [[c for c in commands if beginning(c, SMALL)] for commands in README]
 
 
@@ -90,7 +117,7 @@ def title(commands: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A hub with the two data sets that the README names."""
+    """A hub with the three data sets that the README names."""
     folder = tmp_path_factory.mktemp("hub")
     for name, config in (("roneneldan/TinyStories", "data"), ("HuggingFaceFW/fineweb-edu",
                                                               "sample/10BT")):
@@ -102,6 +129,13 @@ def hub(tmp_path_factory):
     (folder / "HuggingFaceFW/fineweb-edu/README.md").write_text(
         "---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n"
         "    path: sample/10BT/*\n---\n")
+    asked = "".join(f'{{"question": "{i} and {i}?", "answer": "{2 * i}"}}\n' for i in range(9))
+    (folder / "openai/gsm8k/main").mkdir(parents=True)
+    for side in ("train", "test"):
+        (folder / "openai/gsm8k/main" / f"{side}.jsonl").write_text(asked)
+    (folder / "openai/gsm8k/README.md").write_text(
+        "---\nconfigs:\n- config_name: main\n  data_files:\n  - split: train\n"
+        "    path: main/train*\n  - split: test\n    path: main/test*\n---\n")
     server = serve(folder)
     yield server
     server.shutdown()
@@ -114,7 +148,8 @@ def run(tmp_path, hub):
            "HF_HOME": str(tmp_path / "home")}
 
     def run(command: str, extra: str = "") -> subprocess.CompletedProcess:
-        words = shlex.split(f"{command} {extra}")[1:]
+        program, *words = shlex.split(f"{command} {extra}")
+        words = ["-m", "pytest", *words] if program == "pytest" else words
         words = [str(ROOT / word) if word.startswith("tests/") else word for word in words]
         return subprocess.run([sys.executable, *words], cwd=tmp_path, env=os.environ | own,
                               capture_output=True, text=True, timeout=300)
@@ -124,12 +159,13 @@ def run(tmp_path, hub):
 def prepare(folder: Path, run, commands: list[str]) -> None:
     """What the commands of a block find: a first run, texts, released folders."""
     text = "\n".join(commands)
-    if "runs/tiny" in text:
-        assert run("python -m minids.train",
-                   f"{SMALL['python -m minids.train']} --out runs/tiny").returncode == 0
-    if "runs/deep" in text or "runs/r1" in text:
-        for place in ("deep", "r1/final"):
-            target = folder / "runs" / place
+    for name in ("tiny", "deep"):
+        if f"runs/{name}" in text or name == "tiny" and re.search("--drafts|speculative", text):
+            assert run("python -m minids.train",
+                       f"{SMALL['python -m minids.train']} --out runs/{name}").returncode == 0
+    if re.search("runs/r1|FOLDER", text):
+        for place in ("runs/r1/final", "FOLDER"):
+            target = folder / place
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(ROOT / "data" / "r1" / "rl")
     for name in ("my_folder", "books"):
@@ -174,5 +210,7 @@ def test_blocks_are_read():
            "```\npython -m b --c \\\n    --d 2\nplain words\n```\n```json\n{}\n```\n"
     assert blocks(text) == [["pip install x", "python -m a --b 1", "cd x"],
                             ["python -m b --c     --d 2"]]
+    assert spans(f"See `python -m minids.a\n--b 1`, `a.py`\n\n| `costs --c 2` |\n{text}") == [
+        ["python -m minids.a --b 1"], ["python -m minids.costs --c 2"]]
     assert beginning("python -m minids.train --fp8", SMALL) == "python -m minids.train --fp8"
     assert beginning("python -m minids.training", SMALL) is None
