@@ -22,16 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 PROGRAMS = ("python", "pip", "pytest", "jupyter", "nbgrader", "cd")
 
 # The beginning of a command -> flags that make it small. The longest beginning counts.
-TRAIN = "--steps 2 --batch-size 2 --seq-len 64 --eval-every 0 --threads 1"
+GIVEN = "--steps 2 --batch-size 2 --seq-len 64 --eval-every 0 --threads 1"
+TRAIN = f"{GIVEN} --data text:my_folder"
 BENCH = "--preset nano --pairs 1 --steps-per-timing 1 --batch-size 1 --seq-len 32 --threads 1"
 SMALL = {
     "python -m minids.train": f"--preset nano {TRAIN}",
+    "python -m minids.train --data": f"--preset nano {GIVEN}",
     "python -m minids.train --resume": "",
     "python -m minids.train --fp8": f"--preset nano {TRAIN} --out runs/fp8",
     "python -m minids.train --from": "--steps 2 --batch-size 2 --seq-len 64 --threads 1",
     "python -m minids.train --preset deep": f"{TRAIN} --dim 32 --n-heads 2",
     "python -m minids.train --preset micro": "--steps 2 --batch-size 4 --threads 1",
-    "python -m minids.train --preset small": f"--preset nano {TRAIN} --compile false",
+    "python -m minids.train --preset small": f"--preset nano {GIVEN} --compile false",
     "python -m minids.train --seq-len 2048": f"--preset nano --n-mtp-layers 0 {TRAIN}",
     "python -m minids.generate": "--max-new-tokens 4 --threads 1",
     "python -m minids.evaluate": "--max-tokens 500 --threads 1",
@@ -159,6 +161,10 @@ def run(tmp_path, hub):
 def prepare(folder: Path, run, commands: list[str]) -> None:
     """What the commands of a block find: a first run, texts, released folders."""
     text = "\n".join(commands)
+    for name in ("my_folder", "books"):
+        (folder / name).mkdir()
+        for i in range(30):
+            (folder / name / f"{i}.txt").write_text(f"Text {i} about tokens, and more.\n" * 40)
     for name in ("tiny", "deep"):
         if f"runs/{name}" in text or name == "tiny" and re.search("--drafts|speculative", text):
             assert run("python -m minids.train",
@@ -168,10 +174,6 @@ def prepare(folder: Path, run, commands: list[str]) -> None:
             target = folder / place
             target.parent.mkdir(parents=True, exist_ok=True)
             target.symlink_to(ROOT / "data" / "r1" / "rl")
-    for name in ("my_folder", "books"):
-        (folder / name).mkdir()
-        for i in range(30):
-            (folder / name / f"{i}.txt").write_text(f"Text {i} about tokens, and more.\n" * 40)
     for name in ("DeepSeek-V2-Lite", "DeepSeek-V3"):
         if name in text:
             released(folder / name)
