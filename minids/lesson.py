@@ -6,16 +6,28 @@ An exercise is a function that the learner writes. `review` calls it and says in
 wrong; `problems` gives the same words as a list, for the graded cell that must raise.
 """
 
+import contextlib
 import copy
 import ctypes
+import faulthandler
 import math
+import mmap
+import os
+import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 
 PATIENCE = 4.0  # seconds that a check waits for a learner's function
+MEMORY = 2 * 2 ** 30  # bytes that it may take
+LATE = f"has not finished after {PATIENCE:.0f} seconds: does one of its loops never end?"
+LARGE = f"takes more than {MEMORY >> 30} GiB of memory: does something grow without end?"
+GONE = "ends Python itself: does it exit, or crash?"
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable]):
@@ -42,16 +54,19 @@ def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
     five, if it is FP32), the rest exactly. Every case gets arguments of its own, so a function
     that changes them spoils nothing; all together may take PATIENCE seconds.
     """
-    found, end = [], time.monotonic() + PATIENCE
+    found, cases, start = [], list(cases), time.monotonic()
+    ended, fate = rehearse(function, cases)
+    if fate:
+        return [f"{written(function, cases[ended][0])} {fate}"]
+    end = PATIENCE + (time.monotonic() if ended == len(cases) else start)
     for arguments, expected, hint in cases:
-        call = f"{function.__name__}({', '.join(map(brief, arguments))})"
+        call = written(function, arguments)
         try:
             answer = attempt(function, copy.deepcopy(arguments), end - time.monotonic())
         except NotImplementedError:
             return [f"{function.__name__} is not written yet"]
         except Unfinished:
-            return [*found, f"{call} has not finished after {PATIENCE:.0f} seconds: "
-                            "does one of its loops never end?"]
+            return [*found, f"{call} {LATE}"]
         except BaseException as error:  # whatever a learner's code may raise is told in words
             found.append(f"{call} stops with {type(error).__name__}: {error}")
             continue
@@ -67,6 +82,82 @@ def review(function: Callable, cases: list[tuple]) -> None:
     print("\n".join(found) or f"{function.__name__} is right in {len(cases)} of {len(cases)} cases")
 
 
+def written(function: Callable, arguments: tuple) -> str:
+    """A call as one would write it, long arguments by their type."""
+    return f"{function.__name__}({', '.join(map(brief, arguments))})"
+
+
+def rehearse(function: Callable, cases: list[tuple]) -> tuple[int, str]:
+    """How many cases a copy of this process gets through, and what the next one does to it.
+
+    Some answers cannot be stopped from within: an endless loop inside of one built-in, such as
+    `sum(iter(int, 1))`, memory without end, a crash. The copy meets them, and the notebook lives
+    on. Of a copy that waits nothing is said, for a fork can leave a lock behind that nobody
+    opens; `attempt` can stop what waits. Outside of Linux there is no copy.
+    """
+    if sys.platform != "linux":
+        return 0, ""
+    ended = mmap.mmap(-1, 1)  # one byte that both processes see
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: other threads may run
+        child = os.fork()
+    if child == 0:
+        try:
+            play(function, cases, ended)
+        finally:
+            os._exit(PLAYED)
+    fate = watch(child)
+    return ended[0], fate
+
+
+def play(function: Callable, cases: list[tuple], ended: mmap.mmap) -> None:
+    """In the copy: call the function on every case, unheard."""
+    import resource
+    faulthandler.disable()
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for stream in range(3):
+        os.dup2(nowhere, stream)
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)  # OpenMP's other threads were not copied
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    limit = pages * mmap.PAGESIZE + MEMORY
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    for arguments, _, _ in cases:
+        try:
+            function(*copy.deepcopy(arguments))
+        except BaseException as error:  # `attempt` meets it again, and tells
+            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
+                os._exit(TOO_LARGE)
+        ended[0] += 1
+
+
+PLAYED, TOO_LARGE = 77, 78  # exit statuses of the copy; any other one is not its own
+
+
+def watch(child: int) -> str:
+    """What becomes of the copy within PATIENCE seconds; nothing if it ends well or only waits."""
+    start, status = time.monotonic(), None
+    try:
+        while (waited := time.monotonic() - start) < PATIENCE:
+            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                break
+            if waited > 1 and processor_seconds(child) < waited / 4:
+                return ""
+            time.sleep(0.002)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if waited >= PATIENCE:
+        return LATE
+    return {PLAYED: "", TOO_LARGE: LARGE}.get(status, GONE)
+
+
+def processor_seconds(process: int) -> float:
+    """The time for which a process has computed so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+
 class Unfinished(BaseException):
     """A learner's function took too long. Not an Exception: its own `except` must not catch it."""
 
@@ -80,10 +171,11 @@ def attempt(function: Callable, arguments: tuple, seconds: float):
     outcome = {}
 
     def work() -> None:
-        try:
-            outcome["answer"] = function(*arguments)
-        except BaseException as error:
-            outcome["error"] = error
+        with contextlib.suppress(Unfinished):  # a second one may come while the first is caught
+            try:
+                outcome["answer"] = function(*arguments)
+            except BaseException as error:
+                outcome["error"] = error
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
@@ -116,8 +208,8 @@ def difference(answer, expected) -> str:
         return ""
     if isinstance(expected, list) and hasattr(answer, "__len__") and len(answer) != len(expected):
         return f"{brief(answer)}, {len(answer)} entries instead of {len(expected)}"
-    plain = answer.tolist() if hasattr(answer, "tolist") else answer
-    return f"{brief(plain)} instead of {brief(expected)}"
+    short = hasattr(answer, "tolist") and math.prod(answer.shape) <= 16
+    return f"{brief(answer.tolist() if short else answer)} instead of {brief(expected)}"
 
 
 def tensor_difference(answer, expected: torch.Tensor) -> str:
@@ -155,10 +247,12 @@ def same(answer, expected) -> bool:
 
 
 def brief(value) -> str:
-    """A value as Python writes it, or its name, shape or type where that is long."""
+    """A value as Python writes it, or its name, shape or length where that is long."""
     if isinstance(value, torch.Tensor) and value.numel() > 4:
         return f"a tensor of shape {tuple(value.shape)}"
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__
-    text = f"{value:,}" if type(value) is int else repr(value)
-    return text if len(text) <= 60 else type(value).__name__
+    text, kind = f"{value:,}" if type(value) is int else repr(value), type(value).__name__
+    counted = isinstance(value, str | bytes | list | tuple | dict | set)
+    long = f"a {kind} of length {len(value)}" if counted else kind
+    return text if len(text) <= 60 else long

@@ -1,6 +1,10 @@
 """An exercise's check tells a right answer from a wrong one, in words and without a traceback."""
 
+import ctypes
 import itertools
+import os
+import re
+import sys
 import threading
 import time
 
@@ -8,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from minids import lesson
 from minids.lesson import PATIENCE, problems, review, table
 
 CASES = [((3,), 9, "multiply the number by itself"), ((0.1,), 0.01, "decimals count too")]
@@ -97,8 +102,15 @@ def clings(x):
             x = 0
 
 
+@pytest.fixture(params=[True, False], ids=["rehearsed", "alone"])
+def rehearsed(request, monkeypatch):
+    """With the copy that Linux can make, and as it is elsewhere."""
+    if not request.param:
+        monkeypatch.setattr(lesson, "rehearse", lambda function, cases: (0, ""))
+
+
 @pytest.mark.parametrize("endless", [loops, sleeps, counts, clings])
-def test_an_answer_that_never_ends_is_told_within_five_seconds(endless):
+def test_an_answer_that_never_ends_is_told_within_five_seconds(endless, rehearsed):
     start = time.monotonic()
     found = problems(endless, CASES)
     assert time.monotonic() - start < 5.0
@@ -107,10 +119,79 @@ def test_an_answer_that_never_ends_is_told_within_five_seconds(endless):
     assert problems(square, CASES) == []
 
 
-def test_an_endless_loop_is_stopped_not_left_behind():
+def test_an_endless_loop_is_stopped_not_left_behind(rehearsed):
     before = threading.active_count()
     assert problems(loops, CASES)
     assert threading.active_count() == before
+
+
+def sums(x):
+    """Never ends, inside of a built-in that lets no other thread run."""
+    return sum(iter(int, 1))
+
+
+def backtracks(x):
+    """Ends after some centuries."""
+    return re.match(r"(a+)+$", "a" * 60 + "b")
+
+
+def crashes(x):
+    """Reads memory that is not there."""
+    ctypes.string_at(0)
+
+
+def doubles(x):
+    """Takes more and more memory."""
+    numbers = [x]
+    while True:
+        numbers += numbers
+
+
+def fills(x):
+    """The same in torch, whose error is another one."""
+    return [torch.ones(10 ** 8) for _ in itertools.count()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux makes a copy of the process")
+@pytest.mark.parametrize("answer, fate", [
+    (sums, lesson.LATE), (backtracks, lesson.LATE), (doubles, lesson.LARGE), (fills, lesson.LARGE),
+    (crashes, lesson.GONE), (lambda x: os._exit(0), lesson.GONE)])
+def test_what_no_thread_survives_is_told_within_five_seconds(answer, fate):
+    start, threads = time.monotonic(), threading.active_count()
+    assert problems(answer, [(([],), [], ""), *CASES]) == [f"{answer.__name__}([]) {fate}"]
+    assert time.monotonic() - start < 5.0 and threading.active_count() == threads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux makes a copy of the process")
+def test_the_case_that_no_thread_survives_is_named():
+    def answer(x):
+        return x * x if x != 0.1 else os.abort()
+
+    assert problems(answer, CASES) == [f"answer(0.1) {lesson.GONE}"]
+
+
+def test_the_rehearsal_leaves_no_trace(capfd):
+    """What an answer prints, counts or draws is done once, in this process."""
+    calls = []
+
+    def answer(x):
+        print("here")
+        calls.append(torch.rand(()).item())
+        return x * x
+
+    torch.manual_seed(0)
+    assert problems(answer, CASES) == []
+    torch.manual_seed(0)
+    assert calls == [torch.rand(()).item() for _ in CASES]
+    assert capfd.readouterr().out == "here\n" * len(CASES)
+
+
+def test_large_products_survive_the_fork():
+    """OpenMP's threads are not copied: an answer that wants them must not wait for ever."""
+    torch.set_num_threads(2)
+    large = torch.ones(700, 700)
+    assert (large @ large)[0, 0] == 700
+    assert problems(lambda x: (x @ x)[0, 0].item(), [((large,), 700.0, "")]) == []
 
 
 def test_all_cases_share_the_time():
@@ -120,7 +201,7 @@ def test_all_cases_share_the_time():
     assert PATIENCE <= time.monotonic() - start < 5.0 and "not finished" in found[-1]
 
 
-@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, RecursionError, MemoryError])
+@pytest.mark.parametrize("error", [SystemExit, KeyboardInterrupt, RecursionError, OSError])
 def test_whatever_is_raised_is_told(error):
     def leave(x):
         raise error("enough")
@@ -185,9 +266,13 @@ def test_functions_are_named_and_tensors_by_shape():
     assert found == ["<lambda>(square, a tensor of shape (2, 5)) gives 0 instead of 1: "]
 
 
-def test_long_values_are_named_by_their_type():
+def test_long_values_are_named_by_their_length():
     found = problems(lambda text: text, [(("x" * 100,), 7, "short")])
-    assert found == ["<lambda>(str) gives str instead of 7: short"]
+    assert found == ["<lambda>(a str of length 100) gives a str of length 100 instead of 7: short"]
+    for answer, told in [(torch.ones(30, 30), "a tensor of shape (30, 30)"),
+                         (torch.ones(2), "[1.0, 1.0]"), (10 ** 60, "int")]:
+        assert problems(lambda answer=answer: answer, [((), 7, "")]) == [
+            f"<lambda>() gives {told} instead of 7: "]
 
 
 def test_a_table_puts_numbers_to_the_right():
