@@ -1,26 +1,29 @@
-"""Lay out the notebooks as a course for nbgrader: hand out, grade, adapt.
+"""Lay out the notebooks as a course: without answers to learn alone, or for nbgrader to hand out.
 
+    python -m minids.course --blank
     python -m minids.course --out course
     cd course && nbgrader generate_assignment 05_moe --create
 
 The folder must lie inside the clone, where the notebooks find the package. A notebook that was
-adapted there is not overwritten.
+changed there is not overwritten.
 """
 
 import importlib.util
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from minids.config import option, parse, run_program
 
 ROOT = Path(__file__).resolve().parent.parent
+STUB = "# Write your answer here.\nraise NotImplementedError()"
 CONFIG = """c = get_config()
 c.CourseDirectory.course_id = "minids"
 c.CourseDirectory.root = {root!r}
 c.ExecutePreprocessor.timeout = 600
-c.ClearSolutions.code_stub = {{"python": "# Write your answer here.\\nraise NotImplementedError()"}}
+c.ClearSolutions.code_stub = {{"python": {stub!r}}}
 """
 
 
@@ -29,7 +32,9 @@ class CourseArgs:
     """Settings of a course."""
 
     out: str = option("runs/course", "folder of the course, inside the clone")
-    force: bool = option(False, "overwrite notebooks that were changed in the folder's source/")
+    blank: bool = option(False, "notebooks without answers in the folder's blank/, and no more: to "
+                                "work alone, without nbgrader")
+    force: bool = option(False, "overwrite notebooks that were changed in source/ or blank/")
 
 
 def points(path: Path) -> dict[str, int]:
@@ -50,20 +55,46 @@ def checked_folder(out: str) -> Path:
     return folder
 
 
-def lay_out(args: CourseArgs) -> list[tuple[str, dict[str, int]]]:
-    """Write source/NAME/NAME.ipynb and the configuration; each notebook's name and points."""
+def without_answers(notebook: bytes) -> bytes:
+    """A notebook with stubs for solutions, and no hidden tests or outputs: nbgrader's release."""
+    nb = json.loads(notebook)
+    for cell in nb["cells"]:
+        source = "".join(cell["source"])
+        source = re.sub(r"^( *)### BEGIN SOLUTION\n.*?### END SOLUTION",
+                        lambda found: re.sub("^", found[1], STUB, flags=re.M), source,
+                        flags=re.M | re.S)
+        source = re.sub(r"^### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS\n?", "", source,
+                        flags=re.M | re.S)
+        cell["source"] = source.rstrip("\n").splitlines(keepends=True)
+        if cell["cell_type"] == "code":
+            cell |= {"outputs": [], "execution_count": None}
+    return json.dumps(nb, ensure_ascii=False, indent=1).encode() + b"\n"
+
+
+def write(files: dict[Path, bytes], force: bool) -> None:
+    """Write all of the files, each whole, or none if one of them was changed since."""
+    for path, content in files.items():
+        if path.exists() and path.read_bytes() != content and not force:
+            raise ValueError(f"{path} was changed: --force overwrites it, another --out keeps it")
+    for path, content in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        part.write_bytes(content)
+        os.replace(part, path)
+
+
+def lay_out(args: CourseArgs) -> dict[str, dict[str, int]]:
+    """Write the course, or the notebooks without answers; the points of each notebook."""
     folder, notebooks = checked_folder(args.out), sorted((ROOT / "notebooks").glob("*.ipynb"))
-    sources = {path: folder / "source" / path.stem / path.name for path in notebooks}
-    for path, source in sources.items():
-        if source.exists() and source.read_bytes() != path.read_bytes() and not args.force:
-            raise ValueError(f"{source} was changed: --force overwrites it, another --out keeps it")
-    for path, source in sources.items():
-        source.parent.mkdir(parents=True, exist_ok=True)
-        part = source.with_suffix(".part")
-        part.write_bytes(path.read_bytes())
-        os.replace(part, source)
-    (folder / "nbgrader_config.py").write_text(CONFIG.format(root=str(folder)), encoding="utf-8")
-    return [(path.stem, points(source)) for path, source in sources.items()]
+    if args.blank:
+        write({folder / "blank" / path.name: without_answers(path.read_bytes())
+               for path in notebooks}, args.force)
+    else:
+        write({folder / "source" / path.stem / path.name: path.read_bytes()
+               for path in notebooks}, args.force)
+        config = CONFIG.format(root=str(folder), stub=STUB)
+        (folder / "nbgrader_config.py").write_text(config, encoding="utf-8")
+    return {path.stem: points(path) for path in notebooks}
 
 
 def main() -> None:
@@ -71,11 +102,14 @@ def main() -> None:
     [given] = parse("minids.course", __doc__, CourseArgs)
     args = CourseArgs(**given)
     marks = lay_out(args)
-    for name, exercises in marks:
+    for name, exercises in marks.items():
         print(f"{name:24} {len(exercises)} exercises {sum(exercises.values()):3} points")
-    print(f"{'all':24} {sum(len(e) for _, e in marks)} exercises "
-          f"{sum(sum(e.values()) for _, e in marks)} points")
-    print(f"next: cd {args.out} && nbgrader generate_assignment {marks[5][0]} --create")
+    every = [count for exercises in marks.values() for count in exercises.values()]
+    print(f"{'all':24} {len(every)} exercises {sum(every)} points")
+    if args.blank:
+        print(f"next: jupyter lab {args.out}/blank")
+        return
+    print(f"next: cd {args.out} && nbgrader generate_assignment {[*marks][5]} --create")
     if importlib.util.find_spec("nbgrader") is None:
         print("nbgrader is not installed: pip install nbgrader")
 

@@ -15,6 +15,8 @@ import nbformat
 import pytest
 from test_graders import exercises, wrong_answers
 
+from minids.course import without_answers
+
 pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install nbgrader")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +70,11 @@ def cut(path: Path) -> None:
     nbformat.write(nb, path)
 
 
+def blank(path: Path) -> nbformat.NotebookNode:
+    """A notebook as the package, without nbgrader, takes its answers out."""
+    return nbformat.reads(without_answers(path.read_bytes()).decode(), 4)
+
+
 def hand_in(course: Path, student: str, stem: str, nb) -> None:
     """Put a student's notebook where nbgrader looks for it."""
     place = course / "submitted" / student / stem / f"{stem}.ipynb"
@@ -102,7 +109,9 @@ def drive(course: Path, stem: str) -> None:
     nbgrader(course, "generate_assignment", stem, "--create")
     release = nbformat.read(course / "release" / stem / f"{stem}.ipynb", 4)
     nbformat.validate(release)
-    text = "\n".join(cell.source for cell in release.cells)
+    sources = [cell.source for cell in release.cells]
+    assert sources == [cell.source for cell in blank(source).cells]
+    text = "\n".join(sources)
     assert "BEGIN SOLUTION" not in text and "HIDDEN" not in text
     assert text.count("# Write your answer here.\n") == count
     assert not any(exercise.hidden in text for exercise in exercises(source))
@@ -163,6 +172,30 @@ class TestLayOut:
         assert changed.read_text() == "mine"
         assert run(clone, "minids.course", "--out", "kept", "--force").returncode == 0
         assert changed.read_text() != "mine"
+
+    def test_notebooks_without_answers(self, clone):
+        done = run(clone, "minids.course", "--out", "alone", "--blank")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[-1] == "next: jupyter lab alone/blank"
+        assert [path.name for path in (clone / "alone").iterdir()] == ["blank"]
+        for stem in STEMS:
+            path = clone / "alone" / "blank" / f"{stem}.ipynb"
+            nb = nbformat.read(path, 4)
+            nbformat.validate(nb)
+            code = [cell for cell in nb.cells if cell.cell_type == "code"]
+            assert not any(cell.outputs or cell.execution_count for cell in code)
+            assert path.read_text().count("raise NotImplementedError()") >= 3
+            assert not any(word in path.read_text() for word in ("SOLUTION", "HIDDEN"))
+
+    def test_a_learners_work_is_kept(self, clone):
+        assert run(clone, "minids.course", "--out", "mine", "--blank").returncode == 0
+        path = clone / "mine" / "blank" / f"{STEMS[0]}.ipynb"
+        path.write_text("my work")
+        done = run(clone, "minids.course", "--out", "mine", "--blank")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--force" in done.stderr
+        assert path.read_text() == "my work"
+        assert run(clone, "minids.course", "--out", "mine").returncode == 0
+        assert path.read_text() == "my work"
 
     @pytest.mark.parametrize("out", ["/elsewhere", "..", ".", "notebooks/course", "minids"])
     def test_a_folder_where_it_cannot_be_is_refused(self, clone, out):

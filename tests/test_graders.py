@@ -129,7 +129,7 @@ def wrong_answers(exercise: Exercise) -> dict[str, str]:
 @each_exercise
 def test_the_solution_gets_the_points(exercise):
     right, told = grade(exercise, exercise.solution)
-    assert right and re.fullmatch(rf"{exercise.name} is right in (\d) of \1 cases\n", told)
+    assert right and re.fullmatch(rf"{exercise.name} is right in (\d) of \1 cases\n", told), told
 
 
 @each_exercise
@@ -164,6 +164,15 @@ def test_what_is_no_answer_is_told(exercise):
                        ("return 'x'", "'x'"), ("raise ValueError('no')", "ValueError: no")]:
         right, told = grade(exercise, f"{head}\n    {body}")
         assert not right and word in told and "Traceback" not in told
+
+
+@each_exercise
+def test_an_answer_from_the_package_gets_none(exercise):
+    """Even the right one."""
+    head, line, rest = exercise.solution.partition("    ### BEGIN SOLUTION\n")
+    right, told = grade(exercise, f"{head}{line}    import minids.model\n{rest}")
+    assert not right and told == (f"{exercise.name} takes minids.model from minids, which knows "
+                                  "the answer: write it yourself\n")
 
 
 @each_exercise

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from minids import lesson
+import minids.moe
+from minids import ModelArgs, lesson
 from minids.lesson import PATIENCE, problems, review, table
+from minids.mla import MLA
+from minids.moe import max_violation
 
 CASES = [((3,), 9, "multiply the number by itself"), ((0.1,), 0.01, "decimals count too")]
 
@@ -75,6 +78,40 @@ def test_a_list_may_come_as_an_array(answer, right):
     (9.0, 9, False), ("9", 9, False), (np.float64(0.3), 0.3, True), (float("nan"), 0.3, False)])
 def test_floats_to_nine_digits_and_all_else_exactly(answer, expected, right):
     assert (problems(lambda: answer, [((), expected, "")]) == []) is right
+
+
+def imports_inside(x):
+    from minids.moe import max_violation
+    return max_violation(x)
+
+
+def uses_a_module(x):
+    return lesson.same(x, 9) or minids.moe.max_violation(x)
+
+
+def uses_a_name(x):
+    return [max_violation(y) for y in [x]][0]
+
+
+def uses_a_class(x):
+    def inside():
+        return MLA(x)
+    return inside()
+
+
+@pytest.mark.parametrize("answer, taken", [
+    (imports_inside, "minids.moe"), (uses_a_module, "minids"), (uses_a_name, "max_violation"),
+    (uses_a_class, "MLA")])
+def test_an_answer_from_the_package_is_not_taken(answer, taken):
+    assert problems(answer, CASES) == [f"{answer.__name__} takes {taken} from minids, which knows "
+                                       "the answer: write it yourself"]
+
+
+def test_settings_and_what_a_notebook_wrote_may_be_used():
+    def answer(x):
+        return square(x) if ModelArgs.preset("tiny").dim else table
+
+    assert problems(answer, CASES) == problems(abs, [((-3,), 3, "")]) == []
 
 
 def loops(x):
@@ -192,6 +229,23 @@ def test_large_products_survive_the_fork():
     large = torch.ones(700, 700)
     assert (large @ large)[0, 0] == 700
     assert problems(lambda x: (x @ x)[0, 0].item(), [((large,), 700.0, "")]) == []
+
+
+def test_no_right_answer_is_called_late():
+    """A fork beside a thread that is just ending: one in a few hundred copies hung in MKL."""
+    torch.set_num_threads(2)
+    x = torch.ones(14, 24, dtype=torch.float64)
+    assert (torch.ones(800, 800) @ torch.ones(800, 800))[0, 0] == 800
+    torch.set_num_threads(1)
+    for _ in range(200):
+        assert problems(lambda x: (x @ x.T)[0, 0].item(), [((x,), 24.0, "")] * 3) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux makes a copy of the process")
+def test_a_copy_that_is_late_once_gets_another_chance(monkeypatch):
+    watch, fates = lesson.watch, iter([lesson.LATE, None])
+    monkeypatch.setattr(lesson, "watch", lambda *given: watch(*given) or next(fates) or "")
+    assert problems(square, CASES) == [] and next(fates, "none left") == "none left"
 
 
 def test_all_cases_share_the_time():
