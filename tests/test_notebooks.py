@@ -128,6 +128,7 @@ def anatomy(book: Notebook) -> list[str]:
               "the question": "**The question.**" in first, "the paper": "**Paper.**" in first,
               "the run time": "**Run time.**" in first,
               "two folded answers": sum(text.count("<details>") for text in book.markdown) == 2,
+              "the figure": any(text.startswith("## The figure") for text in book.markdown),
               "what breaks": any("What breaks" in text for text in book.markdown),
               "a comparison with the package": any(
                   re.search(r"^(assert|torch\.testing\.assert_close)\b.*package", cell.source, re.M)
@@ -184,6 +185,7 @@ def graded_cell(cell, meta: dict) -> list[str]:
     fields = GRADE_FIELDS | ({"points"} if is_test else set())
     expected = {
         "fields": set(meta) == fields and meta["schema_version"] == 3 and meta["task"] is False,
+        "function": not meta.get("solution") or f"def {name}(" in cell.source,
         "role": (meta.get("solution"), meta.get("locked")) in [(True, False), (False, True)],
         "points": not is_test or meta.get("points", 0) > 0,
         "solution markers": markers(cell.source, SOLUTION) == bool(meta.get("solution")),
@@ -280,7 +282,8 @@ HIDES = "assert y == (a, True, 0), (b, False, 0)"
 def exercise(name: str) -> list:
     """The four cells of an exercise."""
     return [new_markdown_cell("Write it."),
-            graded(name, "### BEGIN SOLUTION\nx = 1\n### END SOLUTION", solution=True),
+            graded(name, f"def {name}():\n    ### BEGIN SOLUTION\n    return 1\n"
+                   "    ### END SOLUTION", solution=True),
             graded(f"{name}_check", "cases = (a, True, 0), (b, False, 0)\nreview(f, cases)",
                    locked=True),
             graded(f"{name}_test", f"assert x\n### BEGIN HIDDEN TESTS\n{HIDES}\n"
@@ -298,7 +301,7 @@ def right(tmp_path) -> Notebook:
     cells = [say("# 07 · T\n\n**The question.** Q\n\n**Paper.** P\n\n**Run time.** R"),
              new_code_cell("import torch"), say("Step"),
              new_code_cell("# NBVAL_CHECK_OUTPUT\nprint(1)", outputs=[printed]), say("Right?"),
-             new_code_cell("assert mine == package"), say("Figure"),
+             new_code_cell("assert mine == package"), say("## The figure"),
              new_code_cell('draw("07_a.png")', outputs=[picture]), say("## What breaks?"),
              say("<details>A</details>"), say("<details>B</details>"),
              *exercise("one"), *exercise("two"), say("## Find the bug"), *exercise("property"),
@@ -359,6 +362,7 @@ WRONG = {
     "no paper": (anatomy, lambda b: replace(b, "**Paper.**", "")),
     "no run time": (anatomy, lambda b: replace(b, "**Run time.**", "")),
     "one folded answer": (anatomy, lambda b: replace(b, "<details>A", "A")),
+    "a figure without a heading": (anatomy, lambda b: replace(b, "## The figure", "Look")),
     "nothing breaks": (anatomy, lambda b: replace(b, "What breaks", "More")),
     "no comparison": (anatomy, lambda b: replace(b, "assert mine == package", "package")),
     "a summary of six lines": (anatomy, lambda b: replace(b, "5. e", "5. e\n6. f")),
@@ -370,6 +374,7 @@ WRONG = {
     "a property that must never hold": (bug, lambda b: replace(b, "True", "False")),
     "one exercise": (grading, lambda b: b.nb.cells.__delitem__(slice(11, 15))),
     "a name used twice": (grading, lambda b: set_meta(b, 7, grade_id="one")),
+    "a name that is not the function's": (grading, lambda b: replace(b, "def one", "def two")),
     "no name": (grading, lambda b: b.code[4].metadata["nbgrader"].pop("grade_id")),
     "an old schema": (grading, lambda b: set_meta(b, 4, schema_version=2)),
     "a test without points": (grading, lambda b: b.code[6].metadata["nbgrader"].pop("points")),

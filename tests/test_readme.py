@@ -61,6 +61,7 @@ SMALL = {
                                            "--device cpu",
     "python -m minids.costs": "", "python -m minids.hf": "", "python -m minids": "",
     "python tests/kill_and_resume.py": "--kills 1", "python tests/parity_hf.py": "--seeds 1",
+    "python tests/notebook_times.py": "--only 00",
     "pytest tests/test_fp8.py -k half_of_bf16": "--collect-only -p no:cacheprovider",
 }
 
