@@ -27,6 +27,7 @@ import torch
 
 PATIENCE = 4.0  # seconds that a check waits for a learner's function
 MEMORY = 2 * 2 ** 30  # bytes that it may take
+DIGITS = 1e-6  # relative; a right answer in FP32 keeps six digits, and a wrong one is further off
 LATE = f"has not finished after {PATIENCE:.0f} seconds: does one of its loops never end?"
 LARGE = f"takes more than {MEMORY >> 30} GiB of memory: does something grow without end?"
 GONE = "ends Python itself: does it exit, or crash?"
@@ -52,8 +53,8 @@ def is_number(entry: str) -> bool:
 def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
     """What is wrong with a learner's function, a sentence for each case that fails.
 
-    cases: (arguments, expected result, hint); floats are expected to nine digits (a tensor's to
-    five, if it is FP32), the rest exactly. Every case gets arguments of its own, so a function
+    cases: (arguments, expected result, hint); floats are expected to six digits, the rest
+    exactly. Every case gets arguments of its own, so a function
     that changes them spoils nothing; all together may take PATIENCE seconds.
     """
     if taken := borrowed(function):
@@ -265,8 +266,7 @@ def tensor_difference(answer, expected: torch.Tensor) -> str:
         return "a tensor without a gradient"
     if answer.isnan().any():
         return "nan in places"
-    digits = 1e-9 if expected.dtype == torch.float64 else 1e-5
-    if torch.allclose(answer, expected, rtol=digits, atol=digits):
+    if torch.allclose(answer, expected, rtol=10 * DIGITS, atol=DIGITS):
         return ""
     largest = (answer.double() - expected.double()).abs().max().item()
     return f"values that differ by up to {largest:.2g}"
@@ -276,7 +276,7 @@ def same(answer, expected) -> bool:
     """Whether an answer is the expected one; a list may come as an array or a tensor."""
     answer = answer.tolist() if hasattr(answer, "tolist") else answer
     if isinstance(expected, float) and type(answer) in (int, float):
-        return math.isclose(answer, expected, rel_tol=1e-9, abs_tol=1e-12)
+        return math.isclose(answer, expected, rel_tol=DIGITS, abs_tol=1e-9)
     if type(answer) is not type(expected):
         return False
     if isinstance(expected, dict):
@@ -294,6 +294,8 @@ def brief(value) -> str:
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__
     text, kind = f"{value:,}" if type(value) is int else repr(value), type(value).__name__
-    counted = isinstance(value, str | bytes | list | tuple | dict | set)
-    long = f"a {kind} of length {len(value)}" if counted else kind
-    return text if len(text) <= 60 else long
+    if len(text) <= 60:
+        return text
+    if isinstance(value, str | bytes | list | tuple | dict | set):
+        return f"a {kind} of length {len(value)}" if len(value) > 4 else f"{text[:57]}..."
+    return kind
