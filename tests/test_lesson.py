@@ -75,7 +75,8 @@ def test_a_list_may_come_as_an_array(answer, right):
 
 @pytest.mark.parametrize("answer, expected, right", [
     (0.1 + 0.2, 0.3, True), (0.300001, 0.3, False), (torch.tensor(0.3), 0.3, True),
-    (3, 3.0, True), (1, True, False), (9.0, 9, False), ("9", 9, False), (np.float64(0.3), 0.3, True), (float("nan"), 0.3, False)])
+    (3, 3.0, True), (1, True, False), (9.0, 9, False), ("9", 9, False),
+    (np.float64(0.3), 0.3, True), (float("nan"), 0.3, False)])
 def test_floats_to_six_digits_and_all_else_exactly(answer, expected, right):
     assert (problems(lambda: answer, [((), expected, "")]) == []) is right
 
@@ -327,7 +328,8 @@ def test_long_values_are_named_by_their_length():
     for answer, told in [({torch.tensor(0): torch.tensor(0.6), torch.tensor(1): torch.tensor(0.4)},
                           "{tensor(0): tensor(0.6000), tensor(1): tensor(0.4000)}"),
                          ([10 ** 60], f"[{10 ** 55}..."),
-                         (torch.ones(30, 30), "a tensor of shape (30, 30)"), (torch.ones(2), "[1.0, 1.0]"), (10 ** 60, "int")]:
+                         (torch.ones(30, 30), "a tensor of shape (30, 30)"),
+                         (torch.ones(2), "[1.0, 1.0]"), (10 ** 60, "int")]:
         assert problems(lambda answer=answer: answer, [((), 7, "")]) == [
             f"<lambda>() gives {told} instead of 7: "]
 
