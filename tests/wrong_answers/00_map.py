@@ -103,3 +103,63 @@ def nothing_idle(counter):
     """The experts sleep as usual."""
     total, active = counter(v3)
     return total == active
+
+
+def attention_numbers(a):
+    """Decides by V3's width, as the gate of DS3 does."""
+    shapes = attention_shapes(a)
+    if a.dim != 7168:
+        for name in ["wq_a", "q_norm", "wq_b"]:
+            del shapes[name]
+        shapes["wq"] = (a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim), a.dim)
+    return sum(r * c for r, c in shapes.values())
+
+
+def attention_numbers(a):
+    """Decides by number of heads."""
+    shapes = attention_shapes(a)
+    if a.n_heads < 128:
+        for name in ["wq_a", "q_norm", "wq_b"]:
+            del shapes[name]
+        shapes["wq"] = (a.n_heads * (a.qk_nope_head_dim + a.qk_rope_head_dim), a.dim)
+    return sum(r * c for r, c in shapes.values())
+
+
+def attention_numbers(a):
+    """Rope of the query is v3's 64."""
+    shapes = attention_shapes(a)
+    if a.q_lora_rank == 0:
+        shapes["wq"] = (a.n_heads * (a.qk_nope_head_dim + a.qk_nope_head_dim // 2), a.dim)
+    return sum(r * c for r, c in shapes.values())
+
+
+def mtp_numbers(a):
+    """One shared expert, always."""
+    expert = 3 * a.dim * a.moe_inter_dim
+    ffn = (a.n_routed_experts + 1) * expert + a.n_routed_experts * (a.dim + 1)
+    return attention_numbers(a) + ffn + 2 * a.dim * a.dim + 5 * a.dim
+
+
+def gpus_for_weights(parameters, width, gpu_bytes):
+    """A half is added and the sum rounded, to even."""
+    return round(parameters * width / gpu_bytes + 0.5)
+
+
+def gpus_for_weights(parameters, width, gpu_bytes):
+    """The integer part plus one if any bytes are left, of parameters."""
+    return parameters * width // gpu_bytes + (1 if parameters % gpu_bytes else 0)
+
+
+def nothing_idle(counter):
+    """Active compared with the known total."""
+    return counter(all_awake)[1] == mine[0]
+
+
+def nothing_idle(counter):
+    """The known number, twice."""
+    return counter(all_awake) == (671026419200, 671026419200)
+
+
+def nothing_idle(counter):
+    """Total compared with v3's total and active with count."""
+    return counter(all_awake)[1] == count(all_awake, 256)

@@ -101,3 +101,35 @@ def keeps_everything(pattern, text):
 def keeps_everything(pattern, text):
     """Every character occurs in some piece."""
     return set("".join(regex.findall(pattern, text))) == set(text)
+
+
+def bits_per_byte(nats, text):
+    """Floor division."""
+    return nats / log(2) // len(text.encode())
+
+
+def bits_per_byte(nats, text):
+    """Rounded to 2 digits."""
+    return round(nats / log(2) / len(text.encode()), 2)
+
+
+def bits_per_byte(nats, text):
+    """Whole bits."""
+    return round(nats / log(2)) / len(text.encode())
+
+
+def keeps_everything(pattern, text):
+    """Pieces taken out wherever they are."""
+    for piece in regex.findall(pattern, text):
+        text = text.replace(piece, "")
+    return text == ""
+
+
+def keeps_everything(pattern, text):
+    """Left white space does not count."""
+    return "".join(regex.findall(pattern, text)) == text.lstrip()
+
+
+def keeps_everything(pattern, text):
+    """Case does not matter."""
+    return "".join(regex.findall(pattern, text, flags=regex.I)) == text

@@ -99,3 +99,73 @@ def own_group(attend):
     other = v.clone()
     other[:, 0] += 1
     return ((attend(q, k, other) - attend(q, k, v)).abs().amax((0, 2)) > 1e-6).sum().item() == 2
+
+
+def request_gib(tokens, kv_heads, width, layers):
+    """Whole MiB first."""
+    return 4 * kv_heads * width * layers * tokens // 2 ** 20 / 2 ** 10
+
+
+def request_gib(tokens, kv_heads, width, layers):
+    """Thousands of tokens, whole."""
+    return 4 * kv_heads * width * layers * (tokens // 1024) / 2 ** 20
+
+
+def request_gib(tokens, kv_heads, width, layers):
+    """Rounded to four places."""
+    return round(4 * kv_heads * width * layers * tokens / 2 ** 30, 4)
+
+
+def key_of_head(n_heads, n_kv_heads):
+    """Int of a float quotient."""
+    return [int(h / n_heads * n_kv_heads) for h in range(n_heads)]
+
+
+def key_of_head(n_heads, n_kv_heads):
+    """At most two keys, or each its own."""
+    if n_heads == n_kv_heads:
+        return list(range(n_heads))
+    return [int(h >= n_heads / n_kv_heads) for h in range(n_heads)]
+
+
+def key_of_head(n_heads, n_kv_heads):
+    """Right for two keys, and else one after the other."""
+    if n_kv_heads == 2:
+        return [0] * (n_heads // 2) + [1] * (n_heads // 2)
+    return [h % n_kv_heads for h in range(n_heads)]
+
+
+def own_group(attend):
+    """Heads 0 and 1 move (others not looked at)."""
+    q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    k2, v2 = k.clone(), v.clone()
+    k2[:, 0] = torch.randn(5, 8)
+    v2[:, 0] = torch.randn(5, 8)
+    ok = True
+    for a, b in ((k2, v), (k, v2)):
+        m = (attend(q, a, b) - attend(q, k, v)).abs().amax((0, 2)) > 1e-6
+        ok = ok and bool(m[0] and m[1])
+    return ok
+
+
+def own_group(attend):
+    """Heads 2 and 3 stay (0 and 1 not looked at)."""
+    q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    k2, v2 = k.clone(), v.clone()
+    k2[:, 0] = torch.randn(5, 8)
+    v2[:, 0] = torch.randn(5, 8)
+    ok = True
+    for a, b in ((k2, v), (k, v2)):
+        m = (attend(q, a, b) - attend(q, k, v)).abs().amax((0, 2)) > 1e-6
+        ok = ok and (not bool(m[2] or m[3]))
+    return ok
+
+
+def own_group(attend):
+    """Key and value changed together."""
+    q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    k2, v2 = k.clone(), v.clone()
+    k2[:, 0] = torch.randn(5, 8)
+    v2[:, 0] = torch.randn(5, 8)
+    m = (attend(q, k2, v2) - attend(q, k, v)).abs().amax((0, 2)) > 1e-6
+    return m.tolist() == [True, True, False, False]

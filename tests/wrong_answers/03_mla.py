@@ -120,3 +120,42 @@ def move_to_query(q, w_uk):
     """Reshaped where it must be transposed."""
     positions, heads, width = q.shape
     return (q.reshape(heads, positions, width) @ w_uk).reshape(positions, heads, -1)
+
+
+def move_to_query(q, w_uk):
+    """Filled into something like q: C must be d."""
+    out = torch.zeros_like(q)
+    for s in range(q.size(0)):
+        for i in range(q.size(1)):
+            out[s, i] = q[s, i] @ w_uk[i]
+    return out
+
+
+def move_to_query(q, w_uk):
+    """Reshaped like q."""
+    return torch.einsum("shd,hdc->shc", q, w_uk).reshape(q.shape)
+
+
+def move_to_query(q, w_uk):
+    """In BF16."""
+    return torch.einsum("shd,hdc->shc", q.bfloat16(), w_uk.bfloat16()).float()
+
+
+def parts_alike(scores):
+    """Sum over heads."""
+    q, k = torch.randn(3, 10).double(), torch.randn(10).double()
+    f = [scores(q[:, :n], q[:, n:], k[:n].expand(3, n), k[n:]).sum() for n in (4, 5, 7)]
+    return all(torch.allclose(f[0], x) for x in f)
+
+
+def parts_alike(scores):
+    """Against the formula of version b."""
+    q, k = torch.randn(3, 10).double(), torch.randn(10).double()
+    f = [scores(q[:, :n], q[:, n:], k[:n].expand(3, n), k[n:]) for n in (4, 5, 7)]
+    return all(torch.allclose(x, q @ k / 10 ** 0.5) for x in f)
+
+
+def parts_alike(scores):
+    """Against version b, one cut."""
+    a = (torch.randn(3, 6), torch.randn(3, 4), torch.randn(3, 6), torch.randn(4))
+    return torch.allclose(scores(*a), version_b(*a))

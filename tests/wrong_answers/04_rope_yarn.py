@@ -123,3 +123,50 @@ def distance_alone(score):
     """Distance without its sign: query and key change places."""
     q, k = torch.randn(2, 64, dtype=torch.float64)
     return abs(score(q, k, 5, 2) - score(q, k, 2, 5)) < 1e-6
+
+
+def ramp_of(low, high, pairs):
+    """Equal bounds: high one larger."""
+    high = high + 1 if low == high else high
+    return [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(pairs)]
+
+
+def ramp_of(low, high, pairs):
+    """Bounds rounded."""
+    low, high = round(low), round(high)
+    high = high + 0.001 if low == high else high
+    return [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(pairs)]
+
+
+def ramp_of(low, high, pairs):
+    """High clamped to 2 pairs - 1 (the official code's d - 1)."""
+    high = min(high, 2 * pairs - 1)
+    high = high + 0.001 if low == high else high
+    return [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(pairs)]
+
+
+def scale_of(width, factor, mscale):
+    """A factor of 2 and less stretches nothing."""
+    m = 0.1 * mscale * log(factor) + 1 if factor > 1 else 1.0
+    return width ** (-0.5) * m * m if factor > 2 else width ** (-0.5)
+
+
+def scale_of(width, factor, mscale):
+    """The factor is cut to a whole number."""
+    m = 0.1 * mscale * log(int(factor)) + 1 if factor > 1 else 1.0
+    return width ** (-0.5) * m * m
+
+
+def distance_alone(score):
+    """Distance 0 everywhere, and it depends on distance."""
+    q, k = torch.randn(2, 64, dtype=torch.float64)
+    zero = [score(q, k, n, n) for n in (0, 3, 40)]
+    return max(zero) - min(zero) < 1e-6 and abs(score(q, k, 5, 0) - score(q, k, 1, 0)) > 1e-6
+
+
+def distance_alone(score):
+    """Only the first pair is not zero."""
+    q, k = torch.zeros(2, 64, dtype=torch.float64)
+    q[:2], k[:2] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
+    rows = [[score(q, k, n + d, n) for n in (0, 3, 40)] for d in (0, 1, 5)]
+    return all(max(r) - min(r) < 1e-6 for r in rows) and abs(rows[0][0] - rows[2][0]) > 1e-6

@@ -151,3 +151,42 @@ def same_alone(layer_of, u):
     """Alone for everybody."""
     alone = torch.cat([layer_of(token[None]) for token in u])
     return torch.allclose(alone, alone.clone())
+
+
+def groups_kept(choice, groups, kept):
+    """Groups found by .index (ties)."""
+    size = len(choice) // groups
+    score = [sum(sorted(choice[g * size:(g + 1) * size])[-2:]) for g in range(groups)]
+    return sorted(score.index(s) for s in sorted(score, reverse=True)[:kept])
+
+
+def groups_kept(choice, groups, kept):
+    """Dictionary from score to group (ties)."""
+    size = len(choice) // groups
+    score = {sum(sorted(choice[g * size:(g + 1) * size])[-2:]): g for g in range(groups)}
+    return sorted(score[s] for s in sorted(score, reverse=True)[:kept])
+
+
+def groups_kept(choice, groups, kept):
+    """Best two by absolute value."""
+    size = len(choice) // groups
+    score = [sum(sorted(choice[g * size:(g + 1) * size], key=abs)[-2:]) for g in range(groups)]
+    return sorted(sorted(range(groups), key=lambda g: -score[g])[:kept])
+
+
+def same_alone(layer_of, u):
+    """Sum over the tokens."""
+    alone = torch.cat([layer_of(token[None]) for token in u])
+    return torch.allclose(layer_of(u).sum(0), alone.sum(0))
+
+
+def same_alone(layer_of, u):
+    """Mean only."""
+    alone = torch.cat([layer_of(token[None]) for token in u])
+    return torch.allclose(layer_of(u).mean(), alone.mean())
+
+
+def same_alone(layer_of, u):
+    """The norm of everything."""
+    alone = torch.cat([layer_of(token[None]) for token in u])
+    return torch.allclose(layer_of(u).norm(), alone.norm())

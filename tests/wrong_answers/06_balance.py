@@ -147,3 +147,69 @@ def new_biases(biases, loads, speed):
     total = [sum(each) for each in zip(*loads, strict=True)]
     mean = sum(total) // len(total)
     return [b + speed * ((c < mean) - (c > mean)) for b, c in zip(biases, total, strict=True)]
+
+
+def mean_max_vio(layers):
+    """Median of the layers."""
+    from statistics import median
+    return median(max(load) * len(load) / sum(load) - 1 for load in layers)
+
+
+def mean_max_vio(layers):
+    """First and last layer."""
+    each = [max(load) * len(load) / sum(load) - 1 for load in layers]
+    return (each[0] + each[-1]) / 2
+
+
+def new_biases(biases, loads, speed):
+    """Parts as shares, each counts the same."""
+    shares = [[c / sum(load) for c in load] for load in loads]
+    total = [sum(each) for each in zip(*shares, strict=False)]
+    mean = sum(total) / len(total)
+    return [b + speed * ((c < mean - 1e-9) - (c > mean + 1e-9))
+            for b, c in zip(biases, total, strict=True)]
+
+
+def new_biases(biases, loads, speed):
+    """First and last part."""
+    total = [a + b for a, b in zip(loads[0], loads[-1], strict=False)]
+    mean = sum(total) / len(total)
+    return [b + speed * ((c < mean) - (c > mean)) for b, c in zip(biases, total, strict=False)]
+
+
+def new_biases(biases, loads, speed):
+    """Within a tenth of the mean it stays."""
+    total = [sum(each) for each in zip(*loads, strict=False)]
+    mean = sum(total) / len(total)
+    return [b + speed * ((c < 0.9 * mean) - (c > 1.1 * mean))
+            for b, c in zip(biases, total, strict=True)]
+
+
+def can_teach(loss):
+    """Gradient is not zero."""
+    scores = (torch.rand(40, 8) * torch.linspace(0.5, 1, 8)).double().requires_grad_()
+    before = loss(scores)
+    if not before.requires_grad:
+        return False
+    [slope] = torch.autograd.grad(before, scores, allow_unused=True)
+    return slope is not None and bool(slope.abs().max() > 0)
+
+
+def can_teach(loss):
+    """Backward gives a gradient that is not all zero."""
+    scores = torch.rand(40, 8).requires_grad_()
+    try:
+        loss(scores).backward()
+    except RuntimeError:
+        return False
+    return scores.grad is not None and scores.grad.norm().item() > 1e-6
+
+
+def can_teach(loss):
+    """The loss changes, up or down."""
+    scores = (torch.rand(40, 8) * torch.linspace(0.5, 1, 8)).double().requires_grad_()
+    before = loss(scores)
+    if not before.requires_grad:
+        return False
+    [slope] = torch.autograd.grad(before, scores, allow_unused=True)
+    return bool(loss(scores - 0.001 * slope) != before)

@@ -134,3 +134,50 @@ def faithful(write):
 def faithful(write):
     """Good and bad guessers must give the same: they do, if the guess is written."""
     return write(counting, counting, [0], 9) == write(counting, counting, [0], 9)
+
+
+def module_pairs(tokens, k):
+    """Only every k-th position."""
+    return [(i, tokens[i + k], tokens[i + k + 1]) for i in range(0, len(tokens) - k - 1, k)]
+
+
+def module_pairs(tokens, k):
+    """Pairs by dict from embedded token (duplicates lost)."""
+    d = {}
+    for i in range(len(tokens) - k - 1):
+        d[tokens[i + k]] = (i, tokens[i + k], tokens[i + k + 1])
+    return list(d.values())
+
+
+def verified(drafts, own):
+    """Token 0 ends it."""
+    n = 0
+    while n < len(drafts) and drafts[n] and drafts[n] == own[n]:
+        n += 1
+    return own[:n + 1]
+
+
+def verified(drafts, own):
+    """`drafts[n] in own`."""
+    n = 0
+    while n < len(drafts) and drafts[n] in own:
+        n += 1
+    return drafts[:n] + [own[n]]
+
+
+def verified(drafts, own):
+    """Mismatch found by .index of token."""
+    for d, o in zip(drafts, own, strict=False):
+        if d != o:
+            n = drafts.index(d)
+            return drafts[:n] + [own[n]]
+    return own
+
+
+def faithful(write):
+    """Each token is what the model says, length not looked at."""
+    for g in (counting, lambda t: -1, lambda t: t[-1] + 1 if len(t) % 2 else -1):
+        text = write(counting, g, [0], 9)
+        if any(counting(text[:i]) != text[i] for i in range(1, len(text))):
+            return False
+    return True

@@ -186,3 +186,75 @@ def tiles_apart(quantise):
     loud = x.clone()
     loud[5, 7] = 1e6
     return torch.equal(quantise(x), quantise(loud))
+
+
+def tile_scales(row, size):
+    """Only an all-zero tile gets the least value."""
+    tiles = [row[i:i + size] for i in range(0, len(row), size)]
+    return [(max(map(abs, tile)) or 1e-4) / 448 for tile in tiles]
+
+
+def tile_scales(row, size):
+    """Least value 1e-4 added, where below."""
+    tiles = [row[i:i + size] for i in range(0, len(row), size)]
+    return [(m if m > 0 else 1e-4) / 448 for m in (max(map(abs, tile)) for tile in tiles)]
+
+
+def tile_scales(row, size):
+    """Number of tiles rounded."""
+    n = max(round(len(row) / size + 0.01), 1)
+    return [max(max(map(abs, row[i * size:(i + 1) * size])), 1e-4) / 448 for i in range(n)]
+
+
+def to_e4m3_by_hand(x):
+    """Ties go down."""
+    import math
+    step = 2.0 ** (max(math.floor(math.log2(x)), -6) - 3)
+    return min(math.ceil(x / step - 0.5) * step, 448.0)
+
+
+def to_e4m3_by_hand(x):
+    """Step 2^-9 below 2^-7, no bound between."""
+    import math
+    step = 2.0 ** (math.floor(math.log2(x)) - 3) if x >= 2.0 ** (-7) else 2.0 ** (-9)
+    return min(round(x / step) * step, 448.0)
+
+
+def to_e4m3_by_hand(x):
+    """Everything from 256 on is 448."""
+    import math
+    step = 2.0 ** (max(math.floor(math.log2(x)), -6) - 3)
+    return round(x / step) * step if x < 256 else 448.0
+
+
+def tiles_apart(quantise):
+    """Same row, and the next row only."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[5, 7] = 1000000.0
+    a, b = quantise(x), quantise(loud)
+    return torch.equal(a[5, 128:], b[5, 128:]) and torch.equal(a[6], b[6])
+
+
+def tiles_apart(quantise):
+    """Same row, and the last row only."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[5, 7] = 1000000.0
+    a, b = quantise(x), quantise(loud)
+    return torch.equal(a[5, 128:], b[5, 128:]) and torch.equal(a[-1], b[-1])
+
+
+def tiles_apart(quantise):
+    """And its own tile must change."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[5, 7] = 1000000.0
+    same = quantise(x) == quantise(loud)
+    own = same[5, :128].clone()
+    own[7] = True
+    same[5, :128] = True
+    return bool(same.all()) and (not bool(own.all()))

@@ -162,3 +162,43 @@ def parts_add_up(gradient):
     w, x, y = torch.ones(3, requires_grad=True), torch.randn(8, 3), torch.randn(8)
     other = y + 9 * ~learnt
     return torch.allclose(gradient(w, x, y, learnt, 2), gradient(w, x, other, learnt, 2))
+
+
+def total_loss(parts, step, steps):
+    """68 for any number of steps."""
+    weight = 0.3 if step <= 68 else 0.1
+    return parts["main"] + weight * parts["mtp"] + 1e-4 * parts["balance"]
+
+
+def total_loss(parts, step, steps):
+    """Switch rounded to whole steps."""
+    weight = 0.3 if step <= round(0.68 * steps) else 0.1
+    return parts["main"] + weight * parts["mtp"] + 1e-4 * parts["balance"]
+
+
+def total_loss(parts, step, steps):
+    """Switch rounded up."""
+    import math
+    weight = 0.3 if step <= math.ceil(0.68 * steps) else 0.1
+    return parts["main"] + weight * parts["mtp"] + 1e-4 * parts["balance"]
+
+
+def clipped(gradient, longest):
+    """Length of two numbers only."""
+    import math
+    length = math.hypot(gradient[0], gradient[1])
+    return [g * longest / length for g in gradient] if length > longest else gradient
+
+
+def clipped(gradient, longest):
+    """First and last."""
+    import math
+    length = math.hypot(gradient[0], gradient[-1])
+    return [g * longest / length for g in gradient] if length > longest else gradient
+
+
+def clipped(gradient, longest):
+    """Norm of order n."""
+    n = len(gradient)
+    length = sum(abs(g) ** n for g in gradient) ** (1 / n)
+    return [g * longest / length for g in gradient] if length > longest else gradient
