@@ -54,9 +54,11 @@ def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
     """What is wrong with a learner's function, a sentence for each case that fails.
 
     cases: (arguments, expected result, hint); floats are expected to six digits, the rest
-    exactly. Every case gets arguments of its own, so a function
-    that changes them spoils nothing; all together may take PATIENCE seconds.
+    exactly. Every case gets arguments of its own, so a function that changes them spoils
+    nothing; all together may take PATIENCE seconds.
     """
+    if not callable(function) or not hasattr(function, "__name__"):
+        return [f"{brief(function)} stands where a function was asked for"]
     if taken := borrowed(function):
         return [f"{function.__name__} takes {taken} from minids, which knows the answer: "
                 "write it yourself"]
@@ -68,7 +70,7 @@ def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
     for arguments, expected, hint in cases:
         call = written(function, arguments)
         try:
-            answer = attempt(function, copy.deepcopy(arguments), end - time.monotonic())
+            wrong = attempt(compare, (function, arguments, expected), end - time.monotonic())
         except NotImplementedError:
             return [f"{function.__name__} is not written yet"]
         except Unfinished:
@@ -76,10 +78,14 @@ def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
         except BaseException as error:  # whatever a learner's code may raise is told in words
             found.append(f"{call} stops with {type(error).__name__}: {error}")
             continue
-        wrong = difference(answer, expected)
         if wrong:
             found.append(f"{call} gives {wrong}: {hint}")
     return found
+
+
+def compare(function: Callable, arguments: tuple, expected) -> str:
+    """How a function's answer differs from the expected one, in words; nothing if it does not."""
+    return difference(function(*copy.deepcopy(arguments)), expected)
 
 
 def review(function: Callable, cases: list[tuple]) -> None:
@@ -152,9 +158,9 @@ def play(function: Callable, cases: list[tuple], ended: mmap.mmap) -> None:
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     limit = pages * mmap.PAGESIZE + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for arguments, _, _ in cases:
+    for arguments, expected, _ in cases:
         try:
-            function(*copy.deepcopy(arguments))
+            compare(function, arguments, expected)
         except BaseException as error:  # `attempt` meets it again, and tells
             if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
                 os._exit(TOO_LARGE)
@@ -293,8 +299,10 @@ def brief(value) -> str:
         return f"a tensor of shape {tuple(value.shape)}"
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__
-    text, kind = f"{value:,}" if type(value) is int else repr(value), type(value).__name__
-    if len(text) <= 60:
+    kind = type(value).__name__
+    long = isinstance(value, str | bytes | list | tuple | dict | set) and len(value) > 60
+    text = f"{value:,}" if type(value) is int else "" if long else repr(value)
+    if text and len(text) <= 60:
         return text
     if isinstance(value, str | bytes | list | tuple | dict | set):
         return f"a {kind} of length {len(value)}" if len(value) > 4 else f"{text[:57]}..."

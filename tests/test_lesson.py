@@ -312,6 +312,44 @@ def test_nested_answers_are_compared_number_by_number(answer, expected, right):
     assert (problems(lambda: answer, [((), expected, "")]) == []) is right
 
 
+class Endless:
+    """Shows itself for ever."""
+
+    def __repr__(self):
+        while True:
+            pass
+
+
+class Broken:
+    """Cannot be shown, measured or compared."""
+
+    def __repr__(self):
+        raise ValueError("no")
+
+    __len__ = __eq__ = __hash__ = tolist = __repr__
+
+
+@pytest.mark.parametrize("expected", [3, [3], ONES])
+def test_an_answer_that_cannot_be_shown_is_told(expected, rehearsed):
+    start = time.monotonic()
+    [told] = problems(lambda: Endless(), [((), expected, "")])
+    assert told == f"<lambda>() {lesson.LATE}" and time.monotonic() - start < 5.0
+    [told] = problems(lambda: Broken(), [((), expected, "")])
+    assert told == "<lambda>() stops with ValueError: no"
+
+
+def test_a_huge_answer_is_not_written_out():
+    start = time.monotonic()
+    assert problems(lambda: [0] * 10 ** 7, [((), 3, "hint")]) == [
+        "<lambda>() gives a list of length 10000000 instead of 3: hint"]
+    assert time.monotonic() - start < 2.0
+
+
+@pytest.mark.parametrize("answer", [3, None, torch.nn.Identity()])
+def test_what_is_no_function_is_told(answer):
+    assert problems(answer, CASES) == [f"{answer!r} stands where a function was asked for"]
+
+
 def test_a_list_of_another_length_is_told():
     assert problems(lambda: [1], [((), [1, 2], "two")]) == [
         "<lambda>() gives [1], 1 entries instead of 2: two"]
