@@ -9,6 +9,7 @@ but what the notebooks themselves write, their figures.
 
 import argparse
 import os
+import subprocess
 import sys
 import time
 from datetime import datetime
@@ -32,7 +33,8 @@ def run(path: Path) -> tuple[float, float, str]:
     """Seconds of a notebook, seconds of its slowest cell, and how that cell begins."""
     nb, start = nbformat.read(path, 4), time.monotonic()
     NotebookClient(nb, timeout=600, kernel_name="python3",
-                   resources={"metadata": {"path": str(FOLDER)}}).execute()
+                   resources={"metadata": {"path": str(FOLDER)}}).execute(
+                       stderr=subprocess.DEVNULL)  # of the kernel's process, not of the cells
     whole = time.monotonic() - start
     slowest = max((cell for cell in nb.cells if cell.cell_type == "code"), key=seconds)
     line = next(line for line in slowest.source.splitlines() if not line.startswith("#"))

@@ -58,6 +58,43 @@ def test_an_unwritten_function_is_said_once():
     assert problems(unwritten, CASES) == ["unwritten is not written yet"]
 
 
+def test_an_error_of_torch_is_not_taken_for_an_empty_answer():
+    """torch raises NotImplementedError too, for a type that a function does not know."""
+    [told] = problems(lambda x: torch.arange(x).log_softmax(0), CASES[:1])
+    assert told.startswith("<lambda>(3) stops with NotImplementedError: ")
+
+
+def test_an_error_without_words_is_named():
+    class Mute(Exception):
+        def __str__(self):
+            raise ValueError
+
+    def answer(x):
+        raise Mute
+
+    assert problems(answer, CASES[:1]) == ["answer(3) stops with Mute"]
+
+
+def test_the_verdict_is_heard_whatever_became_of_stdout(capsys):
+    def mutes(x):
+        sys.stdout = open(os.devnull, "w")
+        return x * x
+
+    review(mutes, CASES)
+    assert capsys.readouterr().out == "mutes is right in 2 of 2 cases\n"
+
+
+def test_a_thread_that_is_stopped_says_nothing(capfd):
+    def fills(x):
+        time.sleep(1.6)
+        return [len(bytes(10 ** 7)) for _ in itertools.count()]
+
+    [told] = problems(fills, CASES[:1])
+    assert lesson.LATE in told or "MemoryError" in told
+    time.sleep(0.5)
+    assert capfd.readouterr().err == ""
+
+
 def test_an_error_in_the_learners_code_becomes_a_sentence():
     stop = "broken(0.1) stops with IndexError: list index out of range"
     assert problems(broken, CASES) == [stop]
@@ -206,6 +243,8 @@ def test_the_case_that_no_thread_survives_is_named():
         return x * x if x != 0.1 else os.abort()
 
     assert problems(answer, CASES) == [f"answer(0.1) {lesson.GONE}"]
+    many = [((i,), i * i, "") for i in range(300)]
+    assert problems(answer, [*many, CASES[1]]) == [f"answer(0.1) {lesson.GONE}"]
 
 
 def test_the_rehearsal_leaves_no_trace(capfd):

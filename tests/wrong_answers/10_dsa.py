@@ -143,3 +143,80 @@ def blind_to_future(choose):
     """The past may not decide either."""
     scores, other = torch.randn(2, 12, 12)
     return torch.equal(choose(scores, 3), choose(other, 3))
+
+
+def score(q, w, key):
+    """Stops at the first head without a product."""
+    s = 0.0
+    for ww, h in zip(w, q, strict=False):
+        p = sum(a * b for a, b in zip(h, key, strict=True))
+        if p <= 0:
+            break
+        s += ww * p
+    return s
+
+
+def score(q, w, key):
+    """Only the first two dims."""
+    return float(sum(weight * max(head[0] * key[0] + head[1] * key[1], 0)
+                     for weight, head in zip(w, q, strict=True)))
+
+
+def chosen(scores, t, k):
+    """Index(value): ties found twice."""
+    best = sorted(scores[:t + 1], reverse=True)[:k]
+    return sorted(scores.index(v) for v in best)
+
+
+def chosen(scores, t, k):
+    """Dict value to place."""
+    at = {v: i for i, v in enumerate(scores)}
+    best = sorted(scores[:t + 1], reverse=True)[:k]
+    return sorted(at[v] for v in best)
+
+
+def chosen(scores, t, k):
+    """Threshold by >= k-th."""
+    seen = scores[:t + 1]
+    bar = sorted(seen)[-min(k, len(seen))]
+    return [s for s in range(t + 1) if scores[s] >= bar]
+
+
+def breaks_even(pair, index, k):
+    """Exact: +1, otherwise rounded."""
+    x = pair * k / (pair - index)
+    return int(x) + 1 if x == int(x) else round(x)
+
+
+def breaks_even(pair, index, k):
+    """Ceil(x + 0.1)."""
+    import math
+    return math.ceil(pair * k / (pair - index) + 0.1)
+
+
+def breaks_even(pair, index, k):
+    """Int of a rounded quotient k / (1 - index / pair)."""
+    return int(k / (1 - index / pair)) + 1
+
+
+def blind_to_future(choose):
+    """Triu(2): the next token is not changed."""
+    torch.manual_seed(0)
+    scores = torch.randn(12, 12)
+    return torch.equal(choose(scores, 3), choose(scores + 5 * torch.randn(12, 12).triu(2), 3))
+
+
+def blind_to_future(choose):
+    """Only the last token's column is changed."""
+    torch.manual_seed(0)
+    scores = torch.randn(12, 12)
+    other = scores.clone()
+    other[:-1, -1] = torch.randn(11) * 10
+    return torch.equal(choose(scores, 3), choose(other, 3))
+
+
+def blind_to_future(choose):
+    """Only two tokens (2x2), k=1."""
+    s = torch.tensor([[0.0, -9.0], [0.0, 1.0]])
+    o = torch.tensor([[0.0, 9.0], [0.0, 1.0]])
+    return torch.equal(choose(s, 1), choose(o, 1))

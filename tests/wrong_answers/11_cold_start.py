@@ -153,3 +153,92 @@ def learns_the_reply(loss):
     other = logits.clone()
     other[torch.arange(6), ids[1:]] += 1
     return bool(loss(other, ids, learnt) < loss(logits, ids, learnt))
+
+
+def learnt_tokens(ids, assistant, eos):
+    """Hard-coded 3 and 1."""
+    speaks, out = (False, [])
+    for t in ids:
+        out.append(speaks)
+        if t == 3:
+            speaks = True
+        elif t == 1:
+            speaks = False
+    return out
+
+
+def learnt_tokens(ids, assistant, eos):
+    """Ends at user's tag 2, not at EOS."""
+    speaks, out = (False, [])
+    for t in ids:
+        if t == 2:
+            speaks = False
+        out.append(speaks)
+        if t == assistant:
+            speaks = True
+    return out
+
+
+def learnt_tokens(ids, assistant, eos):
+    """Crashes without a reply."""
+    i = ids.index(assistant)
+    out = [False] * (i + 1)
+    speaks = True
+    for t in ids[i + 1:]:
+        out.append(speaks)
+        if t == assistant:
+            speaks = True
+        elif t == eos:
+            speaks = False
+    return out
+
+
+def sees(samples, t):
+    """Window of 3."""
+    return [s for s in range(max(0, t - 2), t + 1) if samples[s] == samples[t]]
+
+
+def history(talk):
+    """By parity of the place."""
+    return ["</think>" * (i % 2) + text for i, (_, _, text) in enumerate(talk)]
+
+
+def history(talk):
+    """Text stripped."""
+    return [text.strip() if role == "user" else "</think>" + text.strip() for role, _, text in talk]
+
+
+def history(talk):
+    """Empty texts dropped."""
+    return [text if role == "user" else "</think>" + text for role, _, text in talk if text]
+
+
+def learns_the_reply(loss):
+    """Compares with the mean of nats_of."""
+    torch.manual_seed(0)
+    ids = torch.tensor([0, 2, 7, 3, 5, 8, 1])
+    learnt = torch.arange(7) > 3
+    logits = torch.randn(7, 10)
+    return torch.allclose(loss(logits, ids, learnt), nats_of(logits, ids)[learnt[1:]].mean())
+
+
+def learns_the_reply(loss):
+    """Compares with version_b."""
+    ids = torch.tensor([0, 2, 7, 3, 5, 8, 1])
+    learnt = torch.arange(7) > 3
+    logits = torch.randn(7, 10)
+    return bool((loss(logits, ids, learnt) - version_b(logits, ids, learnt)).abs() < 1e-05)
+
+
+def learns_the_reply(loss):
+    """The assistant's tag is not looked at."""
+    torch.manual_seed(0)
+    ids = torch.tensor([0, 2, 7, 3, 5, 8, 1])
+    learnt = torch.arange(7) > 3
+    logits = torch.randn(7, 10)
+    m = []
+    for t in (0, 1, 3, 4, 5):
+        o = logits.clone()
+        o[t, ids[t + 1]] += 1
+        m.append(bool(loss(o, ids, learnt) != loss(logits, ids, learnt)))
+    return m == [False, False, True, True, True]

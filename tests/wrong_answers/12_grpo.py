@@ -160,3 +160,55 @@ def groups_apart(advantages):
     """The order of the questions does not matter."""
     rewards = torch.rand(3, 5).double()
     return torch.allclose(advantages(rewards).flip(0), advantages(rewards.flip(0)))
+
+
+def advantages_v32(rewards):
+    """Clamped to +-5."""
+    return [[min(max(r - sum(g) / len(g), -5), 5) for r in g] for g in rewards]
+
+
+def advantages_v32(rewards):
+    """Rounded to two digits."""
+    return [[round(r - sum(g) / len(g), 2) for r in g] for g in rewards]
+
+
+def advantages_v32(rewards):
+    """Negative rewards counted as 0."""
+    return [[r - sum(max(x, 0) for x in g) / len(g) for r in g] for g in rewards]
+
+
+def gain(ratio, advantage, low, high):
+    """Dual clip c=10."""
+    b = min(max(ratio, 1 - low), 1 + high)
+    g = min(ratio * advantage, b * advantage)
+    return max(g, 10 * advantage) if advantage < 0 else g
+
+
+def gain(ratio, advantage, low, high):
+    """Advantage bounded to +-2."""
+    advantage = min(max(advantage, -2), 2)
+    b = min(max(ratio, 1 - low), 1 + high)
+    return min(ratio * advantage, b * advantage)
+
+
+def groups_apart(advantages):
+    """The others shifted."""
+    torch.manual_seed(0)
+    r = torch.rand(3, 5).double()
+    o = r.clone()
+    o[1:] += 3
+    return torch.allclose(advantages(r)[0], advantages(o)[0])
+
+
+def groups_apart(advantages):
+    """Others all equal: right or wrong."""
+    r = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 1]])
+    o = r.clone()
+    o[1] = 0
+    return torch.allclose(advantages(r)[0], advantages(o)[0])
+
+
+def groups_apart(advantages):
+    """Compares with my_advantages by std."""
+    r = torch.rand(3, 5).double()
+    return any(torch.allclose(advantages(r), my_advantages(r, by_std=b)) for b in (True, False))

@@ -156,3 +156,71 @@ def questions_apart(split):
     """All replies are somewhere."""
     replies = [(str(i * 7 % 20), f"reply {i}") for i in range(80)]
     return sorted(sum(split(replies, 0.3), [])) == sorted(replies)
+
+
+def sieve(replies, answers, longest):
+    """One per answer, not per question."""
+    done, kept = (set(), [])
+    for p, (n, t, a) in enumerate(replies):
+        if a not in done and a == answers[n] and (len(t) <= longest):
+            done.add(a)
+            kept.append(p)
+    return kept
+
+
+def sieve(replies, answers, longest):
+    """Answer in the right one (substring)."""
+    done, kept = (set(), [])
+    for p, (n, t, a) in enumerate(replies):
+        if n not in done and a in answers[n] and (len(t) <= longest):
+            done.add(n)
+            kept.append(p)
+    return kept
+
+
+def sieve(replies, answers, longest):
+    """An empty thought is no thought."""
+    done, kept = (set(), [])
+    for p, (n, t, a) in enumerate(replies):
+        if t and n not in done and (a == answers[n]) and (len(t) <= longest):
+            done.add(n)
+            kept.append(p)
+    return kept
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """The prompt's price forgotten."""
+    plain = prompt + answer * output_price
+    return (plain + thought * output_price) / plain
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """The prompt's price twice."""
+    plain = prompt * prompt_price ** 2 + answer * output_price
+    return (plain + thought * output_price) / plain
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """Divides by the prompt's price."""
+    plain = prompt / prompt_price + answer * output_price
+    return (plain + thought * output_price) / plain
+
+
+def questions_apart(split):
+    """Nothing to learn from is fine."""
+    r = [(str(i * 7 % 20), f"r{i}") for i in range(80)]
+    a, b = split(r, 0.3)
+    return bool(b) and (not {q for q, _ in a} & {q for q, _ in b})
+
+
+def questions_apart(split):
+    """Grouped order only, not aligned."""
+    r = [(str(i // 7), f"r{i}") for i in range(140)]
+    a, b = ({q for q, _ in s} for s in split(r, 0.33))
+    return bool(a and b) and (not a & b)
+
+
+def questions_apart(split):
+    """The example of the notebook, 0.33."""
+    a, b = ({q for q, _ in s} for s in split(example, 0.33))
+    return bool(a and b) and (not a & b)
