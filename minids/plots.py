@@ -499,6 +499,7 @@ def ablation_figure(tokens: list[int], losses: dict[str, list], costs: dict[str,
         draw_series(left, tokens, row, colour, label)
     left.set_xlabel("tokens seen (count)")
     left.set_ylabel("training loss\n(nats per token)")
+    left.locator_params(axis="x", nbins=5)
     left.legend()
     for place, row in enumerate(costs.values()):
         right.plot(row, [place] * len(row), "o", color=BLUE, markersize=6, alpha=0.8)
