@@ -232,11 +232,10 @@ def attempt(function: Callable, arguments: tuple, seconds: float):
     outcome = {}
 
     def work() -> None:
-        with contextlib.suppress(Unfinished):  # a second one may come while the first is caught
-            try:
-                outcome["answer"] = function(*arguments)
-            except BaseException as error:
-                outcome["error"] = error
+        try:
+            outcome["answer"] = function(*arguments)
+        except BaseException as error:  # another Unfinished may come meanwhile: see `quiet`
+            outcome["error"] = error
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
