@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,6 +94,13 @@ def test_a_thread_that_is_stopped_says_nothing(capfd):
     assert lesson.LATE in told or "MemoryError" in told
     time.sleep(0.5)
     assert capfd.readouterr().err == ""
+
+
+def test_only_the_end_of_a_stopped_thread_is_kept_quiet():
+    told = []
+    for kind in (lesson.Unfinished, ValueError):
+        lesson.quiet(SimpleNamespace(exc_type=kind), tell=lambda ended: told.append(ended.exc_type))
+    assert told == [ValueError]
 
 
 def test_an_error_in_the_learners_code_becomes_a_sentence():
