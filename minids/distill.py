@@ -27,14 +27,14 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from minids.chat import TEMPLATES, Reply
-from minids.checkpoint import pick_device, write_json
 from minids.config import check_types, option, parse, require, run_program
 from minids.hf import open_model
-from minids.loop import Stopped, settings, tune_allocator
+from minids.runs.checkpoints import pick_device, write_json
+from minids.runs.learner import Stopped, settings, tune_allocator
 from minids.sft import SftArgs, conversation, sft
 from minids.solve import BATCH, ask, parts
-from minids.tasks import Problem, Task, accuracy, consistency, open_task, well_formed
+from minids.text.chat import TEMPLATES, Reply
+from minids.text.tasks import Problem, Task, accuracy, consistency, open_task, well_formed
 
 
 @dataclass(frozen=True)

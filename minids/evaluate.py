@@ -35,15 +35,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.checkpoint import pick_device
 from minids.config import check_types, option, parse, require, run_program
 from minids.costs import format_table
-from minids.data import open_data
 from minids.generate import generate
 from minids.hf import open_model
-from minids.mla import MLA, Context, seen_by
-from minids.moe import max_violation
-from minids.sparse_attention import Selection, attention_mass, few_rows, select
+from minids.model.mla import MLA, Context, seen_by
+from minids.model.moe import max_violation
+from minids.model.sparse_attention import Selection, attention_mass, few_rows, select
+from minids.runs.checkpoints import pick_device
+from minids.text.data import open_data
 
 
 class Evaluation(NamedTuple):

@@ -11,9 +11,10 @@ through alone, in the absorbed form, and finds what came before in the latent ca
 2405.04434, section 2.1). Prompts of unequal length share a batch: the shorter ones are padded on
 the left, and nobody sees the padding.
 
-How a token is drawn says `minids.sampling`. With --speculative D the model's own MTP modules draft
-D tokens ahead, and the model keeps those that it might have written: the text comes from the same
-distribution, and at temperature 0 is the same, in fewer passes (`minids.speculative`).
+`minids.infer.sampling` describes how tokens are drawn. With --speculative D the model's own MTP
+modules draft D tokens ahead, and the model keeps those that it might have written: the text comes
+from the same distribution, and at temperature 0 is the same, in fewer passes
+(`minids.infer.speculative`).
 
 Simplified: a batch runs until its last sequence is done, finished ones included.
 """
@@ -27,15 +28,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minids.checkpoint import pick_device
 from minids.config import check_types, option, parse, require, run_program
-from minids.decode import decoder_for
 from minids.hf import open_model
-from minids.layers import compute_dtype
-from minids.mla import LatentCache
-from minids.model import Transformer
-from minids.sampling import Sampler
-from minids.speculative import speculative_rounds
+from minids.infer.decode import decoder_for
+from minids.infer.sampling import Sampler
+from minids.infer.speculative import speculative_rounds
+from minids.model.layers import compute_dtype
+from minids.model.mla import LatentCache
+from minids.model.transformer import Transformer
+from minids.runs.checkpoints import pick_device
 from minids.tokenizer import Tokenizer
 
 

@@ -42,9 +42,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minids.chat import MODES, TEMPLATES, Reply
 from minids.config import ModelArgs, option, parse, require, run_program
-from minids.loop import (
+from minids.infer.sampling import Sampler
+from minids.model.transformer import Transformer
+from minids.rl.rollout import Rollout, log_probs, roll_out
+from minids.runs.learner import (
     LearnArgs,
     Learner,
     Stopped,
@@ -53,17 +55,15 @@ from minids.loop import (
     settings,
     tune_allocator,
 )
-from minids.model import Transformer
-from minids.optim import (
+from minids.runs.optimizers import (
     build_optimizers,
     clip_gradients,
     learning_rate_factor,
     set_learning_rate,
 )
-from minids.rollout import Rollout, log_probs, roll_out
-from minids.sampling import Sampler
 from minids.solve import examine
-from minids.tasks import Problem, accuracy, consistency, open_task, well_formed
+from minids.text.chat import MODES, TEMPLATES, Reply
+from minids.text.tasks import Problem, accuracy, consistency, open_task, well_formed
 from minids.tokenizer import Tokenizer
 
 NO_CLIP = 1e9

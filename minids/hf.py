@@ -46,7 +46,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minids.checkpoint import (
+from minids.config import ModelArgs, check_types, nearest, option, parse, run_program
+from minids.costs import count_parameters, format_table
+from minids.fp8 import BLOCK, dequantize, quantize_weight
+from minids.model.transformer import Transformer
+from minids.runs.checkpoints import (
     MANIFEST,
     Run,
     flush,
@@ -55,10 +59,6 @@ from minids.checkpoint import (
     pick_device,
     publish,
 )
-from minids.config import ModelArgs, check_types, nearest, option, parse, run_program
-from minids.costs import count_parameters, format_table
-from minids.fp8 import BLOCK, dequantize, quantize_weight
-from minids.model import Transformer
 from minids.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

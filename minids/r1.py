@@ -40,16 +40,16 @@ from pathlib import Path
 import torch
 
 from minids import plots
-from minids.chat import MODES
-from minids.checkpoint import load_run, newest_checkpoint, write_json
 from minids.config import TrainArgs, check_types, option, parse, require, run_program
 from minids.costs import format_table
 from minids.distill import CorpusArgs, told, write_corpus
 from minids.grpo import GrpoArgs, grpo
-from minids.loop import Stopped, read_metrics, tune_allocator
+from minids.runs.checkpoints import load_run, newest_checkpoint, write_json
+from minids.runs.learner import Stopped, read_metrics, tune_allocator
 from minids.sft import SftArgs, sft
 from minids.solve import examine, pass_curve
-from minids.tasks import open_task
+from minids.text.chat import MODES
+from minids.text.tasks import open_task
 from minids.train import train
 
 SAMPLES = 32  # replies to a problem, for pass@k

@@ -6,7 +6,7 @@
     python -m minids.sft --resume --out runs/base-sft
 
 The cold start of R1 (arXiv 2501.12948, section 2.3.1) and the fine-tuning after its rejection
-sampling (2.3.3) are both this: conversations in the template of `minids.chat`, loss on the
+sampling (2.3.3) are both this: conversations in the template of `minids.text.chat`, loss on the
 assistant's tokens only. Samples lie side by side in a row and do not see each other (V3, arXiv
 2412.19437, section 5.1). The gates' biases rest.
 
@@ -27,9 +27,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minids.chat import Chat
 from minids.config import ModelArgs, option, parse, require, run_program
-from minids.loop import (
+from minids.model.transformer import Packed
+from minids.runs.learner import (
     LearnArgs,
     Learner,
     Stopped,
@@ -38,15 +38,15 @@ from minids.loop import (
     settings,
     tune_allocator,
 )
-from minids.model import Packed
-from minids.optim import (
+from minids.runs.optimizers import (
     build_optimizers,
     clip_gradients,
     learning_rate_factor,
     set_learning_rate,
 )
 from minids.solve import examine
-from minids.tasks import Problem, open_task
+from minids.text.chat import Chat
+from minids.text.tasks import Problem, open_task
 from minids.tokenizer import Tokenizer
 
 # R1's second fine-tuning: AdamW, cosine from 5e-5 to 5e-6, rows of 32,768 tokens, 128 at a time,

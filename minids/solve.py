@@ -4,10 +4,10 @@
     python -m minids.solve --run runs/r1/base --template plain
     python -m minids.solve --run runs/r1/sft --mode free --temperature 1 --samples 32
 
-The problems are held out: no training has seen them. Modes are those of `minids.chat`: think and
-direct force the reply's first tag, free leaves the choice to the model. With several samples a
-problem, pass@k is the chance that one of k replies is right, without bias (Chen et al., arXiv
-2107.03374, section 2.1).
+The problems are held out: no training has seen them. Modes are those of `minids.text.chat`:
+think and direct force the reply's first tag, free leaves the choice to the model. With several
+samples per problem, pass@k is the chance that one of k replies is right, without bias (Chen et al.,
+arXiv 2107.03374, section 2.1).
 """
 
 import math
@@ -18,14 +18,14 @@ from typing import NamedTuple
 
 import torch
 
-from minids.chat import MODES, TEMPLATES, Reply
-from minids.checkpoint import pick_device
 from minids.config import check_types, option, parse, require, run_program
 from minids.costs import format_table
 from minids.generate import generate
 from minids.hf import open_model
-from minids.model import Transformer
-from minids.tasks import Problem, Task, accuracy, open_task, well_formed
+from minids.model.transformer import Transformer
+from minids.runs.checkpoints import pick_device
+from minids.text.chat import MODES, TEMPLATES, Reply
+from minids.text.tasks import Problem, Task, accuracy, open_task, well_formed
 from minids.tokenizer import Tokenizer
 
 BATCH = 512  # prompts that are decoded together

@@ -35,13 +35,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids import plots
-from minids.checkpoint import resolve
 from minids.config import ModelArgs, TrainArgs, parse, run_program
 from minids.costs import count_parameters, flops_per_token
-from minids.data import open_data
 from minids.evaluate import Evaluation, evaluate, parse_share, windows
 from minids.generate import generate
-from minids.loop import (
+from minids.model.moe import max_violation
+from minids.model.sparse_attention import freeze_all_but_indexers
+from minids.model.transformer import Packed
+from minids.runs.checkpoints import resolve
+from minids.runs.learner import (
     Learner,
     Stopped,
     free_folder,
@@ -52,9 +54,7 @@ from minids.loop import (
     stored_tokenizer,
     tune_allocator,
 )
-from minids.model import Packed
-from minids.moe import max_violation
-from minids.optim import (
+from minids.runs.optimizers import (
     batch_size_at,
     bias_speed_at,
     build_optimizers,
@@ -63,7 +63,7 @@ from minids.optim import (
     mtp_weight_at,
     set_learning_rate,
 )
-from minids.sparse_attention import freeze_all_but_indexers
+from minids.text.data import open_data
 from minids.tokenizer import Tokenizer
 
 # What a resumed run may change; everything else would make it another run.

@@ -12,7 +12,6 @@ import torch
 from small_models import LITTLE, scrambled
 
 from minids import ModelArgs, Transformer
-from minids.checkpoint import save_checkpoint
 from minids.config import run_program
 from minids.evaluate import (
     Agreement,
@@ -32,8 +31,9 @@ from minids.evaluate import (
     selecting,
     windows,
 )
-from minids.mla import Context, causal
-from minids.rope import rotations
+from minids.model.mla import Context, causal
+from minids.model.rope import rotations
+from minids.runs.checkpoints import save_checkpoint
 from minids.tokenizer import Tokenizer
 
 SEQ_LEN = 10

@@ -29,9 +29,9 @@ from minids.fp8 import (
     quantize_weight,
     truncated,
 )
-from minids.layers import Linear
-from minids.moe import Experts, Gate
-from minids.optim import AdamWInBF16, build_optimizers
+from minids.model.layers import Linear
+from minids.model.moe import Experts, Gate
+from minids.runs.optimizers import AdamWInBF16, build_optimizers
 
 CODES = np.arange(127)  # 127 would be the format's NaN
 EXPONENT, MANTISSA = CODES // 8, CODES % 8

@@ -11,14 +11,15 @@ import pytest
 import torch
 from small_models import LITTLE, gap, random_tokens, scrambled
 
-from minids import ModelArgs, Transformer, decode
+from minids import ModelArgs, Transformer
 from minids import generate as module
-from minids.checkpoint import save_checkpoint
 from minids.config import run_program
-from minids.decode import Decoder, decoder_for, few_operations_pay, one_by_one, side_by_side
 from minids.generate import Writer, generate, left_pad, main
-from minids.layers import Linear
-from minids.mla import LatentCache
+from minids.infer import decode
+from minids.infer.decode import Decoder, decoder_for, few_operations_pay, one_by_one, side_by_side
+from minids.model.layers import Linear
+from minids.model.mla import LatentCache
+from minids.runs.checkpoints import save_checkpoint
 from minids.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent

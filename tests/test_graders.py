@@ -170,9 +170,9 @@ def test_what_is_no_answer_is_told(exercise):
 def test_an_answer_from_the_package_gets_none(exercise):
     """Even the right one."""
     head, line, rest = exercise.solution.partition("    ### BEGIN SOLUTION\n")
-    right, told = grade(exercise, f"{head}{line}    import minids.model\n{rest}")
-    assert not right and told == (f"{exercise.name} takes minids.model from minids, which knows "
-                                  "the answer: write it yourself\n")
+    right, told = grade(exercise, f"{head}{line}    import minids.model.transformer\n{rest}")
+    assert not right and told == (f"{exercise.name} takes minids.model.transformer from minids, "
+                                  "which knows the answer: write it yourself\n")
 
 
 @each_exercise

@@ -19,7 +19,6 @@ import torch
 from kill_and_resume import differences
 
 from minids import grpo as grpo_module
-from minids.checkpoint import load_weights, newest_checkpoint, resolve
 from minids.config import TrainArgs, run_program
 from minids.grpo import (
     OBJECTIVES,
@@ -30,7 +29,8 @@ from minids.grpo import (
     objective,
     token_weights,
 )
-from minids.loop import model_and_tokenizer
+from minids.runs.checkpoints import load_weights, newest_checkpoint, resolve
+from minids.runs.learner import model_and_tokenizer
 from minids.sft import SftArgs, sft
 from minids.train import train
 

@@ -357,7 +357,7 @@ def test_an_endless_answer_leaves_the_kernel_alive(server, run_all):
     """A learner's loop that never ends is told in words, and the next cell still runs."""
     first = next(cell.source for cell in nbformat.read(MAP, as_version=4).cells
                  if cell.cell_type == "code")
-    path = save_small(server, "loop", first, "from minids.lesson import review",
+    path = save_small(server, "loop", first, "from minids.lab.lesson import review",
                       "def f(x):\n    while True: pass", "review(f, [((1,), 1, '')])",
                       "print('alive')", DRAW)
     start = time.monotonic()

@@ -27,7 +27,7 @@ from small_models import scrambled
 
 from minids import Transformer
 from minids.hf import save_hf
-from minids.layers import Linear
+from minids.model.layers import Linear
 
 SEEDS = (0, 1, 2, 3)
 CASES = [(family, seed) for family in FAMILIES for seed in SEEDS]

@@ -14,17 +14,17 @@ import torch
 
 from minids import distill as distill_module
 from minids import r1 as r1_module
-from minids.chat import Reply
-from minids.checkpoint import load_weights, resolve
 from minids.config import ModelArgs, run_program
 from minids.distill import CorpusArgs, sift, verdict
 from minids.grpo import Reinforcer
 from minids.hf import open_model
-from minids.loop import Learner, Stopped
 from minids.r1 import NAMES, PRESETS, TABLE, R1Args, r1, table
+from minids.runs.checkpoints import load_weights, resolve
+from minids.runs.learner import Learner, Stopped
 from minids.sft import read_conversations
 from minids.solve import examine
-from minids.tasks import Problem, open_task
+from minids.text.chat import Reply
+from minids.text.tasks import Problem, open_task
 
 RUN = dict(save_every=2, eval_every=0, eval_problems=2)
 RL = RUN | dict(steps=2, questions=2, group=2, max_new_tokens=8)

@@ -39,13 +39,15 @@ SMALL = {
     "python -m minids.evaluate": "--max-tokens 500 --threads 1",
     "python -m minids.evaluate --run runs/warm": "--max-tokens 500 --index-topk 8 --threads 1",
     "python -m minids.tokenizer": "--vocab-size 400 --max-bytes 100000",
-    "python -m minids.bench": f"{BENCH} --what train",
-    "python -m minids.bench --what sparse": f"{BENCH} --context 96 --index-n-heads 2 "
+    "python -m minids.lab.bench": f"{BENCH} --what train",
+    "python -m minids.lab.bench --what sparse": f"{BENCH} --context 96 --index-n-heads 2 "
                                             "--index-head-dim 16 --index-topk 16",
-    "python -m minids.bench --what speculative": "--pairs 1 --prompt 8 --new-tokens 4 --threads 1",
-    "python -m minids.bench --what moe-vs-dense": f"{BENCH} --seeds 1 --steps 2",
-    "python -m minids.bench --what rollout": f"{BENCH} --decode-batch 2 --prompt 8 --new-tokens 4",
-    "python -m minids.recall": "--seq-len 256 --dim 32 --steps 2 --warmup-steps 2 "
+    "python -m minids.lab.bench --what speculative":
+        "--pairs 1 --prompt 8 --new-tokens 4 --threads 1",
+    "python -m minids.lab.bench --what moe-vs-dense": f"{BENCH} --seeds 1 --steps 2",
+    "python -m minids.lab.bench --what rollout":
+        f"{BENCH} --decode-batch 2 --prompt 8 --new-tokens 4",
+    "python -m minids.lab.recall": "--seq-len 256 --dim 32 --steps 2 --warmup-steps 2 "
                                "--sparse-steps 2 --tokens 512 --test-sequences 2 --threads 1 "
                                "--device cpu",
     "python -m minids.sft": "--steps 2 --examples 64 --eval-problems 4 --threads 1",
@@ -71,8 +73,8 @@ ELSEWHERE = {
     "pytest": ".ci/run calls it",
     "jupyter lab": "tests/test_jupyterlab.py",
     "nbgrader": "tests/test_course.py",
-    "python -m minids.course": "tests/test_course.py",
-    "python -m minids.claims": "tests/test_claims.py, on small runs",
+    "python -m minids.lab.course": "tests/test_course.py",
+    "python -m minids.lab.claims": "tests/test_claims.py, on small runs",
     "python -m minids.r1": "tests/test_r1.py runs all stages with small settings",
 }
 

@@ -13,14 +13,14 @@ from kill_and_resume import differences
 from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import sft as sft_module
-from minids.chat import Chat
-from minids.checkpoint import load_weights, resolve
 from minids.config import TrainArgs, run_program
 from minids.hf import save_hf
-from minids.model import Packed, places, together
+from minids.model.transformer import Packed, places, together
+from minids.runs.checkpoints import load_weights, resolve
 from minids.sft import PRESETS, Rows, SftArgs, conversation
 from minids.solve import pass_at
-from minids.tasks import open_task
+from minids.text.chat import Chat
+from minids.text.tasks import open_task
 from minids.tokenizer import Tokenizer
 from minids.train import train
 
@@ -170,7 +170,7 @@ def test_conversations_from_a_file(base, tmp_path):
 
 
 def test_from_a_hugging_face_folder(base, tmp_path):
-    from minids.checkpoint import load_run
+    from minids.runs.checkpoints import load_run
     run = load_run(base)
     save_hf(run.model, tmp_path / "hf")
     run.tokenizer.save_hf(tmp_path / "hf")

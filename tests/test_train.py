@@ -34,12 +34,12 @@ from kill_and_resume import (
 )
 
 from minids import ModelArgs, train
-from minids.checkpoint import load_weights, newest_checkpoint, rng_state
 from minids.config import TrainArgs, run_program
 from minids.costs import flops_per_token
-from minids.data import PackedLoader
-from minids.moe import Gate, Routing
-from minids.optim import Muon
+from minids.model.moe import Gate, Routing
+from minids.runs.checkpoints import load_weights, newest_checkpoint, rng_state
+from minids.runs.optimizers import Muon
+from minids.text.data import PackedLoader
 from minids.tokenizer import Tokenizer
 from minids.train import Trainer
 

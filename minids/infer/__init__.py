@@ -1,0 +1,1 @@
+"""Decoding: how tokens are drawn, one at a time or several at once."""

@@ -1,0 +1,1 @@
+"""The architecture. Read layers, rope, sparse_attention, mla, moe, mtp, transformer."""

@@ -1,0 +1,1 @@
+"""What every program that learns shares: checkpoints, the learner, the optimizers."""

@@ -1,0 +1,187 @@
+"""Optimizers and the schedules of a training run.
+
+AdamW with V3's settings (section 4.2), or Muon for the matrices inside the blocks with AdamW for
+embedding, head and norms, which is how the family's later models are trained (DeepSeek-V4, arXiv
+2606.19348, section 2). Muon's step is the momentum with its singular values brought to one, scaled
+so that its root mean square is that of an AdamW step (Moonlight, arXiv 2502.16982, section 2.2);
+`torch.optim.Muon` does the same for single matrices but takes no stacked experts.
+
+A schedule is a function of the step alone, so that a resumed run needs no state for it.
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from minids.config import TrainArgs
+from minids.model.sparse_attention import in_indexer
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al., 2024: brings singular values near one
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum, made orthogonal, for matrices (r, c) and stacks of them (E, r, c).
+
+    lr: step relative to the root mean square of AdamW's
+    dtype: precision of the orthogonalisation
+    """
+
+    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1,
+                 dtype: torch.dtype = torch.float32):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            by_shape: dict[tuple, list[Tensor]] = {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    by_shape.setdefault(tuple(p.shape[-2:]), []).append(p)
+            for params in by_shape.values():
+                self._step_together(params, group)
+
+    def _step_together(self, params: list[Tensor], group: dict) -> None:
+        """One step for parameters whose matrices have one shape, as a single stack."""
+        momentum, updates = group["momentum"], []
+        for p in params:
+            state = self.state[p]
+            if "momentum" not in state:
+                state["momentum"] = torch.zeros_like(p)
+            state["momentum"].lerp_(p.grad, 1 - momentum)
+            nesterov = p.grad.lerp(state["momentum"], momentum)
+            updates.append(nesterov.to(self.dtype).view(-1, *p.shape[-2:]))  # (1 or E, r, c)
+        steps = orthogonalise(torch.cat(updates)).split([len(u) for u in updates])
+        scale = 0.2 * math.sqrt(max(params[0].shape[-2:]))
+        for p, step in zip(params, steps, strict=True):
+            p.mul_(1 - group["lr"] * group["weight_decay"])
+            p.add_(step.view_as(p), alpha=-group["lr"] * scale)
+
+
+class AdamWInBF16(torch.optim.AdamW):
+    """AdamW that keeps its moments in BF16 and computes in FP32 (V3 section 3.3.3)."""
+
+    MOMENTS = "exp_avg", "exp_avg_sq"
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """Move every parameter that has a gradient."""
+        self._moments_to(torch.float32)
+        super().step()
+        self._moments_to(torch.bfloat16)
+
+    def _moments_to(self, dtype: torch.dtype) -> None:
+        for state in self.state.values():
+            state.update({name: state[name].to(dtype) for name in self.MOMENTS if name in state})
+
+
+def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
+    """The nearest matrices with all singular values about one, by Newton and Schulz's iteration.
+
+    x: (n, r, c) -> (n, r, c); the singular values end between about 0.7 and 1.2
+    """
+    a, b, c = NEWTON_SCHULZ
+    tall = x.size(-2) > x.size(-1)
+    x = x.mT if tall else x
+    x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = torch.bmm(x, x.mT)  # (n, r, r)
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, poly, x, beta=a)
+    return x.mT if tall else x
+
+
+def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
+    """Whether Muon takes a parameter: matrices inside the blocks and MTP modules, but indexers'."""
+    return (parameter.ndim >= 2 and not name.startswith(("embed.", "head."))
+            and not in_indexer(name))
+
+
+def build_optimizers(model: nn.Module, args: TrainArgs,
+                     dtype: torch.dtype) -> list[torch.optim.Optimizer]:
+    """The run's optimizers; each parameter is in exactly one group.
+
+    dtype: precision of Muon's products. Norms have no weight decay. Every group keeps its learning
+    rate at the peak as `peak_lr`, for `set_learning_rate`. Frozen parameters are in none, and
+    indexers in groups of their own, which come last.
+    """
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    named = [(n, p) for n, p in trained if not in_indexer(n)]
+    indexers = [p for n, p in trained if in_indexer(n)]
+    with_muon = args.optimizer == "muon"
+    hidden = [p for n, p in named if with_muon and is_hidden_matrix(n, p)]
+    decayed = [p for n, p in named if p.ndim >= 2 and not (with_muon and is_hidden_matrix(n, p))]
+    plain = [p for _, p in named if p.ndim < 2]
+    groups = [dict(params=decayed, weight_decay=args.weight_decay),
+              dict(params=plain, weight_decay=0),
+              dict(params=[p for p in indexers if p.ndim >= 2], lr=args.indexer_lr,
+                   weight_decay=args.weight_decay),
+              dict(params=[p for p in indexers if p.ndim < 2], lr=args.indexer_lr, weight_decay=0)]
+    adamw = (AdamWInBF16 if args.fp8 else torch.optim.AdamW)(
+        [group for group in groups if group["params"]], lr=args.lr,
+        betas=(args.beta1, args.beta2), fused=True)
+    optimizers = [adamw]
+    if hidden:
+        optimizers += [Muon(hidden, args.muon_lr, weight_decay=args.weight_decay, dtype=dtype)]
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak_lr"] = group["lr"]
+    return optimizers
+
+
+def clip_gradients(model: nn.Module, longest: float) -> dict[str, float]:
+    """Scale long gradients down; the norms before that, by their names in metrics.jsonl.
+
+    The indexers' gradient is one of its own: together, each loss would set the pace of what the
+    other trains.
+    """
+    named = list(model.named_parameters())
+    parts = {"grad_norm": [p for n, p in named if not in_indexer(n)],
+             "indexer_grad_norm": [p for n, p in named if in_indexer(n)]}
+    return {name: nn.utils.clip_grad_norm_(parameters, longest).item()
+            for name, parameters in parts.items() if parameters}
+
+
+def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:
+    """Set every group to `factor` times its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * factor
+
+
+def learning_rate_factor(step: int, args: TrainArgs) -> float:
+    """Learning rate of a step as a share of its peak: up, flat, cosine down, flat (V3 section 4.2).
+
+    step: 1 for the first
+    """
+    if step <= args.warmup_steps:
+        return step / args.warmup_steps
+    start, end = args.constant_until * args.steps, args.decay_until * args.steps
+    progress = min(max((step - start) / max(end - start, 1e-9), 0.0), 1.0)
+    return args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def batch_size_at(step: int, args: TrainArgs) -> int:
+    """Sequences in a step's batch: from batch_start to batch_size in a straight line (V3 4.2)."""
+    if not args.batch_start or step >= args.batch_ramp_steps:
+        return args.batch_size
+    grown = (args.batch_size - args.batch_start) * (step - 1) / args.batch_ramp_steps
+    per_micro = args.grad_accum
+    return max(int(args.batch_start + grown) // per_micro * per_micro, per_micro)
+
+
+def mtp_weight_at(step: int, args: TrainArgs) -> float:
+    """Weight of the MTP loss: V3 has 0.3 for the first 10T of 14.8T tokens, then 0.1."""
+    return args.mtp_weight if step <= args.mtp_switch * args.steps else args.mtp_weight_late
+
+
+def bias_speed_at(step: int, args: TrainArgs) -> float:
+    """Step of the gate biases: V3 has 0.001, then 0 for the last 500B of 14.8T tokens.
+
+    0 in the warm-up of sparse attention, which changes nothing in the model.
+    """
+    if args.dsa == "warmup":
+        return 0.0
+    return args.bias_speed if step <= args.bias_until * args.steps else 0.0

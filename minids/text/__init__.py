@@ -1,0 +1,1 @@
+"""From text to batches, and from conversations to tokens."""

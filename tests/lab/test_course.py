@@ -1,0 +1,205 @@
+"""The whole way of an assignment, with nbgrader's own programs: laid out, handed out without
+answers, handed in, graded. Solved it gets all points, untouched none, and a mistake costs its own.
+
+The notebooks train models, and grading runs all cells. So all but the first are cut to the cells
+that their exercises need; MINIDS_FULL_GRADING=1 grades them whole (a quarter of an hour).
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from test_graders import exercises, wrong_answers
+
+from minids.lab.course import without_answers
+
+pytest.importorskip("nbgrader", reason="nbgrader is not installed: pip install nbgrader")
+
+ROOT = Path(__file__).resolve().parents[2]
+STEMS = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
+WHOLE = {STEMS[0], *(STEMS if os.environ.get("MINIDS_FULL_GRADING") else [])}
+
+
+@pytest.fixture(scope="class")
+def clone(tmp_path_factory) -> Path:
+    """A copy of the repository, so that nothing here writes into the real one."""
+    folder = tmp_path_factory.mktemp("clone")
+    for part in ("minids", "notebooks"):
+        shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+    (folder / "data").symlink_to(ROOT / "data")
+    (folder / "figures").mkdir()
+    return folder
+
+
+def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
+    """Run a Python module in a folder, one thread, with settings of its own."""
+    own = {f"JUPYTER_{kind}_DIR": str(folder / ".jupyter" / kind) for kind in
+           ("CONFIG", "DATA", "RUNTIME")}
+    environment = os.environ | own | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
+    return subprocess.run([sys.executable, "-m", *command], cwd=folder, env=environment,
+                          capture_output=True, text=True, timeout=1200)
+
+
+def nbgrader(course: Path, *command: str) -> None:
+    """Run one of nbgrader's programs; its log is shown where it fails."""
+    done = run(course, "nbgrader", *command)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="class")
+def course(clone) -> Path:
+    """The folder that `minids.lab.course` lays out."""
+    done = run(clone, "minids.lab.course", "--out", "course")
+    assert (done.returncode, done.stderr) == (0, "")
+    return clone / "course"
+
+
+def cut(path: Path) -> None:
+    """Leave of a notebook the first cell, the exercises, and what they need."""
+    nb, needed = nbformat.read(path, 4), {"# The same first cell"}
+    for exercise in exercises(path):
+        needed |= set(exercise.needs)
+    nb.cells = [cell for cell in nb.cells if cell.cell_type == "code" and
+                ("nbgrader" in cell.metadata or cell.source in needed
+                 or cell.source.startswith("# The same first cell"))]
+    nbformat.write(nb, path)
+
+
+def blank(path: Path) -> nbformat.NotebookNode:
+    """A notebook as the package, without nbgrader, takes its answers out."""
+    return nbformat.reads(without_answers(path.read_bytes()).decode(), 4)
+
+
+def hand_in(course: Path, student: str, stem: str, nb) -> None:
+    """Put a student's notebook where nbgrader looks for it."""
+    place = course / "submitted" / student / stem / f"{stem}.ipynb"
+    place.parent.mkdir(parents=True)
+    nbformat.write(nb, place)
+
+
+def mistaken(path: Path) -> nbformat.NotebookNode:
+    """The solved notebook with one wrong answer, to its last exercise."""
+    nb, exercise = nbformat.read(path, 4), exercises(path)[-1]
+    for cell in nb.cells:
+        if cell.source == exercise.solution:
+            cell.source = next(iter(wrong_answers(exercise).values()))
+    return nb
+
+
+def scores(course: Path, stem: str) -> dict[str, list[tuple[float, float]]]:
+    """Points and possible points of each exercise, by student."""
+    from nbgrader.api import Gradebook
+    with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
+        return {sent.student.id: [(grade.score, grade.max_score) for grade in sorted(
+                    sent.notebooks[0].grades, key=lambda grade: grade.cell.name)]
+                for sent in book.assignment_submissions(stem)}
+
+
+def drive(course: Path, stem: str) -> None:
+    """Hand out, hand in three times, grade, and look at the points."""
+    source = course / "source" / stem / f"{stem}.ipynb"
+    if stem not in WHOLE:
+        cut(source)
+    count = len(exercises(source))
+    nbgrader(course, "generate_assignment", stem, "--create")
+    release = nbformat.read(course / "release" / stem / f"{stem}.ipynb", 4)
+    nbformat.validate(release)
+    sources = [cell.source for cell in release.cells]
+    assert sources == [cell.source for cell in blank(source).cells]
+    text = "\n".join(sources)
+    assert "BEGIN SOLUTION" not in text and "HIDDEN" not in text
+    assert text.count("# Write your answer here.\n") == count
+    assert not any(exercise.hidden in text for exercise in exercises(source))
+
+    hand_in(course, "solved", stem, nbformat.read(source, 4))
+    hand_in(course, "untouched", stem, release)
+    hand_in(course, "mistaken", stem, mistaken(source))
+    nbgrader(course, "autograde", stem, "--create")
+    found = scores(course, stem)
+    wanted = [cell.metadata.nbgrader.points for cell in nbformat.read(source, 4).cells
+              if cell.metadata.get("nbgrader", {}).get("grade")]
+    assert sorted(possible for _, possible in found["solved"]) == sorted(wanted)
+    assert all(got == possible for got, possible in found["solved"])
+    assert all(got == 0 for got, _ in found["untouched"])
+    assert sum(got == 0 for got, _ in found["mistaken"]) == 1
+
+
+class TestEvenNotebooks:
+    """Two classes, so that two workers share the time."""
+
+    @pytest.mark.parametrize("stem", STEMS[::2])
+    def test_the_whole_way(self, course, stem):
+        drive(course, stem)
+
+
+class TestOddNotebooks:
+    """The others, and what they sum up to."""
+
+    @pytest.mark.parametrize("stem", STEMS[1::2])
+    def test_the_whole_way(self, course, stem):
+        drive(course, stem)
+
+    def test_grades_are_exported(self, course):
+        nbgrader(course, "export")
+        head, *lines = (course / "grades.csv").read_text().splitlines()
+        assert head.startswith("assignment,") and len(lines) == 3 * len(STEMS[1::2])
+
+
+class TestLayOut:
+    """What `minids.lab.course` writes and says."""
+
+    def test_points_are_told(self, clone):
+        done = run(clone, "minids.lab.course", "--out", "laid")
+        rows = [line.split() for line in done.stdout.splitlines()[:len(STEMS) + 1]]
+        assert [row[0] for row in rows] == [*STEMS, "all"]
+        assert sum(int(row[3]) for row in rows[:-1]) == int(rows[-1][3])
+        same = [(clone / "laid" / "source" / stem / f"{stem}.ipynb").read_bytes()
+                == (ROOT / "notebooks" / f"{stem}.ipynb").read_bytes() for stem in STEMS]
+        assert all(same)
+
+    def test_what_was_changed_is_kept(self, clone):
+        assert run(clone, "minids.lab.course", "--out", "kept").returncode == 0
+        assert run(clone, "minids.lab.course", "--out", "kept").returncode == 0
+        changed = clone / "kept" / "source" / STEMS[3] / f"{STEMS[3]}.ipynb"
+        changed.write_text("mine")
+        done = run(clone, "minids.lab.course", "--out", "kept")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--force" in done.stderr
+        assert changed.read_text() == "mine"
+        assert run(clone, "minids.lab.course", "--out", "kept", "--force").returncode == 0
+        assert changed.read_text() != "mine"
+
+    def test_notebooks_without_answers(self, clone):
+        done = run(clone, "minids.lab.course", "--out", "alone", "--blank")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[-1] == "next: jupyter lab alone/blank"
+        assert [path.name for path in (clone / "alone").iterdir()] == ["blank"]
+        for stem in STEMS:
+            path = clone / "alone" / "blank" / f"{stem}.ipynb"
+            nb = nbformat.read(path, 4)
+            nbformat.validate(nb)
+            code = [cell for cell in nb.cells if cell.cell_type == "code"]
+            assert not any(cell.outputs or cell.execution_count for cell in code)
+            assert path.read_text().count("raise NotImplementedError()") >= 3
+            assert not any(word in path.read_text() for word in ("SOLUTION", "HIDDEN"))
+
+    def test_a_learners_work_is_kept(self, clone):
+        assert run(clone, "minids.lab.course", "--out", "mine", "--blank").returncode == 0
+        path = clone / "mine" / "blank" / f"{STEMS[0]}.ipynb"
+        path.write_text("my work")
+        done = run(clone, "minids.lab.course", "--out", "mine", "--blank")
+        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--force" in done.stderr
+        assert path.read_text() == "my work"
+        assert run(clone, "minids.lab.course", "--out", "mine").returncode == 0
+        assert path.read_text() == "my work"
+
+    @pytest.mark.parametrize("out", ["/elsewhere", "..", ".", "notebooks/course", "minids"])
+    def test_a_folder_where_it_cannot_be_is_refused(self, clone, out):
+        done = run(clone, "minids.lab.course", "--out", out)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith(f"python -m minids.lab.course: out = {out!r} lies ")
+        assert done.stderr.count("\n") == 1

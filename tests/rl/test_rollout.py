@@ -1,0 +1,144 @@
+"""What the sampler and the trainer say of the same tokens, and who goes to which expert."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_models import LITTLE, gap, scrambled
+
+from minids.generate import generate
+from minids.infer import decode
+from minids.infer.sampling import Sampler
+from minids.model.transformer import Transformer
+from minids.rl import rollout as rollout_module
+from minids.rl.rollout import Rollout, log_probs, roll_out
+
+EOS = 1
+PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15], [8, 20], [9], [33, 2, 41]]
+SHAPES = {"experts in groups": LITTLE, "no query latent": replace(LITTLE, q_lora_rank=0),
+          "few operations": replace(LITTLE, kv_lora_rank=8),
+          "dense": replace(LITTLE, n_routed_experts=0)}
+
+
+def sampled(model: Transformer, seed: int = 0, temperature: float = 1.0, top_k: int = 0,
+            top_p: float = 1.0, new: int = 20) -> Rollout:
+    sampler = Sampler(temperature, top_k, top_p, torch.Generator().manual_seed(seed))
+    return roll_out(model, PROMPTS, new, sampler, EOS)
+
+
+def worst(model: Transformer, found: Rollout, **how) -> float:
+    """The largest difference between trainer and sampler, nats."""
+    with torch.no_grad():
+        logp, _ = log_probs(model, found, **how)
+    return (logp - found.logp[found.written]).abs().max().item()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+# FP32 rounds at 6e-8, and a sum of some hundred products of size one a few times that; log-softmax
+# of logits up to 10 adds 1e-6.
+@pytest.mark.parametrize("dtype, allowed", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("how", [dict(), dict(temperature=0.7), dict(top_k=5), dict(top_p=0.8)],
+                         ids=str)
+def test_sampler_and_trainer_agree(shape, dtype, allowed, how):
+    model = scrambled(SHAPES[shape], dtype=dtype)
+    found = sampled(model, **how)
+    assert worst(model, found, temperature=how.get("temperature", 1.0)) < allowed
+
+
+def test_many_sequences_take_other_products(monkeypatch):
+    """From `decode.MANY` sequences on attention is two batched products; padding counts there too.
+    """
+    monkeypatch.setattr(decode, "attend_fused", None)
+    model = scrambled(replace(LITTLE, kv_lora_rank=8))
+    assert decode.few_operations_pay(model)
+    found = roll_out(model, PROMPTS * 3, 20, Sampler(1.0), EOS)
+    assert worst(model, found) < 1e-12
+    products = decode.attend_products
+    monkeypatch.setattr(decode, "attend_products",
+                        lambda q, key, mask, scale: products(q, key, None, scale))
+    assert worst(model, roll_out(model, PROMPTS * 3, 20, Sampler(1.0), EOS)) > 1e-3
+
+
+def test_without_the_mask_they_disagree():
+    model = scrambled(LITTLE)
+    for how in (dict(top_k=5), dict(top_p=0.8)):
+        assert worst(model, sampled(model, **how), keep_mask=False) > 0.01
+    assert worst(model, sampled(model, temperature=0.7)) > 0.01  # the trainer's is 1 here
+
+
+def test_kept_routing_is_the_samplers():
+    """A model whose gates have changed since: kept routing takes the old experts, and free routing
+    does not."""
+    model = scrambled(LITTLE)
+    found = sampled(model)
+    for bias in model.gate_biases():
+        bias.add_(torch.linspace(-1, 1, LITTLE.n_routed_experts))
+    assert worst(model, found) < 1e-12  # biases choose, and weigh nothing
+    assert worst(model, found, keep_routing=False) > 1e-3
+
+
+def test_recorded_routes_are_those_of_a_pass_over_the_whole_text():
+    model = scrambled(LITTLE)
+    found = sampled(model)
+    for row, tokens in enumerate(found.tokens):
+        last = found.written[row].nonzero().max().item() + 1
+        routings = model.hidden(tokens[None, :last])[1]
+        for layer, routing in zip(found.routes, routings, strict=True):
+            chosen = found.routes[layer][row, :last].sort(-1).values
+            assert torch.equal(chosen, routing.indices[0].sort(-1).values)
+
+
+def test_text_is_aligned_from_position_0():
+    found = sampled(scrambled(LITTLE))
+    for row, prompt in enumerate(PROMPTS):
+        assert found.tokens[row, :len(prompt)].tolist() == prompt
+        first = found.written[row].nonzero().min().item()
+        assert first == len(prompt) - 1
+    for reply in found.replies():
+        assert 1 <= len(reply) <= 20 and EOS not in reply[:-1]
+        assert reply[-1] == EOS or len(reply) == 20
+
+
+def test_tokens_after_the_end_count_nowhere():
+    found = sampled(scrambled(LITTLE), new=40)
+    assert any(reply[-1] == EOS and len(reply) < 20 for reply in found.replies())
+    assert found.logp[~found.written].eq(0).all()
+    assert found.written.sum() == sum(map(len, found.replies()))
+
+
+def test_the_text_is_what_generate_writes():
+    model = scrambled(LITTLE)
+    found = sampled(model, seed=3, temperature=0.9)
+    plain = generate(model, PROMPTS, 20, temperature=0.9, seed=3, eos_id=EOS)
+    assert found.replies() == plain.tokens
+
+
+def test_the_check_notices_a_misplaced_probability(monkeypatch):
+    """Wrong variant: probabilities of the token after the next."""
+    align = rollout_module.align
+    monkeypatch.setattr(rollout_module, "align", lambda text, pad, written, logp, *rest: align(
+        text, pad, written, logp.roll(1, dims=1), *rest))
+    model = scrambled(LITTLE)
+    assert worst(model, sampled(model)) > 0.1
+
+
+def test_gradients_are_those_of_plain_cross_entropy():
+    model = scrambled(LITTLE)
+    found = sampled(model).part(slice(0, 2))
+    log_probs(model, found)[0].sum().backward()
+    by_replay = model.layers[1].attn.wo.weight.grad.clone()
+    model.zero_grad()
+    logp = model(found.tokens[:, :-1]).log_softmax(-1)
+    picked = logp.gather(-1, found.tokens[:, 1:, None]).squeeze(-1)
+    picked[found.written].sum().backward()
+    assert gap(by_replay, model.layers[1].attn.wo.weight.grad) < 1e-12
+
+
+def test_entropy_is_that_of_the_distribution():
+    model = scrambled(LITTLE)
+    found = sampled(model, top_k=1)
+    assert log_probs(model, found)[1].abs().max() == 0  # one token is left
+    found = sampled(model)
+    probs = model(found.tokens[:, :-1]).softmax(-1)[found.written]
+    expected = torch.distributions.Categorical(probs).entropy()
+    torch.testing.assert_close(log_probs(model, found)[1], expected, rtol=1e-9, atol=1e-12)
