@@ -15,30 +15,9 @@ DeepSeek-V3 (arXiv 2412.19437) section 4.2, DeepSeek-V3.2 (arXiv 2512.02556) sec
 published configuration files.
 """
 
-import argparse
-import difflib
-import math
-import os
-import sys
-from dataclasses import MISSING, dataclass, field, fields
-from typing import NoReturn
+from dataclasses import dataclass
 
-
-def option(default, help: str, choices: tuple = (), flag: str = ""):
-    """A dataclass field that is also a command-line flag.
-
-    default: the value when the flag is absent
-    help: one line, with the unit
-    choices: the only valid values; empty means any value of the default's type
-    flag: the flag's name where a field cannot have it, such as "from"
-    """
-    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
-
-
-def nearest(name: str, valid) -> str:
-    """'did you mean X? ' when one of `valid` is close to `name`, else nothing."""
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}? " if close else ""
+from minids.base.fields import check_types, nearest, option, require
 
 
 @dataclass(frozen=True)
@@ -162,25 +141,6 @@ class ModelArgs:
     def presets() -> list[str]:
         """The names that `preset` takes: first those to train, then the released models."""
         return list(MODEL_PRESETS)
-
-
-def require(args, name: str, holds: bool, valid: str) -> None:
-    """Raise the one-line `ValueError` that names a field, its value and what is valid."""
-    if not holds:
-        raise ValueError(f"{name} = {getattr(args, name)!r} is not valid: it must be {valid}")
-
-
-def check_types(args) -> None:
-    """Each field of a settings dataclass holds its declared type and one of its choices."""
-    for f in fields(args):
-        value = getattr(args, f.name)
-        if f.type is float and type(value) is int:
-            object.__setattr__(args, f.name, float(value))
-            continue
-        require(args, f.name, type(value) is f.type, f"of type {f.type.__name__}")
-        require(args, f.name, f.type is not float or math.isfinite(value), "a finite number")
-        if choices := f.metadata["choices"]:
-            require(args, f.name, value in choices, f"one of {', '.join(map(str, choices))}")
 
 
 V3_ARGS = dict(
@@ -366,85 +326,3 @@ CONTINUED = {"v3": V32_SPARSE, "v3.2": V32_SPARSE,
              "nano": dict(lr=2.5e-4, muon_lr=2.5e-4, indexer_lr=1e-3, steps=60)}
 
 
-class OneLineParser(argparse.ArgumentParser):
-    """argparse whose errors are one line on stderr, with the nearest valid flag, and status 2."""
-
-    def error(self, message: str) -> NoReturn:
-        if message.startswith("unrecognized arguments: "):
-            word = message.split(": ", 1)[1].split()[0]
-            flags = [f for action in self._actions for f in action.option_strings]
-            message = f"unknown flag {word}: {nearest(word, flags)}--help lists them all"
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
-def to_bool(text: str) -> bool:
-    """'true' and 'false', and their usual spellings."""
-    words = {"true": True, "yes": True, "1": True, "on": True,
-             "false": False, "no": False, "0": False, "off": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return words[text.lower()]
-
-
-def flag_of(f) -> str:
-    """The flag of a dataclass's field."""
-    return "--" + (f.metadata["flag"] or f.name.replace("_", "-"))
-
-
-def add_flags(parser: argparse.ArgumentParser, cls, title: str) -> None:
-    """One flag for each field of the dataclass `cls`; an absent flag leaves no attribute."""
-    group = parser.add_argument_group(title.rstrip("."))
-    tiny = cls.for_preset("tiny") if hasattr(cls, "for_preset") else cls
-    for f in fields(cls):
-        if f.default is MISSING:
-            continue
-        default = f.default if f.default != "" else "none"
-        if getattr(tiny, f.name) != f.default:
-            default = f"{default}; tiny: {getattr(tiny, f.name)}"
-        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
-        spec = dict(dest=f.name, default=argparse.SUPPRESS, help=text)
-        if f.type is bool:
-            spec |= dict(type=to_bool, nargs="?", const=True, metavar="BOOL")
-        else:
-            spec |= dict(type=f.type, metavar=f.type.__name__.upper())
-        if f.metadata["choices"]:
-            spec |= dict(choices=f.metadata["choices"], metavar=None)
-        group.add_argument(flag_of(f), **spec)
-
-
-def parse(program: str, doc: str, *classes, argv: list[str] | None = None) -> list[dict]:
-    """Read the command line of a program.
-
-    program: name after `python -m`, e.g. "minids.train"
-    doc: the module's docstring; it opens the help
-    classes: dataclasses whose fields are the flags
-    argv: the words, `sys.argv[1:]` if None
-    Returns one dict for each class, holding only the flags that were given.
-    """
-    parser = OneLineParser(prog=f"python -m {program}", description=doc, allow_abbrev=False,
-                           usage=f"python -m {program} [--flag VALUE ..]",
-                           formatter_class=argparse.RawDescriptionHelpFormatter)
-    for cls in classes:
-        add_flags(parser, cls, (cls.__doc__ or cls.__name__).strip().splitlines()[0])
-    given = vars(parser.parse_args(argv))
-    return [{f.name: given[f.name] for f in fields(cls) if f.name in given} for cls in classes]
-
-
-def run_program(program: str, main) -> NoReturn:
-    """Run `main()` and turn a user's mistake (`ValueError`, `OSError`) into one line, status 2."""
-    try:
-        sys.exit(main())
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        sys.exit(one_line(program, reason))
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
-def one_line(program: str, reason: str) -> int:
-    """Print one line on stderr; the exit status of a user's mistake."""
-    print(f"python -m {program}: {reason}", file=sys.stderr)
-    return 2

@@ -26,7 +26,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from minids.config import ModelArgs, check_types, option, parse, require, run_program
+from minids.base.command_line import parse, run_program
+from minids.base.fields import check_types, option, require
+from minids.base.tables import format_table
+from minids.config import ModelArgs
 
 BLOCK = 128  # rows and columns that share one scale in an FP8 weight, numbers in an FP8 vector
 DTYPE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}  # by the names that safetensors has for them
@@ -866,20 +869,6 @@ def price_rows(settings: CostArgs, prices: Prices) -> list:
     return section("API workload", ("USD",), [
         "{:,} prompt tokens, {:,} of them cached, {:,} output tokens".format(*workload),
         *((name, f"{api_price(*workload, price):,.4f}") for name, price in own.items())])
-
-
-def format_table(rows: list) -> str:
-    """Rows in aligned columns, the first to the left and the others to the right.
-
-    A cell is text, or an integer that is shown with thousands separators. A row that is a text
-    stands as it is.
-    """
-    cells = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row]
-             for row in rows if not isinstance(row, str)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = iter([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])] for row in cells)
-    return "\n".join(row if isinstance(row, str) else "  ".join(next(lines)).rstrip()
-                     for row in rows)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -27,9 +27,11 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from minids.config import check_types, option, parse, require, run_program
+from minids.base.command_line import parse, run_program
+from minids.base.fields import check_types, option, require
+from minids.base.files import write_json
 from minids.hf import open_model
-from minids.runs.checkpoints import pick_device, write_json
+from minids.runs.checkpoints import pick_device
 from minids.runs.learner import Stopped, settings, tune_allocator
 from minids.sft import SftArgs, conversation, sft
 from minids.solve import BATCH, ask, parts

@@ -35,8 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.config import check_types, option, parse, require, run_program
-from minids.costs import format_table
+from minids.base.command_line import parse, run_program
+from minids.base.fields import check_types, option, require
+from minids.base.tables import format_table
 from minids.generate import generate
 from minids.hf import open_model
 from minids.model.mla import MLA, Context, seen_by

@@ -28,7 +28,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minids.config import check_types, option, parse, require, run_program
+from minids.base.command_line import parse, run_program
+from minids.base.fields import check_types, option, require
 from minids.hf import open_model
 from minids.infer.decode import decoder_for
 from minids.infer.sampling import Sampler

@@ -42,7 +42,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minids.config import ModelArgs, option, parse, require, run_program
+from minids.base.command_line import parse, run_program
+from minids.base.fields import option, require
+from minids.config import ModelArgs
 from minids.infer.sampling import Sampler
 from minids.model.transformer import Transformer
 from minids.rl.rollout import Rollout, log_probs, roll_out

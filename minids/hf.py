@@ -46,19 +46,15 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minids.config import ModelArgs, check_types, nearest, option, parse, run_program
-from minids.costs import count_parameters, format_table
+from minids.base.command_line import parse, run_program
+from minids.base.fields import check_types, nearest, option
+from minids.base.files import flush
+from minids.base.tables import format_table
+from minids.config import ModelArgs
+from minids.costs import count_parameters
 from minids.fp8 import BLOCK, dequantize, quantize_weight
 from minids.model.transformer import Transformer
-from minids.runs.checkpoints import (
-    MANIFEST,
-    Run,
-    flush,
-    load_run,
-    own_copy,
-    pick_device,
-    publish,
-)
+from minids.runs.checkpoints import MANIFEST, Run, load_run, own_copy, pick_device, publish
 from minids.tokenizer import Tokenizer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"

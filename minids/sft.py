@@ -27,7 +27,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minids.config import ModelArgs, option, parse, require, run_program
+from minids.base.command_line import parse, run_program
+from minids.base.fields import option, require
+from minids.config import ModelArgs
 from minids.model.transformer import Packed
 from minids.runs.learner import (
     LearnArgs,

@@ -18,8 +18,9 @@ from typing import NamedTuple
 
 import torch
 
-from minids.config import check_types, option, parse, require, run_program
-from minids.costs import format_table
+from minids.base.command_line import parse, run_program
+from minids.base.fields import check_types, option, require
+from minids.base.tables import format_table
 from minids.generate import generate
 from minids.hf import open_model
 from minids.model.transformer import Transformer

@@ -39,7 +39,8 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from minids.config import check_types, option, parse, require, run_program
+from minids.base.command_line import parse, run_program
+from minids.base.fields import check_types, option, require
 
 DEFAULT = Path(__file__).resolve().parent.parent / "data" / "tokenizer"
 RANKS, META = "ranks.tiktoken", "meta.json"

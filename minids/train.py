@@ -35,7 +35,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids import plots
-from minids.config import ModelArgs, TrainArgs, parse, run_program
+from minids.base.command_line import parse, run_program
+from minids.config import ModelArgs, TrainArgs
 from minids.costs import count_parameters, flops_per_token
 from minids.evaluate import Evaluation, evaluate, parse_share, windows
 from minids.generate import generate

@@ -40,7 +40,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from small_models import gap, random_tokens, scrambled  # noqa: E402
 
 from minids import ModelArgs, Transformer  # noqa: E402
-from minids.costs import format_table  # noqa: E402
+from minids.base.tables import format_table  # noqa: E402
 from minids.generate import generate  # noqa: E402
 from minids.hf import save_hf, to_hf  # noqa: E402
 from minids.model import rope  # noqa: E402

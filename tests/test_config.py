@@ -6,7 +6,9 @@ from dataclasses import FrozenInstanceError, dataclass, fields, replace
 
 import pytest
 
-from minids.config import TRAIN_PRESETS, ModelArgs, TrainArgs, flag_of, option, parse
+from minids.base.command_line import flag_of, parse
+from minids.base.fields import option
+from minids.config import TRAIN_PRESETS, ModelArgs, TrainArgs
 
 NAMES = ("vocab_size dim n_layers n_dense_layers inter_dim moe_inter_dim n_routed_experts "
          "n_shared_experts n_activated_experts n_expert_groups n_limited_groups score_func "
@@ -278,7 +280,8 @@ def test_help_opens_with_the_docstring_and_shows_unit_and_default_of_every_flag(
 
 
 PROGRAM = """
-from minids.config import ModelArgs, run_program
+from minids.config import ModelArgs
+from minids.base.command_line import run_program
 run_program("bakery", lambda: {body})
 """
 

@@ -12,7 +12,7 @@ import torch
 from small_models import LITTLE, scrambled
 
 from minids import ModelArgs, Transformer
-from minids.config import run_program
+from minids.base.command_line import run_program
 from minids.evaluate import (
     Agreement,
     all_scores,

@@ -13,7 +13,7 @@ from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import ModelArgs, Transformer
 from minids import generate as module
-from minids.config import run_program
+from minids.base.command_line import run_program
 from minids.generate import Writer, generate, left_pad, main
 from minids.infer import decode
 from minids.infer.decode import Decoder, decoder_for, few_operations_pay, one_by_one, side_by_side

@@ -19,7 +19,8 @@ import torch
 from kill_and_resume import differences
 
 from minids import grpo as grpo_module
-from minids.config import TrainArgs, run_program
+from minids.base.command_line import run_program
+from minids.config import TrainArgs
 from minids.grpo import (
     OBJECTIVES,
     GrpoArgs,

@@ -14,7 +14,8 @@ import torch
 
 from minids import distill as distill_module
 from minids import r1 as r1_module
-from minids.config import ModelArgs, run_program
+from minids.base.command_line import run_program
+from minids.config import ModelArgs
 from minids.distill import CorpusArgs, sift, verdict
 from minids.grpo import Reinforcer
 from minids.hf import open_model

@@ -13,7 +13,8 @@ from kill_and_resume import differences
 from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import sft as sft_module
-from minids.config import TrainArgs, run_program
+from minids.base.command_line import run_program
+from minids.config import TrainArgs
 from minids.hf import save_hf
 from minids.model.transformer import Packed, places, together
 from minids.runs.checkpoints import load_weights, resolve

@@ -34,7 +34,8 @@ from kill_and_resume import (
 )
 
 from minids import ModelArgs, train
-from minids.config import TrainArgs, run_program
+from minids.base.command_line import run_program
+from minids.config import TrainArgs
 from minids.costs import flops_per_token
 from minids.model.moe import Gate, Routing
 from minids.runs.checkpoints import load_weights, newest_checkpoint, rng_state

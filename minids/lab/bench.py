@@ -56,16 +56,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from minids.config import (
-    ModelArgs,
-    TrainArgs,
-    check_types,
-    option,
-    parse,
-    require,
-    run_program,
-)
-from minids.costs import count_parameters, drafting, format_table
+from minids.base.command_line import parse, run_program
+from minids.base.fields import check_types, option, require
+from minids.base.tables import format_table
+from minids.config import ModelArgs, TrainArgs
+from minids.costs import count_parameters, drafting
 from minids.evaluate import Rule, selecting, windows
 from minids.generate import Generation, generate
 from minids.hf import config_from_args, open_model, save_hf

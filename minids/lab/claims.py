@@ -32,8 +32,10 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from minids.config import ModelArgs, check_types, option, parse, require, run_program
-from minids.costs import format_table
+from minids.base.command_line import parse, run_program
+from minids.base.fields import check_types, option, require
+from minids.base.tables import format_table
+from minids.config import ModelArgs
 from minids.evaluate import evaluate
 from minids.runs.checkpoints import load_run, pick_device
 from minids.runs.learner import read_metrics

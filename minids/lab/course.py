@@ -15,7 +15,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from minids.config import option, parse, run_program
+from minids.base.command_line import parse, run_program
+from minids.base.fields import option
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = "# Write your answer here.\nraise NotImplementedError()"

@@ -35,8 +35,10 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minids.config import ModelArgs, TrainArgs, check_types, option, parse, require, run_program
-from minids.costs import format_table
+from minids.base.command_line import parse, run_program
+from minids.base.fields import check_types, option, require
+from minids.base.tables import format_table
+from minids.config import ModelArgs, TrainArgs
 from minids.evaluate import all_scores, attention_recall, best, everything, selecting
 from minids.model.sparse_attention import (
     Teaching,

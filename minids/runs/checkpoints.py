@@ -35,7 +35,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minids.config import ModelArgs, nearest
+from minids.base.fields import nearest
+from minids.base.files import digest, flush, write_flushed
+from minids.config import ModelArgs
 from minids.model.transformer import Transformer
 from minids.tokenizer import Tokenizer
 
@@ -127,29 +129,6 @@ def save_state(file: Path, state: dict) -> None:
             torch.save(state, stream)
         except RuntimeError as error:
             raise error.__context__ or error from None
-
-
-def write_flushed(file: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
-    with open(file, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def flush(path: Path) -> None:
-    """Wait until the disk has what was written to a file, or a folder's list of names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sealed(body: dict) -> bytes:
@@ -395,15 +374,3 @@ def set_rng_state(state: dict) -> None:
         torch.cuda.set_rng_state(gpu, device)
 
 
-def write_json(path: Path, obj) -> None:
-    """Write `obj` as JSON, whole or not at all; `OSError` naming the file when the disk refuses."""
-    path = Path(path)
-    temp = path.with_name(f".tmp_{path.name}")
-    try:
-        write_flushed(temp, (json.dumps(obj, indent=2) + "\n").encode())
-        os.replace(temp, path)
-        flush(path.parent)
-    except OSError as error:
-        raise OSError(f"{path} could not be written: {error.strerror}") from error
-    finally:
-        temp.unlink(missing_ok=True)

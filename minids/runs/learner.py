@@ -28,7 +28,9 @@ import torch
 from tqdm import tqdm
 
 from minids import __version__
-from minids.config import ModelArgs, check_types, option, require
+from minids.base.fields import check_types, option, require
+from minids.base.files import write_json
+from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.hf import inspect, is_hf_folder, load_hf
 from minids.model.sparse_attention import load_weights_without_indexer
@@ -44,7 +46,6 @@ from minids.runs.checkpoints import (
     rng_state,
     save_checkpoint,
     set_rng_state,
-    write_json,
 )
 from minids.tokenizer import Tokenizer
 

@@ -17,7 +17,7 @@ is asked in the form of the worked examples that it has read:
 
 from typing import NamedTuple
 
-from minids.config import nearest
+from minids.base.fields import nearest
 from minids.tokenizer import Tokenizer
 
 MODES = ("think", "direct", "free")

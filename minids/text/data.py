@@ -47,7 +47,7 @@ import torch
 from filelock import FileLock
 from tqdm import tqdm
 
-from minids.config import nearest
+from minids.base.fields import nearest
 from minids.text.chat import plain_text
 from minids.text.tasks import open_task
 

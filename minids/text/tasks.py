@@ -25,7 +25,7 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
-from minids.config import nearest
+from minids.base.fields import nearest
 from minids.text.chat import Reply
 
 HELD_OUT = 10  # one question in so many, by its hash

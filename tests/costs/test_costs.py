@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from minids import ModelArgs, Transformer, costs
+from minids.base.tables import format_table
 from minids.config import TrainArgs
 from minids.costs import (
     SERVING_128K,
@@ -23,7 +24,6 @@ from minids.costs import (
     choose_sharding,
     count_parameters,
     flops_per_token,
-    format_table,
     forward_flops_per_token,
     fp8_cache_bytes_per_layer,
     layouts,

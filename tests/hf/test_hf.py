@@ -28,7 +28,7 @@ from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 
 from minids import ModelArgs, hf
-from minids.config import run_program
+from minids.base.command_line import run_program
 from minids.costs import count_parameters
 from minids.evaluate import main as evaluate_program
 from minids.fp8 import dequantize, quantize_weight

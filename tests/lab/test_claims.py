@@ -5,7 +5,8 @@ import statistics
 
 import pytest
 
-from minids.config import TrainArgs, parse
+from minids.base.command_line import parse
+from minids.config import TrainArgs
 from minids.lab import claims
 from minids.lab.claims import ClaimArgs, Trained, dead_experts, interval, mean_vio
 

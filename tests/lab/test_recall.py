@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minids.config import run_program
+from minids.base.command_line import run_program
 from minids.lab import recall
 from minids.lab.recall import (
     FILLERS,

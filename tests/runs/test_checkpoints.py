@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from minids.base.files import write_json
 from minids.runs import checkpoints as checkpoint
 from minids.runs.checkpoints import (
     MANIFEST,
@@ -35,7 +36,6 @@ from minids.runs.checkpoints import (
     save_checkpoint,
     set_rng_state,
     verify,
-    write_json,
 )
 
 ROOT = Path(__file__).resolve().parents[2]

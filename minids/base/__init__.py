@@ -1,0 +1,1 @@
+"""Settings, command lines, files, tables. Imports nothing of ours."""

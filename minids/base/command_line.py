@@ -1,0 +1,93 @@
+"""Command lines: the fields of a dataclass become flags, and a user's mistake becomes one line."""
+
+import argparse
+import os
+import sys
+from dataclasses import MISSING, fields
+from typing import NoReturn
+
+from minids.base.fields import nearest
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse whose errors are one line on stderr, with the nearest valid flag, and status 2."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("unrecognized arguments: "):
+            word = message.split(": ", 1)[1].split()[0]
+            flags = [f for action in self._actions for f in action.option_strings]
+            message = f"unknown flag {word}: {nearest(word, flags)}--help lists them all"
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def to_bool(text: str) -> bool:
+    """'true' and 'false', and their usual spellings."""
+    words = {"true": True, "yes": True, "1": True, "on": True,
+             "false": False, "no": False, "0": False, "off": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return words[text.lower()]
+
+
+def flag_of(f) -> str:
+    """The flag of a dataclass's field."""
+    return "--" + (f.metadata["flag"] or f.name.replace("_", "-"))
+
+
+def add_flags(parser: argparse.ArgumentParser, cls, title: str) -> None:
+    """One flag for each field of the dataclass `cls`; an absent flag leaves no attribute."""
+    group = parser.add_argument_group(title.rstrip("."))
+    tiny = cls.for_preset("tiny") if hasattr(cls, "for_preset") else cls
+    for f in fields(cls):
+        if f.default is MISSING:
+            continue
+        default = f.default if f.default != "" else "none"
+        if getattr(tiny, f.name) != f.default:
+            default = f"{default}; tiny: {getattr(tiny, f.name)}"
+        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        spec = dict(dest=f.name, default=argparse.SUPPRESS, help=text)
+        if f.type is bool:
+            spec |= dict(type=to_bool, nargs="?", const=True, metavar="BOOL")
+        else:
+            spec |= dict(type=f.type, metavar=f.type.__name__.upper())
+        if f.metadata["choices"]:
+            spec |= dict(choices=f.metadata["choices"], metavar=None)
+        group.add_argument(flag_of(f), **spec)
+
+
+def parse(program: str, doc: str, *classes, argv: list[str] | None = None) -> list[dict]:
+    """Read the command line of a program.
+
+    program: name after `python -m`, e.g. "minids.train"
+    doc: the module's docstring; it opens the help
+    classes: dataclasses whose fields are the flags
+    argv: the words, `sys.argv[1:]` if None
+    Returns one dict for each class, holding only the flags that were given.
+    """
+    parser = OneLineParser(prog=f"python -m {program}", description=doc, allow_abbrev=False,
+                           usage=f"python -m {program} [--flag VALUE ..]",
+                           formatter_class=argparse.RawDescriptionHelpFormatter)
+    for cls in classes:
+        add_flags(parser, cls, (cls.__doc__ or cls.__name__).strip().splitlines()[0])
+    given = vars(parser.parse_args(argv))
+    return [{f.name: given[f.name] for f in fields(cls) if f.name in given} for cls in classes]
+
+
+def run_program(program: str, main) -> NoReturn:
+    """Run `main()` and turn a user's mistake (`ValueError`, `OSError`) into one line, status 2."""
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (ValueError, OSError) as error:
+        reason = " ".join(str(error).split())
+        sys.exit(one_line(program, reason))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def one_line(program: str, reason: str) -> int:
+    """Print one line on stderr; the exit status of a user's mistake."""
+    print(f"python -m {program}: {reason}", file=sys.stderr)
+    return 2
