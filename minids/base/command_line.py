@@ -6,7 +6,7 @@ import sys
 from dataclasses import MISSING, fields
 from typing import NoReturn
 
-from minids.base.fields import nearest
+from minids.base.fields import bounds, nearest
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -44,7 +44,8 @@ def add_flags(parser: argparse.ArgumentParser, cls, title: str) -> None:
         default = f.default if f.default != "" else "none"
         if getattr(tiny, f.name) != f.default:
             default = f"{default}; tiny: {getattr(tiny, f.name)}"
-        text = f"{f.metadata['help']} [{default}]".replace("%", "%%")
+        valid = f"; {bounds(f)}" if bounds(f) else ""
+        text = f"{f.metadata['help']}{valid} [{default}]".replace("%", "%%")
         spec = dict(dest=f.name, default=argparse.SUPPRESS, help=text)
         if f.type is bool:
             spec |= dict(type=to_bool, nargs="?", const=True, metavar="BOOL")

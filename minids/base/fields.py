@@ -1,26 +1,30 @@
 """Settings: dataclass fields that are command-line flags, and what is valid in them.
 
-Errors name the field, its value and what is valid, on one line.
+A settings class is a flat frozen dataclass that inherits `Settings`. Its bounds stand in its fields,
+so that the error, the `--help` and the one test of all bounds read them from the same place.
 """
 
 import difflib
 import math
-from dataclasses import field, fields
+from dataclasses import dataclass, field, fields
 
 
-def option(default, help: str, choices: tuple = (), flag: str = ""):
-    """A dataclass field that is also a command-line flag.
+def option(default, help: str, choices: tuple = (), flag: str = "", low: float | None = None,
+           high: float | None = None, above: float | None = None):
+    """Declare a dataclass field that is also a command-line flag.
 
     default: the value when the flag is absent
     help: one line, with the unit
-    choices: the only valid values; empty means any value of the default's type
+    choices: the only valid values; empty allows any value of the field's type
     flag: the flag's name where a field cannot have it, such as "from"
+    low, high: smallest and largest valid value; above: a bound that is not valid itself
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "flag": flag})
+    return field(default=default, metadata=dict(help=help, choices=choices, flag=flag, low=low,
+                                                high=high, above=above))
 
 
 def nearest(name: str, valid) -> str:
-    """'did you mean X? ' when one of `valid` is close to `name`, else nothing."""
+    """Return 'did you mean X? ' when one of `valid` is close to `name`, else ''."""
     close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}? " if close else ""
 
@@ -31,14 +35,41 @@ def require(args, name: str, holds: bool, valid: str) -> None:
         raise ValueError(f"{name} = {getattr(args, name)!r} is not valid: it must be {valid}")
 
 
+def bounds(f) -> str:
+    """Return what a field's bounds allow, in words; '' where it has none."""
+    low, high, above = (f.metadata.get(key) for key in ("low", "high", "above"))
+    if above is not None:
+        return f"above {above}" + (f" and at most {high}" if high is not None else "")
+    if low is not None and high is not None:
+        return f"between {low} and {high}"
+    if low is not None:
+        return "0 or more" if low == 0 else f"at least {low}"
+    return f"at most {high}" if high is not None else ""
+
+
 def check_types(args) -> None:
-    """Each field of a settings dataclass holds its declared type and one of its choices."""
+    """Raise `ValueError` for the first field whose value is not of its type, choices or bounds."""
     for f in fields(args):
         value = getattr(args, f.name)
         if f.type is float and type(value) is int:
-            object.__setattr__(args, f.name, float(value))
-            continue
+            value = float(value)
+            object.__setattr__(args, f.name, value)
         require(args, f.name, type(value) is f.type, f"of type {f.type.__name__}")
         require(args, f.name, f.type is not float or math.isfinite(value), "a finite number")
-        if choices := f.metadata["choices"]:
+        if choices := f.metadata.get("choices"):
             require(args, f.name, value in choices, f"one of {', '.join(map(str, choices))}")
+        low, high, above = (f.metadata.get(key) for key in ("low", "high", "above"))
+        holds = ((low is None or value >= low) and (high is None or value <= high)
+                 and (above is None or value > above))
+        require(args, f.name, holds, bounds(f))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A program's settings, checked when they are made.
+
+    A subclass adds rules that cross fields in its own `__post_init__`, after calling this one.
+    """
+
+    def __post_init__(self):
+        check_types(self)
