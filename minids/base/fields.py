@@ -1,7 +1,7 @@
 """Settings: dataclass fields that are command-line flags, and what is valid in them.
 
-A settings class is a flat frozen dataclass that inherits `Settings`. Its bounds stand in its fields,
-so that the error, the `--help` and the one test of all bounds read them from the same place.
+A settings class is a flat frozen dataclass that inherits `Settings`. Its bounds stand in its
+fields, so that the error, the `--help` and the one test of all bounds read the same place.
 """
 
 import difflib
