@@ -14,7 +14,6 @@ so many characters, digits and levels and no more, and refuses the rest, so that
 costs microseconds and earns 0.
 """
 
-import hashlib
 import json
 import random
 import re
@@ -27,8 +26,9 @@ from typing import NamedTuple
 
 from minids.base.fields import nearest
 from minids.text.chat import Reply
+from minids.text.splits import held_out
 
-HELD_OUT = 10  # one question in so many, by its hash
+HELD_OUT = 10  # one question in this many, by its hash
 LONGEST_ANSWER, LONGEST_NUMBER, DEEPEST = 200, 9, 30  # characters, digits, brackets in brackets
 RULER = re.compile(r"\s*(?:(\d+)|([-+*/()]))", re.ASCII)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?", re.ASCII)
@@ -43,11 +43,6 @@ class Problem(NamedTuple):
     question: str
     thought: str
     answer: str
-
-
-def held_out(question: str) -> bool:
-    """Whether a question is kept from training: one in HELD_OUT, by hash."""
-    return int(hashlib.sha256(question.encode()).hexdigest()[:8], 16) % HELD_OUT == 0
 
 
 class Task:
@@ -83,7 +78,7 @@ class Task:
         rng = random.Random(f"{self.name} {split} {seed}")
         while True:
             problem = self.draw(rng)
-            if held_out(problem.question) == (split == "held-out"):
+            if held_out(problem.question.encode(), HELD_OUT) == (split == "held-out"):
                 yield problem
 
     def some(self, count: int, split: str, seed: int) -> list[Problem]:
@@ -234,7 +229,7 @@ def open_questions(spec: str, path: Path) -> Questions:
         except (ValueError, KeyError, TypeError, AssertionError):
             raise ValueError(f"task = {spec!r} is not valid: line {number} of {path} is no object "
                              'with the texts "question" and "answer"') from None
-        sides[held_out(question)].append((question, answer))
+        sides[held_out(question.encode(), HELD_OUT)].append((question, answer))
     return Questions(spec, *sides)
 
 
