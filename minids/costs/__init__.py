@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple
 
-from minids.base.command_line import parse, run_program
+from minids.base.command_line import parse
 from minids.base.fields import check_types, option, require
 from minids.base.tables import format_table
 from minids.config import ModelArgs
@@ -891,7 +891,3 @@ def main(argv: list[str] | None = None) -> None:
     if settings.prompt_tokens or settings.cached_tokens or settings.output_tokens:
         rows += price_rows(settings, prices)
     print(format_table(rows))
-
-
-if __name__ == "__main__":
-    run_program("minids.costs", main)
