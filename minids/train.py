@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from minids import plots
 from minids.base.command_line import parse, run_program
-from minids.config import ModelArgs, TrainArgs
+from minids.config import ModelArgs
 from minids.costs import count_parameters, flops_per_token
 from minids.evaluate import Evaluation, evaluate, parse_share, windows
 from minids.generate import generate
@@ -64,14 +64,9 @@ from minids.runs.optimizers import (
     mtp_weight_at,
     set_learning_rate,
 )
+from minids.runs.settings import TrainArgs
 from minids.text.data import open_data
 from minids.tokenizer import Tokenizer
-
-# What a resumed run may change; everything else would make it another run.
-# Learning rates and guards are what one turns after a run that went wrong.
-MAY_CHANGE = {"out", "resume", "steps", "device", "threads", "compile", "recompute", "eval_every",
-              "eval_tokens", "sample_every", "prompt", "save_every", "keep_last", "lr", "muon_lr",
-              "indexer_lr", "clip", "spike_factor"}
 
 # Settings of the model that leave the weights of the run before as they are.
 MAY_VARY = {"max_seq_len", "original_seq_len", "rope_factor", "beta_fast", "beta_slow", "mscale",
@@ -323,9 +318,9 @@ def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
         args = settings_after(given) if before else TrainArgs.for_preset(preset, **given)
         return args, given_model
     refuse_changes(run, dataclasses.asdict(TrainArgs(**stored["train"])),
-                   {k: v for k, v in given.items() if k not in MAY_CHANGE})
+                   {k: v for k, v in given.items() if k not in TrainArgs.may_change})
     refuse_changes(run, stored["model"], given_model)
-    changed = {k: v for k, v in given.items() if k in MAY_CHANGE} | {"out": str(run)}
+    changed = {k: v for k, v in given.items() if k in TrainArgs.may_change} | {"out": str(run)}
     return TrainArgs(**stored["train"] | changed), stored["model"]
 
 

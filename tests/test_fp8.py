@@ -14,7 +14,6 @@ import torch
 from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import fp8
-from minids.config import TrainArgs
 from minids.fp8 import (
     E4M3_MAX,
     dequantize,
@@ -32,6 +31,7 @@ from minids.fp8 import (
 from minids.model.layers import Linear
 from minids.model.moe import Experts, Gate
 from minids.runs.optimizers import AdamWInBF16, build_optimizers
+from minids.runs.settings import TrainArgs
 
 CODES = np.arange(127)  # 127 would be the format's NaN
 EXPONENT, MANTISSA = CODES // 8, CODES % 8

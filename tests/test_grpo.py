@@ -20,7 +20,6 @@ from kill_and_resume import differences
 
 from minids import grpo as grpo_module
 from minids.base.command_line import run_program
-from minids.config import TrainArgs
 from minids.grpo import (
     OBJECTIVES,
     GrpoArgs,
@@ -32,6 +31,7 @@ from minids.grpo import (
 )
 from minids.runs.checkpoints import load_weights, newest_checkpoint, resolve
 from minids.runs.learner import model_and_tokenizer
+from minids.runs.settings import TrainArgs
 from minids.sft import SftArgs, sft
 from minids.train import train
 

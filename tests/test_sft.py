@@ -14,10 +14,10 @@ from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import sft as sft_module
 from minids.base.command_line import run_program
-from minids.config import TrainArgs
 from minids.hf import save_hf
 from minids.model.transformer import Packed, places, together
 from minids.runs.checkpoints import load_weights, resolve
+from minids.runs.settings import TrainArgs
 from minids.sft import PRESETS, Rows, SftArgs, conversation
 from minids.solve import pass_at
 from minids.text.chat import Chat

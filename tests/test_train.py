@@ -35,11 +35,11 @@ from kill_and_resume import (
 
 from minids import ModelArgs, train
 from minids.base.command_line import run_program
-from minids.config import TrainArgs
 from minids.costs import flops_per_token
 from minids.model.moe import Gate, Routing
 from minids.runs.checkpoints import load_weights, newest_checkpoint, rng_state
 from minids.runs.optimizers import Muon
+from minids.runs.settings import TrainArgs
 from minids.text.data import PackedLoader
 from minids.tokenizer import Tokenizer
 from minids.train import Trainer

@@ -59,7 +59,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minids.base.command_line import parse, run_program
 from minids.base.fields import check_types, option, require
 from minids.base.tables import format_table
-from minids.config import ModelArgs, TrainArgs
+from minids.config import ModelArgs
 from minids.costs import count_parameters, drafting
 from minids.evaluate import Rule, selecting, windows
 from minids.generate import Generation, generate
@@ -71,6 +71,7 @@ from minids.model.sparse_attention import Selection, load_weights_without_indexe
 from minids.model.transformer import Transformer
 from minids.rl.rollout import roll_out
 from minids.runs.learner import read_metrics, tune_allocator
+from minids.runs.settings import TrainArgs
 from minids.text.data import open_data
 from minids.tokenizer import Tokenizer
 from minids.train import default_indexer, free_run_folder, train

@@ -38,7 +38,7 @@ from torch import Tensor
 from minids.base.command_line import parse, run_program
 from minids.base.fields import check_types, option, require
 from minids.base.tables import format_table
-from minids.config import ModelArgs, TrainArgs
+from minids.config import ModelArgs
 from minids.evaluate import all_scores, attention_recall, best, everything, selecting
 from minids.model.sparse_attention import (
     Teaching,
@@ -49,6 +49,7 @@ from minids.model.transformer import Transformer
 from minids.runs.checkpoints import pick_device
 from minids.runs.learner import pick_dtype, tune_allocator
 from minids.runs.optimizers import build_optimizers, clip_gradients, set_learning_rate
+from minids.runs.settings import TrainArgs
 
 VALUES, FILLERS = 64, 64  # words of each kind; there are S / 8 keys
 SHORTEST, FEWEST = 32, 8  # tokens and pairs of the first sequences, which have no filler

@@ -19,16 +19,13 @@ import resource
 import signal
 import sys
 import threading
-from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from minids import __version__
-from minids.base.fields import check_types, option, require
 from minids.base.files import write_json
 from minids.config import ModelArgs
 from minids.costs import count_parameters
@@ -47,59 +44,8 @@ from minids.runs.checkpoints import (
     save_checkpoint,
     set_rng_state,
 )
+from minids.runs.settings import LearnArgs
 from minids.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class LearnArgs:
-    """A run that begins with another one's weights."""
-
-    from_run: str = option("", "run, checkpoint or Hugging Face folder to begin with", flag="from")
-    out: str = option("", "run folder; none is named after the run before")
-    resume: bool = option(False, "go on with the run in --out")
-    steps: int = option(100, "optimizer steps")
-    optimizer: str = option("adamw", "adamw, or muon for the matrices inside the blocks",
-                            ("adamw", "muon"))
-    lr: float = option(1e-3, "peak learning rate of AdamW")
-    muon_lr: float = option(1e-3, "peak learning rate of Muon")
-    weight_decay: float = option(0.0, "decoupled weight decay")
-    beta1: float = option(0.9, "AdamW: decay of the mean gradient")
-    beta2: float = option(0.95, "AdamW: decay of the mean squared gradient")
-    clip: float = option(1.0, "largest gradient norm; longer ones are scaled down")
-    warmup_steps: int = option(5, "steps in which the learning rate rises to its peak")
-    constant_until: float = option(1.0, "share of the run after which the learning rate falls")
-    decay_until: float = option(1.0, "share of the run at which it has reached its floor")
-    final_lr: float = option(0.1, "floor of the learning rate, as a share of the peak")
-    dtype: str = option("fp32", "precision of products; auto: bf16 where the hardware has it",
-                        ("auto", "bf16", "fp32"))
-    save_every: int = option(50, "steps between checkpoints")
-    keep_last: int = option(2, "newest checkpoints kept, beside the best; 0: all")
-    seed: int = option(0, "decides data, order and samples")
-    device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
-
-    fp8: ClassVar[bool] = False  # what `build_optimizers` asks of every run
-    may_change: ClassVar[set] = {"out", "resume", "steps", "device", "threads", "save_every",
-                                 "keep_last", "lr", "muon_lr", "clip"}
-
-    def __post_init__(self):
-        check_types(self)
-        for name in "steps save_every".split():
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in "lr muon_lr clip".split():
-            require(self, name, getattr(self, name) > 0, "above 0")
-        for name in "warmup_steps weight_decay keep_last threads seed".split():
-            require(self, name, getattr(self, name) >= 0, "0 or more")
-        for name in "constant_until decay_until final_lr beta1 beta2".split():
-            require(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        require(self, "seed", self.seed < 2 ** 32, "below 2^32")
-        require(self, "decay_until", self.decay_until >= self.constant_until,
-                f"constant_until = {self.constant_until} or more")
-
-    @property
-    def indexer_lr(self) -> float:
-        """Indexers, where there are some, learn at the pace of the rest."""
-        return self.lr
 
 
 class Stopped(Exception):

@@ -14,8 +14,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from minids.config import TrainArgs
 from minids.model.sparse_attention import in_indexer
+from minids.runs.settings import TrainArgs
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al., 2024: brings singular values near one
 

@@ -11,7 +11,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minids import ModelArgs, Transformer, costs
 from minids.base.tables import format_table
-from minids.config import TrainArgs
 from minids.costs import (
     SERVING_128K,
     Bill,
@@ -41,6 +40,7 @@ from minids.costs import (
 )
 from minids.model.mla import LatentCache
 from minids.runs.optimizers import build_optimizers
+from minids.runs.settings import TrainArgs
 
 # Total, active with embedding and head, active without the embedding: gate biases are counted.
 RELEASED = {

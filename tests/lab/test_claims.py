@@ -6,9 +6,9 @@ import statistics
 import pytest
 
 from minids.base.command_line import parse
-from minids.config import TrainArgs
 from minids.lab import claims
 from minids.lab.claims import ClaimArgs, Trained, dead_experts, interval, mean_vio
+from minids.runs.settings import TrainArgs
 
 
 def a_run(**last) -> Trained:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from small_models import LITTLE
 
 from minids import ModelArgs, Transformer
-from minids.config import TrainArgs
 from minids.model.sparse_attention import freeze_all_but_indexers
 from minids.runs import optimizers as optim
 from minids.runs.optimizers import (
@@ -26,6 +25,7 @@ from minids.runs.optimizers import (
     orthogonalise,
     set_learning_rate,
 )
+from minids.runs.settings import TrainArgs
 
 SHAPES = [(24, 40), (40, 24), (32, 32), (24, 40), (1, 16)]
 WIDE = torch.float64

@@ -22,8 +22,8 @@ from transformers import AutoTokenizer
 import minids.text.data
 import minids.tokenizer as module
 from minids.base.command_line import run_program
-from minids.config import TrainArgs
 from minids.runs.checkpoints import load_run
+from minids.runs.settings import TrainArgs
 from minids.tokenizer import PATTERN, SPECIAL, ReleasedTokenizer, Tokenizer
 from minids.train import train
 
