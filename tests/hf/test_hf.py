@@ -35,18 +35,16 @@ from minids.fp8 import dequantize, quantize_weight
 from minids.generate import generate
 from minids.generate import main as generate_program
 from minids.hf import (
-    CONFIG,
-    INDEX,
-    MTP,
-    WEIGHTS,
     args_from_config,
     config_from_args,
-    describe,
     load_hf,
     open_model,
     save_hf,
     to_hf,
 )
+from minids.hf.__main__ import HfArgs, convert, describe
+from minids.hf.__main__ import main as hf_program
+from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS
 from minids.model.rope import rotary_frequencies, softmax_scale
 from minids.runs.checkpoints import save_checkpoint
 from minids.tokenizer import Tokenizer
@@ -148,8 +146,8 @@ def test_a_released_configuration_is_the_preset(name, monkeypatch):
         expected = replace(expected, mscale=1.0)  # a released file has no word for it
     assert args_from_config(config) == expected
     # wrong: two fields taken for each other, which no round trip would notice
-    monkeypatch.setitem(hf.FIELDS, "moe_inter_dim", "intermediate_size")
-    monkeypatch.setitem(hf.FIELDS, "inter_dim", "moe_intermediate_size")
+    monkeypatch.setitem(hf.settings.FIELDS, "moe_inter_dim", "intermediate_size")
+    monkeypatch.setitem(hf.settings.FIELDS, "inter_dim", "moe_intermediate_size")
     assert args_from_config(config) != expected
 
 
@@ -162,7 +160,7 @@ def test_every_preset_returns(preset):
     args = ModelArgs.preset(preset)
     assert args_from_config(through_json(config_from_args(args))) == args
     beyond_transformers = {"tiny", "deep", "nano", "micro", "moonlight"}
-    assert (hf.OURS in config_from_args(args)) == (preset in beyond_transformers)
+    assert (hf.settings.OURS in config_from_args(args)) == (preset in beyond_transformers)
 
 
 @st.composite
@@ -195,8 +193,8 @@ def test_any_settings_return(args):
 def test_a_return_without_what_only_we_know_is_another_model():
     args = replace(V32, index_fp8=True)
     config = config_from_args(args)
-    assert config[hf.OURS] == {"index_fp8": True, "original_seq_len": 4096}
-    del config[hf.OURS]
+    assert config[hf.settings.OURS] == {"index_fp8": True, "original_seq_len": 4096}
+    del config[hf.settings.OURS]
     assert args_from_config(config) == replace(V32, original_seq_len=LITTLE.max_seq_len)
 
 
@@ -246,7 +244,7 @@ def test_the_form_of_transformers_5_is_read(kind):
     (dict(score_func="softmax", gate_bias=False, n_heads=5), "dim = 24"),
     (dict(mscale=0.0, original_seq_len=10), "mscale = 0.0")])
 def test_what_transformers_has_no_class_for_is_refused_by_name(change, named, tmp_path):
-    model = hf.skeleton(replace(LITTLE, **change))
+    model = hf.names.skeleton(replace(LITTLE, **change))
     with pytest.raises(ValueError, match=named):
         save_hf(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -258,16 +256,16 @@ def test_what_transformers_has_no_class_for_is_refused_by_name(change, named, tm
 def released_numbers(preset: str) -> dict[str, int]:
     """How many numbers of each precision a released FP8 checkpoint has, by our tables."""
     args, sizes = ModelArgs.preset(preset), {"F8": 0, "BF16": 0, "F32": 0}
-    state = hf.skeleton(args).state_dict()
-    shapes = {name: slot.shape for name, slot in hf.slots(args).items()}
-    shapes |= {name: list(tensor.shape) for name, tensor in hf.mtp_copies(args, state)}
-    assert hf.mtp_among_others(args)
+    state = hf.names.skeleton(args).state_dict()
+    shapes = {name: slot.shape for name, slot in hf.names.slots(args).items()}
+    shapes |= {name: list(tensor.shape) for name, tensor in hf.names.mtp_copies(args, state)}
+    assert hf.names.mtp_among_others(args)
     for name, shape in shapes.items():
-        if hf.goes_to_fp8(name, shape):
+        if hf.names.goes_to_fp8(name, shape):
             sizes["F8"] += shape[0] * shape[1]
             sizes["F32"] += -(-shape[0] // 128) * -(-shape[1] // 128)
         else:
-            wide = hf.own_dtype(name, torch.bfloat16) == torch.float32
+            wide = hf.names.own_dtype(name, torch.bfloat16) == torch.float32
             sizes["F32" if wide else "BF16"] += torch.Size(shape).numel()
     return sizes
 
@@ -276,8 +274,9 @@ def test_the_released_precisions_are_reproduced_to_the_number(monkeypatch):
     released = {"F8": 680_571_043_840, "BF16": 3_918_786_560, "F32": 41_555_600}
     assert released_numbers("v3") == released
     assert sum(released_numbers("v3.2").values()) == 685_396_921_376
-    for kept in (hf.KEPT_WIDE[:3], (*hf.KEPT_WIDE, "o_proj")):  # wrong: eh_proj in FP8; wo not
-        monkeypatch.setattr(hf, "KEPT_WIDE", kept)
+    wide = hf.names.KEPT_WIDE
+    for kept in (wide[:3], (*wide, "o_proj")):  # wrong: eh_proj in FP8; wo not
+        monkeypatch.setattr(hf.names, "KEPT_WIDE", kept)
         assert released_numbers("v3") != released
 
 
@@ -286,8 +285,8 @@ def test_gradients_are_named_as_the_weights_are():
     tokens = random_tokens(LITTLE, 3, 21)
     model.loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
     grads = dict(to_hf(LITTLE, {name: p.grad for name, p in model.named_parameters()}))
-    biases = {name for name in hf.slots(LITTLE) if name.endswith("e_score_correction_bias")}
-    assert grads.keys() | biases == hf.slots(LITTLE).keys() and len(biases) == 2
+    biases = {name for name in hf.names.slots(LITTLE) if name.endswith("e_score_correction_bias")}
+    assert grads.keys() | biases == hf.names.slots(LITTLE).keys() and len(biases) == 2
     own = model.layers[1].ffn.experts.w2.grad[5]
     assert torch.equal(grads["model.layers.1.mlp.experts.5.down_proj.weight"], own)
     assert not torch.equal(grads["model.layers.1.mlp.experts.4.down_proj.weight"], own)
@@ -317,9 +316,9 @@ def test_a_model_returns_bit_for_bit(kind, dtype, tmp_path, monkeypatch):
     for file in (tmp_path / "one").iterdir():
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
     # wrong: gate and up projections exchanged on the way in
-    names = hf.NAMES | {"ffn.w1.weight": hf.NAMES["ffn.w3.weight"],
-                        "ffn.w3.weight": hf.NAMES["ffn.w1.weight"]}
-    monkeypatch.setattr(hf, "NAMES", names)
+    names = hf.names.NAMES | {"ffn.w1.weight": hf.names.NAMES["ffn.w3.weight"],
+                        "ffn.w3.weight": hf.names.NAMES["ffn.w1.weight"]}
+    monkeypatch.setattr(hf.names, "NAMES", names)
     assert not all_equal(load_hf(tmp_path / "one", dtype).state_dict(), expected)
 
 
@@ -355,16 +354,16 @@ def test_transformers_loads_every_key_and_computes_the_same(kind, tmp_path, monk
     # FP32 rounds at 6e-8; some 50 products and sums follow each other, no expert's choice flips.
     assert distance(model, theirs) < 1e-5
     # wrong: gate and up projections exchanged on the way out
-    names = hf.NAMES | {"ffn.w1.weight": hf.NAMES["ffn.w3.weight"],
-                        "ffn.w3.weight": hf.NAMES["ffn.w1.weight"]}
-    monkeypatch.setattr(hf, "NAMES", names)
+    names = hf.names.NAMES | {"ffn.w1.weight": hf.names.NAMES["ffn.w3.weight"],
+                        "ffn.w3.weight": hf.names.NAMES["ffn.w1.weight"]}
+    monkeypatch.setattr(hf.names, "NAMES", names)
     save_hf(model, tmp_path / "wrong")
     assert distance(model, from_pretrained(tmp_path / "wrong")[0]) > 1e-3
 
 
 def test_an_mtp_module_among_the_weights_would_be_unexpected(tmp_path, monkeypatch):
     assert (folder_of(LITTLE, tmp_path / "right") / MTP).is_file()
-    monkeypatch.setattr(hf, "mtp_among_others", lambda args: True)
+    monkeypatch.setattr(hf.writing, "mtp_among_others", lambda args: True)
     wrong = folder_of(LITTLE, tmp_path / "wrong")
     assert not (wrong / MTP).exists()
     assert from_pretrained(wrong)[1]["unexpected_keys"]
@@ -451,7 +450,7 @@ sys.path[:0] = [{root!r}, {tests!r}]
 import torch
 from safetensors.torch import load_file
 from minids import hf
-from minids.config import ModelArgs
+from minids import ModelArgs, Transformer
 
 args = ModelArgs(vocab_size=1024, dim=512, inter_dim=512, moe_inter_dim=512, n_layers=3, n_heads=2,
                  n_dense_layers=0, n_routed_experts=16, n_mtp_layers=0)
@@ -465,7 +464,7 @@ def growth(function, prepare=lambda: None):
     \"\"\"MiB by which a fresh process that runs it grows at most, after preparing.\"\"\"
     read, write = os.pipe()
     if os.fork() == 0:
-        hf.save_hf(hf.Transformer(ModelArgs.preset("nano")), folder + "-small", overwrite=True)
+        hf.save_hf(Transformer(ModelArgs.preset("nano")), folder + "-small", overwrite=True)
         hf.load_hf(folder + "-small")  # the code of both directions is in memory now
         prepared = prepare()
         before = status("VmRSS")
@@ -478,7 +477,7 @@ def growth(function, prepare=lambda: None):
     return found / mb
 
 def made():
-    model = hf.skeleton(args).to_empty(device="cpu")
+    model = hf.names.skeleton(args).to_empty(device="cpu")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(0.5)
@@ -490,14 +489,14 @@ def load_all(_):
 
 def load_mapped(_):
     \"\"\"The file stays open while its tensors are read.\"\"\"
-    with hf.safe_open(folder + "/model.safetensors", "pt") as stream:
-        hf.opened = lambda source, name: contextlib.nullcontext(stream.get_tensor(name))
+    with hf.reading.safe_open(folder + "/model.safetensors", "pt") as stream:
+        hf.reading.opened = lambda source, name: contextlib.nullcontext(stream.get_tensor(name))
         return hf.load_hf(folder)
 
 def save(shard_bytes):
     return lambda model: hf.save_hf(model, folder, overwrite=True, shard_bytes=shard_bytes)
 
-shapes = hf.skeleton(args).state_dict().values()
+shapes = hf.names.skeleton(args).state_dict().values()
 grown = dict(size=sum(4 * t.numel() for t in shapes) / mb, save=growth(save(8 * mb), made),
              save_whole=growth(save(10**9), made), load=growth(lambda _: hf.load_hf(folder)),
              mapped=growth(load_mapped), all=growth(load_all))
@@ -531,7 +530,7 @@ FORMS = ["fp8", "fp8-ue8m0"]
 
 def rounded(model, ue8m0: bool, back=dequantize) -> dict:
     """The weights as FP8 leaves them, matrix by matrix, under released names."""
-    return {name: back(*quantize_weight(tensor, ue8m0)) if hf.goes_to_fp8(name, tensor.shape)
+    return {name: back(*quantize_weight(tensor, ue8m0)) if hf.names.goes_to_fp8(name, tensor.shape)
             else tensor for name, tensor in to_hf(model.args, model.state_dict())}
 
 
@@ -552,7 +551,7 @@ def without_ragged(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def test_fp8_files_hold_what_our_rounding_gives(form, tmp_path, monkeypatch):
     model = scrambled(RAGGED, dtype=torch.float32)
     model.layers[0].ffn.w1.weight.data *= torch.linspace(0.1, 9, RAGGED.inter_dim)[:, None]
-    monkeypatch.setattr(hf, "BAND", 128)  # matrices here are small: more than one band for some
+    monkeypatch.setattr(hf.reading, "BAND", 128)  # small matrices too take several bands
     save_hf(model, tmp_path / "out", quantize=form)
     stored = load_file(tmp_path / "out" / WEIGHTS) | load_file(tmp_path / "out" / MTP)
     kinds = {tensor.dtype for name, tensor in stored.items() if "scale" not in name}
@@ -569,7 +568,7 @@ def test_fp8_files_hold_what_our_rounding_gives(form, tmp_path, monkeypatch):
 
 
 def test_fp8_of_more_rows_than_a_band(tmp_path):
-    args = replace(TINY, inter_dim=2 * hf.BAND + 70, n_routed_experts=0)
+    args = replace(TINY, inter_dim=2 * hf.reading.BAND + 70, n_routed_experts=0)
     model = scrambled(args, dtype=torch.float32)
     model.layers[0].ffn.w1.weight.data *= torch.linspace(0.1, 3, args.inter_dim)[:, None]
     save_hf(model, tmp_path / "out", quantize="fp8")
@@ -609,7 +608,7 @@ def test_a_released_v3_folder_is_read_as_it_is(tmp_path):
     args = replace(RAGGED, index_n_heads=0)
     model = scrambled(args, dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hf, "mtp_among_others", lambda args: True)
+        patch.setattr(hf.writing, "mtp_among_others", lambda args: True)
         save_hf(model, tmp_path / "out", quantize="fp8", shard_bytes=100_000)
     edit(tmp_path / "out" / CONFIG, {"model_type": "kimi_k2", "minids": ..., "mlp_bias": ...})
     index = json.loads((tmp_path / "out" / INDEX).read_text())
@@ -619,7 +618,7 @@ def test_a_released_v3_folder_is_read_as_it_is(tmp_path):
     (tmp_path / "out" / INDEX).write_text(json.dumps(index))
     back = load_hf(tmp_path / "out", torch.bfloat16)
     assert len(back.mtp) == 1 and "model.layers.2.embed_tokens.weight" in index["weight_map"]
-    expected = {name: t.to(hf.own_dtype(name, torch.bfloat16))
+    expected = {name: t.to(hf.names.own_dtype(name, torch.bfloat16))
                 for name, t in rounded(model, False).items()}
     for name, bias in expected.items():
         if name.endswith("correction_bias"):  # this model's were BF16 before they were saved
@@ -787,7 +786,7 @@ def call(capsys, monkeypatch, *words) -> tuple[int, str, str]:
     """Exit status, stdout and stderr of the program, run in this process."""
     monkeypatch.setattr(sys, "argv", ["minids.hf", *map(str, words)])
     with pytest.raises(SystemExit) as end:
-        run_program("minids.hf", hf.main)
+        run_program("minids.hf", hf_program)
     said = capsys.readouterr()
     return end.value.code or 0, said.out, said.err
 
@@ -804,7 +803,7 @@ def test_damage_is_one_line_and_nothing_is_written(kind, name, damage, file, wor
     folder, out = tmp_path / "in", tmp_path / "out"
     shutil.copytree(healthy[kind], folder)
     damage(folder)
-    monkeypatch.setattr(hf, "read_into", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(hf.reading, "read_into", lambda *_: pytest.fail("a weight was read"))
     status, said, err = call(capsys, monkeypatch, "--folder", folder, "--out", out)
     assert (status, said, err.count("\n")) == (2, "", 1), err
     assert words in err and str(folder / file) in err
@@ -884,7 +883,7 @@ def test_a_folder_that_looks_put_aside_is_never_removed(tmp_path):
 
 def save_in_place(model, folder: Path) -> None:
     """The wrong variant."""
-    hf.write_weights(model, folder, None, 60_000, None)
+    hf.writing.write_weights(model, folder, None, 60_000, None)
     (folder / CONFIG).write_text(json.dumps(config_from_args(model.args)))
 
 
@@ -892,7 +891,7 @@ def save_over(model, folder: Path) -> None:
     save_hf(model, folder, overwrite=True, shard_bytes=60_000)
 
 
-CALLS = [(os, "rename"), (os, "fsync"), (os, "link"), (shutil, "rmtree"), (hf, "save_file"),
+CALLS = [(os, "rename"), (os, "fsync"), (os, "link"), (shutil, "rmtree"), (hf.writing, "save_file"),
          (Path, "write_text"), (Path, "mkdir")]
 
 
@@ -949,14 +948,14 @@ def torn(save, folder: Path, killed: bool) -> list[str]:
             found = load_hf(folder)
             seen.add(found.args.score_func)
             whole = all_equal(found.state_dict(), both[found.args.score_func])
-            readme = (hf.checked_folder(folder) / "README.md").read_text()
+            readme = (hf.reading.checked_folder(folder) / "README.md").read_text()
             if not whole or readme != "mine":
                 lost.append(f"call {stop_at}: not whole")
-            if not hf.aside_of(folder).exists():
+            if not hf.reading.aside_of(folder).exists():
                 save_over(scrambled(V2, dtype=torch.float32), folder)
                 assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name, "start"]
             elif not killed:
-                lost.append(f"call {stop_at}: {hf.aside_of(folder)} is left behind")
+                lost.append(f"call {stop_at}: {hf.reading.aside_of(folder)} is left behind")
         except ValueError as error:
             lost.append(f"call {stop_at}: {error}")
     raise AssertionError("the save did not end within 80 calls")
@@ -998,7 +997,7 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
         return {path.name for path in (folder, *folder.iterdir())
                 if path.stat().st_ino not in order[:last]}
     assert unflushed() == set()
-    monkeypatch.setattr(hf, "flush", lambda path: None)  # wrong
+    monkeypatch.setattr(hf.writing, "flush", lambda path: None)  # wrong
     assert CONFIG in unflushed()
 
 
@@ -1022,7 +1021,7 @@ def run(tmp_path_factory) -> Path:
 def exported(run, tmp_path_factory) -> Path:
     """That run as a Hugging Face folder."""
     out = tmp_path_factory.mktemp("exported") / "nano"
-    hf.convert(hf.HfArgs(run=str(run), out=str(out)))
+    convert(HfArgs(run=str(run), out=str(out)))
     return out
 
 
@@ -1108,7 +1107,7 @@ def test_a_new_tokenizer_replaces_the_old_one_whole(exported, tmp_path):
 
 
 def test_the_description_is_right_and_reads_no_weight(healthy, monkeypatch):
-    monkeypatch.setattr(hf, "read_into", lambda *_: pytest.fail("a weight was read"))
+    monkeypatch.setattr(hf.reading, "read_into", lambda *_: pytest.fail("a weight was read"))
     count = count_parameters(LITTLE)
     said = describe(healthy["shards"])
     assert "DeepseekV3ForCausalLM, 2 layers, 48 positions (no YaRN)" in said

@@ -1,0 +1,148 @@
+"""Names of files and tensors: ours and the released ones."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minids.config import ModelArgs
+from minids.hf.settings import model_type_of
+from minids.model.transformer import Transformer
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+INDEX, MTP = "model.safetensors.index.json", "mtp.safetensors"
+OWN_FILE = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|mtp\.safetensors"
+                      r"|model\.safetensors\.index\.json")
+TOKENIZER_FILE = re.compile(
+    r"tokenizer\w*\.(json|model)|tokenization_\w+\.py|special_tokens_map\.json|vocab\.json"
+    r"|generation_config\.json|chat_template\.jinja|tiktoken\.model|merges\.txt")
+RELEASED_LAYERS = 61  # V3's; what transformers takes for the number of its MTP layer
+
+# Ours -> theirs: whole names of the model's own tensors, then names inside block N, which stand
+# after layers.N and model.layers.N, then those of MTP module K, which is block n_layers + K there.
+NAMES = {
+    "embed.weight": "model.embed_tokens.weight",
+    "norm.weight": "model.norm.weight",
+    "head.weight": "lm_head.weight",
+
+    "attn_norm.weight": "input_layernorm.weight",
+    "attn.wq.weight": "self_attn.q_proj.weight",
+    "attn.wq_a.weight": "self_attn.q_a_proj.weight",
+    "attn.q_norm.weight": "self_attn.q_a_layernorm.weight",
+    "attn.wq_b.weight": "self_attn.q_b_proj.weight",
+    "attn.wkv_a.weight": "self_attn.kv_a_proj_with_mqa.weight",
+    "attn.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
+    "attn.wkv_b.weight": "self_attn.kv_b_proj.weight",
+    "attn.wo.weight": "self_attn.o_proj.weight",
+    "attn.indexer.wq_b.weight": "self_attn.indexer.wq_b.weight",
+    "attn.indexer.wk.weight": "self_attn.indexer.wk.weight",
+    "attn.indexer.k_norm.weight": "self_attn.indexer.k_norm.weight",
+    "attn.indexer.k_norm.bias": "self_attn.indexer.k_norm.bias",
+    "attn.indexer.weights_proj.weight": "self_attn.indexer.weights_proj.weight",
+    "ffn_norm.weight": "post_attention_layernorm.weight",
+    "ffn.w1.weight": "mlp.gate_proj.weight",
+    "ffn.w2.weight": "mlp.down_proj.weight",
+    "ffn.w3.weight": "mlp.up_proj.weight",
+    "ffn.gate.weight": "mlp.gate.weight",
+    "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
+    "ffn.experts.w1": "mlp.experts.{e}.gate_proj.weight",
+    "ffn.experts.w2": "mlp.experts.{e}.down_proj.weight",
+    "ffn.experts.w3": "mlp.experts.{e}.up_proj.weight",
+    "ffn.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
+    "ffn.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
+    "ffn.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
+
+    "mtp.enorm.weight": "enorm.weight",
+    "mtp.hnorm.weight": "hnorm.weight",
+    "mtp.eh_proj.weight": "eh_proj.weight",
+    "mtp.norm.weight": "shared_head.norm.weight",
+}
+MTP_COPIES = {  # inside a released MTP layer: the main model's own, once more
+    "embed_tokens.weight": "embed.weight",
+    "shared_head.head.weight": "head.weight",
+}
+COPY = re.compile(r"model\.layers\.(\d+)\.(" + "|".join(map(re.escape, MTP_COPIES)) + ")")
+ANGLES = "rotary_emb.inv_freq"  # tables in some older files; the model computes its own
+KEPT_WIDE = ("embed_tokens", "head", "mlp.gate", "eh_proj", "weights_proj")  # matrices never in FP8
+
+
+def hf_name(args: ModelArgs, name: str) -> str:
+    """The released name of one of our tensors, with {e} for the expert's number in a stack.
+
+    Of "mtp.0.block.attn.wo.weight", in a model of 61 layers:
+    "model.layers.61.self_attn.o_proj.weight".
+    """
+    if name in NAMES:
+        return NAMES[name]
+    kind, number, inside = name.split(".", 2)
+    layer = int(number) + (args.n_layers if kind == "mtp" else 0)
+    if kind == "mtp":
+        block = inside.startswith("block.")
+        inside = inside.removeprefix("block.") if block else f"mtp.{inside}"
+    return f"model.layers.{layer}.{NAMES[inside]}"
+
+
+def to_hf(args: ModelArgs, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Our tensors under their released names, stacked experts one by one, as views.
+
+    tensors: our name -> tensor, as in `state_dict()`; gradients serve as well
+    """
+    for name, tensor in tensors.items():
+        theirs = hf_name(args, name)
+        if "{e}" not in theirs:
+            yield theirs, tensor
+            continue
+        for e, own in enumerate(tensor.unbind()):
+            yield theirs.replace("{e}", str(e)), own
+
+
+class Slot(NamedTuple):
+    """Where a released tensor goes: `name` of ours, row `expert` of it, or all; its shape."""
+
+    name: str
+    expert: int | None
+    shape: list[int]
+
+
+def slots(args: ModelArgs) -> dict[str, Slot]:
+    """Released name -> its place, for every tensor that a model of these settings has."""
+    found = {}
+    for name, tensor in skeleton(args).state_dict().items():
+        theirs, shape = hf_name(args, name), list(tensor.shape)
+        if "{e}" not in theirs:
+            found[theirs] = Slot(name, None, shape)
+            continue
+        found |= {theirs.replace("{e}", str(e)): Slot(name, e, shape[1:]) for e in range(shape[0])}
+    return found
+
+
+def skeleton(args: ModelArgs) -> Transformer:
+    """A model without numbers: shapes only."""
+    with torch.device("meta"):
+        return Transformer(args)
+
+
+def own_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """A gate's bias stays in FP32: rounded to BF16 it would choose other experts."""
+    is_bias = name.endswith(("gate.bias", "e_score_correction_bias"))
+    return torch.promote_types(dtype, torch.float32) if is_bias else dtype
+
+
+def goes_to_fp8(name: str, shape: Sequence[int]) -> bool:
+    """Whether released FP8 files have this tensor in FP8."""
+    return (len(shape) == 2 and 0 not in shape
+            and not name.removesuffix(".weight").endswith(KEPT_WIDE))
+
+
+def mtp_among_others(args: ModelArgs) -> bool:
+    """Whether transformers leaves this model's MTP layer out by itself."""
+    return (args.n_layers == RELEASED_LAYERS and args.n_mtp_layers == 1
+            and model_type_of(args) != "deepseek_v2")
+
+
+def mtp_copies(args: ModelArgs, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Embedding and head once more, as a released MTP layer has them."""
+    for theirs, ours in MTP_COPIES.items():
+        yield f"model.layers.{args.n_layers}.{theirs}", state[ours]
