@@ -38,8 +38,8 @@ from minids import plots
 from minids.base.command_line import parse, run_program
 from minids.config import ModelArgs
 from minids.costs import count_parameters, flops_per_token
-from minids.evaluate import Evaluation, evaluate, parse_share, windows
 from minids.generate import generate
+from minids.infer.validation import Evaluation, evaluate, parse_share, windows
 from minids.model.moe import max_violation
 from minids.model.sparse_attention import freeze_all_but_indexers
 from minids.model.transformer import Packed

@@ -61,11 +61,12 @@ from minids.base.fields import check_types, option, require
 from minids.base.tables import format_table
 from minids.config import ModelArgs
 from minids.costs import count_parameters, drafting
-from minids.evaluate import Rule, selecting, windows
 from minids.generate import Generation, generate
 from minids.hf import config_from_args, open_model, save_hf
 from minids.infer.decode import decoder_for
 from minids.infer.sampling import Sampler
+from minids.infer.selections import Rule, selecting
+from minids.infer.validation import windows
 from minids.model.mla import LatentCache
 from minids.model.sparse_attention import Selection, load_weights_without_indexer
 from minids.model.transformer import Transformer

@@ -39,7 +39,7 @@ from minids.base.command_line import parse, run_program
 from minids.base.fields import check_types, option, require
 from minids.base.tables import format_table
 from minids.config import ModelArgs
-from minids.evaluate import all_scores, attention_recall, best, everything, selecting
+from minids.infer.selections import all_scores, attention_recall, best, everything, selecting
 from minids.model.sparse_attention import (
     Teaching,
     freeze_all_but_indexers,

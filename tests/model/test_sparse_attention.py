@@ -15,9 +15,9 @@ from test_mla import EXACT, PIECES, cached, decode_gap, every_path, form_gap, le
 from torch.utils.flop_counter import FlopCounterMode
 
 from minids import ModelArgs, Transformer
-from minids.evaluate import attention_recall
 from minids.fp8 import E4M3_MAX
 from minids.generate import generate
+from minids.infer.selections import attention_recall
 from minids.model import mla, sparse_attention
 from minids.model.mla import MLA, Context, LatentCache
 from minids.model.rope import apply_rotary_emb, rotations

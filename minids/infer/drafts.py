@@ -1,0 +1,98 @@
+"""How often the MTP modules' drafts agree with the model, by kind of Python."""
+
+import contextlib
+import io
+import keyword
+import tokenize
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minids.infer.validation import windows
+
+
+class Agreement(NamedTuple):
+    """How drafts of one kind of text fare: tokens, and the shares of them that pass.
+
+    greedy: the module's likeliest token is the model's
+    sampled: the chance to pass at temperature 1
+    """
+
+    tokens: int
+    greedy: float
+    sampled: float
+
+
+KIND = {tokenize.COMMENT: "comments", tokenize.STRING: "strings", tokenize.NUMBER: "numbers",
+        tokenize.OP: "signs"}
+
+
+def kinds_of_python(text: str) -> list[str]:
+    """Of each character, the kind of word that it belongs to, by Python's own tokenizer."""
+    kinds = ["white space" if c.isspace() else "other" for c in text]
+    starts = [0]
+    for line in text.splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    with contextlib.suppress(tokenize.TokenError, SyntaxError):
+        for word in tokenize.generate_tokens(io.StringIO(text).readline):
+            kind = KIND.get(word.type)
+            if word.type == tokenize.NAME:
+                kind = "keywords" if keyword.iskeyword(word.string) else "names"
+            if kind:
+                first, last = (starts[line - 1] + column for line, column in (word.start, word.end))
+                kinds[first:last] = [kind] * (last - first)
+    return kinds
+
+
+def kinds_of_tokens(tokens: Tensor, tokenizer) -> list[str]:
+    """The kind of each token of packed documents: that of its first character that is no space."""
+    special = set(tokenizer.special.values())
+    kinds, ends = [], (tokens == tokenizer.eos_id).nonzero().flatten().tolist()
+    for start, end in zip([0, *(e + 1 for e in ends)], [*(e + 1 for e in ends), len(tokens)],
+                          strict=True):
+        ids = tokens[start:end].tolist()
+        raw = [tokenizer.decode_bytes([i]) if i not in special else b"" for i in ids]
+        text = b"".join(raw).decode("utf-8", "replace")
+        of_bytes = [kind for kind, c in zip(kinds_of_python(text), text, strict=True)
+                    for _ in c.encode()]
+        at = 0
+        for piece in raw:
+            own = of_bytes[at:at + len(piece)]
+            kinds.append(next((k for k in own if k != "white space"),
+                              "white space" if own else "ends of documents"))
+            at += len(piece)
+    return kinds
+
+
+@torch.no_grad()
+def draft_agreement(model, tokens: Tensor, kinds: list[str], seq_len: int, batch_size: int,
+                    max_tokens: int | None = None) -> list[dict[str, Agreement]]:
+    """How well each MTP module guesses the model's own next word on given text.
+
+    tokens: (M,) int64, packed documents; kinds: of each of them; the others as for `evaluate`
+    Returns for each depth k the agreement by kind of the token that is guessed, and of "all".
+    """
+    names = sorted(set(kinds))
+    codes = windows(torch.tensor([names.index(kind) for kind in kinds]), seq_len, max_tokens)
+    device, depths = model.head.weight.device, len(model.mtp)
+    sums = torch.zeros(depths, len(names), 3, dtype=torch.float64)
+    for batch, kind in zip(windows(tokens, seq_len, max_tokens).split(batch_size),
+                           codes.split(batch_size), strict=True):
+        batch = batch[:, :-1].to(device)
+        states = model.hidden(batch)[0]
+        own = model.head(states).float().softmax(-1)  # (B, S, V)
+        for k, module in enumerate(model.mtp, start=1):
+            context = model.context(batch[:, k:])
+            states, _ = module(states[:, :-1], model.embed(batch[:, k:]), context)
+            guess = model.head(states).float().softmax(-1)  # (B, S - k, V), of token i + k + 1
+            p, guessed = own[:, k:], kind[:, k + 1:].flatten()
+            passes = torch.stack([torch.ones_like(p[..., 0]), guess.argmax(-1) == p.argmax(-1),
+                                  torch.minimum(p, guess).sum(-1)], dim=-1)
+            sums[k - 1].index_add_(0, guessed, passes.flatten(0, 1).double().cpu())
+    tables = []
+    for depth in sums:
+        rows = dict(zip(names, depth, strict=True)) | {"all": depth.sum(0)}
+        tables.append({name: Agreement(int(n), float(g / n), float(s / n))
+                       for name, (n, g, s) in rows.items() if n})
+    return tables

@@ -1,0 +1,143 @@
+"""Ways of selecting the tokens that sparse attention sees, and what each costs."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minids.base.tables import format_table
+from minids.infer.validation import evaluate, windows
+from minids.model.mla import MLA, Context, seen_by
+from minids.model.sparse_attention import Selection, attention_mass, few_rows, select
+
+# How much a layer's queries want each token, (B, S, T), from the attention, its input (B, S, D),
+# its query latent and the context of the pass.
+Scores = Callable[[MLA, Tensor, Tensor, Context], Tensor]
+# From the same, the tokens that they get; None for all.
+Rule = Callable[[MLA, Tensor, Tensor, Context], Selection | None]
+
+
+@contextlib.contextmanager
+def selecting(model: torch.nn.Module, rule: Rule) -> Iterator[None]:
+    """Within it every layer attends to what `rule` selects, whatever its indexer says, if any."""
+    layers = [module for module in model.modules() if isinstance(module, MLA)]
+    for attn in layers:
+        attn.selection = functools.partial(rule, attn)
+    try:
+        yield
+    finally:
+        for attn in layers:
+            del attn.selection
+
+
+def everything(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> None:
+    """The rule of dense attention."""
+
+
+def best(k: int, scores: Scores) -> Rule:
+    """The rule that gives each query the k tokens of the highest scores."""
+    def rule(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Selection | None:
+        wanted = scores(attn, x, c_q, context)  # (B, S, T)
+        keys = wanted.size(2)
+        return select(wanted, seen_by(context, x, keys), k) if keys > k else None
+    return rule
+
+
+def indexer_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+    """As the layer's indexer wants them."""
+    keys = attn.indexer.keys(x, context.rotation)
+    return attn.indexer.scores(x, c_q, keys, context.rotation)
+
+
+def attention_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+    """The probabilities of dense attention, the mean over its heads."""
+    q = torch.cat(attn.queries(c_q, context.rotation), dim=-1)  # (B, S, H, qk_head_dim)
+    k, _ = attn.expand(attn.latent(x, context.rotation))
+    seen = seen_by(context, x, k.size(1))
+    return torch.cat([attention_mass(q[:, rows], k, seen[:, rows], attn.scale)
+                      for rows in few_rows(q.size(1), k, q.size(2))], dim=1)
+
+
+def position_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+    """The later the better: a sliding window."""
+    batch, length = x.shape[:2]
+    return torch.arange(length, dtype=torch.float32, device=x.device).expand(batch, length, -1)
+
+
+def random_scores(seed: int = 0) -> Scores:
+    """At random, each query and layer anew."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+        return torch.rand(len(x), x.size(1), x.size(1), generator=generator).to(x.device)
+    return scores
+
+
+def all_scores(model: torch.nn.Module) -> dict[str, Scores]:
+    """By name; "indexer" where the model has one."""
+    own = {"indexer": indexer_scores} if model.args.has_indexer else {}
+    return own | {"attention": attention_scores, "window": position_scores,
+                  "random": random_scores()}
+
+
+@torch.no_grad()
+def attention_recall(model, tokens: Tensor, k: int) -> dict[str, list[float]]:
+    """How much of dense attention each way of selecting k tokens holds.
+
+    tokens: (B, S) int64; the model runs with dense attention
+    Returns, by the names of `all_scores`, for each layer the share of the probability (the mean
+    over heads) that the selected tokens have, over the queries that see more than k. No k tokens
+    have more than those of "attention". Raises `ValueError` where no query sees more than k.
+    """
+    if tokens.size(1) <= k:
+        raise ValueError(f"index_topk = {k} is not valid: it must be less than the "
+                         f"{tokens.size(1)} tokens of a window, else nothing is left out")
+    ways, held = all_scores(model), {}
+
+    def measure(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> None:
+        mass = attention_scores(attn, x, c_q, context)[:, k:]  # of queries that see more than k
+        for name, scores in ways.items():
+            chosen = best(k, scores)(attn, x, c_q, context)
+            share = mass.gather(-1, chosen.indices[:, k:]).sum(-1).mean()
+            held.setdefault(name, []).append(share.item())
+
+    with selecting(model, measure):
+        model.hidden(tokens)
+    return held
+
+
+class Row(NamedTuple):
+    """One way of selecting k tokens: bits per byte, and `attention_recall` of each layer."""
+
+    selection: str
+    bits_per_byte: float
+    recall: list[float]
+
+
+def compare_selections(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: int,
+                       k: int, max_tokens: int | None = None) -> list[Row]:
+    """The same model and text under dense attention and under every way of selecting k tokens.
+
+    The arguments are those of `evaluate`; recall is measured on one batch of the text.
+    """
+    batch = windows(tokens, seq_len, batch_size * seq_len)[:, :-1]
+    recall = attention_recall(model, batch.to(model.head.weight.device), k)
+    rules = {"dense": everything} | {n: best(k, s) for n, s in all_scores(model).items()}
+    rows = []
+    for name, rule in rules.items():
+        with selecting(model, rule):
+            result = evaluate(model, tokens, n_bytes, seq_len, batch_size, max_tokens)
+        rows += [Row(name, result.bits_per_byte, recall.get(name, [1.0] * model.args.n_layers))]
+    return rows
+
+
+def selection_table(rows: list[Row], k: int) -> str:
+    """`compare_selections` for reading; the first row is what the others are compared with."""
+    title = f"attention to {k} tokens", "bits/byte", "above dense", "recall of attention by layer"
+    cells = [(row.selection, f"{row.bits_per_byte:.4f}",
+              f"{row.bits_per_byte / rows[0].bits_per_byte - 1:+.2%}",
+              " ".join(f"{share:.3f}" for share in row.recall)) for row in rows]
+    return format_table([title, *cells])

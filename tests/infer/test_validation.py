@@ -1,0 +1,134 @@
+"""Bits per byte against a slow plain computation and a known answer; which blocks parse."""
+
+import ast
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from small_models import LITTLE, scrambled
+
+from minids.infer.validation import evaluate, parse_share, windows
+
+SEQ_LEN = 10
+# FP32 rounds at 6e-8 and the sum has some hundred terms; in truth they differ by less.
+CLOSE = 1e-5
+
+
+def text(length: int = 97, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, and how many bytes each entry of the vocabulary has: none for the first four."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(LITTLE.vocab_size, (length,), generator=generator)
+    n_bytes = torch.randint(1, 6, (LITTLE.vocab_size,), generator=generator)
+    n_bytes[:4] = 0
+    return tokens, n_bytes
+
+
+@torch.no_grad()
+def slowly(model, tokens, n_bytes, starts, first: int = 0, per_token: bool = False) -> float:
+    """Bits per byte, one window, one target at a time; `first` and `per_token` make it wrong."""
+    nats, size = 0.0, 0
+    for start in starts:
+        window = tokens[start:start + SEQ_LEN + 1]
+        probs = model(window[None, :-1])[0].softmax(-1)  # (S, V)
+        for i in range(first, SEQ_LEN):
+            nats -= math.log(probs[i, window[i + 1]])
+            size += 1 if per_token else int(n_bytes[window[i + 1]])
+    return nats / math.log(2) / size
+
+
+def test_bits_per_byte_equal_a_slow_plain_computation():
+    model, (tokens, n_bytes) = scrambled(LITTLE, dtype=torch.float32), text()
+    found = evaluate(model, tokens, n_bytes, SEQ_LEN, batch_size=4).bits_per_byte
+    starts = range(0, 90, SEQ_LEN)  # nine windows; six tokens are left over
+    assert found == pytest.approx(slowly(model, tokens, n_bytes, starts), rel=CLOSE)
+    for wrong in (dict(first=1), dict(per_token=True)):
+        assert found != pytest.approx(slowly(model, tokens, n_bytes, starts, **wrong), rel=1e-3)
+    # wrong: the mean of the windows' own bits per byte
+    alone = [slowly(model, tokens, n_bytes, [start]) for start in starts]
+    assert found != pytest.approx(sum(alone) / len(alone), rel=1e-3)
+
+
+def test_the_batch_size_changes_nothing():
+    model, (tokens, n_bytes) = scrambled(LITTLE), text()
+    found = {size: evaluate(model, tokens, n_bytes, SEQ_LEN, size) for size in (1, 4, 100)}
+    assert found[4].bits_per_byte == pytest.approx(found[1].bits_per_byte, rel=CLOSE)
+    assert found[100].bits_per_byte == pytest.approx(found[1].bits_per_byte, rel=CLOSE)
+    assert torch.equal(found[1].loads, found[100].loads)
+
+
+def test_a_uniform_model_needs_log2_of_the_vocabulary_per_token():
+    model, (tokens, n_bytes) = scrambled(LITTLE), text()
+    torch.nn.init.zeros_(model.head.weight)
+    n_bytes[tokens[90]] = 30 + n_bytes[tokens[0]]  # a target, and no input
+    found = evaluate(model, tokens, n_bytes, SEQ_LEN, 3).bits_per_byte
+    size = n_bytes[tokens[1:91]].sum().item()
+    assert found == pytest.approx(math.log2(LITTLE.vocab_size) * 90 / size, rel=CLOSE)
+    inputs = n_bytes[tokens[:90]].sum().item()  # wrong: the bytes of the inputs
+    assert found != pytest.approx(math.log2(LITTLE.vocab_size) * 90 / inputs, rel=0.01)
+
+
+def test_a_part_is_the_same_every_time_and_spread_over_the_text():
+    tokens = torch.arange(1001)
+    part = windows(tokens, SEQ_LEN, max_tokens=45)
+    assert part[:, 0].tolist() == [0, 250, 500, 750] and part.shape == (4, 11)
+    assert torch.equal(windows(tokens, SEQ_LEN, max_tokens=45), part)
+    assert len(windows(tokens, SEQ_LEN)) == len(windows(tokens, SEQ_LEN, 10**9)) == 100
+    assert len(windows(tokens, SEQ_LEN, max_tokens=1)) == 1
+    whole = windows(tokens, SEQ_LEN)
+    assert whole[:, 1:].flatten().tolist() == list(range(1, 1001))  # each target once
+
+
+def test_evaluation_leaves_the_model_as_it_was():
+    model, (tokens, n_bytes) = scrambled(LITTLE), text()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for mode in (True, False):
+        model.train(mode)
+        evaluate(model, tokens, n_bytes, SEQ_LEN, 4)
+        assert model.training == mode
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_loads_count_every_token_of_the_layers():
+    tokens, n_bytes = text()
+    found = evaluate(scrambled(LITTLE), tokens, n_bytes, SEQ_LEN, 4)
+    assert found.loads.shape == (1, 8)  # one of two layers has experts; MTP has no part in this
+    assert found.loads.sum() == 90 * LITTLE.n_activated_experts
+    load = found.loads[0].double()
+    assert found.max_vio == [pytest.approx((load.max() / load.mean() - 1).item(), rel=1e-6)]
+    dense = evaluate(scrambled(replace(LITTLE, n_routed_experts=0)), tokens, n_bytes, SEQ_LEN, 4)
+    assert dense.max_vio == []
+
+
+def test_text_shorter_than_a_window_is_named():
+    tokens, n_bytes = text(SEQ_LEN)
+    with pytest.raises(ValueError, match="seq_len = 10 .* at most 9"):
+        evaluate(scrambled(LITTLE), tokens, n_bytes, SEQ_LEN, 4)
+
+
+BLOCKS = {
+    "good and cut": ("x = 1\ndef f():\n    return 2\ndef g(", (2, 2)),
+    "bad": ("def f(:\n    pass\nx = 1\ny", (1, 2)),
+    "indented mistake": ("def f():\n    return )\n\n\nx = 1\ny", (1, 2)),
+    "decorator": ("@cache\ndef f():\n    return 1\nx", (1, 1)),
+    "else": ("if x:\n    y = 1\nelse:\n    y = 2\nz", (1, 1)),
+    "try": ("try:\n    f()\nexcept ValueError:\n    pass\nfinally:\n    g()\nz", (1, 1)),
+    "bracket": ("x = [\n    1,\n]\nz", (1, 1)),
+    "only one": ("x = 1", (0, 0)),
+    "nothing": ("", (0, 0)),
+    "blank lines": ("\n\n   \n", (0, 0)),
+    "null byte": ("x = '\0'\ny = 1\nz", (1, 2)),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_top_level_blocks_that_parse(name):
+    source, expected = BLOCKS[name]
+    assert parse_share(source) == expected
+
+
+def test_all_of_a_real_module_parses():
+    source = open(ast.__file__, encoding="utf-8").read()
+    parsed, total = parse_share(source)
+    assert parsed > 0.9 * total > 40  # a docstring's or a call's unindented lines are cut apart
