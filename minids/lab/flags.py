@@ -1,0 +1,83 @@
+"""Print every program's flags as Markdown, from the settings classes, in the words of `--help`.
+
+    python -m minids.lab.flags
+    python -m minids.lab.flags --page minids/README.md   # write them between the page's marks
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from unittest import mock
+
+from minids.__main__ import programs
+from minids.base import command_line
+from minids.base.fields import Settings, option
+
+BEGIN, END = "<!-- flags: begin -->\n", "<!-- flags: end -->"
+
+
+@dataclass(frozen=True)
+class FlagsArgs(Settings):
+    """Settings of the page of flags."""
+
+    page: str = option("", "Markdown page to write the flags into, between its marks; none prints")
+
+
+def classes_of(program: str) -> list[type]:
+    """Return the settings classes whose fields a program's `--help` lists."""
+    module, found = importlib.import_module(f"minids.{program}"), []
+    if hasattr(module, "__path__"):
+        module = importlib.import_module(f"minids.{program}.__main__")
+    with (mock.patch.object(command_line, "add_flags", lambda _, cls, __: found.append(cls)),
+          mock.patch.object(sys, "argv", [program, "--help"]),
+          contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit)):
+        module.main()
+    return found
+
+
+def rows(cls: type) -> list[str]:
+    """Return a table's lines: the flags that `cls` itself declares or changes."""
+    parser, lines = argparse.ArgumentParser(add_help=False), []
+    command_line.add_flags(parser, cls, "")
+    for action in (a for a in parser._actions if a.dest in cls.__annotations__):
+        meaning, default = action.help.replace("%%", "%").rstrip("]").rsplit(" [", 1)
+        if valid := ", ".join(str(choice) for choice in action.choices or () if choice != ""):
+            meaning += f" ({valid})"
+        line = f"| `{action.option_strings[0]}` | {meaning} | {default} |"
+        lines.append(line.replace("*", r"\*"))
+    return lines and ["| flag | meaning | default |", "|---|---|---|", *lines]
+
+
+def markdown() -> str:
+    """Return one section per program; a class that several programs share is printed once."""
+    lines, shown = [], set()
+    for name, summary in programs():
+        lines += [f"### {name}", "", summary, ""]
+        for cls in (c for top in classes_of(name) for c in reversed(top.__mro__)):
+            if cls in shown:
+                lines += [f"And the flags of `{cls.__name__}`, above.", ""]
+            elif cls.__dict__.get("__annotations__") and (found := rows(cls)):
+                shown.add(cls)
+                lines += [f"`{cls.__name__}`:", "", *found, ""]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """`python -m minids.lab.flags`."""
+    [given] = command_line.parse("minids.lab.flags", __doc__, FlagsArgs)
+    if not (page := FlagsArgs(**given).page):
+        print(markdown())
+        return
+    before, _, rest = Path(page).read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not end:
+        raise ValueError(f"page = {page!r} is not valid: it has no {BEGIN.strip()} .. {END}")
+    Path(page).write_text(f"{before}{BEGIN}\n{markdown()}\n{end}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command_line.run_program("minids.lab.flags", main)
