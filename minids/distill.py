@@ -31,12 +31,13 @@ from minids.base.command_line import parse, run_program
 from minids.base.fields import check_types, option, require
 from minids.base.files import write_json
 from minids.hf import open_model
+from minids.rl.examination import BATCH, ask, parts
+from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.runs.checkpoints import pick_device
 from minids.runs.learner import Stopped, settings, tune_allocator
 from minids.sft import SftArgs, conversation, sft
-from minids.solve import BATCH, ask, parts
 from minids.text.chat import TEMPLATES, Reply
-from minids.text.tasks import Problem, Task, accuracy, consistency, open_task, well_formed
+from minids.text.tasks import Problem, Task, open_task
 
 
 @dataclass(frozen=True)

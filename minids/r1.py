@@ -46,11 +46,11 @@ from minids.base.files import write_json
 from minids.base.tables import format_table
 from minids.distill import CorpusArgs, told, write_corpus
 from minids.grpo import GrpoArgs, grpo
+from minids.rl.examination import examine, pass_curve
 from minids.runs.checkpoints import load_run, newest_checkpoint
 from minids.runs.learner import Stopped, read_metrics, tune_allocator
 from minids.runs.settings import TrainArgs
 from minids.sft import SftArgs, sft
-from minids.solve import examine, pass_curve
 from minids.text.chat import MODES
 from minids.text.tasks import open_task
 from minids.train import train

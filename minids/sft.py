@@ -31,6 +31,7 @@ from minids.base.command_line import parse, run_program
 from minids.base.fields import option, require
 from minids.config import ModelArgs
 from minids.model.transformer import Packed
+from minids.rl.examination import examine
 from minids.runs.learner import (
     LearnArgs,
     Learner,
@@ -46,7 +47,6 @@ from minids.runs.optimizers import (
     learning_rate_factor,
     set_learning_rate,
 )
-from minids.solve import examine
 from minids.text.chat import Chat
 from minids.text.tasks import Problem, open_task
 from minids.tokenizer import Tokenizer

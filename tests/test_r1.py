@@ -20,10 +20,10 @@ from minids.distill import CorpusArgs, sift, verdict
 from minids.grpo import Reinforcer
 from minids.hf import open_model
 from minids.r1 import NAMES, PRESETS, TABLE, R1Args, r1, table
+from minids.rl.examination import examine
 from minids.runs.checkpoints import load_weights, resolve
 from minids.runs.learner import Learner, Stopped
 from minids.sft import read_conversations
-from minids.solve import examine
 from minids.text.chat import Reply
 from minids.text.tasks import Problem, open_task
 

@@ -19,7 +19,6 @@ from minids.model.transformer import Packed, places, together
 from minids.runs.checkpoints import load_weights, resolve
 from minids.runs.settings import TrainArgs
 from minids.sft import PRESETS, Rows, SftArgs, conversation
-from minids.solve import pass_at
 from minids.text.chat import Chat
 from minids.text.tasks import open_task
 from minids.tokenizer import Tokenizer
@@ -209,14 +208,3 @@ def test_a_wrong_line_is_named(base, tmp_path):
 def test_presets():
     assert SftArgs.for_preset("r1").lr == 5e-5 and SftArgs.for_preset("r1", lr=1e-3).lr == 1e-3
     assert all(SftArgs.for_preset(name).preset == name for name in PRESETS)
-
-
-def test_pass_at_k_against_all_subsets():
-    from itertools import combinations
-    for right in range(6):
-        replies = [True] * right + [False] * (5 - right)
-        for k in range(1, 6):
-            subsets = list(combinations(replies, k))
-            assert pass_at(k, right, 5) == pytest.approx(sum(map(any, subsets)) / len(subsets))
-    # Wrong variant: as if replies were drawn with replacement.
-    assert 1 - (1 - 2 / 5) ** 2 != pytest.approx(pass_at(2, 2, 5))

@@ -141,11 +141,6 @@ class Plain:
 TEMPLATES = {"chat": Chat, "plain": Plain}
 
 
-def plain_text(question: str, thought: str | None, answer: str) -> str:
-    """A worked example as a document, or one with its answer only."""
-    return f"{question}: {thought} = {answer}" if thought is not None else f"{question} = {answer}"
-
-
 def checked(messages: str | list[dict]) -> list[dict]:
     """The messages, after a look at roles, order and types; a text is one question."""
     if isinstance(messages, str):

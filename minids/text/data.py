@@ -48,8 +48,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from minids.base.fields import nearest
-from minids.text.chat import plain_text
-from minids.text.tasks import open_task
+from minids.text.tasks import open_task, plain_text
 
 CACHE = Path(__file__).resolve().parents[2] / "data" / "cache"
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")

@@ -16,22 +16,16 @@ costs microseconds and earns 0.
 
 import json
 import random
-import re
-import unicodedata
 from collections.abc import Iterator
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 from minids.base.fields import nearest
-from minids.text.chat import Reply
+from minids.text.expressions import last_number, parse_expression
 from minids.text.splits import held_out
 
 HELD_OUT = 10  # one question in this many, by its hash
-LONGEST_ANSWER, LONGEST_NUMBER, DEEPEST = 200, 9, 30  # characters, digits, brackets in brackets
-RULER = re.compile(r"\s*(?:(\d+)|([-+*/()]))", re.ASCII)
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?", re.ASCII)
 
 
 class Problem(NamedTuple):
@@ -43,6 +37,11 @@ class Problem(NamedTuple):
     question: str
     thought: str
     answer: str
+
+
+def plain_text(question: str, thought: str | None, answer: str) -> str:
+    """A worked example as a document, or one with its answer only."""
+    return f"{question}: {thought} = {answer}" if thought is not None else f"{question} = {answer}"
 
 
 class Task:
@@ -250,105 +249,3 @@ def bracketed(steps: list) -> str:
     for i, (sign, number, _) in enumerate(steps[1:]):
         text = f"{text if i == 0 else f'({text})'}{sign}{number}"
     return text
-
-
-def last_number(text: str) -> Fraction | None:
-    """The last number in a text, 1,234.5 as 1234.5; None if there is none."""
-    found = NUMBER.findall(text[-LONGEST_ANSWER:])
-    return Fraction(found[-1].replace(",", "")) if found else None
-
-
-def parse_expression(text: str) -> tuple[Fraction, list[int]] | None:
-    """The value of an expression and the numbers in it; None if it is none.
-
-    "(4*7)+2" gives 30 and [4, 7, 2]. Known are whole numbers, + - * /, brackets and a sign before
-    a term; refused are more than LONGEST_ANSWER characters, LONGEST_NUMBER digits or DEEPEST
-    levels, and a division by zero.
-    """
-    if len(text) > LONGEST_ANSWER:
-        return None
-    words, at = [], 0
-    text = text.rstrip(" ")
-    while at < len(text):
-        match = RULER.match(text, at)
-        if match is None or len(match[1] or "") > LONGEST_NUMBER:
-            return None
-        words.append(match[1] or match[2])
-        at = match.end()
-    try:
-        reader = Reader(words)
-        value = reader.sum(0)
-        return (value, reader.numbers) if reader.at == len(words) else None
-    except (ValueError, ZeroDivisionError):
-        return None
-
-
-class Reader:
-    """Reads an expression by descending: sums of products of terms. ValueError where it is none."""
-
-    def __init__(self, words: list[str]):
-        self.words, self.at, self.numbers = words, 0, []
-
-    def next_is(self, *signs: str) -> str:
-        """Take the next word if it is one of these; else nothing."""
-        if self.at < len(self.words) and self.words[self.at] in signs:
-            self.at += 1
-            return self.words[self.at - 1]
-        return ""
-
-    def sum(self, depth: int) -> Fraction:
-        """product + product - .."""
-        value = self.product(depth)
-        while sign := self.next_is("+", "-"):
-            value = value + self.product(depth) if sign == "+" else value - self.product(depth)
-        return value
-
-    def product(self, depth: int) -> Fraction:
-        """term * term / .."""
-        value = self.term(depth)
-        while sign := self.next_is("*", "/"):
-            value = value * self.term(depth) if sign == "*" else value / self.term(depth)
-        return value
-
-    def term(self, depth: int) -> Fraction:
-        """A number, a sum in brackets, or either with a sign"""
-        if depth > DEEPEST:
-            raise ValueError("too deep")
-        if self.next_is("-"):
-            return -self.term(depth + 1)
-        if self.next_is("("):
-            value = self.sum(depth + 1)
-            if not self.next_is(")"):
-                raise ValueError("a bracket is open")
-            return value
-        if self.at == len(self.words) or not self.words[self.at].isdecimal():
-            raise ValueError("a number is missing")
-        self.numbers.append(int(self.words[self.at]))
-        self.at += 1
-        return Fraction(self.numbers[-1])
-
-
-def accuracy(task: Task, problem: Problem, reply: Reply) -> float:
-    """1 for a right answer in a reply that ends, else 0."""
-    return float(reply.answer is not None and reply.ended and task.right(problem, reply.answer))
-
-
-def well_formed(reply: Reply) -> float:
-    """1 for a reply of one thought, or none, and one answer, that ends; else 0."""
-    return float(reply.answer is not None and reply.ended and bool(reply.answer.strip()))
-
-
-def scripts(text: str) -> set[str]:
-    """The scripts that a text's letters are of: LATIN, CJK, GREEK .."""
-    return {unicodedata.name(c, "UNKNOWN").split()[0] for c in text if c.isalpha()}
-
-
-def consistency(question: str, thought: str) -> float:
-    """Share of a thought's words that are in the question's script (R1's language consistency).
-
-    Words without letters count as consistent; a broken character does not.
-    """
-    known = scripts(question) or {"LATIN"}
-    words = thought.split()
-    good = sum(scripts(word) <= known and "\ufffd" not in word for word in words)
-    return good / len(words) if words else 1.0

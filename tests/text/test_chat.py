@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from minids.text.chat import Chat, Plain, Reply, plain_text
-from minids.text.tasks import open_task
+from minids.text.chat import Chat, Plain, Reply
+from minids.text.tasks import open_task, plain_text
 from minids.tokenizer import SPECIAL, Tokenizer
 
 BYTES, OWN = Tokenizer.open("bytes"), Tokenizer.load()

@@ -1,4 +1,4 @@
-"""Problems that are right, a split that leaks nothing, answers read safely, rewards unbroken.
+"""Problems that are right, a split that leaks nothing, answers marked by rule.
 
 A wrong variant of what a check looks at fails the same check.
 """
@@ -9,13 +9,12 @@ import random
 import re
 import time
 from collections import Counter, defaultdict
-from fractions import Fraction
 
 import pytest
 
-from minids.text import chat as chat_module
-from minids.text import tasks
-from minids.text.chat import Chat, Reply
+from minids.rl.rewards import accuracy
+from minids.text.chat import Reply
+from minids.text.expressions import parse_expression
 from minids.text.splits import held_out
 from minids.text.tasks import (
     HELD_OUT,
@@ -24,13 +23,8 @@ from minids.text.tasks import (
     Problem,
     Questions,
     Task,
-    accuracy,
-    consistency,
     open_task,
-    parse_expression,
-    well_formed,
 )
-from minids.tokenizer import Tokenizer
 
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
@@ -280,244 +274,8 @@ def test_one_question_in_ten_is_held_out():
     assert abs(len(kept) / len(asked) - 0.1) < 0.01  # deviation 0.002
 
 
-def tree(rng: random.Random, depth: int) -> tuple[Fraction, str, list[int], str]:
-    """A random expression: its value, text, numbers and outermost sign (n for a number).
-
-    The value comes from the tree. Brackets are where the tree is not what precedence makes of the
-    text, and here and there where it is.
-    """
-    def pad(sign: str) -> str:
-        return rng.choice(["", "", " "]) + sign + rng.choice(["", "", " ", "  "])
-
-    def shown(part: tuple, needs: bool) -> str:
-        return (pad("(") + part[1] + pad(")")) if needs or rng.random() < 0.15 else part[1]
-
-    if depth == 0 or rng.random() < 0.15:
-        number = rng.choice([rng.randrange(10), rng.randrange(1000), rng.randrange(10**9)])
-        return Fraction(number), str(number), [number], "n"
-    sign = rng.choice("+-*/m")
-    a = tree(rng, depth - 1)
-    if sign == "m":  # minus
-        return -a[0], "-" + shown(a, a[3] in "+-*/"), a[2], "m"
-    b = tree(rng, depth - 1)
-    left = shown(a, sign in "*/" and a[3] in "+-")
-    right = shown(b, b[3] in "+-" or (sign in "*/" and b[3] in "*/"))
-    value = a[0] / b[0] if sign == "/" else SIGNS[sign](a[0], b[0])
-    return value, left + pad(sign) + right, a[2] + b[2], sign
-
-
-def expressions(count: int) -> list[tuple]:
-    """(text, (value, numbers)) as the parser should have it."""
-    rng, found = random.Random(0), []
-    while len(found) < count:
-        try:
-            value, text, numbers, _ = tree(rng, rng.randrange(1, 5))
-        except ZeroDivisionError:
-            continue
-        if len(text) <= tasks.LONGEST_ANSWER:
-            found.append((text, (value, numbers)))
-    return found
-
-
-class FromTheRight(tasks.Reader):
-    """Wrong: 5-3-1 as 5-(3-1)."""
-
-    def sum(self, depth: int) -> Fraction:
-        value = self.product(depth)
-        sign = self.next_is("+", "-")
-        return SIGNS[sign](value, self.sum(depth)) if sign else value
-
-
-class Flat(tasks.Reader):
-    """Wrong: 1+2*3 as (1+2)*3."""
-
-    def sum(self, depth: int) -> Fraction:
-        value = self.term(depth)
-        while sign := self.next_is(*"+-*/"):
-            term = self.term(depth)
-            value = value / term if sign == "/" else SIGNS[sign](value, term)
-        return value
-
-
-def test_expressions_are_read_as_they_were_built(monkeypatch):
-    cases = expressions(500)
-    assert all(sign in "".join(text for text, _ in cases) for sign in "+-*/() ")
-    assert any(value.denominator > 1 for _, (value, _) in cases)
-    for text, expected in cases:
-        assert parse_expression(text) == expected, text
-    for wrong in (FromTheRight, Flat):
-        monkeypatch.setattr(tasks, "Reader", wrong)
-        assert any(parse_expression(text) != expected for text, expected in cases), wrong
-
-
-HOSTILE = {
-    "nested": "(" * 10_000 + "1" + ")" * 10_000, "open": "(" * 10_000, "tower": "9**9**9**9",
-    "power": "2**3", "code": "__import__('os').system('x')", "null": "1\x00", "bell": "\x071+1",
-    "escape": "1+\x1b1", "separator": "1\x1c+2", "zero": "1/0", "hidden zero": "1/(2-2)",
-    "empty": "", "space": "   ", "brackets": "()", "two": "1 2", "arabic": "٣+٤", "square": "²",
-    "fullwidth": "１+１", "no-break": "1\xa0+1", "ones": "1" * 10**6, "spaces": " " * 10**6,
-    "sums": "1" + "+1" * 500_000, "long": "12345678901234567890", "ten": "1234567890+1",
-    "float": "1e9", "point": "1.5", "hex": "0x1", "under": "1_000", "minus": "--" * 100,
-    "minuses": "-" * 199 + "1", "deep": "(" * 40 + "1" + ")" * 40, "start": "*1", "end": "1+",
-    "close": "1)", "wrong way": ")1(", "slash": "6//2", "remainder": "6%4", "equal": "1=1"}
-
-
-@pytest.mark.parametrize("text", HOSTILE.values(), ids=HOSTILE)
-def test_a_hostile_answer_is_refused_at_once(text):
-    started = time.process_time()
-    assert parse_expression(text) is None
-    # It takes microseconds; the clock is the processor's, so that other programs do not count.
-    assert time.process_time() - started < 0.1
-
-
-def test_the_limits_are_where_they_are_said_to_be():
-    deepest, longest = tasks.DEEPEST, tasks.LONGEST_NUMBER
-    for more in (0, 1):
-        for text in ("(" * (deepest + more) + "7" + ")" * (deepest + more),
-                     "-" * (deepest + more) + "7", "7" * (longest + more),
-                     "7" + " " * (tasks.LONGEST_ANSWER - 1 + more)):
-            assert (parse_expression(text) is None) == bool(more), text
-
-
-def test_without_limits_brackets_would_break_it(monkeypatch):
-    monkeypatch.setattr(tasks, "LONGEST_ANSWER", 10**7)
-    monkeypatch.setattr(tasks, "DEEPEST", 10**7)
-    with pytest.raises(RecursionError):
-        parse_expression(HOSTILE["nested"])
-
-
-def test_nothing_makes_the_parser_raise():
-    rng, read = random.Random(0), 0
-    for _ in range(3000):
-        raw = rng.randbytes(rng.randrange(40))
-        like = "".join(rng.choices("0123456789+-*/() .e_x\x00\n", k=rng.randrange(12)))
-        for text in (raw.decode("latin-1"), raw.decode("utf-8", "replace"), like):
-            found = parse_expression(text)
-            assert found is None or type(found[0]) is Fraction
-            read += found is not None
-    assert read > 50  # some are expressions
-
-
-BYTES = Tokenizer.open("bytes")
-CHAT = Chat(BYTES)
-# Capitals are ids that no text has; the rest is text, a token a character.
-IDS = {"T": BYTES.think_id, "C": BYTES.end_think_id, "E": BYTES.eos_id, "B": BYTES.bos_id,
-       "U": BYTES.user_id, "A": BYTES.assistant_id, "F": BYTES.fim_hole_id,
-       "N": -1, "M": -10**12, "V": BYTES.vocab_size, "W": 2**63}
-FORCED = {"think": "T", "direct": "C", "free": ""}
-SEVEN = Problem("3+4", "3+4=7", "7")
-
-
-def spelt(letters: str) -> list[int]:
-    return [IDS[c] if c in IDS else BYTES.encode(c)[0] for c in letters]
-
-
-def expected(letters: str, mode: str) -> tuple[float, float]:
-    """Accuracy and form of a reply to SEVEN, by one regular expression."""
-    match = re.match("(?:T[^A-Z]*)?C([^A-Z]*)E", FORCED[mode] + letters)
-    answer = match[1].strip() if match else ""
-    return float(answer == "7"), float(answer != "")
-
-
-def replies(count: int) -> list[str]:
-    rng = random.Random(0)
-    return ["", *("".join(rng.choices("TCE7" * 5 + "3+ " + "BUAFNMVW", k=rng.randrange(9)))
-                  for _ in range(count))]
-
-
-def rewards(letters: str, mode: str, accuracy=accuracy) -> tuple[float, float]:
-    reply = CHAT.read(spelt(letters), mode)
-    return accuracy(Calculator(), SEVEN, reply), well_formed(reply)
-
-
-def unfinished(task: Task, problem: Problem, reply: Reply) -> float:
-    """Wrong: a reply that was cut counts."""
-    return float(reply.answer is not None and task.right(problem, reply.answer))
-
-
-@pytest.mark.parametrize("mode", FORCED)
-def test_rewards_are_those_of_the_form_and_the_answer(mode, monkeypatch):
-    cases = replies(10_000)
-    seen = Counter()
-    for letters in cases:
-        got = rewards(letters, mode)
-        assert got == expected(letters, mode) and set(map(type, got)) == {float}, letters
-        assert got[0] == 0 or "E" in letters
-        seen[got] += 1
-    # Enough of each: a right answer, a wrong one, none.
-    assert min(seen[1.0, 1.0], seen[0.0, 1.0], seen[0.0, 0.0]) > 10
-    assert any(rewards(c, mode, unfinished) != expected(c, mode) for c in cases)
-    # Wrong: ids that are no text are left out when a reply is read.
-    monkeypatch.setattr(chat_module, "text_of", lambda t, ids: t.decode(
-        [i for i in ids if 0 <= i < t.vocab_size and i not in t.special.values()]))
-    assert any(rewards(c, mode) != expected(c, mode) for c in cases)
-
-
-@pytest.mark.parametrize("letters, mode, right, form", [
-    ("T3+4=7C7E", "free", 1, 1), ("3+4=7C7E", "think", 1, 1), ("7E", "direct", 1, 1),
-    ("C7E", "free", 1, 1), ("TC7E", "free", 1, 1), ("C 7 E", "free", 1, 1), ("C8E", "free", 0, 1),
-    ("C7", "free", 0, 0), ("T7E", "free", 0, 0), ("T3+4", "free", 0, 0), ("", "free", 0, 0),
-    ("E", "direct", 0, 0), (" E", "direct", 0, 0), ("7E", "free", 0, 0), ("TTC7E", "free", 0, 0),
-    ("TCT7E", "free", 0, 0), ("CC7E", "free", 0, 0), ("C7CE", "free", 0, 0),
-    ("TC7CE", "free", 0, 0), ("T<C7E", "think", 0, 0), ("C7VE", "free", 0, 0),
-    ("C7NE", "free", 0, 0), ("TWC7E", "free", 0, 0), ("7C7E", "direct", 0, 0),
-    ("C7EC8E", "free", 1, 1), ("CE7E", "free", 0, 0)])
-def test_rewards_of_some_replies(letters, mode, right, form):
-    assert rewards(letters, mode) == (right, form) == expected(letters, mode)
-
-
 def words(*rows: tuple[str, str]) -> Questions:
     return Questions("some", list(rows) or [("What?", "7")], [("Who?", "I")])
-
-
-@pytest.mark.parametrize("task", [Calculator(), Countdown(), words()], ids=lambda task: task.kind)
-def test_no_ids_make_a_reward_raise(task):
-    rng, vocab = random.Random(0), BYTES.vocab_size
-    problems, rows = task.some(20, "train", 0), range(-5, vocab + 5)
-    for i in range(2000):
-        ids = rng.choices(rows, k=rng.randrange(30)) + rng.choice([[], [BYTES.eos_id]])
-        ids = rng.choice([[], [BYTES.think_id], [BYTES.end_think_id]]) + ids
-        reply = CHAT.read(ids, rng.choice(list(FORCED)))
-        got = accuracy(task, problems[i % 20], reply)
-        assert type(got) is float and got in (0, 1) and well_formed(reply) in (0, 1)
-        assert reply.ended or got == well_formed(reply) == 0
-        assert 0 <= consistency("Why?", reply.thought or "") <= 1
-
-
-CONSISTENT = [
-    ("What is 3*7?", "we 乘 numbers 数字", 0.5), ("What is 3*7?", "3*7=21 ; 21", 1.0),
-    ("What is 3*7?", "", 1.0), ("What?", " \n ", 1.0), ("What?", "naïve façade", 1.0),
-    ("What?", "twenty-one Ω=3", 0.5), ("三乘七?", "三乘七是 21", 1.0), ("三乘七?", "it is", 0.0),
-    ("三 is what?", "it is 三 двадцать", 0.75), ("3*7", "three", 1.0), ("3*7", "три", 0.0),
-    ("What?", "three \ufffd 3\ufffd se\ufffdven", 0.25), ("3*7", "3*7=2\ufffd", 0.0)]
-
-
-def only_letters(question: str, thought: str) -> float:
-    """Wrong: what is no letter is not looked at, broken or not."""
-    return consistency(question, thought.replace("\ufffd", ""))
-
-
-def only_ascii(question: str, thought: str) -> float:
-    """Wrong: every question is English and no word has an accent."""
-    found = thought.split()
-    return sum(map(str.isascii, found)) / len(found) if found else 1.0
-
-
-def no_words(question: str, thought: str) -> float:
-    """Wrong: a share of the letters, of which there may be none."""
-    letters = [c for c in thought if c.isalpha()]
-    known = tasks.scripts(question)
-    return sum(tasks.scripts(c) <= known for c in letters) / max(len(letters), 1)
-
-
-@pytest.mark.parametrize("question, thought, share", CONSISTENT)
-def test_consistency_is_the_share_of_words_in_the_questions_script(question, thought, share):
-    assert consistency(question, thought) == share
-
-
-@pytest.mark.parametrize("wrong", [only_letters, only_ascii, no_words])
-def test_a_wrong_share_is_caught(wrong):
-    assert any(wrong(question, thought) != share for question, thought, share in CONSISTENT)
 
 
 @pytest.mark.parametrize("solution, right, wrong", [
