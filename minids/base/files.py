@@ -1,13 +1,14 @@
-"""Files that are written whole or not at all."""
+"""Write files and folders whole or not at all; read JSON."""
 
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 
 def write_flushed(file: Path, data: bytes) -> None:
-    """Write a file and wait until the disk has it."""
+    """Write a file and wait until it is on the disk."""
     with open(file, "wb") as stream:
         stream.write(data)
         stream.flush()
@@ -15,7 +16,7 @@ def write_flushed(file: Path, data: bytes) -> None:
 
 
 def flush(path: Path) -> None:
-    """Wait until the disk has what was written to a file, or a folder's list of names."""
+    """Wait until a file's contents, or a folder's list of names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -24,20 +25,68 @@ def flush(path: Path) -> None:
 
 
 def digest(file: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def write_json(path: Path, obj) -> None:
-    """Write `obj` as JSON, whole or not at all; `OSError` naming the file when the disk refuses."""
+def write_whole(path: str | Path, data: bytes | str) -> None:
+    """Write a file whole or not at all: under a temporary name beside it, then rename.
+
+    data: the contents; text is written as UTF-8
+    Raises `OSError` naming the file when the disk refuses; an older file stays as it was.
+    """
     path = Path(path)
     temp = path.with_name(f".tmp_{path.name}")
     try:
-        write_flushed(temp, (json.dumps(obj, indent=2) + "\n").encode())
+        write_flushed(temp, data.encode() if isinstance(data, str) else data)
         os.replace(temp, path)
         flush(path.parent)
     except OSError as error:
         raise OSError(f"{path} could not be written: {error.strerror}") from error
     finally:
         temp.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, obj) -> None:
+    """Write `obj` as indented JSON, whole or not at all."""
+    write_whole(path, json.dumps(obj, indent=2) + "\n")
+
+
+def read_json(path: str | Path) -> dict:
+    """Return the object in a JSON file.
+
+    Raises `ValueError` naming the file if it is missing, not JSON, or holds no object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        found = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds {type(found).__name__}, not an object of fields")
+    return found
+
+
+def publish(temp: Path, final: Path) -> None:
+    """Rename a complete folder to its final name, replacing an older folder of that name.
+
+    A folder cannot be renamed over another one in a single step. The older one is therefore set
+    aside as NAME.replaced, a name that readers know too, so that one of the two always exists.
+    """
+    aside = final.with_name(final.name + ".replaced")
+    if final.exists():
+        os.rename(final, aside)
+    os.rename(temp, final)
+    flush(final.parent)
+    if aside.exists():
+        discard(aside)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder; rename it first, so that no reader finds half of one."""
+    doomed = path.with_name(f".tmp_removed_{path.name}")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import torch
 
+from minids.base.files import read_json
 from minids.hf.names import CONFIG, INDEX
-from minids.hf.reading import aside_of, inspect, read_json, read_model
+from minids.hf.reading import aside_of, inspect, read_model
 from minids.runs.checkpoints import MANIFEST, Run, load_run
 from minids.tokenizer import Tokenizer
 

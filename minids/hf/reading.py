@@ -1,7 +1,6 @@
 """Read a Hugging Face folder: check everything from the headers, then load each tensor."""
 
 import contextlib
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids.base.fields import nearest
+from minids.base.files import read_json
 from minids.config import ModelArgs
 from minids.fp8 import BLOCK, dequantize
 from minids.hf.names import (
@@ -113,19 +113,6 @@ def checked_folder(folder: Path) -> Path:
 def aside_of(folder: Path) -> Path:
     """Where the old folder is while a new one takes its place; `publish` calls it so."""
     return folder.with_name(folder.name + ".replaced")
-
-
-def read_json(file: Path) -> dict:
-    """The object in a JSON file; `ValueError` naming the file if there is none."""
-    if not file.is_file():
-        raise ValueError(f"{file} is missing")
-    try:
-        found = json.loads(file.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{file} holds {type(found).__name__}, not an object of fields")
-    return found
 
 
 def read_headers(folder: Path) -> dict[str, Header]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids.base.fields import nearest
-from minids.base.files import flush
+from minids.base.files import flush, publish, read_json
 from minids.fp8 import BLOCK, quantize_weight
 from minids.hf.names import (
     CONFIG,
@@ -30,10 +30,10 @@ from minids.hf.names import (
     own_dtype,
     to_hf,
 )
-from minids.hf.reading import aside_of, read_json
+from minids.hf.reading import aside_of
 from minids.hf.settings import QUANTIZE, config_from_args
 from minids.model.transformer import Transformer
-from minids.runs.checkpoints import own_copy, publish
+from minids.runs.checkpoints import own_copy
 from minids.tokenizer import Tokenizer
 
 

@@ -19,7 +19,6 @@ would be `torch.distributed.checkpoint`.
 import hashlib
 import json
 import math
-import os
 import pickle
 import random
 import re
@@ -36,7 +35,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minids.base.fields import nearest
-from minids.base.files import digest, flush, write_flushed
+from minids.base.files import digest, discard, flush, publish, write_flushed
 from minids.config import ModelArgs
 from minids.model.transformer import Transformer
 from minids.tokenizer import Tokenizer
@@ -135,28 +134,6 @@ def sealed(body: dict) -> bytes:
     """The manifest's exact bytes: `body` and a checksum of it, so that any changed byte shows."""
     seal = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body | {"seal": seal}, indent=2) + "\n").encode()
-
-
-def publish(temp: Path, final: Path) -> None:
-    """Give a complete folder its name.
-
-    A folder cannot be renamed over another one in one stroke. An older save of the same step is
-    therefore put aside under a name that readers know too, so that no moment is without it.
-    """
-    aside = final.with_name(final.name + ".replaced")
-    if final.exists():
-        os.rename(final, aside)
-    os.rename(temp, final)
-    flush(final.parent)
-    if aside.exists():
-        discard(aside)
-
-
-def discard(path: Path) -> None:
-    """Remove a checkpoint; the rename first, so that no reader meets half of one."""
-    doomed = path.with_name(f".tmp_removed_{path.name}")
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
 
 
 def sweep(folder: Path) -> None:

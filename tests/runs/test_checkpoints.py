@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from minids.base.files import write_json
 from minids.runs import checkpoints as checkpoint
 from minids.runs.checkpoints import (
     MANIFEST,
@@ -317,14 +316,14 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, archive):
 SAVER = """
 import os, sys
 sys.path[:0] = [{root!r}, {tests!r}]
-import test_checkpoint
+import test_checkpoints
 for line in sys.stdin:
     save_name, run, first = line.split()
     if (child := os.fork()) == 0:
-        test_checkpoint.save_for_ever(save_name, run, int(first))
-    test_checkpoint.say("child", child)
+        test_checkpoints.save_for_ever(save_name, run, int(first))
+    test_checkpoints.say("child", child)
     os.waitpid(child, 0)
-    test_checkpoint.say("dead")
+    test_checkpoints.say("dead")
 """
 
 
@@ -347,7 +346,7 @@ class Killer:
     """A process that forks savers: torch is imported once, not once a kill."""
 
     def __init__(self):
-        source = SAVER.format(root=str(ROOT), tests=str(ROOT / "tests"))
+        source = SAVER.format(root=str(ROOT), tests=str(Path(__file__).parent))
         self.process = subprocess.Popen([sys.executable, "-c", source], text=True,
                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.moments = random.Random(0)
@@ -580,26 +579,6 @@ def test_disk_that_refuses_a_call(tmp_path, monkeypatch, broken):
 def test_first_save_on_a_full_disk_says_that_there_is_none_before_it(tmp_path, small_files):
     with pytest.raises(OSError, match="there is none before it"):
         save_checkpoint(tmp_path, 1, {"w": LARGE}, {})
-
-
-def write_json_in_place(path: Path, obj) -> None:
-    path.write_text(json.dumps(obj))
-
-
-def keeps_old_json(path: Path, write) -> bool:
-    """Whether a write that the disk refuses leaves the file before it and nothing else."""
-    write_json(path, {"lr": 1.0})
-    with pytest.raises(OSError):
-        write(path, {"lr": [0] * 100_000})
-    return path.read_text() == '{\n  "lr": 1.0\n}\n' and os.listdir(path.parent) == [path.name]
-
-
-def test_write_json_is_whole_or_absent(tmp_path, small_files):
-    path = tmp_path / "config.json"
-    assert keeps_old_json(path, write_json)
-    with pytest.raises(OSError, match="config.json could not be written: File too large"):
-        write_json(path, {"lr": [0] * 100_000})
-    assert not keeps_old_json(path, write_json_in_place)
 
 
 # Which ones are kept.
