@@ -34,7 +34,7 @@ from minids.infer.drafts import draft_agreement, kinds_of_tokens
 from minids.infer.selections import compare_selections, selection_table
 from minids.infer.validation import evaluate, windows
 from minids.runs.checkpoints import pick_device
-from minids.text.data import open_data
+from minids.text.loaders import open_data
 
 
 def draft_table(run, text: Tensor, seq_len: int, batch_size: int, max_tokens: int | None) -> str:

@@ -594,7 +594,7 @@ def first_bytes(texts: Iterable[str], limit: int) -> Iterator[str]:
 
 def build(args: TokenizerArgs) -> Tokenizer:
     """Train a tokenizer on the corpus's training part, save it, and print what it is worth."""
-    from minids.text.data import open_corpus  # one floor with this file: data.py uses tokenizers
+    from minids.text.corpora import open_corpus  # one floor with this file: data.py uses tokenizers
 
     check_target(Path(args.out))
     corpus = open_corpus(args.data)

@@ -65,7 +65,7 @@ from minids.runs.optimizers import (
     set_learning_rate,
 )
 from minids.runs.settings import TrainArgs
-from minids.text.data import open_data
+from minids.text.loaders import open_data
 from minids.tokenizer import Tokenizer
 
 # Settings of the model that leave the weights of the run before as they are.

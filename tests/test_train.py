@@ -40,7 +40,7 @@ from minids.model.moe import Gate, Routing
 from minids.runs.checkpoints import load_weights, newest_checkpoint, rng_state
 from minids.runs.optimizers import Muon
 from minids.runs.settings import TrainArgs
-from minids.text.data import PackedLoader
+from minids.text.loaders import PackedLoader
 from minids.tokenizer import Tokenizer
 from minids.train import Trainer
 

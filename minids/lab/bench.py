@@ -73,7 +73,7 @@ from minids.model.transformer import Transformer
 from minids.rl.rollout import roll_out
 from minids.runs.learner import read_metrics, tune_allocator
 from minids.runs.settings import TrainArgs
-from minids.text.data import open_data
+from minids.text.loaders import open_data
 from minids.tokenizer import Tokenizer
 from minids.train import default_indexer, free_run_folder, train
 

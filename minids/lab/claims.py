@@ -39,7 +39,7 @@ from minids.config import ModelArgs
 from minids.evaluate import evaluate
 from minids.runs.checkpoints import load_run, pick_device
 from minids.runs.learner import read_metrics
-from minids.text.data import open_data
+from minids.text.loaders import open_data
 
 REGIMES = {
     "balance": {

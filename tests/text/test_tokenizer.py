@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import minids.text.data
 import minids.tokenizer as module
 from minids.base.command_line import run_program
 from minids.runs.checkpoints import load_run
 from minids.runs.settings import TrainArgs
+from minids.text.corpora import open_corpus
+from minids.text.loaders import open_data
 from minids.tokenizer import PATTERN, SPECIAL, ReleasedTokenizer, Tokenizer
 from minids.train import train
 
@@ -358,7 +359,7 @@ class FakeCorpus:
 
 
 def test_the_command_builds_and_reports(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(minids.text.data, "open_corpus",
+    monkeypatch.setattr("minids.text.corpora.open_corpus",
                         lambda name: FakeCorpus(TEXTS[1:], TEXTS[:1]))
     args = module.TokenizerArgs(vocab_size=400, out=str(tmp_path / "t"))
     built = module.build(args)
@@ -398,7 +399,7 @@ def exported(tmp_path_factory) -> Path:
     return folder
 
 
-HELD_OUT = list(minids.text.data.open_corpus("pystdlib").valid)
+HELD_OUT = list(open_corpus("pystdlib").valid)
 TRICKY = ["", " ", "  a", "a  ", "\r\n\t \n", " " * 700 + "x", "a\x00\x7f", "1234567", "don't",
           "na\u00efve e\u0301 \ufb01", "\u4e2d\u6587\u3068\u304b\u306a abc", "x\U0001f642y",
           "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u0627\u0644\u0639", "a\u00a0b\u3000c\u2028d",
@@ -900,7 +901,7 @@ def test_our_own_files_go_first(copy, small):
 
 def test_a_run_can_be_trained_with_a_released_tokenizer(copy, tmp_path, monkeypatch):
     monkeypatch.setattr("minids.train.open_data",
-                        partial(minids.text.data.open_data, cache=tmp_path / "cache"))
+                        partial(open_data, cache=tmp_path / "cache"))
     (copy / module.CONFIG).write_text(json.dumps({"vocab_size": 800}))
     (tmp_path / "texts").mkdir()
     for i in range(40):
@@ -924,6 +925,6 @@ def test_fill_in_the_middle_needs_its_tokens(copy, tmp_path):
         added_tokens=[t for t in spec["added_tokens"] if t["content"] != SPECIAL[7]]))
     spec, t = f"text:{tmp_path / 'texts'}", Tokenizer.load(copy)
     assert t.fim_hole_id is None and t.fim_end_id is not None
-    assert len(minids.text.data.open_data(spec, t, 8, cache=tmp_path / "cache").valid)
+    assert len(open_data(spec, t, 8, cache=tmp_path / "cache").valid)
     with pytest.raises(ValueError, match="^fim_rate = 0.1 is not valid: it must be 0, since"):
-        minids.text.data.open_data(spec, t, 8, fim_rate=0.1, cache=tmp_path / "cache")
+        open_data(spec, t, 8, fim_rate=0.1, cache=tmp_path / "cache")

@@ -1,0 +1,245 @@
+"""Batches of sequences from tokens; a loader's position is a few numbers."""
+
+import os
+import re
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from minids.text.corpora import open_corpus
+from minids.text.packing import encode_documents
+from minids.text.token_cache import CACHE, Tokens, cached_tokens
+
+SHUFFLE_BLOCK = 2048       # documents of a stream that are shuffled together
+STREAM_DOCUMENTS = 32      # documents of a stream that are tokenised at once
+MAX_VALID_TOKENS = 2**24   # validation reads no more than this
+
+
+def check_state(state: dict, here: dict) -> None:
+    """A saved position belongs to this loader: same kind, text, sequence length and seed."""
+    for name, value in here.items():
+        if state.get(name) != value:
+            raise ValueError(f"{name} = {value!r} does not fit the saved position, which has "
+                             f"{state.get(name)!r}: resume with that, or start a new run")
+
+
+def split_rows(flat: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and their targets, one to the right: (B, S + 1) -> (B, S), (B, S)."""
+    rows = torch.from_numpy(flat)
+    return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
+
+
+class PackedLoader:
+    """Batches of sequences cut from one long row of tokens, each once an epoch, for ever.
+
+    An epoch starts its cuts at a random token, goes once round the row and takes the sequences in
+    a random order; both come from (seed, epoch). At most seq_len - 1 tokens are left over.
+
+    With world = 4 and batch_size = 8 the four ranks hold the 32 rows that a single one would get
+    from next_batch(32), in rank order.
+
+    tokens: the training text
+    seq_len: tokens in a sequence
+    rank, world: which of how many data-parallel processes this is
+    identity: further settings that a saved position must share, by name
+
+    Raises `ValueError` if the text is shorter than one sequence and its last target.
+    """
+
+    def __init__(self, tokens: Tokens, seq_len: int, seed: int = 0, rank: int = 0, world: int = 1,
+                 identity: dict | None = None):
+        if len(tokens) < seq_len + 1:
+            raise ValueError(f"seq_len = {seq_len} is longer than the text, {len(tokens)} tokens: "
+                             f"it must be at most {len(tokens) - 1}, or the text longer")
+        self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
+        self.rank, self.world = rank, world
+        self.identity = dict(kind="packed", seq_len=seq_len, seed=seed, **(identity or {}))
+        self.position = 0  # sequences that all ranks together have taken, over all epochs
+        self._epoch = -1
+
+    @property
+    def sequences_per_epoch(self) -> int:
+        """How many sequences one pass over the text has."""
+        return len(self.tokens) // self.seq_len
+
+    def sequence(self, position: int) -> np.ndarray:
+        """Sequence number `position` since the start of training: (S + 1,)."""
+        epoch, i = divmod(position, self.sequences_per_epoch)
+        if epoch != self._epoch:
+            rng = np.random.default_rng([self.seed, epoch])
+            self._epoch, self._offset = epoch, int(rng.integers(len(self.tokens)))
+            self._order = rng.permutation(self.sequences_per_epoch)
+        start = (self._offset + int(self._order[i]) * self.seq_len) % len(self.tokens)
+        return self.tokens.read(start, self.seq_len + 1)
+
+    def next_batch(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next tokens and targets of this rank, (batch_size, S) int64 each."""
+        start = self.position + self.rank * batch_size
+        rows = [self.sequence(start + i) for i in range(batch_size)]
+        self.position += self.world * batch_size
+        return split_rows(np.stack(rows))
+
+    def state_dict(self) -> dict:
+        """The position, as numbers and strings for JSON."""
+        return {**self.identity, "position": self.position}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state` was taken, with any number of ranks."""
+        check_state(state, self.identity)
+        self.position = state["position"]
+
+
+class StreamLoader:
+    """Batches from documents that arrive one after the other: tokenise, pack, keep the rest.
+
+    Documents are shuffled in blocks of SHUFFLE_BLOCK. A block, unlike the rolling buffer of the
+    `datasets` library, whose content is lost at a restart, can be read again from its start, so
+    that the position is exact: the stream's state at the block, the documents taken from it, and
+    the tokens left over. At the end of the stream the next epoch begins.
+
+    documents: has `read_from(state)` and `state_dict()`, as HubDocuments
+    workers: threads that tokenise
+    The other arguments are those of PackedLoader and `open_data`.
+    """
+
+    def __init__(self, documents, tokenizer, seq_len: int, seed: int = 0, fim_rate: float = 0.0,
+                 rank: int = 0, world: int = 1, workers: int = 1,
+                 identity: dict | None = None):
+        self.documents, self.seq_len, self.seed = documents, seq_len, seed
+        self.encode = partial(encode_documents, tokenizer=tokenizer, fim_rate=fim_rate, seed=seed,
+                              workers=workers)
+        self.rank, self.world = rank, world
+        self.identity = dict(kind="stream", seq_len=seq_len, seed=seed, **(identity or {}))
+        self.rows = documents.read_from(None)
+        self.block, self.block_state, self.seen, self.taken = [], None, 0, 0
+        self.leftover = np.empty(0, np.int64)
+
+    def _read_block(self, stream_state: dict | None, seen: int) -> None:
+        """Read and shuffle the next block, which starts at `stream_state` after `seen` documents.
+
+        Its order depends on the seed and `seen` alone.
+        """
+        block = list(islice(self.rows, SHUFFLE_BLOCK))
+        order = np.random.default_rng([self.seed, seen]).permutation(len(block))
+        self.block, self.taken = [block[i] for i in order], 0
+        self.block_state, self.seen = stream_state, seen
+
+    def _open(self, stream_state: dict | None, seen: int) -> None:
+        """Read the block that starts at `stream_state`; None is the front of the stream."""
+        self.rows = self.documents.read_from(stream_state)
+        self._read_block(stream_state, seen)
+
+    def _advance(self) -> None:
+        """Leave a finished block for the next; at the end of the stream for its front."""
+        seen = self.seen + len(self.block)
+        self._read_block(self.documents.state_dict() if self.block else None, seen)
+        if not self.block:
+            self._open(None, seen)
+        if not self.block:
+            raise ValueError("data has no document left to train on: a small data set is better "
+                             "downloaded and read with text:PATH")
+
+    def _encode_some(self) -> np.ndarray:
+        """The tokens of the next few documents."""
+        if self.taken == len(self.block):
+            self._advance()
+        texts = self.block[self.taken:self.taken + STREAM_DOCUMENTS]
+        tokens = self.encode(texts, first=self.seen + self.taken)
+        self.taken += len(texts)
+        return tokens
+
+    def next_batch(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The next tokens and targets of this rank, (batch_size, S) int64 each."""
+        count = batch_size * self.world * self.seq_len
+        parts = [self.leftover]
+        while sum(map(len, parts)) < count + 1:
+            parts.append(self._encode_some())
+        row = np.concatenate(parts)
+        starts = np.arange(self.rank * batch_size, (self.rank + 1) * batch_size) * self.seq_len
+        self.leftover = row[count:]  # begins with the last target, which is the next input
+        return split_rows(row[starts[:, None] + np.arange(self.seq_len + 1)])
+
+    def state_dict(self) -> dict:
+        """The position, as numbers, strings, lists and dicts for JSON."""
+        return {**self.identity, "stream": self.block_state, "seen": self.seen,
+                "taken": self.taken, "leftover": self.leftover.tolist()}
+
+    def load_state_dict(self, state: dict) -> None:
+        """Go on where `state` was taken, with any number of ranks."""
+        check_state(state, self.identity)
+        self._open(state["stream"], state["seen"])
+        self.taken = state["taken"]
+        self.leftover = np.asarray(state["leftover"], np.int64)
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a training run reads.
+
+    name: the corpus as the user named it
+    loader: gives the training batches; PackedLoader, or StreamLoader for a data set of the hub
+    valid: (N,) int64, the validation tokens, always the same and never cut for fill-in-the-middle
+    fingerprint: hash of the text; name and revision for a data set of the hub
+    n_train_tokens: tokens of one epoch, None for a stream
+    note: which files were left out
+    """
+
+    name: str
+    loader: PackedLoader | StreamLoader
+    valid: torch.Tensor
+    fingerprint: str
+    n_train_tokens: int | None
+    note: str = ""
+
+    def describe(self) -> str:
+        """One line for the terminal."""
+        train = f"{self.n_train_tokens:,}" if self.n_train_tokens else "a stream of"
+        text = (f"{self.name}: {train} training tokens, {len(self.valid):,} validation tokens, "
+                f"content {short(self.fingerprint)}")
+        return f"{text}; {self.note}" if self.note else text
+
+
+def short(fingerprint: str) -> str:
+    """A hash cut to twelve digits, wherever it stands in a fingerprint."""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1", fingerprint)
+
+
+def open_data(spec: str, tokenizer, seq_len: int, seed: int = 0, fim_rate: float = 0.0,
+              cache: Path = CACHE, workers: int = 0, rank: int = 0, world: int = 1) -> Data:
+    """Open a corpus, tokenise it unless the cache has it, and give a loader and validation text.
+
+    spec: see `open_corpus`
+    tokenizer: encodes, names its special ids and has a `fingerprint`
+    seq_len: tokens in a sequence
+    seed: decides the order and the cuts of fill-in-the-middle
+    fim_rate: share of the training documents cut for fill-in-the-middle, 0 to 1; V3: 0.1
+    workers: threads that tokenise; 0 is one for each core
+    rank, world: which of how many data-parallel processes this is
+
+    Raises `ValueError` naming the setting, its value and what is valid.
+    """
+    if not 0 <= fim_rate <= 1:
+        raise ValueError(f"fim_rate = {fim_rate!r} is not valid: it must be between 0 and 1")
+    if fim_rate and None in (tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id):
+        raise ValueError(f"fim_rate = {fim_rate!r} is not valid: it must be 0, since the tokenizer "
+                         "has no tokens for fill-in-the-middle")
+    if seq_len < 1:
+        raise ValueError(f"seq_len = {seq_len!r} is not valid: it must be at least 1")
+    workers = workers or os.cpu_count() or 1
+    corpus = open_corpus(spec)
+    tokens = cached_tokens(corpus, tokenizer, Path(cache), fim_rate, seed, workers)
+    identity = dict(data=corpus.fingerprint, tokenizer=tokenizer.fingerprint, fim_rate=fim_rate)
+    place = dict(seed=seed, rank=rank, world=world, identity=identity)
+    if corpus.streams:
+        loader = StreamLoader(corpus.train, tokenizer, seq_len, fim_rate=fim_rate,
+                              workers=workers, **place)
+    else:
+        loader = PackedLoader(tokens["train"], seq_len, **place)
+    valid = tokens["valid"].read(0, min(len(tokens["valid"]), MAX_VALID_TOKENS))
+    size = None if corpus.streams else len(tokens["train"])
+    return Data(corpus.name, loader, torch.from_numpy(valid), corpus.fingerprint, size,
+                corpus.note)

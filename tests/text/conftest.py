@@ -1,0 +1,21 @@
+"""A folder of text in every format."""
+
+import json
+
+import pytest
+from byte_tokens import write_rows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Text in every format: 60 documents, some twice."""
+    root = tmp_path / "texts"
+    for i in range(20):
+        (root / "deep").mkdir(parents=True, exist_ok=True)
+        (root / "deep" / f"{i:02d}{('.txt', '.md', '.py')[i % 3]}").write_text(f"file {i}\n" * 3)
+    rows = [json.dumps({"id": i, "content": f"line {i} é"}) for i in [*range(20), 3, 4]]
+    (root / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    write_rows(root / "table.parquet", id=list(range(20)), body=[f"row {i}" for i in range(20)])
+    (root / "ignored.bin").write_bytes(b"\0\1")
+    (root / ".hidden.txt").write_text("hidden")
+    return root

@@ -1,0 +1,137 @@
+"""Corpora: the same documents in every run, each on one side; bad input in one line."""
+
+import shutil
+
+import pytest
+from byte_tokens import TOKENIZER, fails, write_rows
+
+from minids.text.corpora import HOLD_OUT, library_files, open_corpus
+from minids.text.loaders import open_data
+from minids.text.splits import held_out
+
+
+def test_library_is_filtered_and_split_by_path():
+    corpus, again = open_corpus("pystdlib"), open_corpus("pystdlib")
+    assert corpus.train == again.train and corpus.fingerprint == again.fingerprint
+    everything = corpus.train + corpus.valid
+    assert not set(corpus.train) & set(corpus.valid)
+    assert len(set(everything)) == len(everything)
+    assert not any("\r\n" in text or len(text.encode()) < 256 for text in everything)
+    # 7.6 to 8.1 MB in CPython 3.10 to 3.13; some distributions ship less
+    assert 4e6 < sum(map(len, everything)) < 12e6
+    assert 0.02 < len(corpus.valid) / len(everything) < 0.10
+
+
+def test_library_filter_on_a_made_up_library(tmp_path):
+    body = "x = 1  # " + "long enough to be kept " * 12
+    files = {"a.py": body + "a", "b/c.py": body + "c\r\n", "b/test/d.py": body + "d",
+             "tests/e.py": body + "e", "short.py": "x = 1", "z_copy.py": body + "a",
+             "encodings/cp037.py": body + "f", "encodings/aliases.py": body + "g",
+             "_sysconfigdata_x.py": body + "h", "site-packages/i.py": body + "i",
+             "pydoc_data/topics.py": body + "j", "note.txt": body + "k"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(text.encode())
+    (tmp_path / "latin.py").write_bytes(("é" + body).encode("latin-1"))
+    found = dict(library_files(tmp_path))
+    assert list(found) == ["a.py", "b/c.py", "encodings/aliases.py"]
+    assert found["b/c.py"] == body + "c\n"
+
+
+def check_disjoint(train, valid):
+    assert not set(train) & set(valid)
+
+
+def test_text_folder_reads_every_format_and_splits_by_hash(folder):
+    corpus = open_corpus(f"text:{folder}")
+    train, valid = list(corpus.train), list(corpus.valid)
+    assert len(train) + len(valid) == 62 and valid
+    check_disjoint(train, valid)
+    assert list(corpus.train) == train  # a second reading
+    assert {"line 3 é", "row 7", "file 2\n" * 3} <= set(train + valid)
+    # Wrong: every twentieth document by its number puts the two copies on different sides.
+    everything = ["twin", *map(str, range(18)), "twin"]
+    assert fails(check_disjoint, everything[:19], everything[19:])
+
+
+def test_text_follows_content_not_place(folder, tmp_path):
+    before = open_corpus(f"text:{folder}").fingerprint
+    shutil.copytree(folder, tmp_path / "copy")
+    assert open_corpus(f"text:{tmp_path / 'copy'}").fingerprint == before
+    (folder / "deep" / "00.txt").write_text("changed")
+    assert open_corpus(f"text:{folder}").fingerprint != before
+
+
+def test_text_glob_and_files_left_out(folder):
+    def text():
+        return "".join([*corpus.train, *corpus.valid])
+
+    corpus = open_corpus(f"text:{folder}/**/*.txt")
+    assert text() == "".join(f"file {i}\n" * 3 for i in range(0, 20, 3)) and corpus.note == ""
+    (folder / "empty.txt").write_text("\n")
+    corpus = open_corpus(f"text:{folder}/**/*.txt")
+    assert text().count("file") == 21
+    assert "1 of 8 files" in corpus.note and "empty.txt" in corpus.note
+
+
+def test_single_document_keeps_its_last_part_for_validation(tmp_path):
+    text = "".join(f"line {i}\n" for i in range(400))
+    (tmp_path / "one.txt").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    corpus = open_corpus(f"text:{tmp_path / 'one.txt'}")
+    (train,), (valid,) = corpus.train, corpus.valid
+    assert train + valid == text and train.endswith("\n")
+    assert 0.04 < len(valid) / len(text) < 0.07  # 5 %, moved to the end of a line
+
+
+def test_several_documents_none_held_out(tmp_path):
+    texts = [name * 200 for name in "abc"]
+    assert not any(held_out(t.encode(), HOLD_OUT) for t in texts)
+    for text in texts:
+        (tmp_path / f"{text[0]}.txt").write_text(text)
+    corpus = open_corpus(f"text:{tmp_path}")
+    assert corpus.train == [texts[0], texts[1], "c" * 170] and corpus.valid == ["c" * 30]
+
+
+BAD_FILES = {
+    "empty.txt": b"", "blank.md": b" \n\n", "binary.txt": b"ab\0cd", "latin.py": b"caf\xe9 \n",
+    "cut.txt": "é".encode()[:1], "bad.jsonl": b'{"text": "a"}\n{"text": \n',
+    "list.jsonl": b"[1]\n", "columns.jsonl": b'{"title": "a", "body": "b", "n": 1}\n',
+    "later.jsonl": b'{"text": "a"}\n{"body": "b"}\n', "bad.parquet": b"not parquet",
+    "data.csv": b"a,b\n", "one.txt": b"x",
+}
+BAD_SPECS = {
+    "": "valid are pystdlib", "pystdlb": "did you mean 'pystdlib'", "text:": "valid are",
+    "txt:a": "did you mean 'text:PATH'", "hf:": "valid are",
+    "HERE": "did you mean 'text:HERE'", "text:HERE/none.txt": "did you mean 'one.txt'",
+    "text:HERE/nowhere/x": "there is no file or folder", "text:HERE/*.rst": "matches no text",
+    "text:HERE/hollow": "the folder holds no text; valid are .txt .md .py .jsonl .parquet",
+    "text:HERE/empty.txt": "is empty", "text:HERE/blank.md": "is empty",
+    "text:HERE/binary.txt": "is binary", "text:HERE/latin.py": "is binary or not UTF-8",
+    "text:HERE/cut.txt": "cut short", "text:HERE/bad.jsonl": "bad.jsonl line 2 is not JSON",
+    "text:HERE/list.jsonl": "must be a JSON object",
+    "text:HERE/columns.jsonl": "its columns are title, body, n (not text)",
+    "text:HERE/later.jsonl": "line 2 has no 'text', only ['body']",
+    "text:HERE/bad.parquet": "not a parquet file", "text:HERE/two.parquet": "columns are a, b, n",
+    "text:HERE/data.csv": "a file .csv is not read", "text:HERE/one.txt": "too short",
+}
+
+
+@pytest.mark.parametrize("spec", BAD_SPECS)
+def test_bad_input_is_one_line_that_says_what_would_work(spec, tmp_path):
+    for name, content in BAD_FILES.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "hollow").mkdir()
+    write_rows(tmp_path / "two.parquet", a=["x"], b=["y"], n=[1])
+    with pytest.raises(ValueError) as error:
+        open_corpus(spec.replace("HERE", str(tmp_path)))
+    message = str(error.value)
+    assert BAD_SPECS[spec].replace("HERE", str(tmp_path)) in message and "\n" not in message
+
+
+def test_bad_settings(tmp_path):
+    (tmp_path / "a.txt").write_text("some words\n" * 20)
+    for settings_, reason in [(dict(seq_len=5000), "seq_len = 5000 is longer than the text"),
+                              (dict(seq_len=0), "seq_len = 0"),
+                              (dict(seq_len=8, fim_rate=1.5), "fim_rate = 1.5")]:
+        with pytest.raises(ValueError, match=reason):
+            open_data(f"text:{tmp_path}", TOKENIZER, cache=tmp_path / "cache", **settings_)

@@ -1,0 +1,152 @@
+"""The token cache: made once, read back equal, made again where damaged, never half."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+from byte_tokens import TOKENIZER, ByteTokenizer, read_all
+from hypothesis import given
+from hypothesis import strategies as st
+
+from minids.text import token_cache
+from minids.text.corpora import Corpus
+from minids.text.packing import encode_documents
+from minids.text.token_cache import Tokens, cached_tokens, token_dtype
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
+def test_tokens_read_across_arrays_and_round_the_end(lengths, draw):
+    n = sum(lengths)
+    tokens = Tokens(np.split(np.arange(n), np.cumsum(lengths)[:-1]))
+    start, count = draw.draw(st.integers(0, n - 1)), draw.draw(st.integers(0, 2 * n))
+    assert tokens.read(start, count).tolist() == [(start + i) % n for i in range(count)]
+
+
+@pytest.fixture
+def corpus():
+    texts = [f"text {i} " * (i % 9 + 1) for i in range(60)]
+    return Corpus("made up", texts[:50], texts[50:], "f" * 64)
+
+
+def test_cache_is_made_once_and_read_back(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_cache, "SHARD_TOKENS", 100)
+    monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", 64)
+    tokenizer = ByteTokenizer()
+    tokens = cached_tokens(corpus, tokenizer, tmp_path, fim_rate=0.3, seed=5)
+    expected = encode_documents(corpus.train, tokenizer, fim_rate=0.3, seed=5)
+    assert np.array_equal(read_all(tokens["train"]), expected)
+    assert np.array_equal(read_all(tokens["valid"]), encode_documents(corpus.valid, tokenizer))
+    sizes = [len(a) for a in tokens["train"].arrays]
+    assert set(sizes[:-1]) == {100} and 0 < sizes[-1] <= 100
+    encoded = tokenizer.encoded
+    again = cached_tokens(corpus, tokenizer, tmp_path, fim_rate=0.3, seed=5)
+    assert tokenizer.encoded == encoded
+    assert np.array_equal(read_all(again["train"]), expected)
+
+
+def cache_folders(cache: Path) -> list[Path]:
+    return sorted(p for p in cache.iterdir() if p.is_dir())
+
+
+def test_cache_key_follows_everything_that_decides_the_bytes(corpus, tmp_path):
+    def n_folders(*args, **kwargs):
+        cached_tokens(*args, tmp_path, **kwargs)
+        return len(cache_folders(tmp_path))
+
+    other = Corpus("made up", corpus.train, corpus.valid, "e" * 64)
+    assert n_folders(corpus, TOKENIZER) == 1
+    assert n_folders(corpus, TOKENIZER, seed=1) == 1  # the seed matters to FIM only
+    assert n_folders(corpus, ByteTokenizer("other")) == 2
+    assert n_folders(other, TOKENIZER) == 3
+    assert n_folders(corpus, TOKENIZER, fim_rate=0.1) == 4
+    assert n_folders(corpus, TOKENIZER, fim_rate=0.1, seed=1) == 5
+    assert n_folders(corpus, TOKENIZER) == 5
+
+
+def test_wide_vocabulary_takes_four_bytes(corpus, tmp_path):
+    assert token_dtype(2**16).itemsize == 2 and token_dtype(2**16 + 1).itemsize == 4
+    tokens = cached_tokens(corpus, ByteTokenizer(vocab_size=2**16 + 1), tmp_path)
+    assert tokens["train"].arrays[0].dtype == np.dtype("<u4")
+    assert np.array_equal(read_all(tokens["train"]), encode_documents(corpus.train, TOKENIZER))
+
+
+def damage_cut(folder):
+    os.truncate(folder / "train_00000.bin", 50)
+
+
+def damage_flip(folder):
+    raw = bytearray((folder / "train_00000.bin").read_bytes())
+    raw[7] ^= 1
+    (folder / "train_00000.bin").write_bytes(raw)
+
+
+def damage_lose(folder):
+    (folder / "valid_00000.bin").unlink()
+
+
+def damage_index(folder):
+    (folder / "index.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [damage_cut, damage_flip, damage_lose, damage_index])
+def test_damaged_cache_is_made_again(corpus, tmp_path, damage):
+    good = read_all(cached_tokens(corpus, TOKENIZER, tmp_path)["train"])
+    (folder,) = cache_folders(tmp_path)
+    assert token_cache.read_index(folder)
+    damage(folder)
+    assert token_cache.read_index(folder) is None
+    assert np.array_equal(read_all(cached_tokens(corpus, TOKENIZER, tmp_path)["train"]), good)
+
+
+def test_failed_tokenisation_leaves_nothing(corpus, tmp_path):
+    class Full(ByteTokenizer):
+        def encode_batch(self, texts, threads):
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        cached_tokens(corpus, Full(), tmp_path)
+    assert cache_folders(tmp_path) == []
+
+
+KILLED = """
+    import sys, time
+    sys.path[:0] = {path!r}
+    from byte_tokens import ByteTokenizer
+    from pathlib import Path
+    from minids.text import token_cache
+    from minids.text.corpora import Corpus
+    token_cache.BATCH_CHARACTERS = 50
+    class Slow(ByteTokenizer):
+        def encode_batch(self, texts, threads):
+            print("batch", flush=True)
+            time.sleep(0.05)
+            return super().encode_batch(texts, threads)
+    texts = [f"text {{i}} " * (i % 9 + 1) for i in range(2000)]
+    corpus = Corpus("made up", texts[:50], texts[50:], "f" * 64)
+    token_cache.cached_tokens(corpus, Slow(), Path({cache!r}))
+"""
+
+
+def test_kill_while_tokenising_leaves_no_usable_half(corpus, tmp_path):
+    path = [str(ROOT), str(ROOT / "tests")]
+    script = textwrap.dedent(KILLED.format(path=path, cache=str(tmp_path)))
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    for _ in range(5):
+        assert process.stdout.readline() == "batch\n"
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    (half,) = cache_folders(tmp_path)
+    assert half.suffix == ".tmp" and list(half.iterdir())
+    # Wrong: had the folder had its final name, the missing index would still refuse it.
+    assert token_cache.read_index(half) is None
+    tokens = cached_tokens(corpus, TOKENIZER, tmp_path)  # the dead owner's lock is free
+    assert np.array_equal(read_all(tokens["train"]), encode_documents(corpus.train, TOKENIZER))
+    assert [p.suffix for p in cache_folders(tmp_path)] == [""]
