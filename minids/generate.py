@@ -38,7 +38,7 @@ from minids.model.layers import compute_dtype
 from minids.model.mla import LatentCache
 from minids.model.transformer import Transformer
 from minids.runs.checkpoints import pick_device
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

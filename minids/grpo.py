@@ -67,7 +67,7 @@ from minids.runs.optimizers import (
 )
 from minids.text.chat import MODES, TEMPLATES, Reply
 from minids.text.tasks import Problem, open_task
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 
 # R1: 32 questions of 16 replies a step, lr 3e-6, KL 0.001, at most 32,768 tokens; a rollout of
 # 8,192 replies serves 16 steps.

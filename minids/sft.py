@@ -49,7 +49,7 @@ from minids.runs.optimizers import (
 )
 from minids.text.chat import Chat
 from minids.text.tasks import Problem, open_task
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 
 # R1's second fine-tuning: AdamW, cosine from 5e-5 to 5e-6, rows of 32,768 tokens, 128 at a time,
 # two epochs over some 800,000 samples.

@@ -66,7 +66,7 @@ from minids.runs.optimizers import (
 )
 from minids.runs.settings import TrainArgs
 from minids.text.loaders import open_data
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 
 # Settings of the model that leave the weights of the run before as they are.
 MAY_VARY = {"max_seq_len", "original_seq_len", "rope_factor", "beta_fast", "beta_slow", "mscale",

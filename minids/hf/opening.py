@@ -10,7 +10,7 @@ from minids.base.files import read_json
 from minids.hf.names import CONFIG, INDEX
 from minids.hf.reading import aside_of, inspect, read_model
 from minids.runs.checkpoints import MANIFEST, Run, load_run
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 
 
 def is_hf_folder(path: Path) -> bool:

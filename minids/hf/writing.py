@@ -34,7 +34,7 @@ from minids.hf.reading import aside_of
 from minids.hf.settings import QUANTIZE, config_from_args
 from minids.model.transformer import Transformer
 from minids.runs.checkpoints import own_copy
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 
 
 def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,

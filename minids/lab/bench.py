@@ -74,7 +74,7 @@ from minids.rl.rollout import roll_out
 from minids.runs.learner import read_metrics, tune_allocator
 from minids.runs.settings import TrainArgs
 from minids.text.loaders import open_data
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 from minids.train import default_indexer, free_run_folder, train
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}

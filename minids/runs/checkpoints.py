@@ -38,7 +38,7 @@ from minids.base.fields import nearest
 from minids.base.files import digest, discard, flush, publish, write_flushed
 from minids.config import ModelArgs
 from minids.model.transformer import Transformer
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 
 FORMAT = 1
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"

@@ -45,7 +45,7 @@ from minids.runs.checkpoints import (
     set_rng_state,
 )
 from minids.runs.settings import LearnArgs
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 
 
 class Stopped(Exception):

@@ -6,7 +6,7 @@
 The same model answers in both ways, and the prompt's last token decides (DeepSeek-V3.1's hybrid
 template): <think> makes it think, </think> makes it answer at once; left out, the model chooses. In
 the history every reply is without its thought, and the closing tag stays. Each tag is one id,
-placed by number: no text of a user can become one (`minids.tokenizer`).
+placed by number: no text of a user can become one (`minids.text.tokenizer`).
 
 A base model knows no tags. R1-Zero asked it in plain text (arXiv 2501.12948, section 2.2.1); ours
 is asked in the form of the worked examples that it has read:
@@ -18,7 +18,7 @@ is asked in the form of the worked examples that it has read:
 from typing import NamedTuple
 
 from minids.base.fields import nearest
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 
 MODES = ("think", "direct", "free")
 

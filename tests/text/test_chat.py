@@ -5,9 +5,10 @@ import re
 
 import pytest
 
+from minids.text.bpe import SPECIAL
 from minids.text.chat import Chat, Plain, Reply
 from minids.text.tasks import open_task, plain_text
-from minids.tokenizer import SPECIAL, Tokenizer
+from minids.tokenizer import Tokenizer
 
 BYTES, OWN = Tokenizer.open("bytes"), Tokenizer.load()
 both = pytest.mark.parametrize("t", [BYTES, OWN], ids=["bytes", "own"])

@@ -19,13 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-import minids.tokenizer as module
+import minids.tokenizer as program
 from minids.base.command_line import run_program
 from minids.runs.checkpoints import load_run
 from minids.runs.settings import TrainArgs
+from minids.text import bpe
+from minids.text import tokenizer as module
+from minids.text.bpe import PATTERN, SPECIAL
 from minids.text.corpora import open_corpus
 from minids.text.loaders import open_data
-from minids.tokenizer import PATTERN, SPECIAL, ReleasedTokenizer, Tokenizer
+from minids.text.tokenizer import ReleasedTokenizer, Tokenizer
 from minids.train import train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -359,10 +362,10 @@ class FakeCorpus:
 
 
 def test_the_command_builds_and_reports(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr("minids.text.corpora.open_corpus",
+    monkeypatch.setattr("minids.tokenizer.open_corpus",
                         lambda name: FakeCorpus(TEXTS[1:], TEXTS[:1]))
-    args = module.TokenizerArgs(vocab_size=400, out=str(tmp_path / "t"))
-    built = module.build(args)
+    args = program.TokenizerArgs(vocab_size=400, out=str(tmp_path / "t"))
+    built = program.build(args)
     assert Tokenizer.load(tmp_path / "t").fingerprint == built.fingerprint
     expected = len(TEXTS[0].encode()) / len(built.encode(TEXTS[0]))
     assert f"held-out text: {expected:.3f} bytes per token" in capsys.readouterr().out
@@ -370,8 +373,8 @@ def test_the_command_builds_and_reports(monkeypatch, tmp_path, capsys):
 
 def test_a_stream_is_read_no_further_than_asked():
     endless = iter(lambda: "abcd", "")
-    assert list(module.first_bytes(endless, 10)) == ["abcd"] * 3
-    assert list(module.first_bytes(["a", "b"], 10)) == ["a", "b"]
+    assert list(program.first_bytes(endless, 10)) == ["abcd"] * 3
+    assert list(program.first_bytes(["a", "b"], 10)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("flags, named", [
@@ -382,7 +385,7 @@ def test_the_command_refuses_in_one_line(monkeypatch, capsys, tmp_path, flags, n
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["tokenizer", *flags])
     with pytest.raises(SystemExit) as done:
-        run_program("minids.tokenizer", module.main)
+        run_program("minids.tokenizer", program.main)
     error = capsys.readouterr().err
     assert done.value.code == 2 and named in error and error.count("\n") == 1
     assert os.listdir(tmp_path) == []
@@ -483,7 +486,7 @@ def test_any_bytes_have_the_same_ids_after_the_export(both, raw):
 
 
 def test_every_merge_is_of_two_earlier_tokens():
-    pairs = module.merge_pairs(COMMITTED.ranks)
+    pairs = bpe.merge_pairs(COMMITTED.ranks)
     assert [left + right for left, right in pairs] == list(COMMITTED.ranks)[256:]
     for left, right in pairs:
         own = COMMITTED.ranks[left + right]
@@ -493,14 +496,14 @@ def test_every_merge_is_of_two_earlier_tokens():
 
 def test_the_merges_are_those_that_were_learnt():
     """The trainer's own list, before it is thrown away; of "the" it may be t + he or th + e."""
-    engine = module.byte_level_bpe(tokenizers.models.BPE(), PATTERN)
+    engine = bpe.byte_level_bpe(tokenizers.models.BPE(), PATTERN)
     engine.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
-        vocab_size=1256, show_progress=False, initial_alphabet=list(module.printable_bytes())))
+        vocab_size=1256, show_progress=False, initial_alphabet=list(bpe.printable_bytes())))
     model = json.loads(engine.to_str())["model"]
-    ranks = module.byte_ranks(model["vocab"])
-    byte_of = module.printable_bytes()
+    ranks = bpe.byte_ranks(model["vocab"])
+    byte_of = bpe.printable_bytes()
     learnt = [tuple(bytes(byte_of[c] for c in part) for part in pair) for pair in model["merges"]]
-    assert module.merge_pairs(ranks) == learnt and len(learnt) == 1000
+    assert bpe.merge_pairs(ranks) == learnt and len(learnt) == 1000
     first_byte = [(piece[:1], piece[1:]) for piece in sorted(ranks, key=ranks.get)[256:]]
     assert first_byte != learnt  # wrong variant
 
@@ -596,7 +599,7 @@ V3_CONFIG = {"add_bos_token": True, "add_eos_token": False, "bos_token": added(B
 def write_released(folder: Path, alphabet=None) -> Path:
     """tokenizer.json and tokenizer_config.json of the miniature."""
     folder.mkdir(parents=True, exist_ok=True)
-    miniature(alphabet or list(module.printable_bytes())).save(str(folder / module.TOKENIZER))
+    miniature(alphabet or list(bpe.printable_bytes())).save(str(folder / module.TOKENIZER))
     (folder / module.TOKENIZER_CONFIG).write_text(json.dumps(V3_CONFIG), "utf-8")
     return folder
 
@@ -708,7 +711,7 @@ def test_the_rows_are_those_of_the_model_beside(copy):
 
 
 def test_a_vocabulary_without_the_unused_bytes_takes_all_text(tmp_path):
-    alphabet = [c for c, byte in module.printable_bytes().items() if byte not in UNUSED_BYTES]
+    alphabet = [c for c, byte in bpe.printable_bytes().items() if byte not in UNUSED_BYTES]
     t = Tokenizer.load(write_released(tmp_path, alphabet))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     texts = [*TEXTS, *TRICKY[:-1], "".join(EVERY[::37])]
