@@ -1,0 +1,184 @@
+"""Count parameters: of a model, of the part that one token uses, of a released checkpoint.
+
+Every count is exact and includes norm weights and the gates' selection biases.
+
+Source: DeepSeek-V3 (arXiv 2412.19437) sections 2 and 4.2 for the shapes, DeepSeek-V3.2
+(arXiv 2512.02556) section 2 for the indexer.
+"""
+
+from dataclasses import dataclass
+
+from minids.config import ModelArgs
+
+BLOCK = 128  # rows and columns of an FP8 weight that share one scale; elements of an FP8 vector
+DTYPE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}  # under the names that safetensors uses
+
+Shapes = dict[str, tuple[int, int]]  # matrix -> (out, in)
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model, and how many of them one token uses.
+
+    parts: part -> parameters of the main model, without MTP; they add up to `total`
+    active_parts: part -> parameters that one token uses; they add up to `active`
+    mtp: parameters that only the MTP modules have; they share embedding and head with the model
+    mtp_stored: the same as a released checkpoint stores it, with copies of embedding and head
+    """
+
+    parts: dict[str, int]
+    active_parts: dict[str, int]
+    mtp: int
+    mtp_stored: int
+
+    @property
+    def total(self) -> int:
+        """Return the parameters of the main model, norms and gate biases included."""
+        return sum(self.parts.values())
+
+    @property
+    def active(self) -> int:
+        """Return the parameters that one token uses, embedding and head included."""
+        return sum(self.active_parts.values())
+
+    @property
+    def active_without_embedding(self) -> int:
+        """Return `active` without the embedding, which is looked up and not multiplied."""
+        return self.active - self.active_parts["embedding"]
+
+    @property
+    def active_without_both(self) -> int:
+        """Return the active parameters of the blocks and the final norm."""
+        return self.active_without_embedding - self.active_parts["head"]
+
+
+def attention_matrices(args: ModelArgs) -> Shapes:
+    """Return the matrices of one MLA layer (V3 equations 1 to 11)."""
+    query_width = args.n_heads * args.qk_head_dim
+    queries = {"wq": (query_width, args.dim)}
+    if args.q_lora_rank:
+        queries = {"wq_a": (args.q_lora_rank, args.dim), "wq_b": (query_width, args.q_lora_rank)}
+    return queries | {
+        "wkv_a": (args.kv_lora_rank + args.qk_rope_head_dim, args.dim),
+        "wkv_b": (args.n_heads * (args.qk_nope_head_dim + args.v_head_dim), args.kv_lora_rank),
+        "wo": (args.dim, args.n_heads * args.v_head_dim)}
+
+
+def indexer_matrices(args: ModelArgs) -> Shapes:
+    """Return the matrices of one layer's lightning indexer (V3.2 equation 1), if it has one."""
+    if not args.has_indexer:
+        return {}
+    return {"wq_b": (args.index_n_heads * args.index_head_dim, args.q_lora_rank or args.dim),
+            "wk": (args.index_head_dim, args.dim), "weights_proj": (args.index_n_heads, args.dim)}
+
+
+def mlp_matrices(args: ModelArgs, width: int) -> Shapes:
+    """Return the matrices of a SwiGLU layer with `width` hidden units."""
+    return {"w1": (width, args.dim), "w2": (args.dim, width), "w3": (width, args.dim)}
+
+
+def size(shapes: Shapes) -> int:
+    """Return the number of parameters in some matrices."""
+    return sum(rows * columns for rows, columns in shapes.values())
+
+
+def block_parts(args: ModelArgs, layer: int, n_routed: int) -> dict[str, int]:
+    """Return the parameters of block `layer` by part, counting `n_routed` of its routed experts.
+
+    layer: index of the block; MTP modules continue from n_layers
+    """
+    latent_norms = args.q_lora_rank + args.kv_lora_rank
+    k_norm = 2 * args.index_head_dim if args.has_indexer else 0  # a LayerNorm: weight and bias
+    parts = {"attention": size(attention_matrices(args)) + latent_norms, "norms": 2 * args.dim,
+             "indexer": size(indexer_matrices(args)) + k_norm}
+    if not args.is_moe_layer(layer):
+        return parts | {"dense_ffn": size(mlp_matrices(args, args.inter_dim))}
+    expert = size(mlp_matrices(args, args.moe_inter_dim))
+    gate = args.n_routed_experts * (args.dim + args.gate_bias)
+    return parts | {"routed_experts": n_routed * expert,
+                    "shared_experts": args.n_shared_experts * expert, "gate": gate}
+
+
+def model_parts(args: ModelArgs, n_routed: int) -> dict[str, int]:
+    """Return the main model's parameters by part, counting `n_routed` routed experts per layer."""
+    table = args.vocab_size * args.dim
+    parts = dict(embedding=table, head=table, attention=0, indexer=0, dense_ffn=0,
+                 routed_experts=0, shared_experts=0, gate=0, norms=args.dim)  # the final norm
+    for layer in range(args.n_layers):
+        for part, count in block_parts(args, layer, n_routed).items():
+            parts[part] += count
+    return parts
+
+
+def mtp_join(args: ModelArgs) -> int:
+    """Return an MTP module's parameters outside its block: eh_proj and three norms (V3 eq. 21)."""
+    return 2 * args.dim * args.dim + 3 * args.dim
+
+
+def count_parameters(args: ModelArgs) -> ParameterCount:
+    """Count the parameters of a configuration.
+
+    For the preset "v3": total 671,026,419,200, active 37,552,297,472.
+    """
+    block = block_parts(args, args.n_layers, args.n_routed_experts)
+    mtp = args.n_mtp_layers * (sum(block.values()) + mtp_join(args))
+    copies = args.n_mtp_layers * 2 * args.vocab_size * args.dim
+    return ParameterCount(parts=model_parts(args, args.n_routed_experts),
+                          active_parts=model_parts(args, args.n_activated_experts),
+                          mtp=mtp, mtp_stored=mtp + copies)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Contents of a checkpoint in the released FP8 format.
+
+    elements: F8_E4M3, BF16 and F32 -> elements stored in that type; F32 includes the scales
+    scales: one FP32 scale per 128 x 128 block of each FP8 matrix
+    """
+
+    elements: dict[str, int]
+    scales: int
+
+    @property
+    def total(self) -> int:
+        """Return the number of elements stored; for "v3" 684,531,386,000."""
+        return sum(self.elements.values())
+
+    @property
+    def bytes(self) -> int:
+        """Return the size of the tensors, bytes."""
+        return sum(DTYPE_BYTES[dtype] * count for dtype, count in self.elements.items())
+
+
+def fp8_matrices(args: ModelArgs, layer: int) -> list[tuple[int, int]]:
+    """Return (out, in) of each FP8 matrix of block `layer`: all but the gate and weights_proj."""
+    indexer = indexer_matrices(args)
+    indexer.pop("weights_proj", None)
+    shapes = [*attention_matrices(args).values(), *indexer.values()]
+    if not args.is_moe_layer(layer):
+        return shapes + [*mlp_matrices(args, args.inter_dim).values()]
+    shared = mlp_matrices(args, args.n_shared_experts * args.moe_inter_dim)
+    expert = mlp_matrices(args, args.moe_inter_dim)
+    return shapes + [*shared.values()] + [*expert.values()] * args.n_routed_experts
+
+
+def scale_blocks(rows: int, columns: int) -> int:
+    """Return the scales of an FP8 matrix; a partial block has its own (576 rows make 5 blocks)."""
+    return -(-rows // BLOCK) * -(-columns // BLOCK)
+
+
+def stored_elements(args: ModelArgs) -> Stored:
+    """Count what a checkpoint stores in V3's format, MTP modules and their copies included.
+
+    Embedding, head, gate weights, norms, eh_proj and the indexer's weights_proj are BF16, gate
+    biases and scales FP32, all other matrices FP8. The type of the indexer's k_norm is not
+    documented; it is counted with the other norms, which changes no total.
+    """
+    blocks = range(args.n_layers + args.n_mtp_layers)
+    shapes = [shape for layer in blocks for shape in fp8_matrices(args, layer)]
+    fp8 = sum(rows * columns for rows, columns in shapes)
+    scales = sum(scale_blocks(*shape) for shape in shapes)
+    biases = args.gate_bias * args.n_routed_experts * sum(map(args.is_moe_layer, blocks))
+    count = count_parameters(args)
+    bf16 = count.total + count.mtp_stored - fp8 - biases
+    return Stored({"F8_E4M3": fp8, "BF16": bf16, "F32": biases + scales}, scales)

@@ -1,0 +1,72 @@
+"""Cache bytes against the papers and the cache that decoding allocates."""
+
+from dataclasses import replace
+
+import pytest
+from cost_shapes import NANO, SHAPES, V3, V32
+
+from minids import ModelArgs
+from minids.costs.cache import cache_bytes_per_token, fp8_cache_bytes_per_layer
+from minids.model.mla import LatentCache
+
+
+def cache_is_that_of_the_papers(cache_of) -> bool:
+    """V3's bytes, and the elements of V2 and V2-Lite, from `cache_of(args, bytes_per_element)`."""
+    cache = cache_of(V3, 2)
+    return (cache["mla"], cache["mha"]) == (70_272, 3_997_696) and [
+        cache_of(ModelArgs.preset(name), 1)["mla"] for name in ("v2", "v2-lite")
+    ] == [34_560, 15_552]
+
+
+def test_cache_of_the_papers():
+    assert cache_is_that_of_the_papers(cache_bytes_per_token)
+    cache = cache_bytes_per_token(V3)
+    assert cache == {"mla": 70_272, "mha": 3_997_696, "gqa": 249_856, "mqa": 31_232}
+    assert f"{cache['mha'] / cache['mla']:.2f}" == "56.89"
+    assert cache["mla"] == 2.25 * cache["mqa"]  # GQA with 2.25 groups (V2 table 1)
+    assert cache_bytes_per_token(ModelArgs.preset("v2-lite"), 1)["mha"] == 110_592
+
+    def a_rotated_key_for_each_head(args, width):  # wrong variant
+        extra = (args.n_heads - 1) * args.qk_rope_head_dim * args.n_layers * width
+        cache = cache_bytes_per_token(args, width)
+        return cache | {"mla": cache["mla"] + extra}
+
+    def all_dimensions_for_each_head(args, width):  # wrong variant: keys of 192
+        return cache_bytes_per_token(replace(args, qk_nope_head_dim=args.qk_head_dim), width)
+    assert not cache_is_that_of_the_papers(a_rotated_key_for_each_head)
+    assert not cache_is_that_of_the_papers(all_dimensions_for_each_head)
+
+
+@pytest.mark.parametrize("layers, heads, size", [(80, 64, 327_680), (126, 128, 516_096)])
+def test_grouped_cache_of_other_models(layers, heads, size):
+    """Qwen2.5-72B and Llama-3.1-405B: eight groups with heads of 128."""
+    args = replace(V3, n_layers=layers, n_heads=heads)
+    assert cache_bytes_per_token(args, n_groups=8)["gqa"] == size
+    assert cache_bytes_per_token(args, n_groups=heads)["gqa"] == cache_bytes_per_token(args)["mha"]
+    assert cache_bytes_per_token(args, n_groups=1)["gqa"] == cache_bytes_per_token(args)["mqa"]
+    assert cache_bytes_per_token(args, n_groups=4)["gqa"] != size
+    assert cache_bytes_per_token(NANO)["gqa"] == cache_bytes_per_token(NANO)["mha"]  # two heads
+
+
+def test_caches_of_sparse_attention_and_of_deployment():
+    cache = cache_bytes_per_token(V32)
+    assert {form: n for form, n in cache.items() if form != "indexer"} == cache_bytes_per_token(V3)
+    assert cache["indexer"] == 61 * 128 * 2
+    assert fp8_cache_bytes_per_layer(V3) == {"mla": 656}
+    assert fp8_cache_bytes_per_layer(V32) == {"mla": 656, "indexer": 132}
+    assert fp8_cache_bytes_per_layer(SHAPES["indexer"]) == {"mla": 16 + 4 + 16, "indexer": 24 + 4}
+
+
+def test_cache_needs_a_group():
+    with pytest.raises(ValueError, match="n_groups = 0 is not valid: it must be at least 1"):
+        cache_bytes_per_token(V3, n_groups=0)
+
+
+def test_cache_equals_the_one_that_decoding_allocates():
+    cache = LatentCache(NANO, batch=1, max_len=1)
+    allocated = cache.latents.numel() * cache.latents.element_size()
+    assert allocated == cache_bytes_per_token(NANO, bytes_per_element=4)["mla"]
+    assert allocated != cache_bytes_per_token(replace(NANO, n_layers=3), 4)["mla"]
+    cache = LatentCache(SHAPES["indexer"], batch=1, max_len=1)
+    allocated = cache.index_keys.numel() * cache.index_keys.element_size()
+    assert allocated == cache_bytes_per_token(SHAPES["indexer"], 4)["indexer"]
