@@ -1,0 +1,159 @@
+"""What all tables of `minids.lab.bench` share: settings, models, text, and one training step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from minids.base.fields import Settings, option, require
+from minids.config import ModelArgs
+from minids.lab.timing import in_turn
+from minids.model.transformer import Transformer
+from minids.runs.learner import tune_allocator
+from minids.runs.settings import TrainArgs
+from minids.text.loaders import open_data
+from minids.text.tokenizer import Tokenizer
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DEFAULT_TABLES = ("train", "decode", "memory", "dense")  # what "all" means
+TABLES = (*DEFAULT_TABLES, "moe-vs-dense", "sparse", "speculative", "rollout")
+WARM_UP = 2           # training steps before the timings; the first ones compile kernels
+LEARNING_RATE = 1e-3  # of the timed steps
+
+
+@dataclass(frozen=True)
+class BenchArgs(Settings):
+    """What to measure."""
+
+    preset: str = option("tiny", "model: " + ", ".join(ModelArgs.presets()))
+    what: str = option("all", "table to make; all: " + ", ".join(DEFAULT_TABLES),
+                       ("all", *TABLES))
+    pairs: int = option(7, "timings of each side", low=1)
+    steps_per_timing: int = option(8, "training steps in one timing", low=1)
+    batch_size: int = option(8, "training: sequences per step", low=1)
+    seq_len: int = option(256, "training: tokens per sequence", low=1)
+    decode_batch: int = option(64, "decoding: sequences in the larger batch; the other has one",
+                               low=1)
+    prompt: int = option(64, "decoding: tokens in each prompt", low=1)
+    new_tokens: int = option(128, "decoding: tokens to generate after each prompt", low=1)
+    dtype: str = option("both", "bf16: autocast with FP32 weights to train, BF16 weights to decode",
+                        ("both", *DTYPES))
+    data: str = option("pystdlib", "text: pystdlib, text:PATH or hf:NAME[:CONFIG[:COLUMN]]")
+    context: int = option(32768, "sparse: longest context in tokens; the others halve it", low=1)
+    run: str = option("runs/tiny", "speculative: run folder of the model")
+    seed: int = option(0, "seed of the weights and of the order of the text", low=0)
+    seeds: int = option(3, "moe-vs-dense: runs of each model", low=1)
+    steps: int = option(0, "moe-vs-dense: steps of each run; 0: the preset's number", low=0)
+    threads: int = option(2, "CPU threads", low=1)
+    device: str = option("cpu", "device", ("cpu", "cuda"))
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self, "device", self.device == "cpu" or torch.cuda.is_available(),
+                "cpu: torch finds no GPU on this machine")
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Precisions of the tables that compare in each."""
+        return list(DTYPES) if self.dtype == "both" else [self.dtype]
+
+    @property
+    def one_dtype(self) -> torch.dtype:
+        """Precision of the tables that run in one: FP32 unless BF16 is asked for."""
+        return DTYPES["bf16" if self.dtype == "bf16" else "fp32"]
+
+
+def prepare(settings: BenchArgs) -> None:
+    """Set allocator and threads for everything that this process measures."""
+    tune_allocator()
+    torch.set_num_threads(settings.threads)
+
+
+class Bench:
+    """The configuration and the text that all tables of one program share.
+
+    settings: what to measure
+    args: the model; the timed models leave out its MTP modules
+    """
+
+    def __init__(self, settings: BenchArgs, args: ModelArgs):
+        tokenizer = Tokenizer.open(TrainArgs.for_preset(settings.preset).tokenizer)
+        self.settings = settings
+        self.trained_args = replace(args, vocab_size=tokenizer.vocab_size)
+        self.args = replace(self.trained_args, n_mtp_layers=0)
+        self.check_lengths()
+        data = open_data(settings.data, tokenizer, settings.seq_len, seed=settings.seed)
+        self.loader, self.valid = data.loader, data.valid
+        needed = settings.prompt * settings.decode_batch
+        require(settings, "decode_batch", needed <= len(self.valid),
+                f"at most {len(self.valid) // settings.prompt}: the validation text is short")
+
+    def check_lengths(self) -> None:
+        """Raise `ValueError` for a model without experts or sequences longer than its limit."""
+        limit, s = self.args.max_seq_len, self.settings
+        require(self.args, "n_routed_experts", self.args.has_moe, "at least 1")
+        require(s, "seq_len", s.seq_len <= limit, f"at most max_seq_len = {limit}")
+        require(s, "new_tokens", s.prompt + s.new_tokens <= limit,
+                f"at most {limit - s.prompt}, so that max_seq_len = {limit} holds the prompt too")
+
+    def model(self, args: ModelArgs | None = None) -> Transformer:
+        """Return a new model, with the same random weights every time."""
+        torch.manual_seed(self.settings.seed)
+        return Transformer(args or self.args).to(self.settings.device)
+
+    def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Return the next training batches, on the device."""
+        drawn = [self.loader.next_batch(self.settings.batch_size) for _ in range(count)]
+        return [tuple(t.to(self.settings.device) for t in batch) for batch in drawn]
+
+    def prompts(self, count: int) -> list[list[int]]:
+        """Return `count` pieces of the validation text."""
+        size = self.settings.prompt
+        return self.valid[:count * size].view(count, size).tolist()
+
+    def time_steps(self, ours: "Stepper", theirs: "Stepper") -> list[str]:
+        """Time training steps in turn, both sides on the same batches; return `Timing.cells`."""
+        s = self.settings
+        for stepper in (ours, theirs):
+            stepper.run(self.batches(WARM_UP))
+        batches = [self.batches(s.steps_per_timing) for _ in range(s.pairs)]
+        timing = in_turn(lambda pair: ours.run(batches[pair]),
+                         lambda pair: theirs.run(batches[pair]), s.pairs, s.device)
+        return timing.cells(s.steps_per_timing * s.batch_size * s.seq_len)
+
+
+def minids_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy in nats."""
+    return model.loss(tokens, targets, mtp_weight=0.0, balance_weight=0.0).total
+
+
+class Stepper:
+    """One model's training step: forward, backward, clipping, fused AdamW.
+
+    loss: `minids_loss` or `transformers_loss`
+    dtype: "bf16" (autocast, FP32 master weights) or "fp32"
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable, dtype: str):
+        self.model, self.loss, self.dtype = model, loss, dtype
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Return the loss of a batch; tokens, targets: (B, S) int64."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self.dtype == "bf16"):
+            return self.loss(self.model, tokens, targets)
+
+    def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Take one optimizer step and return the loss before it."""
+        loss = self.forward(tokens, targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+    def run(self, batches: list) -> None:
+        """Take one step on each batch."""
+        for batch in batches:
+            self.step(*batch)

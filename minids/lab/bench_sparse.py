@@ -1,0 +1,151 @@
+"""Prefill and decoding against context length, dense and sparse: time and FLOPs."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from minids.infer.selections import Rule, selecting
+from minids.lab.bench_setup import Bench
+from minids.lab.timing import round_robin
+from minids.model.mla import LatentCache
+from minids.model.sparse_attention import Selection, load_weights_without_indexer
+from minids.model.transformer import Transformer
+from minids.train import default_indexer
+
+SHORTEST = 1024    # tokens; the table's first context
+PIECE = 256        # tokens that sparse prefill processes at a time
+DECODE_STEPS = 16  # in one timing
+
+
+class Sparse:
+    """A dense and a sparse model with the same weights, and the work that is timed on both.
+
+    bench: its model; without an indexer it gets one in V3.2's proportions that selects 2,048 tokens
+    """
+
+    def __init__(self, bench: Bench):
+        s = self.settings = bench.settings
+        args = replace(bench.args, max_seq_len=s.context + 1)
+        if not args.has_indexer:
+            args = replace(args, **default_indexer(asdict(args), 8 * 2048))
+        self.args = args
+        self.sparse = bench.model(args).to(s.one_dtype).eval()
+        self.dense = bench.model(replace(args, index_n_heads=0)).to(s.one_dtype).eval()
+        load_weights_without_indexer(self.sparse, self.dense.state_dict())
+        self.tokens = torch.randint(args.vocab_size, (1, s.context), device=s.device,
+                                    generator=torch.Generator(s.device).manual_seed(s.seed))
+
+    def cache(self, model: Transformer, length: int) -> LatentCache:
+        """Return an empty cache with room for `length` tokens and one more."""
+        return LatentCache(model.args, 1, length + 1, device=self.settings.device,
+                           dtype=self.settings.one_dtype)
+
+    @torch.inference_mode()
+    def prefill_dense(self, length: int) -> Tensor:
+        """Prefill in the naive form, all tokens at once in the fused causal kernel."""
+        return self.dense.head(self.dense.hidden(self.tokens[:, :length])[0][:, -1])
+
+    @torch.inference_mode()
+    def prefill_sparse(self, length: int) -> Tensor:
+        """Prefill piece by piece, each query gathering its own k tokens: work per token ~ k."""
+        cache = self.cache(self.sparse, length)
+        for piece in self.tokens[:, :length].split(PIECE, dim=1):
+            hidden, _ = self.sparse.hidden(piece, cache, absorbed=True)
+        return self.sparse.head(hidden[:, -1])
+
+    def decoding(self, model: Transformer, length: int) -> Callable[[], Tensor]:
+        """Return one decoding step after `length` tokens; each call repeats the same step."""
+        cache = self.cache(model, length)
+        cache.latents.normal_()  # the values do not change the time
+        if cache.index_keys is not None:
+            cache.index_keys.normal_()
+
+        @torch.inference_mode()
+        def step() -> Tensor:
+            cache.length = length
+            return model(self.tokens[:, :1], cache, absorbed=True)
+        return step
+
+    def prefills(self, length: int) -> list[Callable[[], Tensor]]:
+        """Return the prefills of `length` tokens: dense, sparse."""
+        return [functools.partial(self.prefill_dense, length),
+                functools.partial(self.prefill_sparse, length)]
+
+    def decodings(self, length: int) -> list[Callable[[], Tensor]]:
+        """Return the decoding steps: dense, sparse, and sparse with the indexer's work left out."""
+        sparse = self.decoding(self.sparse, length)
+
+        def outside() -> Tensor:
+            with selecting(self.sparse, same_tokens(self.args.index_topk)):
+                return sparse()
+        return [self.decoding(self.dense, length), sparse, outside]
+
+
+def same_tokens(k: int) -> Rule:
+    """Return a rule that always selects the first k tokens, and so costs nothing."""
+    @functools.cache
+    def first(batch: int, queries: int, device: torch.device) -> Selection:
+        indices = torch.arange(k, device=device).expand(batch, queries, k)
+        return Selection(indices, torch.ones_like(indices, dtype=torch.bool))
+
+    def rule(attn, x: Tensor, c_q: Tensor, context) -> Selection | None:
+        return first(*x.shape[:2], x.device) if context.visible.size(-1) > k else None
+    return rule
+
+
+def count_flops(work: Callable[[], object]) -> int:
+    """Return the FLOPs of all matrix products in `work`, two per multiply-add.
+
+    A causal kernel counts the keys its queries see, S (S + 1) / 2 pairs; torch itself counts all
+    pairs on a GPU and none on a CPU, and leaves out the experts' grouped products.
+    """
+    def attention(q, k, v, *_, **__) -> int:
+        pairs = q[-2] * (q[-2] + 1) // 2 if q[-2] == k[-2] else q[-2] * k[-2]
+        return 2 * q[0] * q[1] * pairs * (q[-1] + v[-1])
+
+    def grouped(x, weight, *_, **__) -> int:
+        return 2 * x[0] * weight[1] * weight[2]
+
+    names = ("flash_attention", "flash_attention_for_cpu", "efficient_attention",
+             "cudnn_attention")
+    formulas = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): attention for name in names}
+    formulas[torch.ops.aten._grouped_mm] = grouped
+    with FlopCounterMode(display=False, custom_mapping=formulas) as count:
+        work()
+    return count.get_total_flops()
+
+
+def contexts(longest: int) -> Iterator[int]:
+    """Yield SHORTEST, twice that and so on below `longest`, then `longest`."""
+    length = SHORTEST
+    while length < longest:
+        yield length
+        length *= 2
+    yield longest
+
+
+def sparse_table(bench: Bench) -> list[list[str]]:
+    """Return the table of dense and sparse attention; decoding is one token of one sequence.
+
+    Counting the FLOPs runs each work once, so no timing is the first one.
+    """
+    both, s = Sparse(bench), bench.settings
+    rows = [[f"k = {both.args.index_topk:,}", "dense ms", "sparse ms", "ratio",
+             "outside indexer ms", "dense MFLOP", "sparse MFLOP", "outside indexer MFLOP"]]
+    for name, works_at, times_each in (("prefill", both.prefills, 1),
+                                       ("decode", both.decodings, DECODE_STEPS)):
+        for length in contexts(s.context):
+            works = works_at(length)
+            flops = [f"{count_flops(work) / 1e6:,.3f}" for work in works]
+            taken = round_robin(works, s.pairs, times_each, s.device)
+            times = [f"{1e3 * t:,.2f}" for t in taken]
+            times.insert(2, f"{taken[0] / taken[1]:.2f}")
+            missing = [""] * (3 - len(works))  # prefill has no third work
+            rows += [[f"{name}, {length:,} tokens", *times, *missing, *flops, *missing]]
+            print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+    return rows

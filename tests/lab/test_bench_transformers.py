@@ -1,0 +1,188 @@
+"""The benchmark times the same work on both sides, or stops.
+
+Nothing here is timed: a benchmark is a program. The tests check that it notices when the two sides
+do different work, since a ratio of two different works would mean nothing.
+"""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minids.config import ModelArgs
+from minids.lab import bench_transformers as beside
+from minids.lab.bench_setup import Stepper
+from minids.lab.timing import process_memory
+from minids.model.transformer import Transformer
+
+NANO = replace(ModelArgs.preset("nano"), n_mtp_layers=0)
+SHAPES = {
+    "nano": {},
+    "compressed queries": dict(q_lora_rank=24),
+    "groups": dict(n_routed_experts=8, n_expert_groups=4, n_limited_groups=2, route_scale=2.5),
+    "short wavelengths": dict(rope_theta=50.0),
+    "two shared, two dense": dict(n_shared_experts=2, n_layers=4, n_dense_layers=2),
+    "V2": dict(score_func="softmax", gate_bias=False, route_scale=16.0),
+    "YaRN": dict(max_seq_len=8192),
+    "V3.2": dict(q_lora_rank=24, index_n_heads=16, index_head_dim=16, index_topk=8),
+    "dense": dict(n_routed_experts=0),
+}
+
+
+def random_model(**changes) -> Transformer:
+    """A small model whose norms and gate biases are not at their initial values."""
+    torch.manual_seed(0)
+    model = Transformer(replace(NANO, **changes))
+    for name, p in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(p, 0.5, 1.5)
+    for bias in model.gate_biases():
+        bias.normal_(std=0.1)
+    return model
+
+
+def some_batch() -> tuple[torch.Tensor, torch.Tensor]:
+    text = torch.randint(NANO.vocab_size, (4, 33), generator=torch.Generator().manual_seed(1))
+    return text[:, :-1].contiguous(), text[:, 1:].contiguous()
+
+
+def first_losses(model, other, dtype="fp32") -> list[float]:
+    return beside.first_losses(Stepper(model, beside.minids_loss, dtype),
+                              Stepper(other, beside.transformers_loss, dtype), some_batch())
+
+
+@pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", beside.DTYPES)
+def test_both_sides_compute_the_same_loss(changes, dtype):
+    model = random_model(**changes)
+    ours, theirs = first_losses(model, beside.to_transformers(model), dtype)
+    assert 8 < ours < 9 and 8 < theirs < 9  # about ln 4096 = 8.3
+
+
+def test_transformers_bodies_agree():
+    model = random_model()
+    other = beside.to_transformers(model)
+    losses = []
+    for setting in beside.TRAIN_SETTINGS:
+        beside.choose(other, setting)
+        assert (other.config._attn_implementation, other.config._experts_implementation) == setting
+        losses += [first_losses(model, other)[1]]
+    assert max(losses) - min(losses) < 1e-5  # FP32 sums of a few hundred terms near 8
+
+
+def swap_gate_and_up(state: dict) -> None:
+    for name in [n for n in state if n.endswith("gate_up_proj")]:
+        state[name].copy_(torch.cat(state[name].chunk(2, dim=1)[::-1], dim=1))
+
+
+def roll_experts(state: dict) -> None:
+    for name in [n for n in state if n.endswith("down_proj") and "mlp.experts" in n]:
+        state[name].copy_(state[name].roll(1, 0))
+
+
+def forget_bias(state: dict) -> None:
+    for name in [n for n in state if n.endswith("e_score_correction_bias")]:
+        state[name].zero_()
+
+
+def half_split_rotary(state: dict) -> None:
+    width = NANO.qk_rope_head_dim
+    for name in [n for n in state if n.endswith("kv_a_proj_with_mqa.weight")]:
+        pairs = state[name][-width:].view(width // 2, 2, -1)
+        state[name][-width:] = pairs.transpose(0, 1).reshape(width, -1)
+
+
+def forget_final_norm(state: dict) -> None:
+    state["model.norm.weight"].fill_(1.0)
+
+
+@pytest.mark.parametrize("dtype", beside.DTYPES)
+@pytest.mark.parametrize("spoil", [swap_gate_and_up, roll_experts, forget_bias, half_split_rotary,
+                                   forget_final_norm])
+def test_wrong_copy_of_the_weights_is_noticed(spoil, dtype):
+    model = random_model()
+    other = beside.to_transformers(model)
+    first_losses(model, other, dtype)
+    with torch.no_grad():
+        spoil(other.state_dict())
+    with pytest.raises(AssertionError, match="the two models differ"):
+        first_losses(model, other, dtype)
+
+
+def test_targets_are_not_shifted_twice():
+    model = random_model()
+    other = beside.to_transformers(model)
+    ours = Stepper(model, beside.minids_loss, "fp32")
+    twice = Stepper(other, lambda m, x, y: m(input_ids=x, labels=y).loss, "fp32")
+    with pytest.raises(AssertionError, match="first losses differ"):
+        beside.first_losses(ours, twice, some_batch())
+
+
+def test_a_step_trains_both_sides_alike():
+    model = random_model()
+    other = beside.to_transformers(model)
+    steppers = [Stepper(model, beside.minids_loss, "fp32"),
+                Stepper(other, beside.transformers_loss, "fp32")]
+    losses = [[s.step(*some_batch()).item() for _ in range(4)] for s in steppers]
+    # The first steps of Adam are sign-like: FP32 rounding of tiny gradients moves single weights.
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)
+    assert losses[0][-1] < losses[0][0] - 0.05
+
+
+PROMPTS = [[3, 14, 159, 26], [53, 58, 97, 93]]
+
+
+@pytest.fixture(scope="module")
+def decoded():
+    """A model and both sides' greedy tokens."""
+    model = random_model().eval()
+    other = beside.to_transformers(model).eval()
+    return (model, beside.decode_minids(model, PROMPTS, 12),
+            beside.decode_transformers(other, PROMPTS, 12))
+
+
+def test_decoded_tokens_are_equal(decoded):
+    model, ours, theirs = decoded
+    assert [len(row) for row in ours] == [12, 12]
+    assert beside.equal_tokens(model, PROMPTS, ours, theirs, beside.TIE["fp32"]) == 1.0
+
+
+@pytest.mark.parametrize("dtype", beside.TIE)
+def test_wrong_token_is_noticed(decoded, dtype):
+    model, ours, theirs = decoded
+    wrong = [list(row) for row in theirs]
+    wrong[1][5] = (wrong[1][5] + 1) % NANO.vocab_size
+    with pytest.raises(AssertionError, match="token 5 differs"):
+        beside.equal_tokens(model, PROMPTS, ours, wrong, beside.TIE[dtype])
+    short = [theirs[0], theirs[1][:-1]]
+    with pytest.raises(AssertionError, match="12 and 11 tokens"):
+        beside.equal_tokens(model, PROMPTS, ours, short, beside.TIE[dtype])
+
+
+def test_tie_counts_as_a_difference_but_passes(decoded):
+    model, ours, _ = decoded
+    with torch.inference_mode():
+        tokens = torch.tensor([PROMPTS[0] + ours[0][:11]])
+        second = model(tokens)[0, -1].topk(2).indices[1].item()
+    other = [ours[0][:11] + [second], ours[1]]
+    assert beside.equal_tokens(model, PROMPTS, ours, other, tie=1.0) == 23 / 24
+
+
+def test_trial_finds_the_fastest(monkeypatch):
+    speeds = dict(zip(beside.TRAIN_SETTINGS, [0.3, 0.1, 0.2, 0.4], strict=True))
+    chosen = []
+    monkeypatch.setattr(beside, "choose", lambda theirs, setting: chosen.append(setting))
+    monkeypatch.setattr(beside, "seconds", lambda work, device: speeds[chosen[-1]])
+    found = beside.trial(None, beside.TRAIN_SETTINGS, None, "cpu", "work")
+    assert found == beside.TRAIN_SETTINGS[1]
+    assert chosen == beside.TRAIN_SETTINGS * (beside.TRIAL_ROUNDS + 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_is_measured_in_a_fresh_process(settings):
+    ballast = torch.ones(2**27)  # 512 MiB that the measuring process must not have
+    memory = beside.in_fresh_process(beside.memory_of_training, settings, NANO, "fp32", None)
+    assert process_memory("VmRSS") > 2**29
+    assert 2**20 < memory.peak - memory.before < 2**29 and memory.before < 2**29
+    del ballast
