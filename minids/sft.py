@@ -17,7 +17,6 @@ with their worked solution for a thought in a share of the cases.
 Simplified: a sample longer than a row is refused, not cut.
 """
 
-import json
 import random
 import shlex
 import time
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from minids.base.command_line import parse, run_program
 from minids.base.fields import option, require
+from minids.base.files import read_jsonl
 from minids.config import ModelArgs
 from minids.model.transformer import Packed
 from minids.rl.examination import examine
@@ -156,14 +156,14 @@ def read_conversations(path: Path) -> list[list[dict]]:
     if not path.is_file():
         raise ValueError(f"data = 'jsonl:{path}' is not valid: there is no such file")
     found = []
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        try:
-            messages = json.loads(line)["messages"]
-            assert isinstance(messages, list) and all(isinstance(m, dict) for m in messages)
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise ValueError(f"data = 'jsonl:{path}' is not valid: line {number} is no object with "
-                             'a list of "messages"') from None
-        found.append(messages)
+    try:
+        for number, row in read_jsonl(path):
+            messages = row.get("messages") if isinstance(row, dict) else None
+            if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+                raise ValueError(f'{path} line {number} is no object with a list of "messages"')
+            found.append(messages)
+    except ValueError as error:
+        raise ValueError(f"data = 'jsonl:{path}' is not valid: {error}") from None
     if not found:
         raise ValueError(f"data = 'jsonl:{path}' is not valid: it is empty")
     return found

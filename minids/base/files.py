@@ -1,10 +1,12 @@
-"""Write files and folders whole or not at all; read JSON."""
+"""Write files and folders whole or not at all; read JSON and JSONL."""
 
 import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 
 def write_flushed(file: Path, data: bytes) -> None:
@@ -90,3 +92,24 @@ def discard(path: Path) -> None:
     doomed = path.with_name(f".tmp_removed_{path.name}")
     os.rename(path, doomed)
     shutil.rmtree(doomed)
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line of a JSONL file, skipping blank lines.
+
+    Only a line feed ends a line: U+2028 and U+0085 may stand inside a string. A byte order mark
+    at the start is ignored. Lines are read as they are asked for.
+
+    Raises `ValueError` naming the file and the line if a line is not UTF-8 or not JSON.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path} line {number} is not UTF-8: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path} line {number} is not JSON: {error}") from error
+            yield number, value

@@ -26,7 +26,7 @@ import torch
 from tqdm import tqdm
 
 from minids import __version__
-from minids.base.files import write_json
+from minids.base.files import read_jsonl, write_json
 from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.hf import inspect, is_hf_folder, load_hf
@@ -317,11 +317,12 @@ def model_and_tokenizer(args: LearnArgs) -> tuple[ModelArgs, Tokenizer, Path | N
 def read_metrics(run: Path) -> list[dict]:
     """The whole lines of metrics.jsonl; a line that a crash cut short is left out."""
     path, records = run / "metrics.jsonl", []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+    try:
+        for _, record in read_jsonl(path) if path.exists() else []:
+            records.append(record)
+    except ValueError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError):
+            raise
     return records
 
 

@@ -3,11 +3,11 @@
 import codecs
 import glob
 import hashlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
 from minids.base.fields import nearest
+from minids.base.files import read_jsonl
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 
@@ -56,7 +56,7 @@ def check_file(path: Path) -> tuple[str, str]:
 
 def read_documents(path: Path) -> Iterator[str]:
     """The documents of one file: itself, or the text of each of its rows."""
-    readers = {".jsonl": read_jsonl, ".parquet": read_parquet}
+    readers = {".jsonl": read_rows, ".parquet": read_parquet}
     return readers.get(path.suffix, read_plain)(path)
 
 
@@ -65,23 +65,16 @@ def read_plain(path: Path) -> Iterator[str]:
     yield path.read_text(encoding="utf-8-sig")
 
 
-def read_jsonl(path: Path) -> Iterator[str]:
+def read_rows(path: Path) -> Iterator[str]:
     """The text column of a file with one JSON object a line."""
     column = None
-    with path.open(encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path} line {number} is not JSON: {error}") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"{path} line {number} must be a JSON object")
-            column = column or text_column({k: isinstance(v, str) for k, v in row.items()}, path)
-            if column not in row:
-                raise ValueError(f"{path} line {number} has no {column!r}, only {list(row)}")
-            yield str(row[column] or "")
+    for number, row in read_jsonl(path):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} must be a JSON object")
+        column = column or text_column({k: isinstance(v, str) for k, v in row.items()}, path)
+        if column not in row:
+            raise ValueError(f"{path} line {number} has no {column!r}, only {list(row)}")
+        yield str(row[column] or "")
 
 
 def read_parquet(path: Path) -> Iterator[str]:

@@ -14,7 +14,6 @@ so many characters, digits and levels and no more, and refuses the rest, so that
 costs microseconds and earns 0.
 """
 
-import json
 import random
 from collections.abc import Iterator
 from itertools import islice
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minids.base.fields import nearest
+from minids.base.files import read_jsonl
 from minids.text.expressions import last_number, parse_expression
 from minids.text.splits import held_out
 
@@ -220,15 +220,16 @@ def open_questions(spec: str, path: Path) -> Questions:
     sides: tuple[list, list] = [], []
     if not path.is_file():
         raise ValueError(f"task = {spec!r} is not valid: {path} is no file")
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            question, answer = row["question"], row["answer"]
-            assert isinstance(question, str) and isinstance(answer, str)
-        except (ValueError, KeyError, TypeError, AssertionError):
-            raise ValueError(f"task = {spec!r} is not valid: line {number} of {path} is no object "
-                             'with the texts "question" and "answer"') from None
-        sides[held_out(question.encode(), HELD_OUT)].append((question, answer))
+    try:
+        for number, row in read_jsonl(path):
+            match row:
+                case {"question": str(question), "answer": str(answer)}:
+                    sides[held_out(question.encode(), HELD_OUT)].append((question, answer))
+                case _:
+                    raise ValueError(f"{path} line {number} is no object with the texts "
+                                     '"question" and "answer"')
+    except ValueError as error:
+        raise ValueError(f"task = {spec!r} is not valid: {error}") from None
     return Questions(spec, *sides)
 
 

@@ -398,12 +398,21 @@ def test_a_missing_file_is_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("line", [
-    "{", "", "[1]", "7", "null", '"text"', "{}", '{"question": "a"}', '{"answer": "a"}',
+    "[1]", "7", "null", '"text"', "{}", '{"question": "a"}', '{"answer": "a"}',
     '{"question": 1, "answer": "b"}', '{"question": "a", "answer": null}'])
 def test_a_wrong_line_is_told_by_its_number(line, tmp_path):
     path = tmp_path / "own.jsonl"
     assert complaint(write(path, *rows_of(False), line, *rows_of(True))) == (
-        f'line 6 of {path} is no object with the texts "question" and "answer"')
+        f'{path} line 6 is no object with the texts "question" and "answer"')
+    write(path, *rows_of(False), "{", *rows_of(True))
+    assert complaint(f"jsonl:{path}").startswith(f"{path} line 6 is not JSON: ")
+
+
+def test_a_line_separator_and_a_blank_line_do_no_harm(tmp_path):
+    rows = [*rows_of(False), "", *rows_of(True)]
+    spec = write(tmp_path / "own.jsonl", *rows, '{"question": "a\u2028b", "answer": "c"}')
+    asked = sum(map(len, open_task(spec).sides.values()))
+    assert asked == 5 + 5 + 1
 
 
 @pytest.mark.parametrize("side, missing", [(False, "held-out"), (True, "train")])
