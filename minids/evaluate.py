@@ -1,4 +1,4 @@
-"""How good a model is: bits per byte of text it has not seen, and how its experts share the work.
+"""Measure a model on text that it has not seen: bits per byte, and the balance of its experts.
 
     python -m minids.evaluate --run runs/tiny
     python -m minids.evaluate --run runs/tiny --data text:other_text
@@ -6,18 +6,11 @@
     python -m minids.evaluate --run runs/tiny-warm --selections
     python -m minids.evaluate --run runs/tiny --drafts
 
-Bits per byte is the cross-entropy of all tokens, in bits, over the number of bytes they stand for.
-Unlike the loss per token it does not depend on the vocabulary, so that models with different
-tokenizers can be compared (V3's table of base models has it as Pile BPB, section 4.4).
-
---selections asks what sparse attention (V3.2 section 2.1) costs and why: the same model attends to
-all tokens, to the k that its indexer selects, to the k that attention itself weighs most, to the
-last k, and to k at random.
-
---drafts asks how well the MTP modules guess what the model will say (V3 section 5.4.3), by depth
-and by kind of text. Over held-out text a draft is compared with what the model itself makes of the
-same true text, so that a module cannot profit from the repetitions that a model falls into when it
-goes on from its own words; those are the last row.
+Bits per byte does not depend on the vocabulary, so models with different tokenizers can be compared
+(`minids.infer.validation`). --selections compares dense attention with ways of selecting k tokens,
+the indexer's among them (`minids.infer.selections`). --drafts measures how well the MTP modules
+predict what the model will say, by depth and kind of text (`minids.infer.drafts`); the last row has
+the drafts for the model's own output.
 """
 
 from dataclasses import dataclass
@@ -26,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import check_types, option, require
+from minids.base.fields import Settings, option
 from minids.base.tables import format_table
 from minids.generate import generate
 from minids.hf import open_model
@@ -37,12 +30,30 @@ from minids.runs.checkpoints import pick_device
 from minids.text.loaders import open_data
 
 
+@dataclass(frozen=True)
+class EvaluateArgs(Settings):
+    """Which run to evaluate, and on what."""
+
+    run: str = option("runs/tiny", "run folder, one of its checkpoints, or a Hugging Face folder")
+    data: str = option("", "text, as for minids.train; none: the run's own, or else pystdlib")
+    seq_len: int = option(0, "tokens in a window; 0: as in training, or else at most 1024", low=0)
+    batch_size: int = option(16, "windows at a time", low=1)
+    max_tokens: int = option(0, "validation tokens, spread over the text; 0: all", low=0)
+    selections: bool = option(False, "compare dense attention and ways of selecting k tokens")
+    index_topk: int = option(0, "k of --selections; 0: the model's, or an eighth of a window",
+                             low=0)
+    drafts: bool = option(False, "measure how often the MTP modules predict the model's choice")
+    fp8: bool = option(False, "products of linear layers and experts in FP8")
+    device: str = option("auto", "auto, cpu or cuda")
+    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
+
+
 def draft_table(run, text: Tensor, seq_len: int, batch_size: int, max_tokens: int | None) -> str:
-    """`draft_agreement` for reading, and beside it the drafts of the model's own greedy text."""
+    """Return `draft_agreement` as text, with a last row for the model's own greedy output."""
     tables = draft_agreement(run.model, text, kinds_of_tokens(text, run.tokenizer), seq_len,
                              batch_size, max_tokens)
     depths = range(1, len(tables) + 1)
-    rows = [("the model's choice is guessed", "tokens", *(f"draft {k}" for k in depths),
+    rows = [("drafts that are the model's choice", "tokens", *(f"draft {k}" for k in depths),
              *(f"draft {k}, sampled" for k in depths))]
     for name, first in sorted(tables[0].items(), key=lambda item: (item[0] == "all", -item[1][0])):
         each = [table[name] for table in tables]
@@ -56,31 +67,8 @@ def draft_table(run, text: Tensor, seq_len: int, batch_size: int, max_tokens: in
                                  *(f"{share:.1%}" for own in shares for share in own))])
 
 
-@dataclass(frozen=True)
-class EvaluateArgs:
-    """Which run to evaluate, and on what."""
-
-    run: str = option("runs/tiny", "run folder, one of its checkpoints, or a Hugging Face folder")
-    data: str = option("", "text, as for minids.train; none is the run's own, or else pystdlib")
-    seq_len: int = option(0, "tokens in a window; 0: as in training, or else 1024 at most")
-    batch_size: int = option(16, "windows at a time")
-    max_tokens: int = option(0, "validation tokens, spread over the text; 0: all")
-    selections: bool = option(False, "compare dense attention and ways of selecting k tokens")
-    index_topk: int = option(0, "tokens of --selections; 0: the model's, or an eighth of a window")
-    drafts: bool = option(False, "how often the MTP modules guess what the model says")
-    fp8: bool = option(False, "products of linear layers and experts in FP8")
-    device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
-
-    def __post_init__(self):
-        check_types(self)
-        require(self, "batch_size", self.batch_size >= 1, "at least 1")
-        for name in ("seq_len", "threads", "max_tokens", "index_topk"):
-            require(self, name, getattr(self, name) >= 0, "0 or more")
-
-
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     [given] = parse("minids.evaluate", __doc__, EvaluateArgs)
     args = EvaluateArgs(**given)
     if args.threads:
@@ -91,25 +79,24 @@ def main() -> None:
                                         "seq_len": min(run.model.args.max_seq_len, 1024)}
     if args.fp8:
         run.model.use_fp8()
-    seq_len = args.seq_len or train["seq_len"]
+    seq_len, max_tokens = args.seq_len or train["seq_len"], args.max_tokens or None
     data = open_data(args.data or train["data"], run.tokenizer, seq_len)
     text = data.valid, run.tokenizer.n_bytes, seq_len, args.batch_size
     print(f"{run.checkpoint} on {data.name}, {len(data.valid):,} validation tokens")
     if args.selections:
-        k = args.index_topk or (run.model.args.index_topk if run.model.args.has_indexer
-                                else max(seq_len // 8, 1))
-        print(selection_table(compare_selections(run.model, *text, k, args.max_tokens or None), k))
-        return
-    if args.drafts:
+        model_k = run.model.args.index_topk if run.model.args.has_indexer else seq_len // 8
+        k = args.index_topk or max(model_k, 1)
+        print(selection_table(compare_selections(run.model, *text, k, max_tokens), k))
+    elif args.drafts:
         if not run.model.mtp:
             raise ValueError(f"drafts = True is not valid: {args.run} has no MTP module")
-        print(draft_table(run, data.valid, seq_len, args.batch_size, args.max_tokens or None))
-        return
-    begin_id = run.tokenizer.bos_id if train.get("separate") else None
-    result = evaluate(run.model, *text, args.max_tokens or None, begin_id)
-    print(f"bits per byte    {result.bits_per_byte:.4f}")
-    if result.max_vio:
-        print("MaxVio by layer  " + " ".join(f"{v:.2f}" for v in result.max_vio))
+        print(draft_table(run, data.valid, seq_len, args.batch_size, max_tokens))
+    else:
+        begin_id = run.tokenizer.bos_id if train.get("separate") else None
+        result = evaluate(run.model, *text, max_tokens, begin_id)
+        print(f"bits per byte    {result.bits_per_byte:.4f}")
+        if result.max_vio:
+            print("MaxVio by layer  " + " ".join(f"{v:.2f}" for v in result.max_vio))
 
 
 if __name__ == "__main__":

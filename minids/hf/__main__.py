@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: read the released models' files, write files that others read.
+"""Hugging Face checkpoints: export a run, describe a folder, convert between precisions.
 
     python -m minids.hf --run runs/tiny --out tiny-hf           # a run as a Hugging Face folder
     python -m minids.hf --folder tiny-hf                        # check and describe: headers only
@@ -6,25 +6,9 @@
     python -m minids.hf --run runs/tiny --out tiny-fp8 --quantize fp8
     python -m minids.hf --folder DeepSeek-V3 --out V3-bf16 --dtype bf16       # FP8 made BF16
 
-A folder holds `config.json` and the weights, in `model.safetensors` or in shards that
-`model.safetensors.index.json` lists. The classes are DeepseekV2ForCausalLM, DeepseekV3ForCausalLM
-(V3, R1, V3.1, Moonlight, Kimi K2) and DeepseekV32ForCausalLM. `NAMES` is the one table of names,
-used in both directions; each expert's matrices are tensors of their own there, and slices of one
-stacked tensor here.
-
-Reading: all names, shapes and settings are checked from the files' headers before a weight is
-read, so that a model is loaded whole or not at all. Then each tensor goes straight to its place:
-memory peaks at the model and the largest tensor. FP8 weights are multiplied by their block scales
-(V3, arXiv 2412.19437, section 3.3.2; `weight_scale_inv` in the files, FP32 or UE8M0).
-
-Writing: into a folder beside the target, which takes the target's place when it is whole on the
-disk. The MTP modules are the checkpoint's layers from n_layers on. transformers leaves out a layer
-61, and no other, so only a model of 61 layers has its MTP module among the other weights, with
-copies of embedding and head, as released; any other model has its own in `mtp.safetensors`, which
-the index does not list, transformers does not read, and `load_hf` does.
-
-Settings that no released configuration has words for (YaRN's, where YaRN is off; the indexer's
-Hadamard turn and FP8 rounding) stand under "minids" in `config.json`, if they are not the defaults.
+The folder is read by `transformers` and by every program of this package that takes --run. Its
+settings, names and weights are checked by the files' headers before any weight is read, and it is
+written whole or not at all: an interrupted save leaves the old folder or the new one.
 
 Simplified: one process holds the whole model.
 """
@@ -35,19 +19,44 @@ from pathlib import Path
 import torch
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import check_types, option
+from minids.base.fields import Settings, option
 from minids.base.tables import format_table
 from minids.costs import count_parameters
 from minids.hf.reading import inspect, read_model
-from minids.hf.settings import CLASSES, QUANTIZE, demand, model_type_of
+from minids.hf.settings import CLASSES, QUANTIZE, model_type_of
 from minids.hf.writing import check_target, save_hf, tokenizer_files
-from minids.runs.checkpoints import load_run, pick_device
+from minids.runs.checkpoints import load_run
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+@dataclass(frozen=True)
+class HfArgs(Settings):
+    """What to read and what to write"""
+
+    run: str = option("", "run folder, or one of its checkpoint folders, to export")
+    folder: str = option("", "Hugging Face folder to describe, or with --out to convert")
+    out: str = option("", "folder to write")
+    overwrite: bool = option(False, "replace the model in --out; other files there stay")
+    dtype: str = option("", "precision of the weights written: fp32 or bf16; none: unchanged",
+                        ("", *DTYPES))
+    quantize: str = option("", "matrices in FP8: fp8 as V3, fp8-ue8m0 as V3.1 and V3.2",
+                           ("", *QUANTIZE))
+    shard_bytes: int = option(5_000_000_000, "largest weight file, bytes", low=1)
+
+    def __post_init__(self):
+        super().__post_init__()
+        if bool(self.run) == bool(self.folder):
+            raise ValueError("give either --run, to export it, or --folder, to describe it")
+        if not self.out and (self.run or self.overwrite or self.dtype or self.quantize):
+            raise ValueError("out = '' is not valid: name the folder to write")
+
+
 def describe(folder: str | Path) -> str:
-    """What a folder holds, from its headers alone; checked as for loading."""
+    """Return what a folder holds, from its headers alone, checked as for loading.
+
+    Raises `ValueError` as `load_hf` does.
+    """
     source = inspect(folder)
     args, count = source.args, count_parameters(source.args)
     sizes = {}
@@ -60,39 +69,16 @@ def describe(folder: str | Path) -> str:
              f"MTP modules: {args.n_mtp_layers}; FP8: {'yes' if 'F8_E4M3' in sizes else 'no'}; "
              f"tokenizer: {', '.join(names) or 'none'}"]
     rows = [("parameters", "total", "active"), ("main model", count.total, count.active),
-            ("MTP modules", count.mtp, ""), ("", "", ""), ("numbers stored", "", "")]
+            ("MTP modules", count.mtp, ""), ("", "", ""), ("values stored", "", "")]
     rows += [(dtype, size, "") for dtype, size in sorted(sizes.items())]
     return "\n".join([*lines, "", format_table(rows)])
 
 
-@dataclass(frozen=True)
-class HfArgs:
-    """What to read and what to write"""
-
-    run: str = option("", "run folder, or one of its checkpoint folders, to export")
-    folder: str = option("", "Hugging Face folder to describe, or with --out to convert")
-    out: str = option("", "folder to write")
-    overwrite: bool = option(False, "replace the model in --out; other files there stay")
-    dtype: str = option("", "precision of the weights written: fp32 or bf16; none: as they are",
-                        ("", *DTYPES))
-    quantize: str = option("", "matrices in FP8: fp8 as V3, fp8-ue8m0 as V3.1 and V3.2",
-                           ("", *QUANTIZE))
-    shard_bytes: int = option(5_000_000_000, "largest weight file, bytes")
-
-    def __post_init__(self):
-        check_types(self)
-        demand("shard_bytes", self.shard_bytes, self.shard_bytes >= 1, "at least 1")
-        if bool(self.run) == bool(self.folder):
-            raise ValueError("give either --run, to export it, or --folder, to describe it")
-        if not self.out and (self.run or self.overwrite or self.dtype or self.quantize):
-            raise ValueError("out = '' is not valid: name the folder to write")
-
-
 def convert(args: HfArgs) -> str:
-    """Read what --run or --folder names, write it to --out; what came of it."""
+    """Read --run or --folder, write it to --out, and return the description of the result."""
     check_target(Path(args.out).resolve(), args.overwrite)
     if args.run:
-        run = load_run(args.run, pick_device("cpu"))
+        run = load_run(args.run)
         model, tokenizer = run.model, run.tokenizer
     else:
         source = inspect(args.folder)
@@ -104,7 +90,7 @@ def convert(args: HfArgs) -> str:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     [given] = parse("minids.hf", __doc__, HfArgs)
     args = HfArgs(**given)
     print(convert(args) if args.out else describe(args.folder))

@@ -1,8 +1,16 @@
-"""Names of files and tensors: ours and the released ones."""
+"""Names of files and tensors in a Hugging Face folder. `NAMES` serves both directions.
+
+A folder holds `config.json` and the weights, in `model.safetensors` or in shards that
+`model.safetensors.index.json` lists. Each expert's matrices are separate tensors there and slices
+of one stacked tensor here. The MTP modules are layers n_layers, n_layers + 1, ..
+
+transformers ignores a layer 61, and no other. So the MTP module of a model of 61 layers is stored
+among the other weights, with copies of embedding and head, as released. Any other model has its
+modules in `mtp.safetensors`, which the index does not list and transformers does not read.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +26,10 @@ OWN_FILE = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|mtp\.safet
 TOKENIZER_FILE = re.compile(
     r"tokenizer\w*\.(json|model)|tokenization_\w+\.py|special_tokens_map\.json|vocab\.json"
     r"|generation_config\.json|chat_template\.jinja|tiktoken\.model|merges\.txt")
-RELEASED_LAYERS = 61  # V3's; what transformers takes for the number of its MTP layer
+RELEASED_LAYERS = 61  # V3's: transformers takes layer 61 for an MTP module
 
-# Ours -> theirs: whole names of the model's own tensors, then names inside block N, which stand
-# after layers.N and model.layers.N, then those of MTP module K, which is block n_layers + K there.
+# Ours -> theirs: whole names, then names inside block N (after "layers.N." and "model.layers.N."),
+# then those of MTP module K, which is layer n_layers + K there.
 NAMES = {
     "embed.weight": "model.embed_tokens.weight",
     "norm.weight": "model.norm.weight",
@@ -59,90 +67,74 @@ NAMES = {
     "mtp.eh_proj.weight": "eh_proj.weight",
     "mtp.norm.weight": "shared_head.norm.weight",
 }
-MTP_COPIES = {  # inside a released MTP layer: the main model's own, once more
+MTP_COPIES = {  # theirs, inside a released MTP layer -> ours
     "embed_tokens.weight": "embed.weight",
     "shared_head.head.weight": "head.weight",
 }
 COPY = re.compile(r"model\.layers\.(\d+)\.(" + "|".join(map(re.escape, MTP_COPIES)) + ")")
 ANGLES = "rotary_emb.inv_freq"  # tables in some older files; the model computes its own
-KEPT_WIDE = ("embed_tokens", "head", "mlp.gate", "eh_proj", "weights_proj")  # matrices never in FP8
+WIDE = ("embed_tokens", "head", "mlp.gate", "eh_proj", "weights_proj")  # matrices never in FP8
 
 
 def hf_name(args: ModelArgs, name: str) -> str:
-    """The released name of one of our tensors, with {e} for the expert's number in a stack.
+    """Return the released name of one of our tensors; {e} stands for an expert's number.
 
-    Of "mtp.0.block.attn.wo.weight", in a model of 61 layers:
+    For example, in a model of 61 layers "mtp.0.block.attn.wo.weight" is
     "model.layers.61.self_attn.o_proj.weight".
     """
     if name in NAMES:
         return NAMES[name]
     kind, number, inside = name.split(".", 2)
-    layer = int(number) + (args.n_layers if kind == "mtp" else 0)
+    layer = int(number)
     if kind == "mtp":
-        block = inside.startswith("block.")
-        inside = inside.removeprefix("block.") if block else f"mtp.{inside}"
+        layer += args.n_layers
+        inside = inside.removeprefix("block.") if inside.startswith("block.") else f"mtp.{inside}"
     return f"model.layers.{layer}.{NAMES[inside]}"
 
 
 def to_hf(args: ModelArgs, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Our tensors under their released names, stacked experts one by one, as views.
+    """Yield our tensors under their released names, stacked experts one by one, as views.
 
-    tensors: our name -> tensor, as in `state_dict()`; gradients serve as well
+    tensors: our name -> tensor, as in `state_dict()`; may be gradients
     """
     for name, tensor in tensors.items():
         theirs = hf_name(args, name)
-        if "{e}" not in theirs:
+        if "{e}" in theirs:
+            yield from ((theirs.replace("{e}", str(e)), own) for e, own in enumerate(tensor))
+        else:
             yield theirs, tensor
-            continue
-        for e, own in enumerate(tensor.unbind()):
-            yield theirs.replace("{e}", str(e)), own
-
-
-class Slot(NamedTuple):
-    """Where a released tensor goes: `name` of ours, row `expert` of it, or all; its shape."""
-
-    name: str
-    expert: int | None
-    shape: list[int]
-
-
-def slots(args: ModelArgs) -> dict[str, Slot]:
-    """Released name -> its place, for every tensor that a model of these settings has."""
-    found = {}
-    for name, tensor in skeleton(args).state_dict().items():
-        theirs, shape = hf_name(args, name), list(tensor.shape)
-        if "{e}" not in theirs:
-            found[theirs] = Slot(name, None, shape)
-            continue
-        found |= {theirs.replace("{e}", str(e)): Slot(name, e, shape[1:]) for e in range(shape[0])}
-    return found
 
 
 def skeleton(args: ModelArgs) -> Transformer:
-    """A model without numbers: shapes only."""
+    """Return a model of shapes without values, on the meta device."""
     with torch.device("meta"):
         return Transformer(args)
 
 
+def shapes(args: ModelArgs) -> dict[str, list[int]]:
+    """Return released name -> shape of every tensor of a model of these settings."""
+    return {name: list(tensor.shape)
+            for name, tensor in to_hf(args, skeleton(args).state_dict())}
+
+
 def own_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    """A gate's bias stays in FP32: rounded to BF16 it would choose other experts."""
+    """Return `dtype`, at least FP32 for a gate's bias: BF16 would choose other experts."""
     is_bias = name.endswith(("gate.bias", "e_score_correction_bias"))
     return torch.promote_types(dtype, torch.float32) if is_bias else dtype
 
 
 def goes_to_fp8(name: str, shape: Sequence[int]) -> bool:
-    """Whether released FP8 files have this tensor in FP8."""
-    return (len(shape) == 2 and 0 not in shape
-            and not name.removesuffix(".weight").endswith(KEPT_WIDE))
+    """Return whether released FP8 files store this tensor in FP8."""
+    return len(shape) == 2 and 0 not in shape and not name.removesuffix(".weight").endswith(WIDE)
 
 
 def mtp_among_others(args: ModelArgs) -> bool:
-    """Whether transformers leaves this model's MTP layer out by itself."""
+    """Return whether transformers ignores this model's MTP layer among the other weights."""
     return (args.n_layers == RELEASED_LAYERS and args.n_mtp_layers == 1
             and model_type_of(args) != "deepseek_v2")
 
 
 def mtp_copies(args: ModelArgs, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Embedding and head once more, as a released MTP layer has them."""
+    """Yield the copies of embedding and head that a released MTP layer has."""
     for theirs, ours in MTP_COPIES.items():
         yield f"model.layers.{args.n_layers}.{theirs}", state[ours]

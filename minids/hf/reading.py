@@ -1,8 +1,12 @@
-"""Read a Hugging Face folder: check everything from the headers, then load each tensor."""
+"""Read a Hugging Face folder: check everything by the headers, then load one tensor at a time.
 
-import contextlib
+All names, shapes and settings are checked from the files' headers before any weight is read, so a
+model is loaded whole or not at all. Each tensor then goes straight into the model's memory: the
+peak is the model and the largest tensor. FP8 weights are multiplied by their block scales (V3,
+arXiv 2412.19437, section 3.3.2; `weight_scale_inv` in the files, FP32 or UE8M0).
+"""
+
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -23,20 +27,21 @@ from minids.hf.names import (
     INDEX,
     MTP,
     WEIGHTS,
-    Slot,
     own_dtype,
+    shapes,
     skeleton,
-    slots,
+    to_hf,
 )
 from minids.hf.settings import args_from_config, check_quantization
 from minids.model.transformer import Transformer
 
-BAND = 8 * BLOCK  # rows of an FP8 matrix that are dequantised at a time
-WIDE_DTYPES = ("F64", "F32", "BF16", "F16")
+BAND = 8 * BLOCK  # rows of an FP8 matrix that are dequantized at a time
+WIDE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16,
+               "F16": torch.float16}
 
 
 class Header(NamedTuple):
-    """What a file says of a tensor: dtype in safetensors' words ("BF16", "F8_E4M3")."""
+    """The header of one tensor; `dtype` in safetensors' words ("BF16", "F8_E4M3")."""
 
     file: Path
     dtype: str
@@ -44,42 +49,54 @@ class Header(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A folder that was checked and fits together.
+    """A checked folder.
 
-    args: its settings, with the MTP modules that its files have
-    headers: released name -> header, everything that the files hold
-    slots: released name -> place, of a model of these settings
+    args: its settings, with the MTP modules that the files have
+    headers: released name -> header of everything in the files
+    shapes: released name -> shape of every tensor of the model
     """
 
     folder: Path
-    config: dict
     args: ModelArgs
     headers: dict[str, Header]
-    slots: dict[str, Slot]
+    shapes: dict[str, list[int]]
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of what is not FP8, the embedding's."""
-        name = self.headers["model.embed_tokens.weight"].dtype
-        return {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16}.get(
-            name, torch.bfloat16)
+        """The precision of the embedding, in released files that of all that is not FP8."""
+        return WIDE_DTYPES.get(self.headers["model.embed_tokens.weight"].dtype, torch.bfloat16)
+
+    def is_fp8(self, name: str) -> bool:
+        """Return whether a weight is stored in FP8."""
+        return name in self.headers and self.headers[name].dtype == "F8_E4M3"
+
+    def is_spare(self, name: str) -> bool:
+        """Return whether a tensor of the files is one that the model does without."""
+        copy = COPY.fullmatch(name)
+        empty = "shared_experts" in name and 0 in self.headers[name].shape
+        scale = name.endswith("_scale_inv") and self.is_fp8(name.removesuffix("_scale_inv"))
+        return (empty or scale or name.endswith(ANGLES)
+                or bool(copy and int(copy[1]) >= self.args.n_layers))
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32,
             device: torch.device | str = "cpu") -> Transformer:
-    """A released model, or one of transformers or of `save_hf`.
+    """Load a released model, or one saved by transformers or `save_hf`.
 
-    folder: with config.json and the safetensors files. Where the configuration promises an MTP
-        module that the files do not have, the model has none either.
-    dtype: of all weights; the gates' biases are never narrower than FP32
-    Raises `ValueError` naming the file and the field or tensor that is not right; no weight has
-    been read then.
+    folder: holds config.json and the safetensors files. If the configuration promises an MTP
+        module that the files lack, the model has none.
+    dtype: of all weights, except that the gates' biases are at least FP32
+    device: where the weights go
+    Raises `ValueError` naming the file and the wrong field or tensor, before any weight is read.
     """
     return read_model(inspect(folder), dtype, device)
 
 
 def inspect(folder: str | Path) -> Source:
-    """Read the settings and the files' headers, and check them against each other."""
+    """Read the settings and the files' headers, and check them against each other.
+
+    Raises `ValueError` naming the file and the wrong field or tensor.
+    """
     folder = checked_folder(Path(folder))
     config = read_json(folder / CONFIG)
     try:
@@ -88,17 +105,16 @@ def inspect(folder: str | Path) -> Source:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     headers = read_headers(folder)
-    mtp = f"model.layers.{args.n_layers}."
-    if args.n_mtp_layers and not any(name.startswith(mtp) for name in headers):
+    if not any(name.startswith(f"model.layers.{args.n_layers}.") for name in headers):
         args = replace(args, n_mtp_layers=0)
-    source = Source(folder, config, args, headers, slots(args))
+    source = Source(folder, args, headers, shapes(args))
     check_names(source)
     check_shapes(source, has_fp8)
     return source
 
 
 def checked_folder(folder: Path) -> Path:
-    """The folder, or what a save that was killed has put aside for it."""
+    """Return the folder, or the old one that a killed save has set aside."""
     found = folder if folder.exists() else aside_of(folder)
     if not found.is_dir():
         names = [p.name for p in folder.parent.glob("*") if p.is_dir()]
@@ -111,12 +127,12 @@ def checked_folder(folder: Path) -> Path:
 
 
 def aside_of(folder: Path) -> Path:
-    """Where the old folder is while a new one takes its place; `publish` calls it so."""
+    """Return where `publish` keeps the old folder while a new one takes its name."""
     return folder.with_name(folder.name + ".replaced")
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """The headers of every file that belongs to the model, in the files' order."""
+    """Return the headers of every file of the model, in the files' order."""
     if (folder / WEIGHTS).is_file():
         found = read_header(folder / WEIGHTS)
     elif (folder / INDEX).is_file():
@@ -125,12 +141,12 @@ def read_headers(folder: Path) -> dict[str, Header]:
         raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
     more = read_header(folder / MTP) if (folder / MTP).is_file() else {}
     if twice := found.keys() & more.keys():
-        raise ValueError(f"{folder / MTP}: {min(twice)} stands in another file too")
+        raise ValueError(f"{folder / MTP}: {min(twice)} is in another file too")
     return found | more
 
 
 def read_header(file: Path) -> dict[str, Header]:
-    """The headers of one file; `ValueError` if it is missing or cut short."""
+    """Return the headers of one file; `ValueError` if it is missing or truncated."""
     if not file.is_file():
         raise ValueError(f"{file} is missing")
     try:
@@ -139,118 +155,92 @@ def read_header(file: Path) -> dict[str, Header]:
             return {name: Header(file, part.get_dtype(), part.get_shape())
                     for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
-        size = file.stat().st_size
-        raise ValueError(f"{file} is not a whole safetensors file, {size:,} bytes: "
+        raise ValueError(f"{file} is not a whole safetensors file, {file.stat().st_size:,} bytes: "
                          f"{error}") from None
 
 
 def read_shard_headers(folder: Path) -> dict[str, Header]:
-    """The headers of all shards, which hold exactly what the index says."""
+    """Return the headers of all shards, which must hold exactly what the index lists."""
     index = folder / INDEX
-    places = read_json(index).get("weight_map")
-    if not isinstance(places, dict) or not all(
-            isinstance(name, str) and Path(name).name == name for name in places.values()):
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(
+            isinstance(file, str) and Path(file).name == file for file in listed.values()):
         raise ValueError(f"{index}: weight_map is not a table of tensors and files beside it")
     found = {}
-    for shard in sorted(set(places.values())):
+    for shard in sorted(set(listed.values())):
         headers = read_header(folder / shard)
-        listed = {name for name, file in places.items() if file == shard}
-        for name in sorted(listed ^ headers.keys()):
-            problem = "is missing, and the index lists it" if name in listed else (
+        expected = {name for name, file in listed.items() if file == shard}
+        for name in sorted(expected ^ headers.keys()):
+            problem = "is missing, and the index lists it" if name in expected else (
                 "is not one that the index lists there")
             raise ValueError(f"{folder / shard}: tensor {name} {problem}")
         found |= headers
     return found
 
 
-def is_spare(source: Source, name: str) -> bool:
-    """Whether a tensor of the files is one that the model does without."""
-    copy = COPY.fullmatch(name)
-    empty = "shared_experts" in name and 0 in source.headers[name].shape
-    return empty or name.endswith(ANGLES) or bool(copy and int(copy[1]) >= source.args.n_layers)
-
-
-def weight_of(name: str) -> str:
-    """The weight that a block scale belongs to."""
-    return name.removesuffix("_scale_inv")
-
-
-def is_fp8(source: Source, name: str) -> bool:
-    """Whether a weight is stored in FP8."""
-    return name in source.headers and source.headers[name].dtype == "F8_E4M3"
-
-
 def check_names(source: Source) -> None:
-    """Every tensor of the model is there, with its scales, and no other."""
-    headers, wanted = source.headers, source.slots
-    missing = [name for name in wanted if name not in headers]
-    missing += [f"{name}_scale_inv" for name in wanted
-                if is_fp8(source, name) and f"{name}_scale_inv" not in headers]
-    extra = [name for name in headers if name not in wanted and not is_spare(source, name)
-             and not (name.endswith("_scale_inv") and is_fp8(source, weight_of(name)))]
+    """Raise `ValueError` unless exactly the tensors of the model are there, with their scales."""
+    headers, args = source.headers, source.args
+    missing = [name for name in source.shapes if name not in headers]
+    missing += [f"{name}_scale_inv" for name in source.shapes
+                if source.is_fp8(name) and f"{name}_scale_inv" not in headers]
+    extra = [name for name in headers if name not in source.shapes and not source.is_spare(name)]
+    whole = source.folder / WEIGHTS
     for names, problem in ((missing, "is missing"), (extra, "is extra")):
         if names:
-            single = source.folder / WEIGHTS
             file = headers[names[0]].file if names is extra else (
-                single if single.is_file() else source.folder / INDEX)
+                whole if whole.is_file() else source.folder / INDEX)
             more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
             raise ValueError(f"{file}: tensor {names[0]} {problem}{more}, by {CONFIG} "
-                             f"({source.args.n_layers} layers, {source.args.n_routed_experts} "
-                             f"experts, {source.args.n_mtp_layers} MTP)")
+                             f"({args.n_layers} layers, {args.n_routed_experts} experts, "
+                             f"{args.n_mtp_layers} MTP)")
 
 
 def check_shapes(source: Source, has_fp8: bool) -> None:
-    """Every tensor has the shape that the settings ask for, in a precision that we read."""
-    for name, slot in source.slots.items():
+    """Raise `ValueError` unless every tensor has the model's shape in a precision that we read."""
+    def expect(name: str, shape: list[int], dtypes: list[str]) -> None:
         header = source.headers[name]
-        expect(header, name, "shape", header.shape, [slot.shape])
-        expect(header, name, "dtype", header.dtype,
-               [*WIDE_DTYPES, *(["F8_E4M3"] if has_fp8 and len(slot.shape) == 2 else [])])
-        if header.dtype == "F8_E4M3":
-            scale, blocks = f"{name}_scale_inv", [-(-n // BLOCK) for n in slot.shape]
-            expect(source.headers[scale], scale, "shape", source.headers[scale].shape, [blocks])
-            expect(source.headers[scale], scale, "dtype", source.headers[scale].dtype,
-                   ["F32", "F8_E8M0"])
+        for what, found, valid in (("shape", header.shape, [shape]),
+                                   ("dtype", header.dtype, dtypes)):
+            if found not in valid:
+                raise ValueError(f"{header.file}: tensor {name} has {what} {found}, and {CONFIG} "
+                                 f"asks for {' or '.join(map(str, valid))}")
 
-
-def expect(header: Header, name: str, what: str, found, valid: list) -> None:
-    """Raise the one-line `ValueError` about a tensor."""
-    if found not in valid:
-        raise ValueError(f"{header.file}: tensor {name} has {what} {found}, and {CONFIG} asks for "
-                         f"{' or '.join(map(str, valid))}")
+    for name, shape in source.shapes.items():
+        narrow = ["F8_E4M3"] if has_fp8 and len(shape) == 2 else []
+        expect(name, shape, [*WIDE_DTYPES, *narrow])
+        if source.is_fp8(name):
+            blocks = [-(-size // BLOCK) for size in shape]
+            expect(f"{name}_scale_inv", blocks, ["F32", "F8_E8M0"])
 
 
 def read_model(source: Source, dtype: torch.dtype, device: torch.device | str) -> Transformer:
-    """Room for the model first; then each tensor into its place, one at a time."""
+    """Allocate the model's memory, then read one tensor after the other into it."""
     model = skeleton(source.args)
     state = {name: torch.empty(tensor.shape, dtype=own_dtype(name, dtype), device=device)
              for name, tensor in model.state_dict().items()}
-    order = [name for name in source.headers if name in source.slots]
+    targets = dict(to_hf(source.args, state))  # views of it
+    order = [name for name in source.headers if name in targets]
     for name in tqdm(order, desc="load", unit="tensor", disable=None, delay=1):
-        slot = source.slots[name]
-        target = state[slot.name] if slot.expert is None else state[slot.name][slot.expert]
-        read_into(target, source, name)
+        read_into(targets[name], source, name)
     model.load_state_dict(state, assign=True)
     return model.eval()
 
 
 def read_into(target: Tensor, source: Source, name: str) -> None:
-    """Copy a tensor to its place, in the place's precision."""
-    if not is_fp8(source, name):
-        with opened(source, name) as tensor:
-            target.copy_(tensor)
+    """Copy a stored tensor into `target`, in the target's precision."""
+    if not source.is_fp8(name):
+        target.copy_(stored(source, name))
         return
-    with opened(source, name) as q, opened(source, f"{name}_scale_inv") as scale:
-        q, scale = q.to(target.device), scale.to(target.device)
-        for start in range(0, len(q), BAND):
-            rows = slice(start, start + BAND)
-            blocks = slice(start // BLOCK, (start + BAND) // BLOCK)
-            target[rows].copy_(dequantize(q[rows], scale[blocks]))
+    q, scale = (stored(source, key).to(target.device) for key in (name, f"{name}_scale_inv"))
+    for start in range(0, len(q), BAND):
+        rows = slice(start, start + BAND)
+        blocks = slice(start // BLOCK, (start + BAND) // BLOCK)
+        target[rows].copy_(dequantize(q[rows], scale[blocks]))
 
 
-@contextlib.contextmanager
-def opened(source: Source, name: str) -> Iterator[Tensor]:
-    """A tensor in its file. The file is closed at once: its pages count as this process's memory
-    while it is mapped, and a shard has gigabytes of them."""
+def stored(source: Source, name: str) -> Tensor:
+    """Return a tensor as its file stores it, with the file open for this tensor alone: the pages
+    of a mapped file count as the process's memory, and a shard has gigabytes of them."""
     with safe_open(source.headers[name].file, "pt") as stream:
-        yield stream.get_tensor(name)
+        return stream.get_tensor(name)

@@ -1,4 +1,10 @@
-"""`config.json` of a Hugging Face folder, and the `ModelArgs` that it means."""
+"""Translate between `config.json` of a Hugging Face folder and `ModelArgs`.
+
+The classes are DeepseekV2ForCausalLM, DeepseekV3ForCausalLM (V3, R1, V3.1, Moonlight, Kimi K2) and
+DeepseekV32ForCausalLM. Settings that no released configuration can express (YaRN's where YaRN is
+off, the indexer's Hadamard transform and FP8 rounding) go under the key "minids", if they differ
+from what the other fields imply.
+"""
 
 import re
 from dataclasses import replace
@@ -7,8 +13,7 @@ from minids.base.fields import nearest
 from minids.config import ModelArgs
 from minids.fp8 import BLOCK
 
-OURS = "minids"  # the key of config.json for what only we know
-FIELDS = {  # settings: ours -> theirs
+FIELDS = {  # ours -> theirs
     "vocab_size": "vocab_size", "max_seq_len": "max_position_embeddings", "dim": "hidden_size",
     "inter_dim": "intermediate_size", "moe_inter_dim": "moe_intermediate_size",
     "n_layers": "num_hidden_layers", "n_dense_layers": "first_k_dense_replace",
@@ -24,117 +29,124 @@ FIELDS = {  # settings: ours -> theirs
 ROPE_FIELDS = {"rope_factor": "factor", "original_seq_len": "original_max_position_embeddings",
                "beta_fast": "beta_fast", "beta_slow": "beta_slow", "mscale": "mscale"}
 INDEX_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
+OWN_KEY = "minids"
+OWN_FIELDS = (*ROPE_FIELDS, *INDEX_FIELDS, "n_dense_layers", "index_hadamard", "index_fp8")
 DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "num_nextn_predict_layers": 0,
             "rope_theta": 10000.0, "beta_fast": 32.0, "beta_slow": 1.0}
 NULL_IS_ZERO = ("q_lora_rank", "n_shared_experts")
-FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False, "moe_layer_freq": 1,
-         "rope_interleave": True, "tie_word_embeddings": False}
-FIXED_ROPE = {"attention_factor": (None, 1.0), "truncate": (None, True),
-              "partial_rotary_factor": (None, 1.0)}
-CARRIED = (*ROPE_FIELDS, *INDEX_FIELDS, "n_dense_layers", "index_hadamard", "index_fp8")
 
 CLASSES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
            "deepseek_v32": "DeepseekV32ForCausalLM"}
 ALIASES = {"kimi_k2": "deepseek_v3"}  # the same class under another model_type
+# Fields with few valid values. An absent field means the first value.
+FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+         "moe_layer_freq": (1,), "rope_interleave": (True,), "tie_word_embeddings": (False,)}
 V2_GATE = {"scoring_func": ("softmax",), "norm_topk_prob": (False,),
            "topk_method": ("greedy", "group_limited_greedy")}
 V3_GATE = {"scoring_func": ("sigmoid",), "norm_topk_prob": (True,), "topk_method": ("noaux_tc",)}
-FP8_CONFIG = {"quant_method": ("fp8",), "fmt": ("e4m3", None),
-              "weight_block_size": ([BLOCK, BLOCK],), "scale_fmt": (None, "float", "ue8m0"),
-              "activation_scheme": ("dynamic", None)}
+FIXED_ROPE = {"attention_factor": (None, 1.0), "truncate": (None, True),
+              "partial_rotary_factor": (None, 1.0)}
+FP8_CONFIG = {"quant_method": ("fp8",), "weight_block_size": ([BLOCK, BLOCK],),
+              "fmt": ("e4m3", None), "activation_scheme": ("dynamic", None),
+              "scale_fmt": (None, "float", "ue8m0")}
 QUANTIZE = {"fp8": {}, "fp8-ue8m0": {"scale_fmt": "ue8m0"}}  # our word -> what the file adds
 
 
 def args_from_config(config: dict) -> ModelArgs:
-    """The settings that a released `config.json` describes.
+    """Return the settings that a released `config.json` describes.
 
-    config: what the file holds; YaRN under "rope_scaling", as released, or "rope_parameters", as
-        transformers 5 writes it. Without YaRN original_seq_len = max_seq_len.
-    Raises `ValueError` naming the field, in their words, its value and what is valid.
+    config: the file's object, with YaRN under "rope_scaling", as released, or "rope_parameters",
+        as transformers 5 writes it. Without YaRN original_seq_len = max_seq_len.
+    Raises `ValueError` naming the field as the file does, its value and what is valid.
     """
     model_type = read_type(config)
     check_fixed(config, model_type)
-    args = make_args(read_fields(config, model_type) | read_rope(config))
+    found = read_fields(config, model_type) | read_rope(config)
+    theirs = FIELDS | {ours: f"rope_scaling.{name}" for ours, name in ROPE_FIELDS.items()}
+    try:
+        args = ModelArgs(**found)
+    except ValueError as error:  # its message has our names
+        pattern = r"\b(" + "|".join(theirs) + r")\b"
+        raise ValueError(re.sub(pattern, lambda m: theirs[m[0]], str(error))) from None
     if model_type == "deepseek_v2":
         demand("hidden_size", args.dim, args.dim % args.n_heads == 0,
                f"a multiple of num_attention_heads = {args.n_heads} (DeepseekV2Config's own rule)")
-    if OURS not in config:
+    if OWN_KEY not in config:
         return args
-    carried = config[OURS]
-    demand(OURS, carried, isinstance(carried, dict) and set(carried) <= set(CARRIED),
-           f"an object whose fields are among {', '.join(CARRIED)}")
-    full = replace(args, **carried)
-    demand(OURS, carried, released_fields(full) == released_fields(args),
-           "without a say in what the other fields decide")
+    own = config[OWN_KEY]
+    demand(OWN_KEY, own, isinstance(own, dict) and set(own) <= set(OWN_FIELDS),
+           f"an object whose fields are among {', '.join(OWN_FIELDS)}")
+    full = replace(args, **own)
+    demand(OWN_KEY, own, released_fields(full) == released_fields(args),
+           "consistent with the other fields")
     return full
 
 
 def config_from_args(args: ModelArgs) -> dict:
-    """What `config.json` says of a model: the inverse of `args_from_config`.
+    """Return the `config.json` of a model: the inverse of `args_from_config`.
 
-    A sigmoid gate without a bias is one with a bias of zero, and is read back as such.
-    Raises `ValueError` naming what no class of transformers can express.
+    A sigmoid gate without a bias is saved as one with a bias of zero, and read back as such.
+    Raises `ValueError` naming a setting that no class of transformers can express.
     """
     check_expressible(args)
     config = released_fields(args)
     back = args_from_config(config)
-    carried = {name: getattr(args, name) for name in CARRIED
-               if getattr(args, name) != getattr(back, name)}
-    return config | ({OURS: carried} if carried else {})
+    own = {name: getattr(args, name) for name in OWN_FIELDS
+           if getattr(args, name) != getattr(back, name)}
+    return config | ({OWN_KEY: own} if own else {})
 
 
 def demand(name: str, value, holds: bool, valid: str) -> None:
-    """Raise the one-line `ValueError` that names a field of config.json."""
+    """Raise the one-line `ValueError` that names a field of config.json, unless `holds`."""
     if not holds:
         raise ValueError(f"{name} = {value!r} is not valid: it must be {valid}")
 
 
+def demand_each(given: dict, valid: dict[str, tuple], where: str = "", note: str = "") -> None:
+    """Demand one of the valid values of each field; an absent field has the first."""
+    for name, values in valid.items():
+        value = given.get(name, values[0])
+        demand(where + name, value, value in values, " or ".join(map(repr, values)) + note)
+
+
 def read_type(config: dict) -> str:
-    """The model_type, Kimi K2's as the V3 that it is."""
-    given = config.get("model_type")
-    known = [*CLASSES, *ALIASES]
+    """Return the model_type, an alias resolved."""
+    given, known = config.get("model_type"), [*CLASSES, *ALIASES]
     if given not in known:
         raise ValueError(f"model_type = {given!r} is not valid: {nearest(str(given), known)}"
                          f"valid are {', '.join(known)}")
-    model_type = ALIASES.get(given, given)
-    names = config.get("architectures", [CLASSES[model_type]])
-    demand("architectures", names, names == [CLASSES[model_type]], f"[{CLASSES[model_type]!r}]")
-    return model_type
+    return ALIASES.get(given, given)
 
 
 def check_fixed(config: dict, model_type: str) -> None:
-    """What other models vary and this family does not."""
-    for name, valid in FIXED.items():
-        demand(name, config.get(name), config.get(name, valid) == valid, f"{valid!r}, or absent")
-    for name, valid in (V2_GATE if model_type == "deepseek_v2" else V3_GATE).items():
-        demand(name, config.get(name), config.get(name, valid[0]) in valid,
-               f"{' or '.join(map(repr, valid))} in a {CLASSES[model_type]}")
-    heads = config.get("num_attention_heads")
-    demand("num_key_value_heads", config.get("num_key_value_heads"),
-           config.get("num_key_value_heads") in (None, heads),
+    """Raise `ValueError` for a value that other models have and this family does not."""
+    demand_each(config, {"architectures": ([CLASSES[model_type]],)} | FIXED)
+    demand_each(config, V2_GATE if model_type == "deepseek_v2" else V3_GATE,
+                note=f" in a {CLASSES[model_type]}")
+    heads, key_heads = map(config.get, ("num_attention_heads", "num_key_value_heads"))
+    demand("num_key_value_heads", key_heads, key_heads in (None, heads),
            f"num_attention_heads = {heads}, or absent: the latent is expanded for every head")
 
 
 def read_fields(config: dict, model_type: str) -> dict:
-    """The fields of ModelArgs that have a field of their own there, and the gate's."""
+    """Return the fields of ModelArgs, except those of the rotation."""
     greedy = model_type == "deepseek_v2" and config.get("topk_method", "greedy") == "greedy"
-    given = config | ({"n_group": 1, "topk_group": 1} if greedy else {})  # it looks at no groups
+    given = config | ({"n_group": 1, "topk_group": 1} if greedy else {})  # it ignores the groups
     found = {ours: read_field(given, theirs) for ours, theirs in FIELDS.items()}
     dense, layers = found["n_dense_layers"], found["n_layers"]
     if type(dense) is type(layers) is int:
-        found["n_dense_layers"] = min(dense, layers)  # a larger one says that all layers are dense
+        found["n_dense_layers"] = min(dense, layers)  # a larger one: all layers are dense
     found["gate_bias"] = model_type != "deepseek_v2"
     found["score_func"] = "sigmoid" if found["gate_bias"] else "softmax"
     if model_type == "deepseek_v32":
         found |= {name: read_field(config, name) for name in INDEX_FIELDS}
-        heads, latent = found["index_n_heads"], found["q_lora_rank"]
-        demand("index_n_heads", heads, heads != 0, "at least 1 in a DeepseekV32ForCausalLM")
-        demand("q_lora_rank", latent, latent != 0, "at least 1 in a DeepseekV32ForCausalLM")
+        for name in ("index_n_heads", "q_lora_rank"):
+            demand(name, found[name], found[name] != 0, "at least 1 in a DeepseekV32ForCausalLM")
     return found
 
 
 def read_field(config: dict, name: str, where: str = ""):
-    """A field, or its default. Raises `ValueError` where there is neither."""
+    """Return a field or its default. Raises `ValueError` if there is neither."""
     if config.get(name) is None and name in NULL_IS_ZERO and name in config:
         return 0
     if name not in config and name not in DEFAULTS:
@@ -143,7 +155,7 @@ def read_field(config: dict, name: str, where: str = ""):
 
 
 def read_rope(config: dict) -> dict:
-    """Rotary frequencies and YaRN."""
+    """Return the fields of ModelArgs that describe the rotation: its base, and YaRN's."""
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
     rope = config.get(where) or {}
     demand(where, rope, isinstance(rope, dict), "an object, null or absent")
@@ -151,12 +163,11 @@ def read_rope(config: dict) -> dict:
     kind = rope.get("rope_type", rope.get("type", "default"))
     length = read_field(config, "max_position_embeddings")
     demand(f"{where}.type", kind, kind in ("default", "yarn"), "'yarn', or there is no scaling")
-    for name, valid in FIXED_ROPE.items():
-        demand(f"{where}.{name}", rope.get(name), rope.get(name) in valid, f"{valid[1]}, or absent")
+    demand_each(rope, FIXED_ROPE, f"{where}.")
     if kind == "default":
         return {"rope_theta": theta, "original_seq_len": length}
-    found = {ours: read_field(rope, theirs, where + ".") for ours, theirs in ROPE_FIELDS.items()}
-    # Frequencies are stretched and the softmax scale corrected; angles are never scaled.
+    found = {ours: read_field(rope, theirs, f"{where}.") for ours, theirs in ROPE_FIELDS.items()}
+    # Unequal values would scale the rotated vectors; ours have the softmax scale corrected alone.
     both = found["mscale"], rope.get("mscale_all_dim")
     demand(f"{where}.mscale", both[0], both[0] == both[1] and both[0] != 0,
            f"equal to mscale_all_dim = {both[1]!r}, and not 0")
@@ -167,27 +178,27 @@ def read_rope(config: dict) -> dict:
     return {"rope_theta": theta} | found
 
 
-def make_args(given: dict) -> ModelArgs:
-    """ModelArgs, whose errors come out in the words of config.json."""
-    words = FIELDS | {ours: f"rope_scaling.{theirs}" for ours, theirs in ROPE_FIELDS.items()}
-    try:
-        return ModelArgs(**given)
-    except ValueError as error:
-        pattern = r"\b(" + "|".join(words) + r")\b"
-        raise ValueError(re.sub(pattern, lambda m: words[m[0]], str(error))) from None
+def check_quantization(config: dict) -> bool:
+    """Return whether weights may be FP8. Raises `ValueError` for a format never released."""
+    given = config.get("quantization_config")
+    if given is None:
+        return False
+    demand("quantization_config", given, isinstance(given, dict), "an object, or absent")
+    demand_each(dict.fromkeys(FP8_CONFIG) | given, FP8_CONFIG, "quantization_config.")
+    return True
 
 
 def model_type_of(args: ModelArgs) -> str:
-    """The class that a model is of; one without experts is a V3."""
+    """Return the model_type that expresses a model; one without experts is a V3."""
     if args.has_indexer:
         return "deepseek_v32"
     return "deepseek_v2" if args.has_moe and args.score_func == "softmax" else "deepseek_v3"
 
 
 def check_expressible(args: ModelArgs) -> None:
-    """Raise `ValueError` naming the field for which transformers has no class."""
-    name = CLASSES[model_type_of(args)]
-    v2, yarn_without = model_type_of(args) == "deepseek_v2", args.yarn and args.mscale == 0
+    """Raise `ValueError` naming the first setting for which transformers has no class."""
+    model_type = model_type_of(args)
+    v2, name = model_type == "deepseek_v2", CLASSES[model_type]
     rules = [
         ("q_lora_rank", not args.has_indexer or args.q_lora_rank, f"at least 1 in a {name}"),
         ("score_func", v2 or not args.has_moe or args.score_func == "sigmoid",
@@ -198,7 +209,7 @@ def check_expressible(args: ModelArgs) -> None:
         ("n_routed_experts", v2 or args.n_routed_experts != 1, f"0, or at least 2 in a {name}"),
         ("dim", not v2 or args.dim % args.n_heads == 0,
          f"a multiple of n_heads = {args.n_heads} in a {name}"),
-        ("mscale", not yarn_without, "other than 0 where YaRN is on")]
+        ("mscale", not args.yarn or args.mscale != 0, "other than 0 where YaRN is on")]
     for field, holds, valid in rules:
         if not holds:
             raise ValueError(f"{field} = {getattr(args, field)!r} cannot be saved for transformers:"
@@ -206,13 +217,13 @@ def check_expressible(args: ModelArgs) -> None:
 
 
 def released_fields(args: ModelArgs) -> dict:
-    """config.json without what only we know."""
+    """Return config.json without our own key."""
     model_type = model_type_of(args)
-    config = {"architectures": [CLASSES[model_type]], "model_type": model_type} | FIXED
+    fixed = FIXED | (V2_GATE if model_type == "deepseek_v2" else V3_GATE)
+    config = {"architectures": [CLASSES[model_type]], "model_type": model_type}
+    config |= {name: values[0] for name, values in fixed.items()}
     config |= {theirs: getattr(args, ours) for ours, theirs in FIELDS.items()}
     config |= {"num_key_value_heads": args.n_heads, "q_lora_rank": args.q_lora_rank or None}
-    config |= {name: valid[0] for name, valid in
-               (V2_GATE if model_type == "deepseek_v2" else V3_GATE).items()}
     if model_type == "deepseek_v2" and args.n_expert_groups > 1:
         config["topk_method"] = "group_limited_greedy"
     if not args.has_moe:
@@ -224,15 +235,3 @@ def released_fields(args: ModelArgs) -> dict:
         scaling = {"type": "yarn", "mscale_all_dim": args.mscale}
         scaling |= {theirs: getattr(args, ours) for ours, theirs in ROPE_FIELDS.items()}
     return config | {"rope_theta": args.rope_theta, "rope_scaling": scaling}
-
-
-def check_quantization(config: dict) -> bool:
-    """Whether weights may be FP8. Raises `ValueError` for another form of it than released."""
-    given = config.get("quantization_config")
-    if given is None:
-        return False
-    demand("quantization_config", given, isinstance(given, dict), "an object, or absent")
-    for name, valid in FP8_CONFIG.items():
-        demand(f"quantization_config.{name}", given.get(name), given.get(name) in valid,
-               " or ".join(map(repr, valid)))
-    return True

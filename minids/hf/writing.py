@@ -1,11 +1,16 @@
-"""Write a Hugging Face folder, whole or not at all."""
+"""Write a Hugging Face folder, whole or not at all.
+
+All files go to a folder beside the target, which takes the target's name once it is complete on
+the disk. `minids.hf.names` describes where MTP modules are stored.
+"""
 
 import contextlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -14,9 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from minids.base.fields import nearest
 from minids.base.files import flush, publish, read_json
-from minids.fp8 import BLOCK, quantize_weight
+from minids.fp8 import quantize_weight
 from minids.hf.names import (
     CONFIG,
     INDEX,
@@ -31,9 +35,8 @@ from minids.hf.names import (
     to_hf,
 )
 from minids.hf.reading import aside_of
-from minids.hf.settings import QUANTIZE, config_from_args
+from minids.hf.settings import FP8_CONFIG, QUANTIZE, config_from_args, demand
 from minids.model.transformer import Transformer
-from minids.runs.checkpoints import own_copy
 from minids.text.tokenizer import Tokenizer
 
 
@@ -42,20 +45,18 @@ def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
             tokenizer: Tokenizer | Path | None = None, quantize: str | None = None) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` and `load_hf` read.
 
-    For the place of MTP modules see the module's docstring.
-
-    folder: made; one that holds files already is refused, unless `overwrite`: then a model that
-        was there is replaced, and a tokenizer if one is given; all other files stay. Killed at any
-        moment, a save leaves the old folder whole, or the new one; between two renames the old one
-        is FOLDER.replaced.
-    dtype: of the weights; None: the model's own. The gates' biases are never narrower than FP32
-    shard_bytes: of one file at most, held in memory while it is written
-    tokenizer: goes along; or a folder whose tokenizer files are copied as they are
-    quantize: "fp8" or "fp8-ue8m0": matrices in E4M3 with a scale for each 128 x 128 block, as V3
-        is released, or with scales that are powers of two, as V3.1 and V3.2. Embedding, head,
-        gates, norms, eh_proj and weights_proj stay wide.
-    Raises `ValueError` for what cannot be expressed or a folder that is taken; `OSError` when the
-    disk refuses, with the folder as it was.
+    folder: created if absent. One that holds files is refused unless `overwrite` is set; then the
+        model in it is replaced, and its tokenizer if one is given, and all other files stay. A
+        save killed at any moment leaves the old folder whole, or the new one; between two renames
+        the old one is FOLDER.replaced.
+    dtype: of the weights; None: the model's own. The gates' biases are at least FP32.
+    shard_bytes: largest file, bytes; that much is held in memory while it is written
+    tokenizer: saved with the model; or a folder whose tokenizer files are copied unchanged
+    quantize: "fp8" or "fp8-ue8m0": matrices in E4M3 with a scale per 128 x 128 block, as V3 is
+        released, or with powers of two as scales, as V3.1 and V3.2. Embedding, head, gates, norms,
+        eh_proj and weights_proj stay wide.
+    Raises `ValueError` for a model that cannot be expressed or a folder that is taken; `OSError`
+    when the disk refuses, with the folder unchanged.
     """
     folder = Path(folder).resolve()
     config = saved_config(model, dtype, tokenizer, quantize)
@@ -72,13 +73,11 @@ def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
 
 def saved_config(model: Transformer, dtype: torch.dtype | None,
                  tokenizer: Tokenizer | Path | None, quantize: str | None) -> dict:
-    """config.json of a save: the model's, and what belongs to these files."""
-    if quantize is not None and quantize not in QUANTIZE:
-        raise ValueError(f"quantize = {quantize!r} is not valid: {nearest(quantize, QUANTIZE)}"
-                         f"valid are {', '.join(QUANTIZE)}")
+    """Return the config.json of a save: the model's settings and those of these files."""
+    demand("quantize", quantize, quantize in (None, *QUANTIZE), f"None, {' or '.join(QUANTIZE)}")
     dtype = dtype or model.head.weight.dtype
     config = config_from_args(model.args) | {"torch_dtype": str(dtype).removeprefix("torch.")}
-    ends = {"bos_token_id": None, "eos_token_id": None}  # else transformers takes V3's
+    ends = {"bos_token_id": None, "eos_token_id": None}  # if absent, transformers assumes V3's
     if isinstance(tokenizer, Tokenizer):
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
         if tokenizer.n_tokens > model.args.vocab_size:
@@ -88,9 +87,8 @@ def saved_config(model: Transformer, dtype: torch.dtype | None,
         given = read_json(Path(tokenizer) / CONFIG)
         ends = {name: given.get(name) for name in ends}
     if quantize is not None:
-        config["quantization_config"] = {
-            "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK, BLOCK]} | QUANTIZE[quantize]
+        fp8 = {name: values[0] for name, values in FP8_CONFIG.items() if values[0]}
+        config["quantization_config"] = fp8 | QUANTIZE[quantize]
     return config | ends
 
 
@@ -108,22 +106,22 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """The files of a folder that a tokenizer consists of, and how to generate with it."""
+    """Return the files of a folder that make up its tokenizer, with its generation settings."""
     return sorted(path for path in folder.iterdir()
                   if path.is_file() and TOKENIZER_FILE.fullmatch(path.name))
 
 
 @contextlib.contextmanager
 def replacing(folder: Path, replaced: Sequence[re.Pattern]) -> Iterator[Path]:
-    """A new folder to fill, which then takes this folder's place.
+    """Yield a new folder to fill, which then takes this folder's name.
 
-    replaced: names of the files that go with the old folder; all others are carried over
+    replaced: names of the files that are removed with the old folder; all others are carried over
     """
     temp, aside = folder.with_name(f".tmp_{folder.name}"), aside_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         for left in (temp, folder.with_name(f".tmp_removed_{aside.name}")):
-            shutil.rmtree(left, ignore_errors=True)  # by a save that was killed
+            shutil.rmtree(left, ignore_errors=True)  # left by a killed save
         temp.mkdir()
         yield temp
         if folder.exists():
@@ -140,54 +138,44 @@ def replacing(folder: Path, replaced: Sequence[re.Pattern]) -> Iterator[Path]:
     finally:
         if not folder.exists() and aside.exists():
             os.rename(aside, folder)
-        for left in (temp, aside):  # this save's own: there was no such folder before
+        for left in (temp, aside):  # this save's own: `check_target` found none
             shutil.rmtree(left, ignore_errors=True)
 
 
 def carry_over(old: Path, new: Path, replaced: Sequence[re.Pattern]) -> None:
-    """All other files and folders of the old folder, by hard links where the disk has them."""
-    for path in old.iterdir():
-        place, is_folder = new / path.name, path.is_dir() and not path.is_symlink()
-        if place.exists():
-            continue
-        if is_folder:
-            shutil.copytree(path, place, symlinks=True, copy_function=link)
-        elif not any(pattern.fullmatch(path.name) for pattern in replaced):
-            link(path, place)
+    """Give the new folder all other files of the old one, as hard links where possible."""
+    gone = [path.name for path in old.iterdir() if (new / path.name).exists() or not path.is_dir()
+            and any(pattern.fullmatch(path.name) for pattern in replaced)]
+    shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True, copy_function=link,
+                    ignore=lambda folder, names: gone if Path(folder) == old else [])
 
 
-def link(path: str | Path, place: str | Path) -> None:
-    """The same file under a second name, or a copy."""
+def link(path: str | Path, new: str | Path) -> None:
+    """Give a file a second name, or copy it where the disk has no hard links."""
     try:
-        os.link(path, place, follow_symlinks=False)
+        os.link(path, new, follow_symlinks=False)
     except OSError:
-        shutil.copy2(path, place, follow_symlinks=False)
+        shutil.copy2(path, new, follow_symlinks=False)
 
 
 def write_weights(model: Transformer, folder: Path, dtype: torch.dtype | None, shard_bytes: int,
                   quantize: str | None) -> None:
-    """All weight files, and their index if there are several."""
+    """Write all weight files, and their index if there are several."""
     args, state = model.args, complete(model)
     mtp = {name: state.pop(name) for name in list(state) if name.startswith("mtp.")}
     main, more = to_hf(args, state), to_hf(args, mtp)
-    with tqdm(desc="save", unit="tensor", disable=None, delay=1) as bar:
-        def stored(tensors):
-            for name, tensor in tensors:
-                yield from stored_forms(name, tensor, dtype or tensor.dtype, quantize)
-                bar.update()
-        if mtp and mtp_among_others(args):
-            write_shards(folder, stored([*main, *more, *mtp_copies(args, state)]), shard_bytes)
-        else:
-            write_shards(folder, stored(main), shard_bytes)
-            if mtp:
-                write_file(folder / MTP, {n: own_copy(t) for n, t in stored(more)})
+    if mtp and mtp_among_others(args):
+        main, mtp = chain(main, more, mtp_copies(args, state)), {}
+    write_shards(folder, stored(main, dtype, quantize), shard_bytes)
+    if mtp:
+        write_file(folder / MTP, dict(stored(more, dtype, quantize)))
 
 
 def complete(model: Transformer) -> dict[str, Tensor]:
-    """The weights, and what transformers has where we have nothing: an empty layer for no shared
-    experts, a zero bias for a sigmoid gate without one."""
+    """Return the weights, and what transformers has where we have nothing: an empty layer for no
+    shared experts, a zero bias for a sigmoid gate without one."""
     args, state = model.args, dict(model.state_dict())
-    shapes = {"w1": (0, args.dim), "w2": (args.dim, 0), "w3": (0, args.dim)}
+    empty = {"w1": (0, args.dim), "w2": (args.dim, 0), "w3": (0, args.dim)}
     for name in [name for name in state if name.endswith("ffn.gate.weight")]:
         prefix, gate = name.removesuffix("gate.weight"), state[name]
         if args.score_func == "sigmoid" and not args.gate_bias:
@@ -195,50 +183,57 @@ def complete(model: Transformer) -> dict[str, Tensor]:
             state[bias] = gate.new_zeros(len(gate), dtype=own_dtype(bias, gate.dtype))
         if not args.n_shared_experts:
             state |= {f"{prefix}shared_experts.{part}.weight": gate.new_zeros(shape)
-                      for part, shape in shapes.items()}
+                      for part, shape in empty.items()}
     return state
 
 
-def stored_forms(name: str, tensor: Tensor, dtype: torch.dtype,
-                 quantize: str | None) -> Iterator[tuple[str, Tensor]]:
-    """What is stored for a tensor: itself in the precision asked for, or FP8 and its scales."""
-    if quantize is None or not goes_to_fp8(name, tensor.shape):
-        yield name, tensor.to(own_dtype(name, dtype))
-        return
-    q, scale = quantize_weight(tensor, ue8m0=quantize == "fp8-ue8m0")
-    yield name, q
-    yield f"{name}_scale_inv", scale
+def stored(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None,
+           quantize: str | None) -> Iterator[tuple[str, Tensor]]:
+    """Yield what a file stores for each tensor: itself in `dtype`, or FP8 and its scales.
+
+    Each is contiguous in CPU memory of its own: safetensors refuses shared memory.
+    """
+    for name, tensor in tqdm(tensors, desc="save", unit="tensor", disable=None, delay=1):
+        if quantize is not None and goes_to_fp8(name, tensor.shape):
+            q, scale = quantize_weight(tensor, ue8m0=quantize == "fp8-ue8m0")
+            forms = {name: q, f"{name}_scale_inv": scale}
+        else:
+            forms = {name: tensor.to(own_dtype(name, dtype or tensor.dtype))}
+        for key, form in forms.items():
+            yield key, form.detach().to("cpu", copy=True).contiguous()
 
 
 def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int) -> None:
-    """One file, or as many as it takes to keep each below `limit` bytes, and their index."""
-    shard, size, written = {}, 0, []
+    """Write one file, or shards of at most `limit` bytes and their index."""
+    shard_of, total, count = {}, 0, 0
+    for count, shard in enumerate(grouped(tensors, limit), start=1):
+        write_file(folder / f"part-{count}", shard)
+        shard_of |= dict.fromkeys(shard, count)
+        total += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # or two would be in memory while the next one fills
+    files = {n: f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
+    if count == 1:
+        files[1] = WEIGHTS
+    for n, file in files.items():
+        os.rename(folder / f"part-{n}", folder / file)
+    if count > 1:
+        index = {"metadata": {"total_size": total},
+                 "weight_map": {name: files[n] for name, n in sorted(shard_of.items())}}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+
+
+def grouped(tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
+    """Yield dicts of tensors, each of at most `limit` bytes, or of one larger tensor."""
+    shard, size = {}, 0
     for name, tensor in tensors:
         if shard and size + tensor.nbytes > limit:
-            written.append(write_part(folder, len(written), shard))
+            yield shard
             shard, size = {}, 0
-        shard[name] = own_copy(tensor)
+        shard[name] = tensor
         size += tensor.nbytes
-    written.append(write_part(folder, len(written), shard))
-    if len(written) == 1:
-        os.rename(folder / "part-0", folder / WEIGHTS)
-        return
-    places, total = {}, 0
-    for number, sizes in enumerate(written):
-        file = f"model-{number + 1:05d}-of-{len(written):05d}.safetensors"
-        os.rename(folder / f"part-{number}", folder / file)
-        places |= dict.fromkeys(sizes, file)
-        total += sum(sizes.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
-def write_part(folder: Path, number: int, tensors: dict[str, Tensor]) -> dict[str, int]:
-    """A shard, before it is known how many there are; the bytes of its tensors."""
-    write_file(folder / f"part-{number}", tensors)
-    return {name: tensor.nbytes for name, tensor in tensors.items()}
+    yield shard
 
 
 def write_file(file: Path, tensors: dict[str, Tensor]) -> None:
-    """A safetensors file that says, as transformers wants it, whose tensors they are."""
+    """Write a safetensors file, marked as PyTorch's, which transformers demands."""
     save_file(tensors, file, metadata={"format": "pt"})

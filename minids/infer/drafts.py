@@ -1,4 +1,9 @@
-"""How often the MTP modules' drafts agree with the model, by kind of Python."""
+"""How often the MTP modules' drafts agree with the model, by depth and kind of text.
+
+Over held-out text a draft (V3 section 5.4.3) is compared with the model's own prediction from the
+same true text, so a module cannot profit from the repetitions that a model falls into when it
+continues its own output.
+"""
 
 import contextlib
 import io
@@ -11,12 +16,15 @@ from torch import Tensor
 
 from minids.infer.validation import windows
 
+KIND = {tokenize.COMMENT: "comments", tokenize.STRING: "strings", tokenize.NUMBER: "numbers",
+        tokenize.OP: "punctuation"}
+
 
 class Agreement(NamedTuple):
-    """How drafts of one kind of text fare: tokens, and the shares of them that pass.
+    """How drafts of one kind of text fare: their number, and the shares that are accepted.
 
     greedy: the module's likeliest token is the model's
-    sampled: the chance to pass at temperature 1
+    sampled: probability of acceptance at temperature 1
     """
 
     tokens: int
@@ -24,12 +32,8 @@ class Agreement(NamedTuple):
     sampled: float
 
 
-KIND = {tokenize.COMMENT: "comments", tokenize.STRING: "strings", tokenize.NUMBER: "numbers",
-        tokenize.OP: "signs"}
-
-
 def kinds_of_python(text: str) -> list[str]:
-    """Of each character, the kind of word that it belongs to, by Python's own tokenizer."""
+    """Return the kind of word that each character belongs to, by Python's own tokenizer."""
     kinds = ["white space" if c.isspace() else "other" for c in text]
     starts = [0]
     for line in text.splitlines(keepends=True):
@@ -46,13 +50,14 @@ def kinds_of_python(text: str) -> list[str]:
 
 
 def kinds_of_tokens(tokens: Tensor, tokenizer) -> list[str]:
-    """The kind of each token of packed documents: that of its first character that is no space."""
-    special = set(tokenizer.special.values())
-    kinds, ends = [], (tokens == tokenizer.eos_id).nonzero().flatten().tolist()
-    for start, end in zip([0, *(e + 1 for e in ends)], [*(e + 1 for e in ends), len(tokens)],
-                          strict=True):
-        ids = tokens[start:end].tolist()
-        raw = [tokenizer.decode_bytes([i]) if i not in special else b"" for i in ids]
+    """Return the kind of each token of packed documents: that of its first non-space character.
+
+    tokens: (M,) int64, documents that end with the tokenizer's EOS
+    """
+    special, kinds = set(tokenizer.special.values()), []
+    ends = ((tokens == tokenizer.eos_id).nonzero().flatten() + 1).tolist()
+    for document in tokens.tensor_split(ends):
+        raw = [b"" if i in special else tokenizer.decode_bytes([i]) for i in document.tolist()]
         text = b"".join(raw).decode("utf-8", "replace")
         of_bytes = [kind for kind, c in zip(kinds_of_python(text), text, strict=True)
                     for _ in c.encode()]
@@ -68,15 +73,17 @@ def kinds_of_tokens(tokens: Tensor, tokenizer) -> list[str]:
 @torch.no_grad()
 def draft_agreement(model, tokens: Tensor, kinds: list[str], seq_len: int, batch_size: int,
                     max_tokens: int | None = None) -> list[dict[str, Agreement]]:
-    """How well each MTP module guesses the model's own next word on given text.
+    """Return how well each MTP module predicts the model's own next token on given text.
 
-    tokens: (M,) int64, packed documents; kinds: of each of them; the others as for `evaluate`
-    Returns for each depth k the agreement by kind of the token that is guessed, and of "all".
+    tokens: (M,) int64, packed documents
+    kinds: the kind of each token
+    seq_len, batch_size, max_tokens: as for `evaluate`
+    Returns for each depth the agreement by kind of the drafted token, and of "all".
     """
     names = sorted(set(kinds))
     codes = windows(torch.tensor([names.index(kind) for kind in kinds]), seq_len, max_tokens)
-    device, depths = model.head.weight.device, len(model.mtp)
-    sums = torch.zeros(depths, len(names), 3, dtype=torch.float64)
+    device = model.head.weight.device
+    sums = torch.zeros(len(model.mtp), len(names), 3, dtype=torch.float64)
     for batch, kind in zip(windows(tokens, seq_len, max_tokens).split(batch_size),
                            codes.split(batch_size), strict=True):
         batch = batch[:, :-1].to(device)
@@ -85,11 +92,11 @@ def draft_agreement(model, tokens: Tensor, kinds: list[str], seq_len: int, batch
         for k, module in enumerate(model.mtp, start=1):
             context = model.context(batch[:, k:])
             states, _ = module(states[:, :-1], model.embed(batch[:, k:]), context)
-            guess = model.head(states).float().softmax(-1)  # (B, S - k, V), of token i + k + 1
-            p, guessed = own[:, k:], kind[:, k + 1:].flatten()
-            passes = torch.stack([torch.ones_like(p[..., 0]), guess.argmax(-1) == p.argmax(-1),
-                                  torch.minimum(p, guess).sum(-1)], dim=-1)
-            sums[k - 1].index_add_(0, guessed, passes.flatten(0, 1).double().cpu())
+            draft = model.head(states).float().softmax(-1)  # (B, S - k, V), of token i + k + 1
+            p, drafted = own[:, k:], kind[:, k + 1:].flatten()
+            passes = torch.stack([torch.ones_like(p[..., 0]), draft.argmax(-1) == p.argmax(-1),
+                                  torch.minimum(p, draft).sum(-1)], dim=-1)
+            sums[k - 1].index_add_(0, drafted, passes.flatten(0, 1).double().cpu())
     tables = []
     for depth in sums:
         rows = dict(zip(names, depth, strict=True)) | {"all": depth.sum(0)}

@@ -1,4 +1,9 @@
-"""Ways of selecting the tokens that sparse attention sees, and what each costs."""
+"""Ways of selecting the k tokens that a query attends to, and what each of them costs.
+
+What does sparse attention (V3.2 section 2.1) lose, and why? The same model attends to all tokens,
+to the k that its indexer selects, to the k that attention itself weighs most, to the last k, and to
+k at random.
+"""
 
 import contextlib
 import functools
@@ -13,16 +18,16 @@ from minids.infer.validation import evaluate, windows
 from minids.model.mla import MLA, Context, seen_by
 from minids.model.sparse_attention import Selection, attention_mass, few_rows, select
 
-# How much a layer's queries want each token, (B, S, T), from the attention, its input (B, S, D),
+# Scores of each layer's queries for each token, (B, S, T), from the attention, its input (B, S, D),
 # its query latent and the context of the pass.
 Scores = Callable[[MLA, Tensor, Tensor, Context], Tensor]
-# From the same, the tokens that they get; None for all.
+# From the same arguments, the tokens that the queries attend to; None for all.
 Rule = Callable[[MLA, Tensor, Tensor, Context], Selection | None]
 
 
 @contextlib.contextmanager
 def selecting(model: torch.nn.Module, rule: Rule) -> Iterator[None]:
-    """Within it every layer attends to what `rule` selects, whatever its indexer says, if any."""
+    """Make every layer attend to what `rule` selects, in place of its own indexer's selection."""
     layers = [module for module in model.modules() if isinstance(module, MLA)]
     for attn in layers:
         attn.selection = functools.partial(rule, attn)
@@ -34,11 +39,11 @@ def selecting(model: torch.nn.Module, rule: Rule) -> Iterator[None]:
 
 
 def everything(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> None:
-    """The rule of dense attention."""
+    """Select all tokens: dense attention."""
 
 
 def best(k: int, scores: Scores) -> Rule:
-    """The rule that gives each query the k tokens of the highest scores."""
+    """Return the rule that gives each query the k tokens of the highest scores."""
     def rule(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Selection | None:
         wanted = scores(attn, x, c_q, context)  # (B, S, T)
         keys = wanted.size(2)
@@ -47,13 +52,13 @@ def best(k: int, scores: Scores) -> Rule:
 
 
 def indexer_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
-    """As the layer's indexer wants them."""
+    """Return the scores of the layer's indexer."""
     keys = attn.indexer.keys(x, context.rotation)
     return attn.indexer.scores(x, c_q, keys, context.rotation)
 
 
 def attention_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
-    """The probabilities of dense attention, the mean over its heads."""
+    """Return the probabilities of dense attention, the mean over its heads."""
     q = torch.cat(attn.queries(c_q, context.rotation), dim=-1)  # (B, S, H, qk_head_dim)
     k, _ = attn.expand(attn.latent(x, context.rotation))
     seen = seen_by(context, x, k.size(1))
@@ -62,13 +67,13 @@ def attention_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Ten
 
 
 def position_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
-    """The later the better: a sliding window."""
+    """Return higher scores for later tokens: a sliding window."""
     batch, length = x.shape[:2]
     return torch.arange(length, dtype=torch.float32, device=x.device).expand(batch, length, -1)
 
 
 def random_scores(seed: int = 0) -> Scores:
-    """At random, each query and layer anew."""
+    """Return a function that draws scores at random, new ones for each query and layer."""
     generator = torch.Generator().manual_seed(seed)
 
     def scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
@@ -77,7 +82,7 @@ def random_scores(seed: int = 0) -> Scores:
 
 
 def all_scores(model: torch.nn.Module) -> dict[str, Scores]:
-    """By name; "indexer" where the model has one."""
+    """Return the ways of scoring by name, with "indexer" if the model has one."""
     own = {"indexer": indexer_scores} if model.args.has_indexer else {}
     return own | {"attention": attention_scores, "window": position_scores,
                   "random": random_scores()}
@@ -85,12 +90,13 @@ def all_scores(model: torch.nn.Module) -> dict[str, Scores]:
 
 @torch.no_grad()
 def attention_recall(model, tokens: Tensor, k: int) -> dict[str, list[float]]:
-    """How much of dense attention each way of selecting k tokens holds.
+    """Return how much of dense attention each way of selecting k tokens holds.
 
     tokens: (B, S) int64; the model runs with dense attention
+    k: tokens selected for each query
     Returns, by the names of `all_scores`, for each layer the share of the probability (the mean
-    over heads) that the selected tokens have, over the queries that see more than k. No k tokens
-    have more than those of "attention". Raises `ValueError` where no query sees more than k.
+    over heads) on the selected tokens, averaged over the queries that see more than k. "attention"
+    is the largest possible share. Raises `ValueError` if no query sees more than k.
     """
     if tokens.size(1) <= k:
         raise ValueError(f"index_topk = {k} is not valid: it must be less than the "
@@ -110,7 +116,7 @@ def attention_recall(model, tokens: Tensor, k: int) -> dict[str, list[float]]:
 
 
 class Row(NamedTuple):
-    """One way of selecting k tokens: bits per byte, and `attention_recall` of each layer."""
+    """One way of selecting k tokens: its bits per byte, and `attention_recall` of each layer."""
 
     selection: str
     bits_per_byte: float
@@ -119,9 +125,10 @@ class Row(NamedTuple):
 
 def compare_selections(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: int,
                        k: int, max_tokens: int | None = None) -> list[Row]:
-    """The same model and text under dense attention and under every way of selecting k tokens.
+    """Evaluate a model under dense attention, then under every way of selecting k tokens.
 
-    The arguments are those of `evaluate`; recall is measured on one batch of the text.
+    k: tokens selected for each query; the other arguments are those of `evaluate`
+    Recall is measured on one batch of the text. Raises `ValueError` as `attention_recall` does.
     """
     batch = windows(tokens, seq_len, batch_size * seq_len)[:, :-1]
     recall = attention_recall(model, batch.to(model.head.weight.device), k)
@@ -135,7 +142,7 @@ def compare_selections(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, bat
 
 
 def selection_table(rows: list[Row], k: int) -> str:
-    """`compare_selections` for reading; the first row is what the others are compared with."""
+    """Return `compare_selections` as text; the first row is what the others are compared with."""
     title = f"attention to {k} tokens", "bits/byte", "above dense", "recall of attention by layer"
     cells = [(row.selection, f"{row.bits_per_byte:.4f}",
               f"{row.bits_per_byte / rows[0].bits_per_byte - 1:+.2%}",

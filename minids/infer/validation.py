@@ -1,5 +1,9 @@
-"""Validation: bits per byte of held-out text, the balance of the experts, and how much of a sample
-parses as Python."""
+"""Validation: bits per byte, the balance of the experts, and how much of a sample is Python.
+
+Bits per byte is the cross-entropy of all tokens, in bits, over the number of bytes they stand for.
+Unlike the loss per token it does not depend on the vocabulary, so models with different tokenizers
+can be compared (V3's table of base models has it as Pile BPB, section 4.4).
+"""
 
 import ast
 import math
@@ -13,10 +17,10 @@ from minids.model.moe import max_violation
 
 
 class Evaluation(NamedTuple):
-    """What a pass over validation text shows.
+    """What one pass over validation text measures.
 
-    bits_per_byte: of all targets, those that are special tokens included
-    loads: (n MoE layers, E) int64, tokens sent to each expert, MTP modules left out
+    bits_per_byte: of all targets, special tokens included
+    loads: (n MoE layers, E) int64, tokens sent to each expert, without the MTP modules
     """
 
     bits_per_byte: float
@@ -29,10 +33,12 @@ class Evaluation(NamedTuple):
 
 
 def windows(tokens: Tensor, seq_len: int, max_tokens: int | None = None) -> Tensor:
-    """Sequences and their targets, side by side in the text: (n, S + 1).
+    """Return consecutive windows of a text, each with the next token: (n, S + 1).
 
-    tokens: (M,) int64; max_tokens: take only so many, in windows spread evenly over the text
-    Raises `ValueError` for text shorter than a window.
+    tokens: (M,) int64
+    seq_len: S, tokens in a window
+    max_tokens: take at most this many tokens, in windows spread evenly over the text; None: all
+    Raises `ValueError` for a text shorter than a window.
     """
     count = (len(tokens) - 1) // seq_len
     if count < 1:
@@ -46,16 +52,17 @@ def windows(tokens: Tensor, seq_len: int, max_tokens: int | None = None) -> Tens
 @torch.no_grad()
 def evaluate(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: int,
              max_tokens: int | None = None, begin_id: int | None = None) -> Evaluation:
-    """Run the model over validation text; nothing in the model changes.
+    """Run the model over validation text without changing anything in it.
 
     tokens: (M,) int64, packed documents
     n_bytes: (vocab_size,) int64, bytes that each token stands for
     seq_len, batch_size: tokens in a window, windows at a time
     max_tokens: the same evenly spread part every time; None: all windows
-    begin_id: the token that begins a document, where documents do not see each other
+    begin_id: the token that begins a document, if documents must not see each other
+    Raises `ValueError` for a text shorter than a window.
     """
     device = model.head.weight.device
-    nats, size, loads = 0.0, 0, 0
+    nats, size, loads = 0.0, 0, []
     for batch in windows(tokens, seq_len, max_tokens).split(batch_size):
         inputs = batch[:, :-1].to(device)
         samples = None if begin_id is None else (inputs == begin_id).cumsum(1)
@@ -64,17 +71,17 @@ def evaluate(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: i
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         size += int(n_bytes[batch[:, 1:]].sum())
         if routings:
-            loads = loads + torch.stack([r.load() for r in routings]).cpu()
-    loads = loads if torch.is_tensor(loads) else torch.zeros(0, 0, dtype=torch.int64)
-    return Evaluation(nats / math.log(2) / size, loads)
+            loads.append(torch.stack([r.load() for r in routings]).cpu())
+    total = sum(loads) if loads else torch.zeros(0, 0, dtype=torch.int64)
+    return Evaluation(nats / math.log(2) / size, total)
 
 
 def parse_share(text: str) -> tuple[int, int]:
-    """How much of a text is Python: (top-level blocks that parse, top-level blocks).
+    """Return how much of a text is Python: (top-level blocks that parse, top-level blocks).
 
-    A block starts at a line without indentation, unless that line only goes on with the one before
-    (`else:`, a closing bracket, a decorated function). Comments between blocks count for nothing,
-    nor does the last block, which the end of the text may have cut.
+    A block starts at a line without indentation, unless the line continues the block before it
+    (`else:`, a closing bracket, a decorated function). Comments between blocks are ignored, and so
+    is the last block, which the end of the text may have cut.
     """
     blocks: list[str] = []
     for line in text.splitlines():
@@ -91,7 +98,7 @@ def parse_share(text: str) -> tuple[int, int]:
 
 
 def parses(block: str) -> bool:
-    """Whether Python's own parser accepts a text."""
+    """Return whether Python's own parser accepts a text."""
     try:
         ast.parse(block)
     except (SyntaxError, ValueError, MemoryError, RecursionError):

@@ -25,7 +25,7 @@ def test_kinds_are_those_of_pythons_own_tokenizer():
         return set(kinds[start:start + len(word)])
 
     for word, expected in {"# a note": "comments", "def": "keywords", "f": "keywords",
-                           "str": "names", '"ab"': "strings", "12": "numbers", "->": "signs",
+                           "str": "names", '"ab"': "strings", "12": "numbers", "->": "punctuation",
                            "    ": "white space"}.items():
         assert kind(word) == {expected}
     assert kinds_of_python("x = $ 1\n")[4] == "other"  # not Python: what comes before still counts

@@ -1,0 +1,120 @@
+"""config.json: released configurations are the presets, any settings return, and
+transformers reads the same rotations."""
+
+from dataclasses import replace
+
+import pytest
+from hf_folders import KINDS, RELEASED_CONFIGS, V32, theirs_of, through_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_models import LITTLE, gap
+from transformers.models.deepseek_v3 import modeling_deepseek_v3
+
+from minids import ModelArgs, hf
+from minids.hf import args_from_config, config_from_args, save_hf
+from minids.model.rope import rotary_frequencies, softmax_scale
+
+RELEASED = ("v2-lite", "v2", "v3", "v3.2", "moonlight", "kimi-k2")
+
+
+@pytest.mark.parametrize("name", RELEASED_CONFIGS)
+def test_a_released_configuration_is_the_preset(name, monkeypatch):
+    config = RELEASED_CONFIGS[name]
+    expected = replace(ModelArgs.preset(name), init_std=0.02)
+    if not expected.yarn:
+        expected = replace(expected, mscale=1.0)  # a released file has no word for it
+    assert args_from_config(config) == expected
+    # wrong: two fields taken for each other, which no round trip would notice
+    monkeypatch.setitem(hf.settings.FIELDS, "moe_inter_dim", "intermediate_size")
+    monkeypatch.setitem(hf.settings.FIELDS, "inter_dim", "moe_intermediate_size")
+    assert args_from_config(config) != expected
+
+
+@pytest.mark.parametrize("preset", ModelArgs.presets())
+def test_every_preset_returns(preset):
+    args = ModelArgs.preset(preset)
+    assert args_from_config(through_json(config_from_args(args))) == args
+    beyond_transformers = {"tiny", "deep", "nano", "micro", "moonlight"}
+    assert (hf.settings.OWN_KEY in config_from_args(args)) == (preset in beyond_transformers)
+
+
+@st.composite
+def drawn(draw) -> ModelArgs:
+    """Any settings that a class of transformers can express."""
+    groups, per_group = draw(st.integers(1, 4)), draw(st.integers(2, 4))
+    limited = draw(st.integers(1, groups))
+    v32, softmax = draw(st.booleans()), draw(st.booleans())
+    heads, original = draw(st.integers(1, 4)), draw(st.integers(1, 100))
+    return ModelArgs(
+        vocab_size=draw(st.integers(1, 200)), dim=heads * draw(st.integers(1, 40)), n_heads=heads,
+        n_layers=3, n_dense_layers=draw(st.integers(0, 3)), n_routed_experts=groups * per_group,
+        n_shared_experts=draw(st.integers(0, 3)), n_expert_groups=groups, n_limited_groups=limited,
+        n_activated_experts=draw(st.integers(1, limited * per_group)), index_hadamard=v32,
+        score_func="softmax" if softmax and not v32 else "sigmoid", index_n_heads=3 * v32,
+        gate_bias=not softmax or v32, q_lora_rank=draw(st.integers(v32, 9)),
+        norm_eps=draw(st.floats(1e-9, 1e-2)), rope_theta=draw(st.floats(2, 1e6)),
+        max_seq_len=draw(st.integers(1, 200)), original_seq_len=original,
+        rope_factor=draw(st.floats(1, 64)), mscale=draw(st.floats(0.1, 2)),
+        beta_fast=draw(st.floats(4, 40)), n_mtp_layers=draw(st.integers(0, 2)),
+        init_std=draw(st.floats(1e-4, 1)), route_scale=draw(st.floats(0.1, 20)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(drawn())
+def test_any_settings_return(args):
+    assert args_from_config(through_json(config_from_args(args))) == args
+
+
+def test_a_return_without_what_only_we_know_is_another_model():
+    args = replace(V32, index_fp8=True)
+    config = config_from_args(args)
+    assert config[hf.settings.OWN_KEY] == {"index_fp8": True, "original_seq_len": 4096}
+    del config[hf.settings.OWN_KEY]
+    assert args_from_config(config) == replace(V32, original_seq_len=LITTLE.max_seq_len)
+
+
+@pytest.mark.parametrize("preset", [*RELEASED, "tiny"])
+def test_transformers_reads_the_same_rotations(preset):
+    def same(config: dict) -> bool:
+        theirs = theirs_of(config)
+        rotary = modeling_deepseek_v3.DeepseekV3RotaryEmbedding(theirs)
+        scale = modeling_deepseek_v3.yarn_apply_mscale(theirs.rope_parameters,
+                                                       args.qk_head_dim ** -0.5)
+        return (gap(rotary.inv_freq, rotary_frequencies(args)) < 1e-7  # FP32, in another order
+                and scale == pytest.approx(softmax_scale(args), rel=1e-15)
+                and rotary.attention_scaling == 1)
+
+    args = ModelArgs.preset(preset)
+    config = config_from_args(args)
+    assert same(config)
+    if preset == "v3":
+        assert softmax_scale(args) == 0.1352337788608801  # V3's, with YaRN
+    scaling = config["rope_scaling"]
+    wrong = [{"mscale_all_dim": 0.5}, {"original_max_position_embeddings": 8192}, {"factor": 20.0}]
+    for change in wrong if scaling else []:
+        assert not same(config | {"rope_scaling": scaling | change})
+    assert not same(config | {"rope_theta": 20000.0})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_form_of_transformers_5_is_read(kind):
+    args = KINDS[kind]
+    config = theirs_of(config_from_args(args)).to_dict()
+    assert "rope_scaling" not in config and "rope_parameters" in config
+    assert args_from_config(config) == args_from_config(config_from_args(args))
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(index_n_heads=2, index_head_dim=12, q_lora_rank=0), "q_lora_rank = 0"),
+    (dict(score_func="softmax", gate_bias=True), "gate_bias = True"),
+    (dict(score_func="softmax", index_n_heads=2, index_head_dim=12), "score_func = 'softmax'"),
+    (dict(gate_bias=False), "gate_bias = False"),
+    (dict(n_routed_experts=1, n_activated_experts=1, n_expert_groups=1, n_limited_groups=1),
+     "n_routed_experts = 1"),
+    (dict(score_func="softmax", gate_bias=False, n_heads=5), "dim = 24"),
+    (dict(mscale=0.0, original_seq_len=10), "mscale = 0.0")])
+def test_what_transformers_has_no_class_for_is_refused_by_name(change, named, tmp_path):
+    model = hf.names.skeleton(replace(LITTLE, **change))
+    with pytest.raises(ValueError, match=named):
+        save_hf(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
