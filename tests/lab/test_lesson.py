@@ -15,8 +15,9 @@ import torch
 
 import minids.model.moe
 from minids import ModelArgs
-from minids.lab import lesson
-from minids.lab.lesson import PATIENCE, problems, review, table
+from minids.lab import checker, lesson
+from minids.lab.checker import PATIENCE
+from minids.lab.lesson import problems, review, table
 from minids.model.mla import MLA
 from minids.model.moe import max_violation
 
@@ -92,15 +93,16 @@ def test_a_thread_that_is_stopped_says_nothing(capfd):
         return [len(bytes(10 ** 7)) for _ in itertools.count()]
 
     [told] = problems(fills, CASES[:1])
-    assert lesson.LATE in told or "MemoryError" in told
+    assert checker.LATE in told or "MemoryError" in told
     time.sleep(0.5)
     assert capfd.readouterr().err == ""
 
 
 def test_only_the_end_of_a_stopped_thread_is_kept_quiet():
     told = []
-    for kind in (lesson.Unfinished, ValueError):
-        lesson.quiet(SimpleNamespace(exc_type=kind), tell=lambda ended: told.append(ended.exc_type))
+    for kind in (checker.Unfinished, ValueError):
+        checker.quiet(SimpleNamespace(exc_type=kind),
+                      tell=lambda ended: told.append(ended.exc_type))
     assert told == [ValueError]
 
 
@@ -190,7 +192,7 @@ def clings(x):
 def rehearsed(request, monkeypatch):
     """With the copy that Linux can make, and as it is elsewhere."""
     if not request.param:
-        monkeypatch.setattr(lesson, "rehearse", lambda function, cases: (0, ""))
+        monkeypatch.setattr(lesson, "rehearse", lambda check, cases: (0, ""))
 
 
 @pytest.mark.parametrize("endless", [loops, sleeps, counts, clings])
@@ -238,8 +240,8 @@ def fills(x):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux makes a copy of the process")
 @pytest.mark.parametrize("answer, fate", [
-    (sums, lesson.LATE), (backtracks, lesson.LATE), (doubles, lesson.LARGE), (fills, lesson.LARGE),
-    (crashes, lesson.GONE), (lambda x: os._exit(0), lesson.GONE)])
+    (sums, checker.LATE), (backtracks, checker.LATE), (doubles, checker.LARGE),
+    (fills, checker.LARGE), (crashes, checker.GONE), (lambda x: os._exit(0), checker.GONE)])
 def test_what_no_thread_survives_is_told_within_five_seconds(answer, fate):
     start, threads = time.monotonic(), threading.active_count()
     assert problems(answer, [(([],), [], ""), *CASES]) == [f"{answer.__name__}([]) {fate}"]
@@ -251,9 +253,9 @@ def test_the_case_that_no_thread_survives_is_named():
     def answer(x):
         return x * x if x != 0.1 else os.abort()
 
-    assert problems(answer, CASES) == [f"answer(0.1) {lesson.GONE}"]
+    assert problems(answer, CASES) == [f"answer(0.1) {checker.GONE}"]
     many = [((i,), i * i, "") for i in range(300)]
-    assert problems(answer, [*many, CASES[1]]) == [f"answer(0.1) {lesson.GONE}"]
+    assert problems(answer, [*many, CASES[1]]) == [f"answer(0.1) {checker.GONE}"]
 
 
 def test_the_rehearsal_leaves_no_trace(capfd):
@@ -292,8 +294,8 @@ def test_no_right_answer_is_called_late():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux makes a copy of the process")
 def test_a_copy_that_is_late_once_gets_another_chance(monkeypatch):
-    watch, fates = lesson.watch, iter([lesson.LATE, None])
-    monkeypatch.setattr(lesson, "watch", lambda *given: watch(*given) or next(fates) or "")
+    watch, fates = checker.watch, iter([checker.LATE, None])
+    monkeypatch.setattr(checker, "watch", lambda *given: watch(*given) or next(fates) or "")
     assert problems(square, CASES) == [] and next(fates, "none left") == "none left"
 
 
@@ -336,7 +338,7 @@ ONES = torch.ones(2, 3, dtype=torch.float64)
     (ONES + 1e-4, "values that differ by up to 0.0001"),
     (ONES.T, "shape (3, 2) instead of (2, 3)"),
     (ONES.float(), "torch.float32 instead of torch.float64"),
-    (ONES * float("nan"), "nan in places"),
+    (ONES * float("nan"), "a tensor that contains NaN"),
     (ONES * 1.5, "values that differ by up to 0.5"),
     (ONES.tolist(), "[[1.0, 1.0, 1.0], [1.0, 1.0, 1.0]] instead of a tensor of shape (2, 3)")])
 def test_a_tensor_has_a_shape_a_type_and_values(answer, told):
@@ -381,7 +383,7 @@ class Broken:
 def test_an_answer_that_cannot_be_shown_is_told(expected, rehearsed):
     start = time.monotonic()
     [told] = problems(lambda: Endless(), [((), expected, "")])
-    assert told == f"<lambda>() {lesson.LATE}" and time.monotonic() - start < 5.0
+    assert told == f"<lambda>() {checker.LATE}" and time.monotonic() - start < 5.0
     [told] = problems(lambda: Broken(), [((), expected, "")])
     assert told == "<lambda>() stops with ValueError: no"
 
@@ -395,7 +397,7 @@ def test_a_huge_answer_is_not_written_out():
 
 @pytest.mark.parametrize("answer", [3, None, torch.nn.Identity()])
 def test_what_is_no_function_is_told(answer):
-    assert problems(answer, CASES) == [f"{answer!r} stands where a function was asked for"]
+    assert problems(answer, CASES) == [f"{answer!r} is not a function"]
 
 
 def test_a_list_of_another_length_is_told():
