@@ -16,17 +16,10 @@ import torch
 from torch import Tensor
 
 from minids.config import ModelArgs
-from minids.hf.settings import model_type_of
 from minids.model.transformer import Transformer
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX, MTP = "model.safetensors.index.json", "mtp.safetensors"
-OWN_FILE = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|mtp\.safetensors"
-                      r"|model\.safetensors\.index\.json")
-TOKENIZER_FILE = re.compile(
-    r"tokenizer\w*\.(json|model)|tokenization_\w+\.py|special_tokens_map\.json|vocab\.json"
-    r"|generation_config\.json|chat_template\.jinja|tiktoken\.model|merges\.txt")
-RELEASED_LAYERS = 61  # V3's: transformers takes layer 61 for an MTP module
 
 # Ours -> theirs: whole names, then names inside block N (after "layers.N." and "model.layers.N."),
 # then those of MTP module K, which is layer n_layers + K there.
@@ -71,8 +64,9 @@ MTP_COPIES = {  # theirs, inside a released MTP layer -> ours
     "embed_tokens.weight": "embed.weight",
     "shared_head.head.weight": "head.weight",
 }
-COPY = re.compile(r"model\.layers\.(\d+)\.(" + "|".join(map(re.escape, MTP_COPIES)) + ")")
-ANGLES = "rotary_emb.inv_freq"  # tables in some older files; the model computes its own
+# Not in the model: copies in an MTP layer, and tables of angles in some older files.
+SPARE = re.compile(r"model\.layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight"
+                   r"|.*rotary_emb\.inv_freq")
 WIDE = ("embed_tokens", "head", "mlp.gate", "eh_proj", "weights_proj")  # matrices never in FP8
 
 
@@ -126,15 +120,3 @@ def own_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
 def goes_to_fp8(name: str, shape: Sequence[int]) -> bool:
     """Return whether released FP8 files store this tensor in FP8."""
     return len(shape) == 2 and 0 not in shape and not name.removesuffix(".weight").endswith(WIDE)
-
-
-def mtp_among_others(args: ModelArgs) -> bool:
-    """Return whether transformers ignores this model's MTP layer among the other weights."""
-    return (args.n_layers == RELEASED_LAYERS and args.n_mtp_layers == 1
-            and model_type_of(args) != "deepseek_v2")
-
-
-def mtp_copies(args: ModelArgs, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the copies of embedding and head that a released MTP layer has."""
-    for theirs, ours in MTP_COPIES.items():
-        yield f"model.layers.{args.n_layers}.{theirs}", state[ours]

@@ -20,18 +20,7 @@ from minids.base.fields import nearest
 from minids.base.files import read_json
 from minids.config import ModelArgs
 from minids.fp8 import BLOCK, dequantize
-from minids.hf.names import (
-    ANGLES,
-    CONFIG,
-    COPY,
-    INDEX,
-    MTP,
-    WEIGHTS,
-    own_dtype,
-    shapes,
-    skeleton,
-    to_hf,
-)
+from minids.hf.names import CONFIG, INDEX, MTP, SPARE, WEIGHTS, own_dtype, shapes, skeleton, to_hf
 from minids.hf.settings import args_from_config, check_quantization
 from minids.model.transformer import Transformer
 
@@ -72,11 +61,11 @@ class Source(NamedTuple):
 
     def is_spare(self, name: str) -> bool:
         """Return whether a tensor of the files is one that the model does without."""
-        copy = COPY.fullmatch(name)
+        spare = SPARE.fullmatch(name)
         empty = "shared_experts" in name and 0 in self.headers[name].shape
         scale = name.endswith("_scale_inv") and self.is_fp8(name.removesuffix("_scale_inv"))
-        return (empty or scale or name.endswith(ANGLES)
-                or bool(copy and int(copy[1]) >= self.args.n_layers))
+        copy = spare and spare[1]
+        return empty or scale or bool(spare) and (not copy or int(copy) >= self.args.n_layers)
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32,

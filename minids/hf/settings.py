@@ -60,7 +60,6 @@ def args_from_config(config: dict) -> ModelArgs:
     Raises `ValueError` naming the field as the file does, its value and what is valid.
     """
     model_type = read_type(config)
-    check_fixed(config, model_type)
     found = read_fields(config, model_type) | read_rope(config)
     theirs = FIELDS | {ours: f"rope_scaling.{name}" for ours, name in ROPE_FIELDS.items()}
     try:
@@ -110,22 +109,19 @@ def demand_each(given: dict, valid: dict[str, tuple], where: str = "", note: str
 
 
 def read_type(config: dict) -> str:
-    """Return the model_type, an alias resolved."""
+    """Return the model_type, an alias resolved, after checking what this family never varies."""
     given, known = config.get("model_type"), [*CLASSES, *ALIASES]
     if given not in known:
         raise ValueError(f"model_type = {given!r} is not valid: {nearest(str(given), known)}"
                          f"valid are {', '.join(known)}")
-    return ALIASES.get(given, given)
-
-
-def check_fixed(config: dict, model_type: str) -> None:
-    """Raise `ValueError` for a value that other models have and this family does not."""
+    model_type = ALIASES.get(given, given)
     demand_each(config, {"architectures": ([CLASSES[model_type]],)} | FIXED)
     demand_each(config, V2_GATE if model_type == "deepseek_v2" else V3_GATE,
                 note=f" in a {CLASSES[model_type]}")
     heads, key_heads = map(config.get, ("num_attention_heads", "num_key_value_heads"))
     demand("num_key_value_heads", key_heads, key_heads in (None, heads),
            f"num_attention_heads = {heads}, or absent: the latent is expanded for every head")
+    return model_type
 
 
 def read_fields(config: dict, model_type: str) -> dict:

@@ -20,24 +20,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids.base.files import flush, publish, read_json
+from minids.config import ModelArgs
 from minids.fp8 import quantize_weight
-from minids.hf.names import (
-    CONFIG,
-    INDEX,
-    MTP,
-    OWN_FILE,
-    TOKENIZER_FILE,
-    WEIGHTS,
-    goes_to_fp8,
-    mtp_among_others,
-    mtp_copies,
-    own_dtype,
-    to_hf,
-)
+from minids.hf.names import CONFIG, INDEX, MTP, MTP_COPIES, WEIGHTS, goes_to_fp8, own_dtype, to_hf
 from minids.hf.reading import aside_of
-from minids.hf.settings import FP8_CONFIG, QUANTIZE, config_from_args, demand
+from minids.hf.settings import FP8_CONFIG, QUANTIZE, config_from_args, demand, model_type_of
 from minids.model.transformer import Transformer
 from minids.text.tokenizer import Tokenizer
+
+OWN_FILE = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|mtp\.safetensors"
+                      r"|model\.safetensors\.index\.json")
+TOKENIZER_FILE = re.compile(
+    r"tokenizer\w*\.(json|model)|tokenization_\w+\.py|special_tokens_map\.json|vocab\.json"
+    r"|generation_config\.json|chat_template\.jinja|tiktoken\.model|merges\.txt")
+RELEASED_LAYERS = 61  # V3's: transformers takes layer 61 for an MTP module
 
 
 def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
@@ -169,6 +165,18 @@ def write_weights(model: Transformer, folder: Path, dtype: torch.dtype | None, s
     write_shards(folder, stored(main, dtype, quantize), shard_bytes)
     if mtp:
         write_file(folder / MTP, dict(stored(more, dtype, quantize)))
+
+
+def mtp_among_others(args: ModelArgs) -> bool:
+    """Return whether transformers ignores this model's MTP layer among the other weights."""
+    return (args.n_layers == RELEASED_LAYERS and args.n_mtp_layers == 1
+            and model_type_of(args) != "deepseek_v2")
+
+
+def mtp_copies(args: ModelArgs, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the copies of embedding and head that a released MTP layer has."""
+    for theirs, ours in MTP_COPIES.items():
+        yield f"model.layers.{args.n_layers}.{theirs}", state[ours]
 
 
 def complete(model: Transformer) -> dict[str, Tensor]:
