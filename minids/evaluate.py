@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minids.apply.fp8 import use_fp8
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option
 from minids.base.tables import format_table
@@ -78,7 +79,7 @@ def main() -> None:
     train = run.config.get("train") or {"data": "pystdlib",
                                         "seq_len": min(run.model.args.max_seq_len, 1024)}
     if args.fp8:
-        run.model.use_fp8()
+        use_fp8(run.model)
     seq_len, max_tokens = args.seq_len or train["seq_len"], args.max_tokens or None
     data = open_data(args.data or train["data"], run.tokenizer, seq_len)
     text = data.valid, run.tokenizer.n_bytes, seq_len, args.batch_size

@@ -187,5 +187,22 @@ class FP8Linear(torch.autograd.Function):
 
 
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in FP8, forward and backward. x: (.., k), weight: (m, k) -> (.., m)"""
+    """Return x W^T in FP8, forward and backward. x: (.., k), weight: (m, k) -> (.., m)"""
     return FP8Linear.apply(x, weight)
+
+
+class RoundToFP8(torch.autograd.Function):
+    """Each vector in E4M3 with one scale, a power of two; the gradient passes as if unrounded."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return dequantize(*quantize_activation(x, ue8m0=True)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
+def rounded_to_fp8(x: Tensor) -> Tensor:
+    """Round each 128 numbers of the last dimension to E4M3 and back, straight through backward."""
+    return RoundToFP8.apply(x)

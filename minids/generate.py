@@ -8,8 +8,7 @@
 
 The prompt goes through the model at once, in attention's naive form; each further token then goes
 through alone, in the absorbed form, and finds what came before in the latent cache (V2, arXiv
-2405.04434, section 2.1). Prompts of unequal length share a batch: the shorter ones are padded on
-the left, and nobody sees the padding.
+2405.04434, section 2.1). Prompts of unequal length share a batch (`minids.infer.decoding`).
 
 `minids.infer.sampling` describes how tokens are drawn. With --speculative D the model's own MTP
 modules draft D tokens ahead, and the model keeps those that it might have written: the text comes
@@ -31,11 +30,9 @@ from torch import Tensor
 from minids.base.command_line import parse, run_program
 from minids.base.fields import check_types, option, require
 from minids.hf import open_model
-from minids.infer.decode import decoder_for
+from minids.infer.decoding import last_states, new_cache, prefill, right_pad
 from minids.infer.sampling import Sampler
 from minids.infer.speculative import speculative_rounds
-from minids.model.layers import compute_dtype
-from minids.model.mla import LatentCache
 from minids.model.transformer import Transformer
 from minids.runs.checkpoints import pick_device
 from minids.text.tokenizer import Tokenizer
@@ -104,7 +101,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     check_arguments(model.args, prompts, max_new_tokens, temperature, top_k, top_p, speculative)
     start = time.perf_counter()
     device = model.head.weight.device
-    text = left_pad(prompts, device)  # (B, S), (B,)
+    text = right_pad(prompts, device)  # (B, S), (B,)
     generator = torch.Generator(device).manual_seed(seed)
     sampler = Sampler(temperature, top_k, top_p, generator)
     if speculative:
@@ -128,20 +125,18 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
                       speculative, passed)
 
 
-def plain_rounds(model: Transformer, tokens: Tensor, pad: Tensor | None, new_tokens: int,
+def plain_rounds(model: Transformer, tokens: Tensor, lengths: Tensor, new_tokens: int,
                  sampler: Sampler) -> Iterator[list[list[int]]]:
     """Generate text, one token of every sequence at a time, without end.
 
-    tokens, pad: prompts as `left_pad` gives them; new_tokens: what the cache has room for
+    tokens, lengths: prompts as `right_pad` returns them; new_tokens: what the cache has room for
     """
-    cache = LatentCache(model.args, len(tokens), tokens.size(1) + new_tokens, pad, tokens.device,
-                        compute_dtype(model.head.weight))
-    logits = model.head(model.hidden(tokens, cache)[0][:, -1])  # (B, V), of the last position only
-    decode = decoder_for(model, cache)
+    cache = new_cache(model, len(tokens), tokens.size(1) + new_tokens)
+    logits = model.head(last_states(prefill(model, cache, tokens, lengths).states, lengths))
     while True:
         tokens = sampler.sample(logits)  # (B,)
         yield tokens.unsqueeze(1).tolist()
-        logits = decode(tokens)
+        logits = model(tokens.unsqueeze(1), cache, absorbed=True)[:, -1]  # (B, V)
 
 
 def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, speculative) -> None:
@@ -170,18 +165,6 @@ def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, sp
         drafts = f" and {extra} of drafts" if extra else ""
         raise ValueError(f"prompts: {longest} tokens and max_new_tokens = {max_new_tokens}{drafts} "
                          f"are too many together: max_seq_len is {args.max_seq_len}")
-
-
-def left_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """One rectangle of unequal prompts, with how much padding stands before each.
-
-    [[5, 6, 7], [8]] gives tokens [[5, 6, 7], [0, 0, 8]] and pad [0, 2]; equal lengths give no pad.
-    """
-    longest = max(map(len, prompts))
-    pad = [longest - len(prompt) for prompt in prompts]
-    rows = [[0] * n + list(prompt) for n, prompt in zip(pad, prompts, strict=True)]
-    tokens = torch.tensor(rows, device=device)  # (B, S)
-    return tokens, torch.tensor(pad, device=device) if any(pad) else None
 
 
 class Writer:

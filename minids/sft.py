@@ -30,7 +30,7 @@ from minids.base.command_line import parse, run_program
 from minids.base.fields import option, require
 from minids.base.files import read_jsonl
 from minids.config import ModelArgs
-from minids.model.transformer import Packed
+from minids.model.objective import Packed
 from minids.rl.examination import examine
 from minids.runs.learner import (
     LearnArgs,
@@ -210,7 +210,7 @@ class FineTuner(Learner):
         self.seconds += time.perf_counter() - start
         return dict(step=self.step, loss=losses.total.item(), main=losses.main.item(), **norms,
                     lr=self.optimizers[0].param_groups[0]["lr"],
-                    learnt=int(packed.learnt.sum()), seconds=round(self.seconds, 3))
+                    learnt=int(packed.loss_mask.sum()), seconds=round(self.seconds, 3))
 
     def measure(self, record: dict, last: bool) -> float | None:
         """Marks on held-out problems, in every mode; judged by the mean error of both modes."""

@@ -35,14 +35,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids import plots
+from minids.apply.fp8 import use_fp8
+from minids.apply.recompute import recompute_blocks
 from minids.base.command_line import parse, run_program
 from minids.config import ModelArgs
 from minids.costs import count_parameters, flops_per_token
 from minids.generate import generate
 from minids.infer.validation import Evaluation, evaluate, parse_share, windows
 from minids.model.moe import max_violation
+from minids.model.objective import Packed
 from minids.model.sparse_attention import freeze_all_but_indexers
-from minids.model.transformer import Packed
 from minids.runs.checkpoints import resolve
 from minids.runs.learner import (
     Learner,
@@ -88,11 +90,12 @@ class Trainer(Learner):
 
     def __init__(self, args: TrainArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
         super().__init__(args, model_args, run, tokenizer)
-        self.model.recompute = args.recompute
+        if args.recompute:
+            recompute_blocks(self.model)
         if args.dsa == "warmup":
             freeze_all_but_indexers(self.model)
         if args.fp8:
-            self.model.use_fp8()
+            use_fp8(self.model)
         self.loss = torch.compile(self.model.loss) if args.compile else self.model.loss
         self.optimizers = build_optimizers(self.model, args, self.dtype)
         self.data = open_data(args.data, tokenizer, args.seq_len, args.seed, args.fim_rate,

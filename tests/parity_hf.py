@@ -227,7 +227,7 @@ DEEP = ModelArgs(
 def our_drafts(ours: Transformer, tokens: torch.Tensor) -> torch.Tensor:
     """Logits of the token after next at each position but the last: (B, S - 1, V)"""
     hidden = ours.hidden(tokens)[0][:, :-1]
-    out, _ = ours.mtp[0](hidden, ours.embed(tokens[:, 1:]), ours.context(tokens[:, 1:]))
+    out, *_ = ours.mtp[0](hidden, ours.embed(tokens[:, 1:]), ours.context(tokens[:, 1:]))
     return ours.head(out)
 
 

@@ -14,6 +14,7 @@ import torch
 from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import fp8
+from minids.apply.fp8 import use_fp8
 from minids.fp8 import (
     E4M3_MAX,
     dequantize,
@@ -338,7 +339,7 @@ FP8_ARGS = replace(LITTLE, dim=128, kv_lora_rank=128, q_lora_rank=128, inter_dim
 
 def test_the_recipe_names_what_is_in_fp8_and_what_is_not():
     model = scrambled(replace(LITTLE, index_n_heads=2, index_head_dim=8))
-    model.use_fp8()
+    use_fp8(model)
     inside = {name for name, m in model.named_modules()
               if isinstance(m, Linear | Experts) and "product" in vars(m)}
     assert {name for name, m in model.named_modules() if isinstance(m, Linear | Experts)} - inside \
@@ -350,7 +351,7 @@ def test_the_recipe_names_what_is_in_fp8_and_what_is_not():
 def test_the_loss_on_equal_weights_moves_little_and_every_weight_learns():
     plain = scrambled(FP8_ARGS, dtype=torch.float32)
     rounded = copy.deepcopy(plain)
-    rounded.use_fp8()
+    use_fp8(rounded)
     tokens = random_tokens(LITTLE, 4, 32)
     losses = []
     for model in (plain, rounded):
@@ -368,7 +369,7 @@ def test_experts_in_fp8_are_one_expert_at_a_time():
     model = scrambled(FP8_ARGS, dtype=torch.float32)
     experts = model.layers[1].ffn.experts
     x, counts = torch.randn(20, 128), torch.tensor([3, 0, 5, 1, 4, 0, 2, 4])
-    model.use_fp8()
+    use_fp8(model)
     mine = experts(x, counts)
     start = 0
     for e, count in enumerate(counts.tolist()):

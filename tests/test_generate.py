@@ -13,18 +13,19 @@ from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import ModelArgs, Transformer
 from minids import generate as module
+from minids.apply.folded import fold
 from minids.base.command_line import run_program
-from minids.generate import Writer, generate, left_pad, main
-from minids.infer import decode
-from minids.infer.decode import Decoder, decoder_for, few_operations_pay, one_by_one, side_by_side
-from minids.model.layers import Linear
-from minids.model.mla import LatentCache
+from minids.generate import Writer, generate, main
+from minids.infer.decoding import right_pad
+from minids.kernels.registry import recorded
+from minids.model.cache import LatentCache
+from minids.model.mla import MLA
 from minids.runs.checkpoints import save_checkpoint
 from minids.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 EXACT = 1e-12  # FP64 rounds at 1e-16; a step adds up some thousand numbers
-NARROW = replace(LITTLE, n_heads=2)  # latents narrow enough for the decoder of few operations
+NARROW = replace(LITTLE, n_heads=2)  # latents narrow enough to fold the expansions
 SHAPES = {
     "query latent": NARROW,
     "no query latent": replace(NARROW, q_lora_rank=0),
@@ -34,7 +35,7 @@ SHAPES = {
     "dense": replace(NARROW, n_routed_experts=0),
     "experts in every layer": replace(NARROW, n_dense_layers=0),
 }
-MODELS = {"few operations": NARROW, "the model's own step": LITTLE}
+MODELS = {"folded": NARROW, "not folded": LITTLE}
 PROMPTS = [[5, 9, 2, 33, 7], [8], [1, 2, 3], [4, 60, 50, 40, 30]]
 
 
@@ -56,8 +57,9 @@ def equals_uncached(model: Transformer, prompts: list[list[int]], count: int = 1
 @pytest.mark.parametrize("name", MODELS)
 def test_cached_greedy_equals_uncached_token_by_token(name, monkeypatch):
     model = scrambled(MODELS[name])
-    assert few_operations_pay(model) == (name == "few operations")
-    assert equals_uncached(model, [PROMPTS[0]])
+    with recorded() as record:
+        assert equals_uncached(model, [PROMPTS[0]])
+    assert (("mla.MLA.forward", "folded_attention") in record) == (name == "folded")
     assert equals_uncached(model, PROMPTS[::3])  # a batch of equal lengths
     # wrong: the cache forgets the newest token
     append = LatentCache.append
@@ -69,105 +71,67 @@ def test_cached_greedy_equals_uncached_token_by_token(name, monkeypatch):
 def test_a_batch_of_unequal_prompts_equals_each_alone(name, monkeypatch):
     model = scrambled(MODELS[name])
     assert equals_uncached(model, PROMPTS)
-    # wrong: the padding is seen, and shifts the positions
-    monkeypatch.setattr(module, "left_pad", lambda *inputs: (left_pad(*inputs)[0], None))
+    # wrong: the padding counts as text
+    monkeypatch.setattr(module, "right_pad", lambda *inputs: (
+        right_pad(*inputs)[0], right_pad(*inputs)[1] * 0 + 5))
     assert equals_uncached(model, PROMPTS[::3])
     assert not equals_uncached(model, PROMPTS)
 
 
-def decoder_gap(args: ModelArgs, batch: int, pad: torch.Tensor | None) -> float:
-    """How far the decoder of few operations is from the model's absorbed form, cache included."""
+def folded_gap(args: ModelArgs, batch: int, uneven: bool) -> float:
+    """How far decoding with folded weights is from the absorbed form, cache included."""
     model, tokens = scrambled(args), random_tokens(args, batch, 12)
-    caches = [LatentCache(args, batch, 12, pad, dtype=torch.float64) for _ in range(2)]
+    caches = [LatentCache(args, batch, 12, dtype=torch.float64) for _ in range(2)]
     with torch.inference_mode():
         for cache in caches:
             model(tokens[:, :6], cache)
-        decoder = Decoder(model, caches[0])
-        gaps = [gap(decoder(tokens[:, i]), model(tokens[:, i:i + 1], caches[1], True)[:, 0])
-                for i in range(6, 12)]
+            if uneven:
+                cache.truncate(6 - torch.arange(batch) % 4)
+        fold(model, caches[0])
+        assert caches[0].folded is not None
+        gaps = [gap(model(tokens[:, i:i + 1], caches[0], True),
+                    model(tokens[:, i:i + 1], caches[1], True)) for i in range(6, 12)]
     assert caches[0].length == caches[1].length == 12
     return max(*gaps, gap(caches[0].latents, caches[1].latents))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("batch", [1, 2, 6])
-def test_few_operations_equal_the_absorbed_form(shape, batch):
-    for pad in (None, torch.arange(batch) % 4):
-        assert decoder_gap(SHAPES[shape], batch, pad) < EXACT
+def test_folded_weights_give_the_absorbed_form(shape, batch):
+    for uneven in (False, True):
+        assert folded_gap(SHAPES[shape], batch, uneven) < EXACT
 
 
-def no_norm(x, norm):
-    return x
+def folds(model: Transformer) -> bool:
+    cache = LatentCache(model.args, 1, 1, device=model.head.weight.device)
+    fold(model, cache)
+    return cache.folded is not None
 
 
-def late_rotations(positions, args):
-    return decode_rotations(positions + 1, args)
-
-
-decode_rotations = decode.rotations
-
-
-@pytest.mark.parametrize("name, wrong", [("normalise", no_norm), ("rotations", late_rotations),
-                                         ("add_mlp", lambda mlp, x, n: x)])
-def test_a_wrong_decoder_is_caught(name, wrong, monkeypatch):
-    monkeypatch.setattr(decode, name, wrong)
-    assert decoder_gap(NARROW, 3, None) > 1e-3
-
-
-def test_a_decoder_that_sees_padding_is_caught(monkeypatch):
-    init = Decoder.__init__
-
-    def without_mask(self, *inputs):
-        init(self, *inputs)
-        self.mask = None
-
-    monkeypatch.setattr(Decoder, "__init__", without_mask)
-    assert decoder_gap(NARROW, 3, None) < EXACT
-    assert decoder_gap(NARROW, 3, torch.tensor([0, 2, 5])) > 1e-3
-
-
-def bodies_gap(chosen: torch.Tensor, given: torch.Tensor) -> list[float]:
-    """How far both bodies, given these experts, are from the model's own with the chosen ones."""
-    moe, x = scrambled(NARROW).layers[1].ffn, torch.randn(len(chosen), NARROW.dim).double()
-    weights = torch.rand(chosen.shape, dtype=torch.float64)
-    place = torch.nn.functional.one_hot(given.flatten(), 8).cumsum(0)
-    own = moe.routed(x, weights, chosen)
-    return [gap(f(moe.experts, x, weights, given, place), own) for f in (side_by_side, one_by_one)]
-
-
-@pytest.mark.parametrize("scores", [
-    torch.rand(20, 8, generator=torch.Generator().manual_seed(0)), torch.arange(8.0).repeat(20, 1),
-    torch.rand(1, 8, generator=torch.Generator().manual_seed(1))],
-    ids=["even", "all to the same", "a single token"])
-@torch.no_grad()
-def test_bodies_of_the_experts_agree(scores):
-    chosen = scores.topk(3).indices
-    assert max(bodies_gap(chosen, chosen)) < EXACT
-    assert min(bodies_gap(chosen, (chosen + 1) % 8)) > 1e-3  # wrong: the neighbour's tokens
-
-
-def test_few_operations_are_for_small_known_models_in_their_own_precision():
+def test_weights_are_folded_for_small_known_models_in_their_own_precision():
     model = scrambled(NARROW)
-    assert few_operations_pay(model)
+    assert folds(model)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not few_operations_pay(model.float())
-    assert not few_operations_pay(scrambled(LITTLE))  # latents too wide
+        assert not folds(model.float())
+    assert not folds(scrambled(LITTLE))  # latents too wide
 
-    class OtherLinear(Linear):
-        """A linear layer that the decoder has never heard of."""
+    class OtherAttention(MLA):
+        """Attention that folding has never heard of."""
 
-    model.layers[1].attn.wo.__class__ = OtherLinear
-    assert not few_operations_pay(model)
-    cache = LatentCache(NARROW, 1, 4)
-    assert not isinstance(decoder_for(model, cache), Decoder)
+    model.layers[1].attn.__class__ = OtherAttention
+    assert not folds(model)
+    model = scrambled(NARROW)
+    model.layers[0].attn.wo.product = torch.nn.functional.linear  # replaced from outside
+    assert not folds(model)
 
 
 @pytest.mark.parametrize("preset, pays", [("tiny", True), ("nano", True), ("small", False)])
-def test_which_presets_decode_in_few_operations(preset, pays):
+def test_which_presets_fold_their_weights(preset, pays, monkeypatch):
+    monkeypatch.setattr("minids.apply.folded.folded", lambda attn: attn.layer)
     with torch.device("meta"):
         model = Transformer(ModelArgs.preset(preset))
     model.head.weight = torch.nn.Parameter(torch.empty(1))  # the one that tells the device
-    assert few_operations_pay(model) == pays
+    assert folds(model) == pays
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -178,9 +142,10 @@ def test_bf16_weights_decode_like_fp32_ones(name):
         cache = LatentCache(model.args, 1, 9, dtype=dtype)
         with torch.inference_mode():
             model(torch.tensor([tokens]), cache)
-            logits.append(decoder_for(model, cache)(torch.tensor([7])))
+            fold(model, cache)
+            logits.append(model(torch.tensor([[7]]), cache, absorbed=True))
     assert gap(logits[1], logits[0]) < 0.05  # BF16 rounds at 0.004, some ten times in a row
-    assert logits[1].dtype == torch.bfloat16 and torch.backends.mkldnn.enabled
+    assert logits[1].dtype == torch.bfloat16
 
 
 def test_the_seed_decides():

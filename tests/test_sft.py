@@ -15,7 +15,8 @@ from small_models import LITTLE, gap, random_tokens, scrambled
 from minids import sft as sft_module
 from minids.base.command_line import run_program
 from minids.hf import save_hf
-from minids.model.transformer import Packed, places, together
+from minids.model.objective import Packed
+from minids.model.transformer import positions_in, same_sample
 from minids.runs.checkpoints import load_weights, resolve
 from minids.runs.settings import TrainArgs
 from minids.sft import PRESETS, Rows, SftArgs, conversation
@@ -48,8 +49,8 @@ def some(count: int = 12) -> list[list[dict]]:
 
 def test_positions_and_sight_of_packed_samples():
     samples = torch.tensor([[7, 7, 7, 8, 8], [1, 2, 2, 2, 2]])
-    assert places(samples).tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
-    assert together(samples)[0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0],
+    assert positions_in(samples).tolist() == [[0, 1, 2, 0, 1], [0, 0, 1, 2, 3]]
+    assert same_sample(samples)[0].int().tolist() == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0],
                                                    [1, 1, 1, 0, 0], [0, 0, 0, 1, 0],
                                                    [0, 0, 0, 1, 1]]
 

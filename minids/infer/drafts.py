@@ -91,7 +91,7 @@ def draft_agreement(model, tokens: Tensor, kinds: list[str], seq_len: int, batch
         own = model.head(states).float().softmax(-1)  # (B, S, V)
         for k, module in enumerate(model.mtp, start=1):
             context = model.context(batch[:, k:])
-            states, _ = module(states[:, :-1], model.embed(batch[:, k:]), context)
+            states, *_ = module(states[:, :-1], model.embed(batch[:, k:]), context)
             draft = model.head(states).float().softmax(-1)  # (B, S - k, V), of token i + k + 1
             p, drafted = own[:, k:], kind[:, k + 1:].flatten()
             passes = torch.stack([torch.ones_like(p[..., 0]), draft.argmax(-1) == p.argmax(-1),

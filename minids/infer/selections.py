@@ -15,8 +15,9 @@ from torch import Tensor
 
 from minids.base.tables import format_table
 from minids.infer.validation import evaluate, windows
+from minids.kernels.indexer import few_queries
 from minids.model.mla import MLA, Context, seen_by
-from minids.model.sparse_attention import Selection, attention_mass, few_rows, select
+from minids.model.sparse_attention import Selection, attention_mass, select
 
 # Scores of each layer's queries for each token, (B, S, T), from the attention, its input (B, S, D),
 # its query latent and the context of the pass.
@@ -63,7 +64,7 @@ def attention_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Ten
     k, _ = attn.expand(attn.latent(x, context.rotation))
     seen = seen_by(context, x, k.size(1))
     return torch.cat([attention_mass(q[:, rows], k, seen[:, rows], attn.scale)
-                      for rows in few_rows(q.size(1), k, q.size(2))], dim=1)
+                      for rows in few_queries(q.size(1), k, q.size(2))], dim=1)
 
 
 def position_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:

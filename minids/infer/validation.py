@@ -66,7 +66,7 @@ def evaluate(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: i
     for batch in windows(tokens, seq_len, max_tokens).split(batch_size):
         inputs = batch[:, :-1].to(device)
         samples = None if begin_id is None else (inputs == begin_id).cumsum(1)
-        hidden, routings = model.hidden(inputs, samples=samples)
+        hidden, routings, _ = model.hidden(inputs, samples=samples)
         logits, targets = model.head(hidden).float(), batch[:, 1:].to(device)
         nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
         size += int(n_bytes[batch[:, 1:]].sum())

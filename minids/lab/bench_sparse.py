@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from minids.infer.selections import Rule, selecting
 from minids.lab.bench_setup import Bench
 from minids.lab.timing import round_robin
-from minids.model.mla import LatentCache
+from minids.model.cache import LatentCache
 from minids.model.sparse_attention import Selection, load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.train import default_indexer
@@ -55,7 +55,7 @@ class Sparse:
         """Prefill piece by piece, each query gathering its own k tokens: work per token ~ k."""
         cache = self.cache(self.sparse, length)
         for piece in self.tokens[:, :length].split(PIECE, dim=1):
-            hidden, _ = self.sparse.hidden(piece, cache, absorbed=True)
+            hidden = self.sparse.hidden(piece, cache, absorbed=True).states
         return self.sparse.head(hidden[:, -1])
 
     def decoding(self, model: Transformer, length: int) -> Callable[[], Tensor]:

@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minids.apply.folded import fold
 from minids.costs import drafting
 from minids.generate import Generation, generate
 from minids.hf import open_model
-from minids.infer.decode import decoder_for
 from minids.infer.validation import windows
 from minids.lab.bench_setup import Bench
 from minids.lab.timing import round_robin
-from minids.model.mla import LatentCache
+from minids.model.cache import LatentCache
 from minids.text.loaders import open_data
 
 DEPTHS = (2, 4, 8, 16, 32, 64)  # numbers of layers for which the cost model predicts
@@ -65,11 +65,12 @@ class Drafts:
         x, cache = head.new_zeros(1, args.dim), LatentCache(args, 1, 200, dtype=head.dtype)
         with torch.inference_mode():
             self.model(torch.tensor(self.prompts[:1]), cache)
-            decode, length = decoder_for(self.model, cache), cache.length
+            fold(self.model, cache)
+            length = cache.length
 
             def step(tokens: Tensor) -> None:
                 cache.length = length
-                decode.hidden(tokens)
+                self.model.hidden(tokens, cache, absorbed=True)
             works = [lambda: F.linear(x, head), *(functools.partial(step, torch.ones(
                 1, count, dtype=torch.int64)) for count in (1, 2))]
             reading, one, two = round_robin(works, 5, 50, "cpu")

@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from minids.apply.fp8 import use_fp8
 from minids.base.command_line import parse, run_program
 from minids.base.fields import check_types, option, require
 from minids.base.tables import format_table
@@ -189,7 +190,7 @@ def both_ways(folder: Path, device: str) -> tuple[float, float]:
     seq_len = run.config["train"]["seq_len"]
     data = open_data(run.config["train"]["data"], run.tokenizer, seq_len)
     results = []
-    for prepare in (lambda: None, run.model.use_fp8):
+    for prepare in (lambda: None, lambda: use_fp8(run.model)):
         prepare()
         results.append(evaluate(run.model, data.valid, run.tokenizer.n_bytes, seq_len, 16))
     return results[0].bits_per_byte, results[1].bits_per_byte

@@ -41,7 +41,6 @@ from minids.base.tables import format_table
 from minids.config import ModelArgs
 from minids.infer.selections import all_scores, attention_recall, best, everything, selecting
 from minids.model.sparse_attention import (
-    Teaching,
     freeze_all_but_indexers,
     load_weights_without_indexer,
 )
@@ -164,11 +163,10 @@ class Asked(NamedTuple):
 
 def ask(model: Transformer, tokens: Tensor, dsa: str = "") -> Asked:
     """Run the model over sequences (B, S); dsa: how indexers learn meanwhile, as in `loss`."""
-    teaching = Teaching(dsa, {}) if dsa else None
-    hidden, _ = model.hidden(tokens[:, :-1], teaching=teaching)
+    hidden, _, losses = model.hidden(tokens[:, :-1], indexer_stage=dsa)
     at = torch.arange(tokens.size(1) - 2 * pairs_in(tokens.size(1)), tokens.size(1), 2)
     return Asked(model.head(hidden[:, at]), tokens[:, at + 1],
-                 sum(teaching.losses.values()) if dsa else 0.0)
+                 sum(losses) if dsa else 0.0)
 
 
 class Lesson:

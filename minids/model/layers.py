@@ -1,12 +1,31 @@
 """The parts that every block shares: the linear layer, RMSNorm and the SwiGLU feed-forward layer.
 
-`Linear` is the one place that knows how a weight matrix meets its input, so that another precision
-is a change here and nowhere else. No linear layer of the family has a bias (V3, section 4.2).
+No linear layer of the family has a bias (V3, arXiv 2412.19437, section 4.2).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from minids.kernels import few_tokens, norm
+from minids.kernels.registry import bodies
+
+
+@bodies(few_tokens.linear)
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T. x: (.., in_features); weight: (out_features, in_features)"""
+    return F.linear(x, weight)
+
+
+@bodies(norm.fused, norm.written_out)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Return x / sqrt(mean(x^2) + eps) times the weight, computed in FP32 or wider.
+
+    x: (.., dim); weight: (dim,)
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()  # (.., 1), 1 / rms
+    return (wide * scale * weight).to(x.dtype)
 
 
 class Linear(nn.Module):
@@ -15,11 +34,11 @@ class Linear(nn.Module):
     weight: (out_features, in_features)
     """
 
+    product = staticmethod(linear)  # of input and weight; `minids.apply.fp8` puts another here
+
     def __init__(self, in_features: int, out_features: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
-
-    product = staticmethod(F.linear)  # of input and weight; `minids.fp8` has another
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (.., in_features) -> (.., out_features)"""
@@ -30,7 +49,7 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) times a learned weight, computed in FP32 or wider."""
+    """`rms_norm` with a learned weight, (dim,)."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -38,39 +57,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (.., dim) -> (.., dim), in the precision that a product would take it in"""
-        return NormRows.apply(x, self.weight, self.eps, compute_dtype(x))
-
-
-class NormRows(torch.autograd.Function):
-    """RMSNorm with its gradient written out, in half the passes over memory of the plain form.
-
-    With s = 1 / rms(x) and y = x s w:
-        dw = sum of dy x s over the rows,    dx = dy w s - x s^3 mean(dy x w)
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-        scale = scale.div_(x.size(-1)).add_(eps).rsqrt_()  # (.., 1), 1 / rms
-        ctx.save_for_backward(x, weight, scale)
-        return (wide * scale).mul_(weight.to(wide.dtype)).to(dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, weight, scale = ctx.saved_tensors
-        dy, w = grad.to(scale.dtype), weight.to(scale.dtype)
-        products = (dy * x).flatten(0, -2)  # (rows, dim)
-        mean = (products @ w / w.numel()).view(scale.shape)
-        dx = (dy * w).mul_(scale).addcmul_(x.to(scale.dtype), scale ** 3 * mean, value=-1)
-        return dx.to(x.dtype), (scale.view(1, -1) @ products)[0].to(weight.dtype), None, None
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The precision in which a product with x runs: autocast's where it is on, else x's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        """x: (.., dim) -> (.., dim)"""
+        return rms_norm(x, self.weight, self.eps)
 
 
 class MLP(nn.Module):

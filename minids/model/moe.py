@@ -6,7 +6,7 @@ step after every optimizer step, evens out the load. The bias takes part in the 
 the weights. No token is dropped.
 
 Experts are stacked tensors (E, .., ..) and tokens are sorted by expert, so that a layer is three
-grouped products. `grouped_linear` chooses the body that was measured fastest; all bodies agree.
+grouped products between a dispatch and a combine.
 """
 
 from typing import NamedTuple
@@ -16,7 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minids.config import ModelArgs
-from minids.model.layers import MLP, compute_dtype
+from minids.kernels import experts as kernels
+from minids.kernels import few_tokens
+from minids.kernels.registry import bodies
+from minids.model.layers import MLP
 
 
 class Routing(NamedTuple):
@@ -30,7 +33,7 @@ class Routing(NamedTuple):
     indices: Tensor
 
     def load(self) -> Tensor:
-        """Tokens sent to each expert: (E,) int64."""
+        """Count the tokens sent to each expert: (E,) int64."""
         pairs = self.indices.flatten()
         load = torch.zeros(self.scores.size(-1), dtype=torch.int64, device=pairs.device)
         return load.scatter_add_(0, pairs, torch.ones_like(pairs))
@@ -51,27 +54,27 @@ class Gate(nn.Module):
         else:
             self.bias = None
 
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x: (B, S, D) -> weights of the chosen experts (B, S, K) FP32, and the routing
 
-        kept: (B, S, K) int64, experts that were chosen before and are to be taken again (V3.2
-            section 3.1, keep routing); None: choose
+        routes: (B, S, K) int64, experts to take in place of a choice (V3.2 section 3.1, keep
+            routing); None: choose
         """
         args = self.args
         scores = self.scores(x)  # (B, S, E)
-        indices = self.choose(scores.detach()) if kept is None else kept
+        indices = self.choose(scores.detach()) if routes is None else routes
         weights = scores.gather(-1, indices)  # (B, S, K), from the scores without the bias
         if args.score_func == "sigmoid":
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * args.route_scale, Routing(scores, indices)
 
     def choose(self, scores: Tensor) -> Tensor:
-        """The K experts of each token: (B, S, E) -> (B, S, K) int64"""
+        """Choose the K experts of each token: (B, S, E) -> (B, S, K) int64"""
         choice = scores if self.bias is None else scores + self.bias
         return self.limit_groups(choice).topk(self.args.n_activated_experts, sorted=False).indices
 
     def scores(self, x: Tensor) -> Tensor:
-        """(B, S, D) -> (B, S, E), in FP32 or wider: a rounded score would choose other experts."""
+        """(B, S, D) -> (B, S, E), in FP32 or wider: rounding a score would choose other experts."""
         wide = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.to(wide), self.weight.to(wide))
@@ -87,11 +90,11 @@ class Gate(nn.Module):
         if args.n_expert_groups == 1:
             return choice
         grouped = choice.unflatten(-1, (args.n_expert_groups, -1))  # (B, S, G, E / G)
-        best = 1 if self.bias is None else 2
-        group_scores = grouped.topk(best, dim=-1).values.sum(-1)  # (B, S, G)
-        kept = group_scores.topk(args.n_limited_groups, dim=-1, sorted=False).indices
-        dropped = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, kept, False)
-        return grouped.masked_fill(dropped.unsqueeze(-1), float("-inf")).flatten(-2)
+        counted = 1 if self.bias is None else 2
+        group_scores = grouped.topk(counted, dim=-1).values.sum(-1)  # (B, S, G)
+        best = group_scores.topk(args.n_limited_groups, dim=-1, sorted=False).indices
+        others = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
+        return grouped.masked_fill(others.unsqueeze(-1), float("-inf")).flatten(-2)
 
 
 class Experts(nn.Module):
@@ -99,6 +102,11 @@ class Experts(nn.Module):
 
     w1, w3: (E, moe_inter_dim, D); w2: (E, D, moe_inter_dim)
     """
+
+    @staticmethod
+    def product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        """Multiply each row by its expert's matrix; `minids.apply.fp8` puts another here."""
+        return grouped_linear(x, weight, counts)
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -111,10 +119,6 @@ class Experts(nn.Module):
         """x: (M, D), rows sorted by expert; counts: (E,) rows of each -> (M, D)"""
         hidden = F.silu(self.product(x, self.w1, counts)) * self.product(x, self.w3, counts)
         return self.product(hidden, self.w2, counts)
-
-    def product(self, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-        """Each row times its own expert's matrix; `Transformer.use_fp8` puts another here."""
-        return grouped_linear(x, weight, counts)
 
 
 class MoE(nn.Module):
@@ -129,40 +133,44 @@ class MoE(nn.Module):
         if args.n_shared_experts:
             self.shared_experts = MLP(args.dim, args.n_shared_experts * args.moe_inter_dim)
 
-    def forward(self, x: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x: (B, S, D) -> (B, S, D), and where the tokens went; kept: as in `Gate`"""
-        weights, routing = self.gate(x) if kept is None else self.gate(x, kept)
+    def forward(self, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Routing]:
+        """x: (B, S, D) -> (B, S, D), and where the tokens went; routes: as in `Gate`"""
+        weights, routing = self.gate(x) if routes is None else self.gate(x, routes)
         y = self.routed(x.flatten(0, 1), weights.flatten(0, 1), routing.indices.flatten(0, 1))
         y = y.view_as(x)
         if self.shared_experts is not None:
             y = y + self.shared_experts(x)
         return y, routing
 
+    @bodies(few_tokens.routed)
     def routed(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Send each token to its experts and add up what comes back.
 
         x: (N, D); weights, indices: (N, K) -> (N, D)
         """
         source, slot, counts = sort_by_expert(indices, self.args.n_routed_experts)
-        out = self.experts(Dispatch.apply(x, source, slot), counts)  # (M, D)
-        return Combine.apply(out, slot, weights.to(out.dtype))
+        out = self.experts(dispatch(x, source, slot), counts)  # (M, D)
+        return combine(out, slot, weights.to(out.dtype))
+
+
+ALIGN = 32  # rows; measured on a CPU in BF16, 1 is eight times slower, 16 to 128 are alike
 
 
 def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """A place for each pair of token and expert, so that an expert's rows lie side by side.
+    """Give each pair of token and expert a slot, so that an expert's rows lie side by side.
 
     indices: (N, K) int64, the experts of each token
     Returns
-        source: (M,) int64, the token whose row stands in each place
-        slot: (N, K) int64, the place of each pair
-        counts: (E,) int64, places of each expert
+        source: (M,) int64, the token whose row stands in each slot
+        slot: (N, K) int64, the slot of each pair
+        counts: (E,) int64, slots of each expert
 
-    With three tokens and the experts [[0, 2], [2, 0], [2, 1]], places counted one by one:
+    With three tokens and the experts [[0, 2], [2, 0], [2, 1]], and no alignment:
         source [0, 1, 2, 0, 1, 2]   slot [[0, 3], [4, 1], [5, 2]]   counts [2, 1, 3]
 
-    Experts with many rows get places in multiples of ALIGN: a product's kernel is made for its
+    Experts with many rows get slots in multiples of ALIGN: a product's kernel is made for its
     shape, and few shapes mean few kernels. M is then larger than N K by a number known beforehand;
-    what stands in a place without a pair is some token's row, and nobody reads its result.
+    what stands in a slot without a pair is some token's row, and nobody reads its result.
     """
     pairs = indices.flatten()  # (N*K,)
     align = ALIGN if len(pairs) >= ALIGN * n_experts else 1
@@ -170,95 +178,42 @@ def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Ten
     load.scatter_add_(0, pairs, torch.ones_like(pairs))
     counts = (load + align - 1) // align * align
     order = pairs.argsort(stable=True)  # (N*K,), pairs by expert
-    shift = (counts - load).cumsum(0) - (counts - load)  # (E,), empty places before each expert
-    places = torch.arange(len(pairs), device=pairs.device) + shift[pairs[order]]
-    slot = torch.empty_like(pairs).scatter_(0, order, places)
+    shift = (counts - load).cumsum(0) - (counts - load)  # (E,), empty slots before each expert
+    slots = torch.arange(len(pairs), device=pairs.device) + shift[pairs[order]]
+    slot = torch.empty_like(pairs).scatter_(0, order, slots)
     source = pairs.new_zeros(len(pairs) + n_experts * (align - 1))
-    source.scatter_(0, places, order // indices.size(1))
+    source.scatter_(0, slots, order // indices.size(1))
     return source, slot.view_as(indices), counts
 
 
-ALIGN = 32  # rows; measured on a CPU in BF16, 1 is eight times slower, 16 to 128 are alike
+@bodies(kernels.dispatch_by_slot)
+def dispatch(x: Tensor, source: Tensor, slot: Tensor) -> Tensor:
+    """Copy tokens to their slots: x (N, D), source and slot as above -> (M, D)"""
+    return x.index_select(0, source)
 
 
-class Dispatch(torch.autograd.Function):
-    """Copy tokens to their places: (N, D) -> (M, D). The gradient adds up each token's places,
-    which is faster than adding into the tokens, and on a GPU adds in the same order every time."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, source: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        return x.index_select(0, source)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
-        return sum_places(grad, ctx.saved_tensors[0]), None, None
+@bodies(kernels.combine_in_one_pass)
+def combine(rows: Tensor, slot: Tensor, weights: Tensor) -> Tensor:
+    """Add up the rows in each token's slots: (M, D), slot and weights (N, K) -> (N, D)"""
+    return (rows[slot] * weights.unsqueeze(-1)).sum(1)
 
 
-class Combine(torch.autograd.Function):
-    """Each token's weighted sum over its places: rows (M, D), slot and weights (N, K) -> (N, D)."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, slot: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(rows, slot, weights)
-        return sum_places(rows, slot, weights)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor]:
-        rows, slot, weights = ctx.saved_tensors
-        places, each = slot.flatten(), grad.unsqueeze(1)  # (N*K,), (N, 1, D)
-        d_rows = torch.zeros_like(rows)
-        d_rows.index_copy_(0, places, (each * weights.unsqueeze(-1)).flatten(0, 1))
-        out = rows.index_select(0, places).view(*slot.shape, rows.size(1))  # (N, K, D)
-        return d_rows, None, (out * each).sum(-1)
-
-
-def sum_places(rows: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
-    """For each token the sum of the rows in its places, weighted if weights are given.
-
-    rows: (M, D); slot, weights: (N, K) -> (N, D)
-    """
-    if rows.device.type == "cpu":  # one pass, measured five times as fast as the plain form
-        return F.embedding_bag(slot, rows, mode="sum", per_sample_weights=weights)
-    return sum_places_plain(rows, slot, weights)
-
-
-def sum_places_plain(rows: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
-    """`sum_places` as gather, product, sum."""
-    out = rows[slot]  # (N, K, D)
-    out = (out if weights is None else out * weights.unsqueeze(-1)).sum(1)
-    return out.to(rows.dtype)  # on a GPU autocast makes sums FP32
-
-
+@bodies(kernels.grouped_fused)
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """Each row times the transposed matrix of its own expert.
+    """Multiply each row by the transposed matrix of its own expert.
 
     x: (M, in), rows sorted by expert; weight: (E, out, in); counts: (E,) rows of each expert
     Returns (M, out); rows past the last expert's hold nothing of meaning.
     """
-    dtype = compute_dtype(x)
-    x, weight = x.to(dtype), weight.to(dtype)
-    return (grouped_fused if fits_fused(x, weight) else grouped_loop)(x, weight, counts)
+    return each_expert(x, weight, counts, F.linear)
 
 
-def fits_fused(x: Tensor, weight: Tensor) -> bool:
-    """Whether the fused kernel takes this precision on this device, and rows of this width."""
-    known = x.dtype == torch.bfloat16 or (x.dtype == torch.float32 and x.device.type == "cpu")
-    return known and all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])
-
-
-def grouped_fused(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-    """`grouped_linear` as one fused kernel: BF16 anywhere, FP32 on a CPU."""
-    offsets = counts.cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(x, weight.transpose(1, 2), offs=offsets)
-
-
-def grouped_loop(x: Tensor, weight: Tensor, counts: Tensor, product=F.linear) -> Tensor:
-    """`grouped_linear` as one product for each expert, in any precision."""
+def each_expert(x: Tensor, weight: Tensor, counts: Tensor, product) -> Tensor:
+    """Run `grouped_linear` as one product per expert; product: (rows, matrix) -> rows"""
     sizes = counts.tolist()
     parts = x.split([*sizes, len(x) - sum(sizes)])
     out = [product(rows, w) for rows, w in zip(parts, weight.unbind(), strict=False)]
-    return torch.cat([*out, x.new_zeros(len(parts[-1]), weight.size(1))])
+    return torch.cat([*out, out[0].new_zeros(len(parts[-1]), weight.size(1))])
 
 
 def update_bias(bias: Tensor, load: Tensor, speed: float) -> None:
@@ -272,7 +227,7 @@ def update_bias(bias: Tensor, load: Tensor, speed: float) -> None:
 
 
 def sequence_balance_loss(routing: Routing, args: ModelArgs) -> Tensor:
-    """Sum over experts of f_i P_i, for each sequence, averaged (V3 equations 17 to 20, alpha = 1).
+    """Return the mean over sequences of the sum of f_i P_i (V3 equations 17 to 20, alpha = 1).
 
     f_i is the share of a sequence's tokens that expert i would get by the scores alone, P_i its
     mean normalised score; 1 when all experts are equal. The gradient flows through P only.
@@ -286,7 +241,7 @@ def sequence_balance_loss(routing: Routing, args: ModelArgs) -> Tensor:
 
 
 def expert_balance_loss(routing: Routing, args: ModelArgs) -> Tensor:
-    """V2's expert-level loss, for comparison: sum over experts of f_i P_i, over the whole batch.
+    """Return V2's expert-level loss, for comparison: the sum of f_i P_i over the whole batch.
 
     V2 (arXiv 2405.04434) section 2.2.3, equations 23 to 25, alpha_1 = 1. Beside V3's it counts the
     experts that were really visited, and lets one sequence make up for another. Sigmoid scores are
@@ -302,7 +257,7 @@ BALANCE_LOSSES = {"sequence": sequence_balance_loss, "expert": expert_balance_lo
 
 
 def max_violation(load: Tensor) -> Tensor:
-    """MaxVio: how far the busiest expert lies above the mean, 0 when balanced (arXiv 2408.15664).
+    """Return MaxVio: how far the busiest expert is above the mean, 0 when balanced (2408.15664).
 
     load: (.., E) -> (..)
     """

@@ -30,13 +30,14 @@ class MTPModule(nn.Module):
         self.norm = RMSNorm(args.dim, args.norm_eps)
 
     def forward(self, hidden: Tensor, embedding: Tensor, context) -> tuple:
-        """One depth further.
+        """Go one depth further.
 
         hidden: (B, S, D), of depth k-1 at positions i
         embedding: (B, S, D), of tokens i+k
         context: positions i
-        Returns the hidden state that the head reads for token i+k+1, (B, S, D), and the routing.
+        Returns the hidden state that the head reads for token i+k+1, (B, S, D), and what the block
+        found: its routing and its indexer's loss.
         """
         joined = torch.cat([self.enorm(embedding), self.hnorm(hidden)], dim=-1)  # (B, S, 2 D)
-        x, routing = self.block(self.eh_proj(joined), context)
-        return self.norm(x), routing
+        x, *found = self.block(self.eh_proj(joined), context)
+        return self.norm(x), *found

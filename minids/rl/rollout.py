@@ -8,22 +8,18 @@ training:
                expert is a jump in its probability
     mask       the tokens that top-k or top-p left to draw from
 
-Prompts are sampled together, padded on the left, with the latent cache; the trainer sees them from
-position 0, padded on the right. Both see the same positions, and nobody sees padding.
+Prompts are sampled together with the latent cache, aligned at position 0 and padded on the right;
+the trainer sees the same positions, and nobody sees padding.
 """
 
-import contextlib
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from minids.generate import left_pad
-from minids.infer.decode import decoder_for
+from minids.infer.decoding import last_states, new_cache, prefill, right_pad
 from minids.infer.sampling import Sampler
-from minids.model.layers import compute_dtype
-from minids.model.mla import LatentCache
+from minids.model.moe import Routing
 from minids.model.transformer import Transformer
 
 
@@ -44,37 +40,23 @@ class Rollout(NamedTuple):
     allowed: Tensor | None
 
     def part(self, rows: Tensor | slice) -> "Rollout":
-        """Some of the replies, cut to the longest of them."""
+        """Return some of the replies, cut to the longest of them."""
         length = self.written[rows].any(0).nonzero().max().item() + 1
         return Rollout(self.tokens[rows, :length + 1], self.written[rows, :length],
                        self.logp[rows, :length],
-                       {layer: kept[rows, :length] for layer, kept in self.routes.items()},
+                       {layer: routes[rows, :length] for layer, routes in self.routes.items()},
                        None if self.allowed is None else self.allowed[rows, :length])
 
     def to(self, device: torch.device) -> "Rollout":
-        """The same on another device."""
+        """Return the same on another device."""
         return Rollout(self.tokens.to(device), self.written.to(device), self.logp.to(device),
-                       {layer: kept.to(device) for layer, kept in self.routes.items()},
+                       {layer: routes.to(device) for layer, routes in self.routes.items()},
                        None if self.allowed is None else self.allowed.to(device))
 
     def replies(self) -> list[list[int]]:
-        """The tokens that the model wrote, EOS included."""
+        """Return the tokens that the model wrote, EOS included."""
         return [row[1:][written].tolist()
                 for row, written in zip(self.tokens, self.written, strict=True)]
-
-
-@contextlib.contextmanager
-def recorded_routes(model: Transformer) -> Iterator[dict[int, list[Tensor]]]:
-    """Within it, the experts that every pass of the model's layers chooses, by layer."""
-    gates = {i: block.ffn.gate for i, block in enumerate(model.layers) if block.is_moe}
-    tape: dict[int, list[Tensor]] = {i: [] for i in gates}
-    hooks = [gate.register_forward_hook(lambda _, __, out, i=i: tape[i].append(out[1].indices))
-             for i, gate in gates.items()]
-    try:
-        yield tape
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
@@ -85,69 +67,73 @@ def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     max_new_tokens: of a reply at most; one that has not ended by then is cut
     sampler: how tokens are drawn, at a temperature above 0
     """
-    text, pad = left_pad(prompts, model.head.weight.device)  # (B, P), (B,)
-    cache = LatentCache(model.args, len(text), text.size(1) + max_new_tokens, pad, text.device,
-                        compute_dtype(model.head.weight))
-    columns, logps, masks = [], [], []
+    text, lengths = right_pad(prompts, model.head.weight.device)  # (B, P), (B,)
+    cache = new_cache(model, len(text), text.size(1) + max_new_tokens)
+    columns, logps, masks, passes = [], [], [], []
     running = torch.ones(len(text), dtype=torch.bool, device=text.device)
-    with recorded_routes(model) as tape:
-        logits = model.head(model.hidden(text, cache)[0][:, -1])  # (B, V)
-        decode = decoder_for(model, cache)
-        while True:
-            probs = sampler.distribution(logits)
-            token = sampler.draw(probs)  # (B,)
-            columns.append(token)
-            logps.append(probs.gather(1, token[:, None]).squeeze(1).log())
-            if sampler.cuts:
-                masks.append(probs > 0)
-            running &= token != eos_id
-            if len(columns) == max_new_tokens or not running.any():
-                break
-            logits = decode(token)
-    written = torch.stack(columns, dim=1)  # (B, T)
-    routes = {i: torch.cat([chosen.view(len(text), -1, chosen.size(-1)) for chosen in passes], 1)
-              for i, passes in tape.items()}  # (B, P + T - 1, K)
-    return align(text, pad, written, torch.stack(logps, 1),
+    found = prefill(model, cache, text, lengths)
+    states = last_states(found.states, lengths)  # (B, D)
+    while True:
+        passes.append(found.routings)
+        probs = sampler.distribution(model.head(states))  # (B, V)
+        token = sampler.draw(probs)  # (B,)
+        columns.append(token)
+        logps.append(probs.gather(1, token[:, None]).squeeze(1).log())
+        if sampler.cuts:
+            masks.append(probs > 0)
+        running &= token != eos_id
+        if len(columns) == max_new_tokens or not running.any():
+            break
+        found = model.hidden(token[:, None], cache, absorbed=True)
+        states = found.states[:, -1]
+    layers = [block.layer for block in model.layers if block.is_moe]
+    routes = dict(zip(layers, zip(*passes, strict=True), strict=True))
+    return align(text, lengths, torch.stack(columns, 1), torch.stack(logps, 1),
                  torch.stack(masks, 1) if masks else None, routes, eos_id)
 
 
-def align(text: Tensor, pad: Tensor | None, written: Tensor, logp: Tensor, allowed: Tensor | None,
-          routes: dict[int, Tensor], eos_id: int) -> Rollout:
-    """What was sampled after left-padded prompts, from position 0.
+def align(text: Tensor, lengths: Tensor, written: Tensor, logp: Tensor, allowed: Tensor | None,
+          routes: dict[int, tuple[Routing, ...]], eos_id: int) -> Rollout:
+    """Put what was sampled behind its prompts.
 
-    text: (B, P); written, logp: (B, T); allowed: (B, T, V); routes: (B, P + T - 1, K)
+    text: (B, P), lengths: (B,); written, logp: (B, T); allowed: (B, T, V)
+    routes: by layer, the routing of the prompts, (B, P), and of each of the T - 1 steps, (B, 1)
     """
-    batch, prompt, count = *text.shape, written.size(1)
     ends = (written == eos_id).long().cumsum(1)
     alive = (ends == 0) | ((ends == 1) & (written == eos_id))  # (B, T), EOS included
-    shift = torch.zeros(batch, 1, dtype=torch.int64, device=text.device) if pad is None \
-        else pad[:, None]
-    at = torch.arange(prompt + count, device=text.device) + shift  # (B, P + T), where each is from
-    inside = at < prompt + count
-    at = at.clamp(max=prompt + count - 1)
-    all_tokens = torch.cat([text, written], dim=1).gather(1, at)
-    after = at[:, 1:] - prompt  # (B, P + T - 1): which written token follows
-    is_written = (after >= 0) & inside[:, 1:] & alive.gather(1, after.clamp(min=0))
-    after = after.clamp(min=0)
-    rows = torch.arange(batch, device=text.device)[:, None]
-    rollout = Rollout(
-        all_tokens, is_written, logp.gather(1, after).masked_fill(~is_written, 0.0),
-        {i: kept[rows, at[:, :-1].clamp(max=kept.size(1) - 1)] for i, kept in routes.items()},
-        None if allowed is None else allowed[rows, after])
-    return rollout.part(slice(None))
+    row = torch.arange(len(text), device=text.device)[:, None]
+    at = lengths[:, None] + torch.arange(written.size(1), device=text.device)  # (B, T), positions
+    size = text.size(1) + written.size(1)
+
+    def behind(positions: Tensor, values: Tensor, start: Tensor | None = None) -> Tensor:
+        full = values.new_zeros(len(text), size - 1, *values.shape[2:])
+        if start is not None:
+            full[:, :start.size(1)] = start
+        full[row, positions] = values
+        return full
+
+    tokens = torch.cat([text, torch.zeros_like(written)], dim=1)
+    tokens[row, at] = written
+    chosen = {layer: torch.cat([step.indices for step in steps], dim=1)
+              for layer, steps in routes.items()}  # (B, P + T - 1, K)
+    return Rollout(
+        tokens, behind(at - 1, alive), behind(at - 1, logp.masked_fill(~alive, 0.0)),
+        {layer: behind(at[:, :-1], indices[:, text.size(1):], indices[:, :text.size(1)])
+         for layer, indices in chosen.items()},
+        None if allowed is None else behind(at - 1, allowed)).part(slice(None))
 
 
 def log_probs(model: Transformer, rollout: Rollout, temperature: float = 1.0,
               keep_routing: bool = True, keep_mask: bool = True) -> tuple[Tensor, Tensor]:
-    """The model's own log-probabilities of what was written, and its entropy, nats.
+    """Return the model's own log-probabilities of what was written, and its entropy, nats.
 
     temperature: divides the logits, as in sampling
     keep_routing, keep_mask: take the sampler's experts, and its tokens to draw from
-    Returns two of (M,), over the M places where `rollout.written` is true, with gradient.
+    Returns two of (M,), over the M positions where `rollout.written` is true, with gradient.
     """
-    kept = rollout.routes if keep_routing and rollout.routes else None
-    hidden, _ = model.hidden(rollout.tokens[:, :-1], kept=kept)
-    logits = model.head(hidden[rollout.written])  # (M, V)
+    routes = rollout.routes if keep_routing and rollout.routes else None
+    states = model.hidden(rollout.tokens[:, :-1], routes=routes).states
+    logits = model.head(states[rollout.written])  # (M, V)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
     if keep_mask and rollout.allowed is not None:
         logits = logits.masked_fill(~rollout.allowed[rollout.written], float("-inf"))

@@ -7,7 +7,7 @@ from cost_shapes import NANO, SHAPES, V3, V32
 
 from minids import ModelArgs
 from minids.costs.cache import cache_bytes_per_token, fp8_cache_bytes_per_layer
-from minids.model.mla import LatentCache
+from minids.model.cache import LatentCache
 
 
 def cache_is_that_of_the_papers(cache_of) -> bool:

@@ -17,7 +17,7 @@ from minids.costs.flops import (
     pair_flops,
 )
 from minids.costs.parameters import count_parameters
-from minids.model.mla import LatentCache
+from minids.model.cache import LatentCache
 
 PAPER_FLOPS = [("v3", True, 250.46), ("v2", True, 155.3), ("v3", False, 281.2)]
 

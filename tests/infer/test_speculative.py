@@ -7,20 +7,20 @@ import torch
 from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import ModelArgs, Transformer
+from minids.apply.folded import fold
 from minids.generate import generate
 from minids.hf import load_hf, save_hf
 from minids.infer import speculative
-from minids.infer.decode import Decoder, Steps, few_operations_pay
 from minids.infer.sampling import Sampler
-from minids.model.mla import LatentCache
+from minids.model.cache import LatentCache
 
-NARROW = replace(LITTLE, n_heads=2)  # latents narrow enough for the decoder of few operations
+NARROW = replace(LITTLE, n_heads=2)  # latents narrow enough to fold the expansions
 EXACT = 1e-12  # FP64 rounds at 1e-16; a step adds up some thousand numbers
 PROMPTS = [[5, 9, 2, 33, 7], [8], [1, 2, 3], [4, 60, 50, 40, 30]]
 # Of few heads the indexer's scores are often all 0, and which of equal ones it takes is left open.
 SHAPES = {
-    "few operations": NARROW,
-    "the model's own step": LITTLE,
+    "folded": NARROW,
+    "not folded": LITTLE,
     "sparse attention": replace(LITTLE, index_n_heads=16, index_head_dim=16, index_topk=6),
     "dense": replace(NARROW, n_routed_experts=0),
 }
@@ -97,19 +97,19 @@ def test_drafts_that_nobody_checks_are_caught(monkeypatch):
 
 
 def test_a_cache_that_goes_back_too_far_is_caught(monkeypatch):
-    go_back = LatentCache.go_back
+    truncate = LatentCache.truncate
 
-    def one_too_far(self, filled):
-        go_back(self, (filled - 1).clamp(min=0))
+    def one_too_far(self, lengths):
+        truncate(self, (lengths - 1).clamp(min=0))
 
-    assert wrong_texts(monkeypatch, LatentCache, "go_back", one_too_far) > 0
+    assert wrong_texts(monkeypatch, LatentCache, "truncate", one_too_far) > 0
 
 
 def test_a_batch_that_goes_back_together_is_caught(monkeypatch):
-    def together(self, filled):
-        self.length, self.behind = int(filled.min()), None
+    def together(self, lengths):
+        self.length, self.lengths = int(lengths.min()), None
 
-    assert wrong_texts(monkeypatch, LatentCache, "go_back", together) > 0
+    assert wrong_texts(monkeypatch, LatentCache, "truncate", together) > 0
 
 
 def module_states(model: Transformer, text: list[int], depth: int) -> torch.Tensor:
@@ -123,7 +123,7 @@ def module_states(model: Transformer, text: list[int], depth: int) -> torch.Tens
     return states[0]
 
 
-@pytest.mark.parametrize("shape", ["few operations", "the model's own step"])
+@pytest.mark.parametrize("shape", ["folded", "not folded"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_drafts_are_what_the_modules_learnt(shape, depth, monkeypatch):
     """Draft k is the choice of module k, as in training, after the text and the drafts before."""
@@ -132,8 +132,7 @@ def test_drafts_are_what_the_modules_learnt(shape, depth, monkeypatch):
 
     def recorded(text, *inputs):
         proposed = draft(text, *inputs)
-        start = text.cache.pad.tolist() if text.cache.pad is not None else [0] * len(PROMPTS)
-        known = [text.slots[row, start[row]:end + 1].tolist()
+        known = [text.slots[row, :end + 1].tolist()
                  for row, end in enumerate(text.end.tolist())]
         rounds.append((known, proposed[0].tolist()))
         return proposed
@@ -152,26 +151,29 @@ def test_drafts_are_what_the_modules_learnt(shape, depth, monkeypatch):
     assert checked == len(rounds) * len(PROMPTS) * depth > 25
 
 
-@pytest.mark.parametrize("pad", [None, torch.tensor([0, 2, 1])])
-@pytest.mark.parametrize("shape", ["few operations", "dense"])
-def test_few_operations_equal_the_models_own_for_sequences_of_unequal_length(shape, pad):
+@pytest.mark.parametrize("shape", ["folded", "dense"])
+def test_folded_weights_serve_several_tokens_of_sequences_of_unequal_length(shape):
     args = replace(SHAPES[shape], n_mtp_layers=2)
     model, tokens = scrambled(args), random_tokens(args, 3, 20)
-    assert few_operations_pay(model)
     filled, states = torch.tensor([6, 4, 5]), torch.randn(3, 4, args.dim).double()
     outs = []
     with torch.inference_mode():
-        for body in (Steps, Decoder):
-            cache, ahead = (LatentCache(args, 3, 20, pad, dtype=torch.float64, mtp=mtp)
+        for with_folding in (False, True):
+            cache, ahead = (LatentCache(args, 3, 20, dtype=torch.float64, mtp=mtp)
                             for mtp in (False, True))
             model(tokens[:, :8], cache)
-            body = body(model, cache, ahead)
-            cache.go_back(filled)
-            out = [body.hidden(tokens[:, 8:11]), body.hidden(tokens[:, 11:12])]
-            ahead.go_back(filled)
-            out += [body.mtp(k, states, tokens[:, 12:16]) for k in (0, 1)]
-            cache.go_back(filled + 4)
-            out += [body.hidden(tokens[:, 16:18]), cache.latents, ahead.latents]
+            if with_folding:
+                fold(model, cache)
+                fold(model, ahead)
+                assert sorted(ahead.folded) == [args.n_layers, args.n_layers + 1]
+            cache.truncate(filled)
+            out = [model(tokens[:, 8:11], cache, True), model(tokens[:, 11:12], cache, True)]
+            ahead.truncate(filled)
+            embedded = model.embed(tokens[:, 12:16])
+            out += [module(states, embedded, model.context(tokens[:, 12:16], ahead, True))[0]
+                    for module in model.mtp]
+            cache.truncate(filled + 4)
+            out += [model(tokens[:, 16:18], cache, True), cache.latents, ahead.latents]
             outs.append(out)
     assert max(gap(b, a) for a, b in zip(*outs, strict=True)) < EXACT
 
@@ -191,14 +193,14 @@ def test_going_back_forgets_what_came_after():
     cache = LatentCache(LITTLE, 2, 12, dtype=torch.float64)
     with torch.inference_mode():
         model(tokens[:, :9], cache)
-        cache.go_back(torch.tensor([3, 5]))
+        cache.truncate(torch.tensor([3, 5]))
         again = torch.stack([tokens[0, 3:7], tokens[1, 5:9]])
         cached = model(again, cache, absorbed=True)
         whole = model(tokens)
     assert gap(cached[0], whole[0, 3:7]) < EXACT and gap(cached[1], whole[1, 5:9]) < EXACT
-    assert cache.length == 9 and cache.behind.tolist() == [2, 0]
-    cache.go_back(torch.tensor([4, 4]))
-    assert cache.length == 4 and cache.behind is None
+    assert cache.length == 9 and cache.lengths.tolist() == [7, 9]
+    cache.truncate(torch.tensor([4, 4]))
+    assert cache.length == 4 and cache.lengths is None
 
 
 SMALL = ModelArgs(

@@ -74,7 +74,7 @@ def test_the_seed_decides_the_sequences():
 def knows(tokens: torch.Tensor, shift: int = 0) -> SimpleNamespace:
     """A model that says what comes `shift` places after the next token."""
     table = torch.nn.functional.one_hot(tokens.roll(-1 - shift, 1)).float()
-    return SimpleNamespace(hidden=lambda given, teaching: (table[:, :given.size(1)], []),
+    return SimpleNamespace(hidden=lambda given, indexer_stage: (table[:, :given.size(1)], [], []),
                            head=lambda hidden: hidden)
 
 

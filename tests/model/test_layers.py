@@ -6,7 +6,9 @@ import torch.nn.functional as F
 from small_models import gap
 from torch import nn
 
-from minids.model.layers import MLP, Linear, NormRows, RMSNorm, compute_dtype
+from minids.kernels.norm import NormRows
+from minids.kernels.precision import compute_dtype
+from minids.model.layers import MLP, Linear, RMSNorm
 
 EPS = 1e-6
 # One rounding to BF16 is off by at most 2^-8 of the value; FP32 noise in front of it adds a little.

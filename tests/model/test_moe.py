@@ -11,25 +11,24 @@ from hypothesis import strategies as st
 from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import ModelArgs, Transformer
+from minids.apply.recompute import recompute_blocks
+from minids.kernels.experts import Combine, Dispatch, grouped_fused
 from minids.model import moe
 from minids.model.moe import (
     BALANCE_LOSSES,
-    Combine,
-    Dispatch,
     Gate,
     MoE,
     Routing,
     expert_balance_loss,
-    grouped_fused,
     grouped_linear,
-    grouped_loop,
     max_violation,
     sequence_balance_loss,
     sort_by_expert,
-    sum_places,
-    sum_places_plain,
     update_bias,
 )
+from minids.model.objective import mtp_loss
+
+grouped_loop = grouped_linear.plain
 
 EXACT = 1e-12  # FP64 sums of a few dozen products in another order
 V3_LIKE = replace(LITTLE, n_routed_experts=16, n_expert_groups=4, n_limited_groups=2,
@@ -386,18 +385,18 @@ def test_a_wrong_grouped_product_is_caught(wrong):
     assert product_gap(wrong, [5, 0, 3, 8], 0, torch.float64) > 0.1
 
 
-def sorting_faults(indices: torch.Tensor, n_experts: int, places: tuple) -> list[str]:
+def sorting_faults(indices: torch.Tensor, n_experts: int, slots: tuple) -> list[str]:
     """What is wrong with (source, slot, counts) for these pairs of token and expert."""
-    source, slot, counts = places
+    source, slot, counts = slots
     ends = counts.cumsum(0)
     flat, pairs = slot.flatten(), indices.flatten()
     tokens = torch.arange(len(indices)).repeat_interleave(indices.size(1))
     checks = {
-        "a place is used twice": len(flat.unique()) == len(flat),
-        "a pair lies outside its expert's places": bool(
+        "a slot is used twice": len(flat.unique()) == len(flat),
+        "a pair lies outside its expert's slots": bool(
             ((flat >= ends[pairs] - counts[pairs]) & (flat < ends[pairs])).all()),
-        "another token stands in a place": torch.equal(source[flat], tokens),
-        "more places than rows": int(ends[-1]) <= len(source),
+        "another token stands in a slot": torch.equal(source[flat], tokens),
+        "more slots than rows": int(ends[-1]) <= len(source),
         "a source that is no token": bool(((source >= 0) & (source < len(indices))).all()),
     }
     return [fault for fault, fine in checks.items() if not fine]
@@ -413,7 +412,7 @@ def random_indices(n_tokens: int, k: int, n_experts: int, seed: int) -> torch.Te
 @given(n_tokens=st.integers(0, 60), k=st.integers(1, 4), n_experts=st.integers(4, 9),
        align=st.sampled_from([1, 4, 32]), seed=st.integers(0, 999))
 @settings(deadline=None, max_examples=60, derandomize=True)
-def test_sorting_gives_each_pair_its_own_place_with_its_expert(n_tokens, k, n_experts, align,
+def test_sorting_gives_each_pair_its_own_slot_with_its_expert(n_tokens, k, n_experts, align,
                                                                seed):
     indices = random_indices(n_tokens, k, n_experts, seed)
     with pytest.MonkeyPatch.context() as patch:
@@ -436,19 +435,19 @@ def test_sorting_example_of_the_docstring():
     assert counts.tolist() == [2, 1, 3]
 
 
-def test_wrong_places_are_caught():
+def test_wrong_slots_are_caught():
     indices = random_indices(40, 3, 4, seed=0)
     source, slot, counts = sort_by_expert(indices, 4)
     load = torch.bincount(indices.flatten(), minlength=4)
     order = indices.flatten().argsort(stable=True)
-    unpadded = order.argsort().view_as(slot)  # places without the gaps, counts with them
+    unpadded = order.argsort().view_as(slot)  # slots without the gaps, counts with them
     counts32 = (load + 31) // 32 * 32
     spare = torch.zeros(200, dtype=torch.int64)
     wrong = {
-        "a place is used twice": (source, slot * 0, counts),
-        "a pair lies outside its expert's places": (source, unpadded, counts32),
-        "another token stands in a place": (source.roll(1), slot, counts),
-        "more places than rows": (source, slot, counts + 32),
+        "a slot is used twice": (source, slot * 0, counts),
+        "a pair lies outside its expert's slots": (source, unpadded, counts32),
+        "another token stands in a slot": (source.roll(1), slot, counts),
+        "more slots than rows": (source, slot, counts + 32),
         "a source that is no token": (torch.cat([source, spare + 40]), slot, counts),
     }
     for fault, places in wrong.items():
@@ -490,17 +489,6 @@ def test_each_alone_has_the_gradient_of_what_it_does():
     assert torch.autograd.gradcheck(lambda x: Dispatch.apply(x, source, slot), x)
     weights = torch.rand(9, 2, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda r, w: Combine.apply(r, slot, w), (rows, weights))
-
-
-@pytest.mark.parametrize("weighted", [False, True])
-def test_both_ways_to_sum_places_agree(weighted):
-    _, slot, _ = sort_by_expert(random_indices(9, 2, 4, seed=0), 4)
-    rows = torch.randn(18, 5, dtype=torch.float64)
-    weights = torch.rand(9, 2, dtype=torch.float64) if weighted else None
-    plain = sum_places_plain(rows, slot, weights)
-    # two products and a sum in FP64: a few units in the last place
-    torch.testing.assert_close(sum_places(rows, slot, weights), plain, rtol=1e-14, atol=1e-14)
-    assert not torch.allclose(sum_places(rows, slot.flip(0), weights), plain)  # wrong variant
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -662,7 +650,8 @@ def test_a_wrong_v2_loss_is_caught(wrong):
 def test_the_model_adds_up_the_balance_loss_that_is_asked_for():
     model = scrambled(LITTLE)
     tokens = random_tokens(LITTLE, 2, 12)
-    routings = model.hidden(tokens)[1] + model.mtp_loss(model.hidden(tokens)[0], tokens)[1]
+    routings = model.hidden(tokens).routings
+    routings += mtp_loss(model, model.hidden(tokens).states, tokens)[1]
     for name, loss in BALANCE_LOSSES.items():
         expected = sum(loss(routing, LITTLE) for routing in routings)
         assert gap(model.loss(tokens, tokens, balance_loss=name).balance, expected) < EXACT
@@ -701,7 +690,9 @@ class Counter:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_loads_count_each_token_once(recompute):
     model, tokens = scrambled(MODEL_ARGS), random_tokens(MODEL_ARGS, 2, 10)
-    model.recompute, counter = recompute, Counter(model)
+    counter = Counter(model)
+    if recompute:
+        recompute_blocks(model)
     losses = model.loss(tokens, tokens.roll(-1, 1))
     losses.total.backward()
     k = MODEL_ARGS.n_activated_experts

@@ -55,8 +55,8 @@ def explicit(model: Transformer, tokens, targets, reading: Reading) -> tuple:
     for k, module in enumerate(model.mtp, start=1):
         n = length - k
         embedded = model.embed(ids[:, k + reading.embeds:][:, :n])
-        previous, _ = module((previous if reading.chained else main)[:, :n], embedded,
-                             model.context(tokens[:, :n]))
+        previous, *_ = module((previous if reading.chained else main)[:, :n], embedded,
+                              model.context(tokens[:, :n]))
         states += [previous]
         terms = []
         for i in range(n):
@@ -167,8 +167,8 @@ class HiddenFirst(MTPModule):
 
     def forward(self, hidden, embedding, context):
         joined = torch.cat([self.hnorm(hidden), self.enorm(embedding)], dim=-1)
-        x, routing = self.block(self.eh_proj(joined), context)
-        return self.norm(x), routing
+        x, *found = self.block(self.eh_proj(joined), context)
+        return self.norm(x), *found
 
 
 class NormsExchanged(MTPModule):
@@ -176,8 +176,8 @@ class NormsExchanged(MTPModule):
 
     def forward(self, hidden, embedding, context):
         joined = torch.cat([self.hnorm(embedding), self.enorm(hidden)], dim=-1)
-        x, routing = self.block(self.eh_proj(joined), context)
-        return self.norm(x), routing
+        x, *found = self.block(self.eh_proj(joined), context)
+        return self.norm(x), *found
 
 
 class NoFinalNorm(MTPModule):

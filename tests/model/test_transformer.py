@@ -10,7 +10,11 @@ from small_models import LITTLE, gap, random_tokens, scrambled
 from torch import nn
 
 from minids import ModelArgs, Transformer
-from minids.model.transformer import LinearCrossEntropy, initialise, linear_cross_entropy
+from minids.apply.recompute import recompute_blocks
+from minids.kernels import cross_entropy as kernel
+from minids.kernels.cross_entropy import Chunked
+from minids.model.objective import linear_cross_entropy
+from minids.model.transformer import initialise
 
 # With groups, two MoE layers, a module of MTP; small enough to differentiate in FP64.
 ARGS = replace(LITTLE, n_layers=3)
@@ -77,7 +81,7 @@ def cross_entropy_gap(body, rows: int, count: int) -> float:
 @pytest.mark.parametrize("rows", [1, 3, 4, 5, 8, 9])
 def test_cross_entropy_in_chunks_equals_torchs(rows, monkeypatch):
     for chunk in (1, 4, 100):  # rows at a time; the last chunk may be short
-        monkeypatch.setattr(LinearCrossEntropy, "LOGITS", {"cpu": chunk * 11})
+        monkeypatch.setattr(kernel, "LOGITS", {"cpu": chunk * 11})
         for count in (rows, rows + 3):
             assert cross_entropy_gap(linear_cross_entropy, rows, count) < 1e-13
 
@@ -95,7 +99,7 @@ def test_wrong_chunks_are_caught():
     def count_forgotten(x, weight, targets, count):
         return linear_cross_entropy(x, weight, targets, len(x))
 
-    class NoOneHot(LinearCrossEntropy):
+    class NoOneHot(Chunked):
         """The gradient without its one-hot term."""
 
         @staticmethod
@@ -122,10 +126,11 @@ def test_cross_entropy_in_bf16_rounds_the_logits_only():
 def one_step(model: Transformer, recompute: bool) -> tuple[dict, int]:
     """Loss parts and gradients of a step, and how often its blocks ran."""
     runs = []
-    blocks = [*model.layers, *(module.block for module in model.mtp)]
-    hooks = [b.register_forward_pre_hook(lambda *_: runs.append(1)) for b in blocks]
+    hooks = [block.attn.register_forward_pre_hook(lambda *_: runs.append(1))
+             for block in model.blocks()]
     model.zero_grad()
-    model.recompute = recompute
+    if recompute:
+        recompute_blocks(model)
     losses = model.loss(*batch(model.args))
     losses.total.backward()
     for hook in hooks:
@@ -149,9 +154,9 @@ def test_recomputing_changes_no_bit(dtype):
 
 def test_without_gradients_nothing_is_recomputed():
     model, tokens = scrambled(ARGS), batch(ARGS)[0]
-    expected = model(tokens)
-    model.recompute = True
     with torch.no_grad():
+        expected = model(tokens)
+        recompute_blocks(model)
         assert torch.equal(model(tokens), expected)
 
 

@@ -7,8 +7,10 @@ import torch
 from small_models import LITTLE, gap, scrambled
 
 from minids.generate import generate
-from minids.infer import decode
 from minids.infer.sampling import Sampler
+from minids.kernels import few_tokens
+from minids.kernels.attention import one_key_for_all_heads
+from minids.kernels.registry import recorded
 from minids.model.transformer import Transformer
 from minids.rl import rollout as rollout_module
 from minids.rl.rollout import Rollout, log_probs, roll_out
@@ -16,7 +18,7 @@ from minids.rl.rollout import Rollout, log_probs, roll_out
 EOS = 1
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15], [8, 20], [9], [33, 2, 41]]
 SHAPES = {"experts in groups": LITTLE, "no query latent": replace(LITTLE, q_lora_rank=0),
-          "few operations": replace(LITTLE, kv_lora_rank=8),
+          "folded": replace(LITTLE, kv_lora_rank=8),
           "dense": replace(LITTLE, n_routed_experts=0)}
 
 
@@ -46,16 +48,16 @@ def test_sampler_and_trainer_agree(shape, dtype, allowed, how):
 
 
 def test_many_sequences_take_other_products(monkeypatch):
-    """From `decode.MANY` sequences on attention is two batched products; padding counts there too.
-    """
-    monkeypatch.setattr(decode, "attend_fused", None)
+    """From `attention.MANY` sequences on attention is two batched products."""
     model = scrambled(replace(LITTLE, kv_lora_rank=8))
-    assert decode.few_operations_pay(model)
-    found = roll_out(model, PROMPTS * 3, 20, Sampler(1.0), EOS)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
+    with recorded() as record:
+        found = roll_out(model, PROMPTS * 3, 20, Sampler(1.0), EOS)
+    assert record["mla.MLA.forward", "folded_attention"] > 0
     assert worst(model, found) < 1e-12
-    products = decode.attend_products
-    monkeypatch.setattr(decode, "attend_products",
-                        lambda q, key, mask, scale: products(q, key, None, scale))
+    # Wrong variant: what follows a sequence's end is seen.
+    monkeypatch.setattr(few_tokens, "one_key_for_all_heads", lambda q, latent, visible, scale:
+                        one_key_for_all_heads(q, latent, None, scale))
     assert worst(model, roll_out(model, PROMPTS * 3, 20, Sampler(1.0), EOS)) > 1e-3
 
 
@@ -116,8 +118,8 @@ def test_the_text_is_what_generate_writes():
 def test_the_check_notices_a_misplaced_probability(monkeypatch):
     """Wrong variant: probabilities of the token after the next."""
     align = rollout_module.align
-    monkeypatch.setattr(rollout_module, "align", lambda text, pad, written, logp, *rest: align(
-        text, pad, written, logp.roll(1, dims=1), *rest))
+    monkeypatch.setattr(rollout_module, "align", lambda text, lengths, written, logp, *rest: align(
+        text, lengths, written, logp.roll(1, dims=1), *rest))
     model = scrambled(LITTLE)
     assert worst(model, sampled(model)) > 0.1
 

@@ -1,0 +1,52 @@
+"""Weights derived for decoding: W_UK multiplied into W_Q and W_UV into W_O, as V2 says they can be.
+
+(DeepSeek-V2, arXiv 2405.04434, section 2.1.2 and appendix C.) The copies belong to the cache of one
+decoding session and end with it; a change of the model's weights in between is not seen.
+"""
+
+import torch
+from torch import Tensor
+
+from minids.kernels.few_tokens import Folded
+from minids.kernels.precision import compute_dtype
+from minids.model.cache import LatentCache
+from minids.model.mla import MLA
+from minids.model.transformer import Transformer
+
+
+def fold(model: Transformer, cache: LatentCache) -> None:
+    """Give a cache the folded weights of the layers that it serves, where they pay.
+
+    They do on a CPU, for models so small that the multiplied matrices are not much larger than
+    those they replace: in a wide model, reading weights is what takes the time.
+    """
+    args, weight = model.args, model.head.weight
+    pays = (weight.device.type == "cpu" and compute_dtype(weight) == weight.dtype
+            and args.kv_lora_rank % 2 == 0 and args.n_heads * args.kv_lora_rank <= 2 * args.dim)
+    attentions = [block.attn for block in model.blocks()][cache.first_layer:]
+    attentions = attentions[:len(cache.latents)]
+    if pays and all(map(is_foldable, attentions)):
+        with torch.no_grad():
+            cache.folded = {attn.layer: folded(attn) for attn in attentions}
+
+
+def is_foldable(attn: MLA) -> bool:
+    """Return whether a layer is plain MLA: no indexer, nothing replaced from outside."""
+    products = (attn.wkv_a, attn.wkv_b, attn.wo, attn.wq_b if attn.args.q_lora_rank else attn.wq)
+    return (type(attn) is MLA and attn.indexer is None and "selection" not in vars(attn)
+            and not any("product" in vars(linear) for linear in products))
+
+
+def folded(attn: MLA) -> Folded:
+    """Multiply one layer's expansions into the matrices beside them."""
+    args, heads = attn.args, attn.args.n_heads
+    w_uk, w_uv = attn.wkv_b.weight.unflatten(0, (heads, -1)).split(
+        [args.qk_nope_head_dim, args.v_head_dim], dim=1)  # (H, .., kv_lora_rank)
+    w_q = (attn.wq_b if args.q_lora_rank else attn.wq).weight.unflatten(0, (heads, -1))
+    nope, pe = w_q.split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=1)
+    rows: Tensor = torch.cat([w_uk.transpose(1, 2) @ nope, pe], dim=1).flatten(0, 1)
+    if not args.q_lora_rank:
+        rows = torch.cat([rows, attn.wkv_a.weight])
+    w_o = attn.wo.weight.unflatten(1, (heads, -1))  # (D, H, v_head_dim)
+    w_o = torch.einsum("ihd,hdc->ihc", w_o, w_uv).flatten(1)  # (D, H * kv_lora_rank)
+    return Folded(rows.contiguous(), w_o.contiguous())

@@ -1,0 +1,84 @@
+"""Softmax attention: batched products for short sequences on a CPU, torch's fused kernel elsewhere.
+
+Of heads with keys and values of their own (the naive form), and of heads that share one latent key
+(the absorbed form of decoding).
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from minids.kernels.precision import plain_inference
+from minids.kernels.registry import body
+
+SHORT = 512  # keys; beyond it the scores' memory grows past what a CPU's cache holds
+FEW = 8  # queries per sequence; more are a prefill, and go the plain way
+MANY = 16  # sequences for which two batched products beat the fused kernel, 1.2 to 3.5 times
+
+
+def causal(queries: int, keys: int, device=None) -> Tensor:
+    """Return (1, S, T) bool: the S queries are the last of the T positions and see up to theirs."""
+    return torch.ones(1, queries, keys, dtype=torch.bool, device=device).tril(keys - queries)
+
+
+def additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 0 where a key is visible and -inf elsewhere, of the shape of `visible`."""
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, float("-inf"))
+
+
+@body(lambda q, k, v, visible, scale: q.device.type == "cpu" and k.size(1) <= SHORT)
+def products(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """Run product, softmax, product: in BF16 2.5 times as fast as the fused kernel at 256 keys."""
+    heads = q.size(2)
+    hidden = additive(causal(q.size(1), k.size(1)) if visible is None else visible, q.dtype)
+    hidden = hidden.repeat_interleave(heads, dim=0) if len(hidden) > 1 else hidden
+    q, v = (rearrange(t, "b s h d -> (b h) s d") for t in (q, v))
+    k = rearrange(k, "b t h d -> (b h) d t")
+    scores = torch.baddbmm(hidden, q, k, alpha=scale)  # (B*H, S, T)
+    # Softmax works in FP32 inside and rounds its result only.
+    out = torch.bmm(scores.softmax(dim=-1), v)  # (B*H, S, v_head_dim)
+    return rearrange(out, "(b h) s d -> b s h d", h=heads)
+
+
+@body(lambda q, k, v, visible, scale: v.size(-1) <= k.size(-1))
+def fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """Run torch's kernel on values padded to the keys' width, which leaves the result unchanged."""
+    width = v.size(-1)
+    v = F.pad(v, (0, k.size(-1) - width)) if k.size(-1) > width else v
+    if visible is None and q.size(1) != k.size(1):
+        visible = causal(q.size(1), k.size(1), q.device)
+    mask = None if visible is None else visible.unsqueeze(1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S or T, ..)
+    out = F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, scale=scale)
+    return out[..., :width].transpose(1, 2)
+
+
+def one_key_for_all_heads(q: Tensor, latent: Tensor, visible: Tensor | None,
+                          scale: float) -> Tensor:
+    """Attend to latents that are keys and values at once, heads as queries of a single head.
+
+    q: (B, S, H, width); latent: (B, T, width); visible: (B or 1, S, T) bool, None: causal
+    Returns (B, S, H, width), the weighted latents.
+    """
+    batch, count, heads, _ = q.shape
+    rows = q.reshape(batch, count * heads, -1)  # (B, S*H, width)
+    if count > 1:
+        visible = causal(count, latent.size(1)) if visible is None else visible
+        visible = visible.repeat_interleave(heads, dim=1)  # (B or 1, S*H, T)
+    if batch >= MANY and q.dtype != torch.bfloat16:
+        scores = torch.bmm(rows * scale, latent.mT)  # (B, S*H, T)
+        scores = scores if visible is None else torch.where(visible, scores, float("-inf"))
+        return torch.bmm(scores.softmax(-1), latent).view(q.shape)
+    key = latent.unsqueeze(1)  # (B, 1, T, width)
+    mask = None if visible is None else visible.unsqueeze(1)
+    out = F.scaled_dot_product_attention(rows.unsqueeze(1), key, key, mask, scale=scale)
+    return out.reshape(q.shape)
+
+
+@body(lambda q, latent, rank, visible, scale: plain_inference(q) and q.size(1) <= FEW)
+def shared_key(q: Tensor, latent: Tensor, rank: int, visible: Tensor | None,
+               scale: float) -> Tensor:
+    """Attend to the latents as one head's keys and values, the rotated part going along."""
+    return one_key_for_all_heads(q, latent, visible, scale)[..., :rank]

@@ -1,0 +1,138 @@
+"""A few tokens of every sequence, for small models on a CPU: the decoding step in few operations.
+
+A decoding step of a small model on a CPU spends its time between the products, calling some hundred
+little operations a layer. These bodies compute the same with fewer:
+
+    In BF16 weights come first in a product of few rows, W x^T, which is quicker.
+    W_UK is multiplied into W_Q and W_UV into W_O beforehand (`minids.apply.folded`; V2, arXiv
+    2405.04434, section 2.1.2 and appendix C); the token's own latent is then one more head.
+    The experts' tokens are few: they go side by side into batched products, or one expert after the
+    other, whichever was measured faster.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minids.kernels.attention import one_key_for_all_heads
+from minids.kernels.precision import plain_inference, wide
+from minids.kernels.registry import body
+
+ROWS = 512  # tokens that count as few where experts are concerned
+FEW_ROWS = 32  # rows up to which W x^T is quicker than x W^T in BF16
+SMALL = 2 ** 19  # numbers of a matrix up to which oneDNN's way in outweighs its work
+FEW = 4  # tokens that every expert computes whom one of them chose; a row more costs nothing
+PADDING = 2  # most rows that a pair may cost in a batched product; measured, 2 to 128 tokens
+
+
+@body(lambda x, weight: x.dtype == torch.bfloat16 and plain_inference(x)
+      and x.shape[:-1].numel() <= FEW_ROWS)
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Multiply few rows in BF16: (.., I), (O, I) -> (.., O)
+
+    W x^T takes 0.7 to 0.9 of the time of x W^T, measured with weights from memory (in FP32 it takes
+    longer). A single row takes torch's own kernel for a matrix and a vector, since oneDNN spends 18
+    of 20 microseconds on its way in.
+    """
+    rows = x.flatten(0, -2)
+    if len(rows) > 1:
+        return (weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
+    if weight.numel() > SMALL or not torch.backends.mkldnn.enabled:
+        return F.linear(x, weight)
+    torch.backends.mkldnn.enabled = False
+    try:
+        return F.linear(x, weight)
+    finally:
+        torch.backends.mkldnn.enabled = True
+
+
+class Folded(NamedTuple):
+    """The attention of one layer, its expansions multiplied into the matrices beside them.
+
+    w_q: (H * width, D or q_lora_rank), from the input to the queries that latents are compared
+        with, where width = kv_lora_rank + qk_rope_head_dim; without a query latent the matrix of
+        the token's own latent follows, as one more head
+    w_o: (D, H * kv_lora_rank), from the weighted latents to the output
+    """
+
+    w_q: Tensor
+    w_o: Tensor
+
+
+def is_folded(attn, x: Tensor, context) -> bool:
+    """Return whether the decoding session that owns the cache has folded this layer's weights."""
+    return (context.cache is not None and context.cache.folded is not None and context.absorbed
+            and context.indexer_stage == "" and not torch.is_grad_enabled())
+
+
+@body(is_folded)
+def folded_attention(attn, x: Tensor, context) -> tuple[Tensor, None]:
+    """Run `MLA.forward` on folded weights: x (B, S, D) -> (B, S, D), and no indexer's loss."""
+    args, cache, rank = attn.args, context.cache, attn.args.kv_lora_rank
+    folded = cache.folded[attn.layer]
+    if args.q_lora_rank:
+        c_q = attn.q_norm(attn.wq_a(x))
+        heads = torch.cat([multiply(c_q, folded.w_q), attn.wkv_a(x)], dim=-1)
+    else:
+        heads = multiply(x, folded.w_q)
+    heads = heads.unflatten(-1, (args.n_heads + 1, -1))  # (B, S, H + 1, width)
+    turned = torch.view_as_complex(heads[..., rank:].to(wide(x)).unflatten(-1, (-1, 2)))
+    turned = torch.view_as_real(turned * context.rotation.unsqueeze(-2)).flatten(-2)
+    heads[..., rank:] = turned
+    latent = heads[:, :, -1]  # (B, S, width)
+    latent[..., :rank] = attn.kv_norm(latent[..., :rank])
+    latent = cache.append(attn.layer, latent)  # (B, T, width)
+    z = one_key_for_all_heads(heads[:, :, :-1], latent, context.visible, attn.scale)
+    return multiply(z[..., :rank].flatten(2), folded.w_o), None
+
+
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T by `linear` where it runs, else by torch."""
+    return (linear if linear.when(x, weight) else F.linear)(x, weight)
+
+
+@body(lambda moe, x, weights, indices: plain_inference(x) and len(x) <= ROWS
+      and "product" not in vars(moe.experts))
+def routed(moe, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Run `MoE.routed` for few tokens: x (N, D), weights and indices (N, K) -> (N, D)"""
+    experts, weights = moe.experts, weights.to(x.dtype)
+    if len(x) == 1:
+        return weights @ torch.cat([expert(experts, e, x) for e in indices[0].tolist()])
+    if len(x) <= FEW:
+        share = x.new_zeros(len(x), len(experts.w1)).scatter_(1, indices, weights)
+        out = [expert(experts, e, x) * share[:, e:e + 1] for e in set(indices.flatten().tolist())]
+        return sum(out[1:], out[0])
+    pairs = indices.flatten()  # (N*K,)
+    nth = F.one_hot(pairs, len(experts.w1)).cumsum(0)  # (N*K, E), pairs of each expert so far
+    most = int(nth[-1].max())
+    even = most * len(experts.w1) <= PADDING * len(pairs)
+    return (side_by_side if even else one_by_one)(experts, x, weights, indices, nth)
+
+
+def side_by_side(experts, x: Tensor, weights: Tensor, indices: Tensor, nth: Tensor) -> Tensor:
+    """Run three batched products: each expert gets as many rows as the busiest."""
+    pairs, most = indices.flatten(), int(nth[-1].max())
+    slot = pairs * most + nth.gather(1, pairs.unsqueeze(1)).squeeze(1) - 1  # (N*K,)
+    source = pairs.new_zeros(len(experts.w1) * most)
+    source[slot] = torch.arange(len(pairs)) // indices.size(1)  # an empty slot takes token 0
+    rows = x[source].unflatten(0, (-1, most))  # (E, most, D)
+    hidden = F.silu(rows @ experts.w1.mT).mul_(rows @ experts.w3.mT)
+    out = (hidden @ experts.w2.mT).flatten(0, 1)[slot].view(*indices.shape, -1)  # (N, K, D)
+    return (weights.unsqueeze(1) @ out).squeeze(1)
+
+
+def one_by_one(experts, x: Tensor, weights: Tensor, indices: Tensor, nth: Tensor) -> Tensor:
+    """Run expert by expert: no row is wasted."""
+    order = indices.flatten().argsort()  # (N*K,), pairs by expert
+    source = order // indices.size(1)  # the token of each
+    parts = x[source].split(nth[-1].tolist())
+    out = torch.cat([expert(experts, e, part) for e, part in enumerate(parts) if len(part)])
+    return torch.zeros_like(x).index_add_(0, source, out * weights.flatten()[order].unsqueeze(-1))
+
+
+def expert(experts, e: int, x: Tensor) -> Tensor:
+    """Return what expert e makes of its tokens: (M, D) -> (M, D)"""
+    hidden = F.silu(multiply(x, experts.w1[e])) * multiply(x, experts.w3[e])
+    return multiply(hidden, experts.w2[e])

@@ -1,0 +1,21 @@
+"""In which precision a product runs. Only bodies ask: plain definitions follow their inputs."""
+
+import torch
+from torch import Tensor
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Return the type of a product with x: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def wide(x: Tensor) -> torch.dtype:
+    """Return FP32, or x's own type if that is wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def plain_inference(x: Tensor) -> bool:
+    """Return whether x meets a CPU's products in its own type and no gradient is wanted."""
+    return (not torch.is_grad_enabled() and x.device.type == "cpu"
+            and not torch.is_autocast_enabled("cpu"))

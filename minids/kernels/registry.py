@@ -1,0 +1,90 @@
+"""Which body of a function runs: the plain definition, or a faster one that computes the same.
+
+The plain definition stands in `minids.model` and names its bodies, best first:
+
+    @bodies(norm.written_out, norm.fused)
+    def rms_norm(x, weight, eps): ...
+
+A body takes the same arguments and states when it runs, by device, type and size:
+
+    @body(lambda x, weight, eps: torch.is_grad_enabled())
+    def written_out(x, weight, eps): ...
+
+The first body whose condition holds is called; the plain definition runs where none does, and
+everywhere inside `using("off")`. `recorded` tells which one ran, so that tests and benchmarks see a
+fallback.
+"""
+
+import contextlib
+import functools
+from collections import Counter
+from collections.abc import Callable, Iterator
+
+SETTINGS = "auto", "off"
+REGISTRY: dict[str, Callable] = {}  # "moe.combine" -> the function that picks a body
+
+_setting = "auto"
+_record: Counter | None = None
+
+
+def body(when: Callable[..., bool]):
+    """Declare a body. when: of the function's own arguments, whether this body can run and pays"""
+    def declare(function: Callable) -> Callable:
+        function.when = when
+        return function
+    return declare
+
+
+def bodies(*candidates: Callable):
+    """Register a plain definition and its bodies, the first that can run being the one that does.
+
+    The result has the attributes `plain` and `bodies`.
+    """
+    def register(plain: Callable) -> Callable:
+        name = f"{plain.__module__.rpartition('.')[2]}.{plain.__qualname__}"
+
+        @functools.wraps(plain)
+        def pick(*args):
+            chosen = plain
+            if _setting == "auto":
+                for candidate in candidates:
+                    if candidate.when(*args):
+                        chosen = candidate
+                        break
+            if _record is not None:
+                _record[name, chosen.__name__ if chosen is not plain else "plain"] += 1
+            return chosen(*args)
+
+        pick.plain, pick.bodies = plain, candidates
+        REGISTRY[name] = pick
+        return pick
+    return register
+
+
+def use(setting: str) -> None:
+    """Let bodies run where they can ("auto"), or the plain definitions everywhere ("off")."""
+    global _setting
+    assert setting in SETTINGS, setting
+    _setting = setting
+
+
+@contextlib.contextmanager
+def using(setting: str) -> Iterator[None]:
+    """Apply `use` within the block only."""
+    before = _setting
+    use(setting)
+    try:
+        yield
+    finally:
+        use(before)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[Counter]:
+    """Count what runs within the block: (function, body's name or "plain") -> calls."""
+    global _record
+    before, _record = _record, Counter()
+    try:
+        yield _record
+    finally:
+        _record = before

@@ -1,0 +1,284 @@
+"""Every body equals its plain definition, forward and backward, and is the one that ran.
+
+The test walks the registry: a body without an example here fails, and so does one whose condition
+lets the call fall back to the plain definition. A body broken on purpose turns its test red.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from small_models import LITTLE
+from torch import Tensor
+
+from minids import ModelArgs, Transformer
+from minids.apply.folded import fold
+from minids.kernels import indexer
+from minids.kernels.registry import REGISTRY, bodies, body, recorded, using
+from minids.model.cache import LatentCache
+from minids.model.mla import causal
+from minids.model.moe import sort_by_expert
+
+# Largest difference, relative to the largest value. FP64, FP32: sums in another order. BF16: both
+# sides round to 8 bits.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
+
+
+@dataclass
+class Case:
+    """A call that a body takes.
+
+    call: makes the arguments anew; learns: whether its gradients are compared too
+    """
+
+    call: Callable[[], tuple]
+    learns: bool = True
+    dtype: torch.dtype = torch.float64
+
+
+def drawn(*shape: int, dtype: torch.dtype = torch.float64, learns: bool = True) -> Tensor:
+    """Return standard normal numbers."""
+    return torch.randn(*shape, dtype=torch.float64).to(dtype).requires_grad_(learns)
+
+
+def norm_case(dtype: torch.dtype, learns: bool) -> Case:
+    return Case(lambda: (drawn(3, 5, 8, dtype=dtype, learns=learns),
+                         drawn(8, dtype=dtype, learns=learns), 1e-6), learns, dtype)
+
+
+def few_rows_case(rows: int, dtype: torch.dtype) -> Case:
+    return Case(lambda: (drawn(1, rows, 16, dtype=dtype, learns=False),
+                         drawn(24, 16, dtype=dtype, learns=False)), False, dtype)
+
+
+def attention_case(queries: int, keys: int, visible: bool, value_width: int = 6) -> Case:
+    """Heads of width 10, values of another; with a mask of holes where every query sees itself."""
+    def call() -> tuple:
+        q, k, v = (drawn(2, n, 3, w) for n, w in
+                   ((queries, 10), (keys, 10), (keys, value_width)))
+        seen = torch.rand(2, queries, keys) < 0.5
+        seen = seen & causal(queries, keys)
+        seen[:, torch.arange(queries), torch.arange(keys - queries, keys)] = True
+        return q, k, v, seen if visible else None, 0.3
+    return Case(call)
+
+
+def latent_case(batch: int, queries: int, visible: bool) -> Case:
+    def call() -> tuple:
+        seen = torch.rand(batch, queries, 9) < 0.5
+        seen[..., 0] = True
+        return (drawn(batch, queries, 4, 10, learns=False), drawn(batch, 9, 10, learns=False), 6,
+                seen if visible else None, 0.3)
+    return Case(call, learns=False)
+
+
+def routed_rows(tokens: int = 40, experts: int = 5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return experts by token, and their sorting; expert 3 gets nobody."""
+    scores = torch.rand(tokens, experts)
+    scores[:, 3] = -1
+    indices = scores.topk(2).indices
+    return indices, *sort_by_expert(indices, experts)
+
+
+def dispatch_case() -> tuple:
+    _, source, slot, _ = routed_rows()
+    return drawn(40, 8), source, slot
+
+
+def combine_case() -> tuple:
+    _, source, slot, _ = routed_rows()
+    return drawn(len(source), 8), slot, drawn(40, 2)
+
+
+def grouped_case(dtype: torch.dtype) -> Case:
+    """Rows past the last expert's hold nothing of meaning: there are none here."""
+    def call() -> tuple:
+        counts = torch.tensor([3, 0, 7, 2])
+        return drawn(12, 16, dtype=dtype), drawn(4, 8, 16, dtype=dtype), counts
+    return Case(call, dtype=dtype)
+
+
+def index_case(batch: int, queries: int, keys: int) -> tuple:
+    return drawn(batch, queries, 3, 8), drawn(batch, queries, 3), drawn(batch, keys, 8)
+
+
+def index_loss_case() -> tuple:
+    own = index_case(2, 7, 7)
+    q, k = drawn(2, 7, 4, 10, learns=False), drawn(2, 7, 4, 10, learns=False)
+    return *own, q, k, causal(7, 7), 0.3
+
+
+def little_layer(seed_shape: dict) -> Transformer:
+    torch.manual_seed(1)
+    model = Transformer(replace(LITTLE, **seed_shape)).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model.requires_grad_(False)
+
+
+def folded_case(count: int, uneven: bool, batch: int = 3, **shape) -> Case:
+    """A step of `count` tokens after sequences of equal or unequal length."""
+    def call() -> tuple:
+        model = little_layer(dict(kv_lora_rank=8, **shape))
+        cache = LatentCache(model.args, batch, 16, dtype=torch.float64)
+        model.hidden(torch.randint(model.args.vocab_size, (batch, 7)), cache)
+        if uneven:
+            cache.truncate(torch.arange(batch) % 3 + 5)
+        fold(model, cache)
+        context = model.context(torch.zeros(batch, count, dtype=torch.int64), cache, absorbed=True)
+        x = drawn(batch, count, model.args.dim, learns=False)
+        return model.layers[1].attn, x, context
+    return Case(call, learns=False)
+
+
+def moe_case(tokens: int, skewed: bool = False) -> Case:
+    def call() -> tuple:
+        moe = next(block.ffn for block in little_layer({}).layers if block.is_moe)
+        scores = torch.rand(tokens, moe.args.n_routed_experts, dtype=torch.float64)
+        scores[:, 0] += 2.0 * skewed  # everybody visits expert 0: batched products would waste rows
+        weights, indices = scores.topk(moe.args.n_activated_experts)
+        return moe, drawn(tokens, moe.args.dim, learns=False), weights, indices
+    return Case(call, learns=False)
+
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+CASES: dict[tuple[str, str], list[Case]] = {
+    ("layers.linear", "linear"): [few_rows_case(1, BF16), few_rows_case(7, BF16)],
+    ("layers.rms_norm", "fused"): [norm_case(F64, False), norm_case(F32, False)],
+    ("layers.rms_norm", "written_out"): [norm_case(F64, True), norm_case(F32, True)],
+    ("mla.attention", "products"): [attention_case(7, 7, False), attention_case(3, 7, False),
+                                    attention_case(7, 7, True), attention_case(4, 7, True)],
+    ("mla.attention", "fused"): [attention_case(520, 520, False), attention_case(5, 520, False),
+                                 attention_case(5, 520, True), attention_case(5, 520, True, 10)],
+    ("mla.latent_attention", "shared_key"): [
+        latent_case(2, 1, False), latent_case(2, 3, False), latent_case(2, 3, True),
+        latent_case(17, 1, True), latent_case(17, 2, True)],
+    ("mla.MLA.forward", "folded_attention"): [
+        folded_case(1, False), folded_case(1, True), folded_case(3, False), folded_case(2, True),
+        folded_case(1, True, batch=18), folded_case(2, False, q_lora_rank=12)],
+    ("moe.MoE.routed", "routed"): [moe_case(1), moe_case(4), moe_case(30),
+                                   moe_case(30, skewed=True)],
+    ("moe.dispatch", "dispatch_by_slot"): [Case(dispatch_case)],
+    ("moe.combine", "combine_in_one_pass"): [Case(combine_case)],
+    ("moe.grouped_linear", "grouped_fused"): [grouped_case(F32), grouped_case(BF16)],
+    ("objective.linear_cross_entropy", "chunked"): [
+        Case(lambda: (drawn(2, 300, 8), drawn(11, 8), torch.randint(11, (2, 300)), 321))],
+    ("sparse_attention.index_scores", "scores_in_pieces"): [Case(lambda: index_case(2, 9, 11))],
+    ("sparse_attention.indexer_loss", "loss_in_pieces"): [Case(index_loss_case)],
+}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch):
+    """Let few numbers be many, so that chunks end in the middle of these examples."""
+    monkeypatch.setattr(indexer, "SCORES", 100)
+    monkeypatch.setattr("minids.kernels.cross_entropy.LOGITS", {"cpu": 1000})
+
+
+def outcome(function: Callable, case: Case) -> tuple[list[Tensor], Counter]:
+    """Return a call's output and the gradients of what learns, and what ran."""
+    torch.manual_seed(0)
+    arguments = case.call()
+    with torch.set_grad_enabled(case.learns), recorded() as record:
+        out = function(*arguments)
+    out = out[0] if isinstance(out, tuple) else out
+    if not case.learns:
+        return [out], record
+    leaves = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    grads = torch.autograd.grad((out * weights.to(out.dtype)).sum(), leaves)
+    return [out.detach(), *grads], record
+
+
+def check(function: Callable, name: str, chosen: str, case: Case) -> None:
+    """Assert that the body runs, and gives what the plain definition gives."""
+    by_body, record = outcome(function, case)
+    assert record[name, chosen] == 1 and record[name, "plain"] == 0, dict(record)
+    with using("off"):
+        plain, _ = outcome(function, case)
+    for ours, theirs in zip(by_body, plain, strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        gap = (ours - theirs).abs().max() / theirs.abs().max()
+        assert gap < TOLERANCE[case.dtype], gap
+
+
+def test_every_body_has_examples():
+    registered = {(name, b.__name__) for name, function in REGISTRY.items()
+                  for b in function.bodies}
+    assert registered == set(CASES)
+
+
+@pytest.mark.parametrize(("key", "case"), [
+    pytest.param(key, case, id=f"{key[0]}-{key[1]}-{number}")
+    for key, cases in CASES.items() for number, case in enumerate(cases)])
+def test_a_body_equals_its_plain_definition(key, case):
+    check(REGISTRY[key[0]], *key, case)
+
+
+class Steeper(torch.autograd.Function):
+    """The identity, with a gradient that is a hundredth too long."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return 1.01 * grad
+
+
+def broken(function: Callable, chosen: str, how: Callable[[Tensor], Tensor]) -> Callable:
+    """Return the function with one body changed on purpose."""
+    right = next(b for b in function.bodies if b.__name__ == chosen)
+
+    @body(right.when)
+    def wrong(*arguments):
+        out = right(*arguments)
+        return (how(out[0]), *out[1:]) if isinstance(out, tuple) else how(out)
+
+    wrong.__name__ = chosen
+    others = [wrong if b is right else b for b in function.bodies]
+    before = dict(REGISTRY)
+    changed = bodies(*others)(function.plain)
+    REGISTRY.update(before)
+    return changed
+
+
+def wrongs(case: Case) -> Iterator[Callable[[Tensor], Tensor]]:
+    yield lambda out: out * (1 + 10 * TOLERANCE[case.dtype])
+    yield lambda out: -out if out.dim() == 0 else out.flip(0 if len(out) > 1 else -1)
+    if case.learns and case.dtype != torch.bfloat16:
+        yield Steeper.apply
+
+
+@pytest.mark.parametrize("key", CASES, ids="-".join)
+def test_a_broken_body_is_noticed(key):
+    function, case = REGISTRY[key[0]], CASES[key][0]
+    for how in wrongs(case):
+        with pytest.raises(AssertionError):
+            check(broken(function, key[1], how), *key, case)
+
+
+@pytest.mark.parametrize("key", CASES, ids="-".join)
+def test_a_fallback_in_silence_is_noticed(key):
+    function = REGISTRY[key[0]]
+    before = dict(REGISTRY)
+    without = bodies(*(b for b in function.bodies if b.__name__ != key[1]))(function.plain)
+    REGISTRY.update(before)
+    with pytest.raises(AssertionError):
+        check(without, *key, CASES[key][0])
+
+
+def test_with_bodies_off_no_body_runs():
+    args = replace(ModelArgs.preset("nano"), vocab_size=64, max_seq_len=32)
+    model, tokens = Transformer(args), torch.randint(64, (2, 9))
+    with using("off"), recorded() as record:
+        model.loss(tokens[:, :-1], tokens[:, 1:]).total.backward()
+        with torch.no_grad():
+            cache = LatentCache(args, 2, 12)
+            model(tokens, cache)
+            fold(model, cache)
+            model(tokens[:, :1], cache, absorbed=True)
+    assert {chosen for _, chosen in record} == {"plain"}
