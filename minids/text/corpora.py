@@ -1,4 +1,16 @@
-"""Corpora: named bodies of text, split into training and validation."""
+"""Open the corpus that a word names, split into training and validation text.
+
+    pystdlib                             Python's own library, read where it is installed
+    text:PATH                            your files: a file, a folder or a glob pattern
+    task:NAME                            worked examples of a task (`minids.text.tasks`)
+    hf:NAME[@REVISION][:CONFIG[:COLUMN]] a data set of the Hugging Face hub, streamed
+
+    corpus = open_corpus("pystdlib")
+    for text in corpus.train: ...
+
+A hash of its path or text decides whether a document is validation, so that it stays on the same
+side when other documents come or go.
+"""
 
 import hashlib
 import random
@@ -13,18 +25,18 @@ from minids.text.hub import HubDocuments, open_hub
 from minids.text.splits import held_out
 from minids.text.tasks import open_task, plain_text
 
-HOLD_OUT = 20              # one document in so many is validation
-EXAMPLES = 60_000          # documents of a task
+HOLD_OUT = 20      # one document in this many is validation
+EXAMPLES = 60_000  # training documents of a task
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A named body of text, split into training and validation.
 
-    name: what the user asked for
-    train, valid: the documents, each a str; iterable any number of times
-    fingerprint: hash of the content, or name and revision of a data set on the hub
-    note: what was left out, in words; empty if nothing
+    name: the word the user gave
+    train, valid: the documents, iterable any number of times
+    fingerprint: hash of the content; for the hub, name and revision of the data set
+    note: which files were left out, in words; empty if none
     """
 
     name: str
@@ -35,57 +47,50 @@ class Corpus:
 
     @property
     def streams(self) -> bool:
-        """Whether the training text is too large to tokenise beforehand."""
+        """Whether the training text is streamed, because it is too large to tokenise first."""
         return isinstance(self.train, HubDocuments)
 
 
 def open_corpus(spec: str) -> Corpus:
-    """The corpus that `spec` names.
+    """Return the corpus that `spec` names.
 
-    spec: `pystdlib`, `text:PATH` or `hf:NAME[@REVISION][:CONFIG[:COLUMN]]`
+    spec: pystdlib, text:PATH, task:NAME or hf:NAME[@REVISION][:CONFIG[:COLUMN]]
 
-    Raises `ValueError` naming `data`, its value and what would work.
+    Raises `ValueError` naming the setting `data`, its value and what is valid.
     """
     kind, _, rest = spec.partition(":")
-    openers = {"text": open_text, "hf": open_stream, "task": open_examples}
     try:
         if spec == "pystdlib":
             return open_pystdlib()
-        if kind in openers and rest:
-            return openers[kind](spec, rest)
+        if kind == "hf" and rest:
+            return Corpus(spec, *open_hub(rest))
+        if kind in ("text", "task") and rest:
+            return (open_text if kind == "text" else open_examples)(spec, rest)
+        hint = nearest(kind, ["pystdlib", "text:PATH", "hf:NAME", "task:NAME"])
+        if Path(spec).expanduser().exists():
+            hint = f"did you mean 'text:{spec}'? "
+        raise ValueError(f"{hint}valid are pystdlib, text:PATH, hf:NAME[:CONFIG[:COLUMN]] and "
+                         "task:NAME")
     except ValueError as error:
         raise ValueError(f"data = {spec!r} is not valid: {error}") from None
-    hint = nearest(kind, ["pystdlib", "text:PATH", "hf:NAME", "task:NAME"])
-    if Path(spec).expanduser().exists():
-        hint = f"did you mean 'text:{spec}'? "
-    raise ValueError(f"data = {spec!r} is not valid: {hint}valid are pystdlib, text:PATH, "
-                     "hf:NAME[:CONFIG[:COLUMN]] and task:NAME")
 
 
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "tkinter", "lib2to3", "distutils", "ensurepip",
                    "turtledemo", "site-packages", "dist-packages"}
 
 
-def is_library_text(path: Path) -> bool:
-    """Whether `path`, relative to the library, is code or prose worth reading.
-
-    Tests, tables of character encodings and other generated files are not.
-    """
-    if SKIPPED_FOLDERS & set(path.parts[:-1]) or path.name.startswith("_sysconfigdata"):
-        return False
-    if path.parts[0] == "encodings":
-        return path.name in ("__init__.py", "aliases.py")
-    return path.as_posix() != "pydoc_data/topics.py"
-
-
 def library_files(root: Path) -> Iterator[tuple[str, str]]:
-    """(POSIX path, text) of each file of the Python library under `root`, sorted by path.
+    """Yield POSIX path and text of each file of the Python library under `root`, sorted by path.
 
-    Short files, duplicates and files that are not UTF-8 are left out.
+    Skipped are tests, generated tables, files under 256 bytes, duplicates, and what is not UTF-8.
     """
-    paths = sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py"))
     seen = set()
-    for path in filter(lambda p: is_library_text(Path(p)), paths):
+    for path in sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py")):
+        *folders, name = path.split("/")
+        if (SKIPPED_FOLDERS & set(folders) or name.startswith("_sysconfigdata")
+                or path == "pydoc_data/topics.py"
+                or folders[:1] == ["encodings"] and name not in ("__init__.py", "aliases.py")):
+            continue
         raw = (root / path).read_bytes().replace(b"\r\n", b"\n")
         digest = hashlib.sha256(raw).digest()
         if len(raw) < 256 or digest in seen:
@@ -98,7 +103,7 @@ def library_files(root: Path) -> Iterator[tuple[str, str]]:
 
 
 def open_pystdlib() -> Corpus:
-    """Python's library, split by path, so that a file is on the same side in every version."""
+    """Return Python's library, split by path: a file is on the same side in every version."""
     root = Path(sysconfig.get_paths()["stdlib"])
     train, valid, content = [], [], hashlib.sha256()
     for path, text in library_files(root):
@@ -110,7 +115,7 @@ def open_pystdlib() -> Corpus:
 
 
 def open_examples(spec: str, name: str) -> Corpus:
-    """Problems of a task in plain text, some worked out and some with the answer only."""
+    """Return problems of a task as plain text, some worked out, some with the answer only."""
     task = open_task(name)
     sides, content = {}, hashlib.sha256()
     for split, count in (("train", EXAMPLES), ("held-out", EXAMPLES // 20)):
@@ -121,17 +126,12 @@ def open_examples(spec: str, name: str) -> Corpus:
     return Corpus(spec, sides["train"], sides["held-out"], content.hexdigest())
 
 
-def open_stream(spec: str, rest: str) -> Corpus:
-    """A data set of the hub, streamed."""
-    return Corpus(spec, *open_hub(rest))
-
-
 @dataclass(frozen=True)
 class Documents:
     """The documents of local files, read anew at each iteration.
 
     paths: the files
-    valid: which side of the split to read; both if None
+    valid: which side of the split to read; None reads both
     """
 
     paths: list[Path]
@@ -145,10 +145,10 @@ class Documents:
 
 
 def open_text(spec: str, path: str) -> Corpus:
-    """The text of a file, a folder or a glob; validation is 1 document in 20, by hash.
+    """Return the text of a file, a folder or a glob pattern, split by the hash of each document.
 
-    Where that leaves one side without a document, as it does with a single one, the last 5 % of
-    the text are validation.
+    If that leaves one side empty, as with a single document, the last 5 % of the text are
+    validation.
     """
     paths = find_files(path)
     checked = {p: check_file(p) for p in paths}
@@ -168,7 +168,7 @@ def open_text(spec: str, path: str) -> Corpus:
 
 
 def split_tail(documents: list[str]) -> tuple[list[str], list[str]]:
-    """(the first 95 %, the last 5 %) of the characters, cut after a line where one ends nearby."""
+    """Return the first 95 % and the last 5 % of the characters, cut after a line if one is near."""
     left = int(sum(map(len, documents)) * (1 - 1 / HOLD_OUT))
     train, valid = [], []
     for text in documents:

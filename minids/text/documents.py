@@ -1,4 +1,4 @@
-"""Documents of local files: finding, checking and reading them."""
+"""Find, check and read the documents of local files: text, Markdown, Python, JSONL and Parquet."""
 
 import codecs
 import glob
@@ -13,7 +13,10 @@ SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 
 
 def find_files(path: str) -> list[Path]:
-    """The readable files that a path or glob names, sorted."""
+    """Return the readable files that a file, folder or glob pattern names, sorted.
+
+    Raises `ValueError` if there are none; hidden files of a folder do not count.
+    """
     root = Path(path).expanduser()
     wanted = f"valid are {' '.join(SUFFIXES)}"
     if root.is_dir():
@@ -36,7 +39,7 @@ def find_files(path: str) -> list[Path]:
 
 
 def check_file(path: Path) -> tuple[str, str]:
-    """(hash of the content, why it cannot be read as text: empty if it can)."""
+    """Return the SHA-256 of a file's content, and why it is not readable text ("" if it is)."""
     digest, blank = hashlib.sha256(), True
     decoder = codecs.getincrementaldecoder("utf-8")()
     is_text = path.suffix != ".parquet"
@@ -55,18 +58,17 @@ def check_file(path: Path) -> tuple[str, str]:
 
 
 def read_documents(path: Path) -> Iterator[str]:
-    """The documents of one file: itself, or the text of each of its rows."""
-    readers = {".jsonl": read_rows, ".parquet": read_parquet}
-    return readers.get(path.suffix, read_plain)(path)
-
-
-def read_plain(path: Path) -> Iterator[str]:
-    """The whole file as one document, its line ends as line feeds."""
-    yield path.read_text(encoding="utf-8-sig")
+    """Yield the documents of one file: the text of each row, or the whole of a plain file."""
+    if path.suffix == ".jsonl":
+        yield from read_rows(path)
+    elif path.suffix == ".parquet":
+        yield from read_parquet(path)
+    else:
+        yield path.read_text(encoding="utf-8-sig")  # line ends become line feeds
 
 
 def read_rows(path: Path) -> Iterator[str]:
-    """The text column of a file with one JSON object a line."""
+    """Yield the text column of a JSONL file; the first row decides which column that is."""
     column = None
     for number, row in read_jsonl(path):
         if not isinstance(row, dict):
@@ -78,7 +80,7 @@ def read_rows(path: Path) -> Iterator[str]:
 
 
 def read_parquet(path: Path) -> Iterator[str]:
-    """The text column of a parquet file, a few rows at a time."""
+    """Yield the text column of a Parquet file, reading 1,024 rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
@@ -94,9 +96,12 @@ def read_parquet(path: Path) -> Iterator[str]:
 
 
 def text_column(is_text: dict[str, bool], where: Path | str, asked: str = "") -> str:
-    """The column to read: the one asked for, `text`, `content`, or the only one with strings.
+    """Return the column to read: `asked`, `text`, `content`, or the only one that holds strings.
 
     is_text: for each column, whether it holds strings
+    where: the file or data set, for the error
+
+    Raises `ValueError` listing the columns if none qualifies.
     """
     strings = [name for name, holds in is_text.items() if holds]
     wanted = [asked] if asked else ["text", "content", *(strings if len(strings) == 1 else [])]

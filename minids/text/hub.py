@@ -1,4 +1,7 @@
-"""Data sets of the Hugging Face hub, streamed."""
+"""Stream data sets from the Hugging Face hub, and resume exactly where a run stopped.
+
+`hf:NAME[@REVISION][:CONFIG[:COLUMN]]`, for example `hf:HuggingFaceFW/fineweb-edu:sample-10BT`.
+"""
 
 import os
 import re
@@ -13,23 +16,27 @@ from urllib.parse import urlsplit
 from minids.base.fields import nearest
 from minids.text.documents import text_column
 
-HUB_VALID_DOCUMENTS = 1000
+HUB_VALID_DOCUMENTS = 1000  # validation reads this many documents
 
 
 class HubDocuments:
-    """Documents of a streamed data set, from the start or from where a state was taken."""
+    """The documents of a streamed data set, readable from the start or from a saved state.
+
+    dataset: an iterable data set of the `datasets` library
+    column: the column that holds the text
+    """
 
     def __init__(self, dataset, column: str):
         self.dataset, self.column = dataset, column
         self.running = []
-        # A stream that is still open when Python takes its modules down complains on stderr.
-        weakref.finalize(self, close_all, self.running)
+        # A stream that is still open when Python unloads its modules complains on stderr.
+        weakref.finalize(self, lambda running: [rows.close() for rows in running], self.running)
 
     def __iter__(self) -> Iterator[str]:
         return self.read_from(None)
 
     def read_from(self, state: dict | None) -> Iterator[str]:
-        """Iterate from the document after those read when `state` was taken."""
+        """Iterate from where `state` was taken; None is the start."""
         self.dataset.load_state_dict(state)
         rows = iter(self.dataset)
         self.running[:] = [rows]
@@ -37,24 +44,21 @@ class HubDocuments:
             yield row[self.column] or ""
 
     def state_dict(self) -> dict:
-        """The place of the running iteration: as many documents on as it has yielded."""
+        """Return the position of the running iteration, after the last document it yielded."""
         return self.dataset.state_dict()
 
 
-def close_all(iterators: list) -> None:
-    """Close generators, so that they let go of their files."""
-    for iterator in iterators:
-        iterator.close()
-
-
 def open_hub(rest: str) -> tuple[HubDocuments, HubDocuments, str]:
-    """A data set of the hub; validation is its own split, else its first documents.
+    """Return training documents, validation documents and the fingerprint of a data set.
 
-    Only the first HUB_VALID_DOCUMENTS of validation are read.
+    rest: NAME[@REVISION][:CONFIG[:COLUMN]]
+
+    Validation is the data set's own split, or else its first documents, which training then
+    skips. Raises `ValueError` if the data set cannot be opened.
     """
     path, config, column = (*rest.split(":", 2), "", "")[:3]
     name, _, revision = path.partition("@")
-    check_hub()
+    check_network()
     import datasets
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
@@ -74,13 +78,13 @@ def open_hub(rest: str) -> tuple[HubDocuments, HubDocuments, str]:
     own = next((splits[s] for s in ("validation", "test") if s in splits), None)
     if own is None:
         own, train = train, train.skip(HUB_VALID_DOCUMENTS)
-    valid = HubDocuments(own.take(HUB_VALID_DOCUMENTS), column)
     fingerprint = f"{name}@{builder.hash}:{builder.config.name}:{column}"
-    return HubDocuments(train, column), valid, fingerprint
+    return (HubDocuments(train, column), HubDocuments(own.take(HUB_VALID_DOCUMENTS), column),
+            fingerprint)
 
 
 def hub_reason(error: Exception, name: str, config: str) -> str:
-    """What to tell the user about an error of the `datasets` library."""
+    """Return what to tell the user about an error of the `datasets` library."""
     from datasets.exceptions import DatasetNotFoundError
     text = " ".join(str(error).split())
     if isinstance(error, DatasetNotFoundError):
@@ -92,8 +96,11 @@ def hub_reason(error: Exception, name: str, config: str) -> str:
     return text
 
 
-def check_hub() -> None:
-    """Fail at once without network: the library itself retries for most of a minute."""
+def check_network() -> None:
+    """Raise `ValueError` at once if the hub does not answer; `datasets` would retry for a minute.
+
+    The data sets that an earlier run downloaded need no network: HF_HUB_OFFLINE skips the check.
+    """
     offline = os.environ.get("HF_HUB_OFFLINE", os.environ.get("HF_DATASETS_OFFLINE", ""))
     if offline.upper() in ("1", "ON", "YES", "TRUE"):
         return
@@ -104,7 +111,7 @@ def check_hub() -> None:
 
 
 def reachable(url: str, seconds: float) -> bool:
-    """Whether the host of `url`, or the proxy on the way to it, takes a connection in time."""
+    """Return whether the host of `url`, or the proxy in front of it, accepts a connection."""
     parts = urlsplit(url)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if proxy and not urllib.request.proxy_bypass(parts.hostname):
@@ -119,7 +126,7 @@ def reachable(url: str, seconds: float) -> bool:
         except OSError:
             pass
 
-    # A thread, because the look-up of a name has no timeout of its own.
+    # In a thread, because looking up a name has no timeout of its own.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
     thread.join(seconds)

@@ -1,4 +1,14 @@
-"""Batches of sequences from tokens; a loader's position is a few numbers."""
+"""Cut tokens into batches, and resume at exactly the next batch.
+
+    data = open_data("pystdlib", tokenizer, seq_len=256)
+    tokens, targets = data.loader.next_batch(8)      # (8, 256) each, targets one token ahead
+
+A loader's position is a few numbers that a checkpoint can hold: the order of an epoch is computed
+from (seed, epoch), never stored.
+
+Simplified: V3 randomly splits some tokens that join punctuation and a line break, we do not; a
+file of plain text is held in memory; every rank reads and tokenises the whole of a stream.
+"""
 
 import os
 import re
@@ -14,13 +24,13 @@ from minids.text.corpora import open_corpus
 from minids.text.packing import encode_documents
 from minids.text.token_cache import CACHE, Tokens, cached_tokens
 
-SHUFFLE_BLOCK = 2048       # documents of a stream that are shuffled together
-STREAM_DOCUMENTS = 32      # documents of a stream that are tokenised at once
-MAX_VALID_TOKENS = 2**24   # validation reads no more than this
+SHUFFLE_BLOCK = 2048      # documents of a stream that are shuffled together
+STREAM_DOCUMENTS = 32     # documents of a stream that are tokenised at once
+MAX_VALID_TOKENS = 2**24  # validation reads no more than this
 
 
 def check_state(state: dict, here: dict) -> None:
-    """A saved position belongs to this loader: same kind, text, sequence length and seed."""
+    """Raise `ValueError` unless a saved position has this loader's kind, text and settings."""
     for name, value in here.items():
         if state.get(name) != value:
             raise ValueError(f"{name} = {value!r} does not fit the saved position, which has "
@@ -28,23 +38,23 @@ def check_state(state: dict, here: dict) -> None:
 
 
 def split_rows(flat: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and their targets, one to the right: (B, S + 1) -> (B, S), (B, S)."""
+    """Return tokens and their targets, one to the right: (B, S + 1) -> (B, S), (B, S)."""
     rows = torch.from_numpy(flat)
     return rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
 
 
 class PackedLoader:
-    """Batches of sequences cut from one long row of tokens, each once an epoch, for ever.
+    """Batches of sequences cut from the packed tokens, each sequence once per epoch, endlessly.
 
-    An epoch starts its cuts at a random token, goes once round the row and takes the sequences in
-    a random order; both come from (seed, epoch). At most seq_len - 1 tokens are left over.
+    An epoch starts its cuts at a random token, goes once round the tokens and takes the sequences
+    in a random order; both depend on (seed, epoch) only. At most seq_len - 1 tokens are left over.
 
     With world = 4 and batch_size = 8 the four ranks hold the 32 rows that a single one would get
     from next_batch(32), in rank order.
 
     tokens: the training text
-    seq_len: tokens in a sequence
-    rank, world: which of how many data-parallel processes this is
+    seq_len: length of a sequence, tokens
+    rank, world: index and number of the data-parallel processes
     identity: further settings that a saved position must share, by name
 
     Raises `ValueError` if the text is shorter than one sequence and its last target.
@@ -58,16 +68,12 @@ class PackedLoader:
         self.tokens, self.seq_len, self.seed = tokens, seq_len, seed
         self.rank, self.world = rank, world
         self.identity = dict(kind="packed", seq_len=seq_len, seed=seed, **(identity or {}))
+        self.sequences_per_epoch = len(tokens) // seq_len
         self.position = 0  # sequences that all ranks together have taken, over all epochs
         self._epoch = -1
 
-    @property
-    def sequences_per_epoch(self) -> int:
-        """How many sequences one pass over the text has."""
-        return len(self.tokens) // self.seq_len
-
     def sequence(self, position: int) -> np.ndarray:
-        """Sequence number `position` since the start of training: (S + 1,)."""
+        """Return sequence number `position` since the start of training: (S + 1,)."""
         epoch, i = divmod(position, self.sequences_per_epoch)
         if epoch != self._epoch:
             rng = np.random.default_rng([self.seed, epoch])
@@ -77,18 +83,18 @@ class PackedLoader:
         return self.tokens.read(start, self.seq_len + 1)
 
     def next_batch(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next tokens and targets of this rank, (batch_size, S) int64 each."""
+        """Return the next tokens and targets of this rank, (batch_size, S) int64 each."""
         start = self.position + self.rank * batch_size
         rows = [self.sequence(start + i) for i in range(batch_size)]
         self.position += self.world * batch_size
         return split_rows(np.stack(rows))
 
     def state_dict(self) -> dict:
-        """The position, as numbers and strings for JSON."""
+        """Return the position, as numbers and strings for JSON."""
         return {**self.identity, "position": self.position}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken, with any number of ranks."""
+        """Continue where `state` was taken, with any number of ranks."""
         check_state(state, self.identity)
         self.position = state["position"]
 
@@ -96,10 +102,10 @@ class PackedLoader:
 class StreamLoader:
     """Batches from documents that arrive one after the other: tokenise, pack, keep the rest.
 
-    Documents are shuffled in blocks of SHUFFLE_BLOCK. A block, unlike the rolling buffer of the
-    `datasets` library, whose content is lost at a restart, can be read again from its start, so
-    that the position is exact: the stream's state at the block, the documents taken from it, and
-    the tokens left over. At the end of the stream the next epoch begins.
+    Documents are shuffled in blocks of SHUFFLE_BLOCK. The `datasets` library's rolling buffer
+    loses its content at a restart; a block can be read again from its start. The position is
+    therefore exact: the stream's state at the start of the block, the number of documents taken
+    from it, and the tokens left over. After the last document the next epoch begins.
 
     documents: has `read_from(state)` and `state_dict()`, as HubDocuments
     workers: threads that tokenise
@@ -119,22 +125,19 @@ class StreamLoader:
         self.leftover = np.empty(0, np.int64)
 
     def _read_block(self, stream_state: dict | None, seen: int) -> None:
-        """Read and shuffle the next block, which starts at `stream_state` after `seen` documents.
-
-        Its order depends on the seed and `seen` alone.
-        """
+        """Read and shuffle the block that starts at `stream_state`, after `seen` documents."""
         block = list(islice(self.rows, SHUFFLE_BLOCK))
         order = np.random.default_rng([self.seed, seen]).permutation(len(block))
         self.block, self.taken = [block[i] for i in order], 0
         self.block_state, self.seen = stream_state, seen
 
     def _open(self, stream_state: dict | None, seen: int) -> None:
-        """Read the block that starts at `stream_state`; None is the front of the stream."""
+        """Go to `stream_state` (None is the start of the stream) and read the block there."""
         self.rows = self.documents.read_from(stream_state)
         self._read_block(stream_state, seen)
 
     def _advance(self) -> None:
-        """Leave a finished block for the next; at the end of the stream for its front."""
+        """Read the next block; after the last one, the first one again."""
         seen = self.seen + len(self.block)
         self._read_block(self.documents.state_dict() if self.block else None, seen)
         if not self.block:
@@ -144,7 +147,7 @@ class StreamLoader:
                              "downloaded and read with text:PATH")
 
     def _encode_some(self) -> np.ndarray:
-        """The tokens of the next few documents."""
+        """Return the tokens of the next few documents."""
         if self.taken == len(self.block):
             self._advance()
         texts = self.block[self.taken:self.taken + STREAM_DOCUMENTS]
@@ -153,7 +156,7 @@ class StreamLoader:
         return tokens
 
     def next_batch(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next tokens and targets of this rank, (batch_size, S) int64 each."""
+        """Return the next tokens and targets of this rank, (batch_size, S) int64 each."""
         count = batch_size * self.world * self.seq_len
         parts = [self.leftover]
         while sum(map(len, parts)) < count + 1:
@@ -164,12 +167,12 @@ class StreamLoader:
         return split_rows(row[starts[:, None] + np.arange(self.seq_len + 1)])
 
     def state_dict(self) -> dict:
-        """The position, as numbers, strings, lists and dicts for JSON."""
+        """Return the position, as numbers, strings, lists and dicts for JSON."""
         return {**self.identity, "stream": self.block_state, "seen": self.seen,
                 "taken": self.taken, "leftover": self.leftover.tolist()}
 
     def load_state_dict(self, state: dict) -> None:
-        """Go on where `state` was taken, with any number of ranks."""
+        """Continue where `state` was taken, with any number of ranks."""
         check_state(state, self.identity)
         self._open(state["stream"], state["seen"])
         self.taken = state["taken"]
@@ -178,13 +181,13 @@ class StreamLoader:
 
 @dataclass(frozen=True)
 class Data:
-    """What a training run reads.
+    """The text of a training run.
 
     name: the corpus as the user named it
-    loader: gives the training batches; PackedLoader, or StreamLoader for a data set of the hub
-    valid: (N,) int64, the validation tokens, always the same and never cut for fill-in-the-middle
-    fingerprint: hash of the text; name and revision for a data set of the hub
-    n_train_tokens: tokens of one epoch, None for a stream
+    loader: yields the training batches; a StreamLoader for a data set of the hub
+    valid: (N,) int64, validation tokens, the same in every run, never cut for fill-in-the-middle
+    fingerprint: hash of the text; for the hub, name and revision of the data set
+    n_train_tokens: tokens per epoch, None for a stream
     note: which files were left out
     """
 
@@ -196,29 +199,26 @@ class Data:
     note: str = ""
 
     def describe(self) -> str:
-        """One line for the terminal."""
+        """Return one line for the terminal, with hashes shortened to twelve digits."""
         train = f"{self.n_train_tokens:,}" if self.n_train_tokens else "a stream of"
+        content = re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1", self.fingerprint)
         text = (f"{self.name}: {train} training tokens, {len(self.valid):,} validation tokens, "
-                f"content {short(self.fingerprint)}")
+                f"content {content}")
         return f"{text}; {self.note}" if self.note else text
-
-
-def short(fingerprint: str) -> str:
-    """A hash cut to twelve digits, wherever it stands in a fingerprint."""
-    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{20,}\b", r"\1", fingerprint)
 
 
 def open_data(spec: str, tokenizer, seq_len: int, seed: int = 0, fim_rate: float = 0.0,
               cache: Path = CACHE, workers: int = 0, rank: int = 0, world: int = 1) -> Data:
-    """Open a corpus, tokenise it unless the cache has it, and give a loader and validation text.
+    """Return the training batches and the validation text of a corpus.
 
     spec: see `open_corpus`
     tokenizer: encodes, names its special ids and has a `fingerprint`
-    seq_len: tokens in a sequence
-    seed: decides the order and the cuts of fill-in-the-middle
-    fim_rate: share of the training documents cut for fill-in-the-middle, 0 to 1; V3: 0.1
-    workers: threads that tokenise; 0 is one for each core
-    rank, world: which of how many data-parallel processes this is
+    seq_len: length of a sequence, tokens
+    seed: decides the order, and the cuts of fill-in-the-middle
+    fim_rate: share of the training documents cut for fill-in-the-middle, 0 to 1; V3 uses 0.1
+    cache: folder for the tokens
+    workers: threads that tokenise; 0 means one per core
+    rank, world: index and number of the data-parallel processes
 
     Raises `ValueError` naming the setting, its value and what is valid.
     """
@@ -233,12 +233,12 @@ def open_data(spec: str, tokenizer, seq_len: int, seed: int = 0, fim_rate: float
     corpus = open_corpus(spec)
     tokens = cached_tokens(corpus, tokenizer, Path(cache), fim_rate, seed, workers)
     identity = dict(data=corpus.fingerprint, tokenizer=tokenizer.fingerprint, fim_rate=fim_rate)
-    place = dict(seed=seed, rank=rank, world=world, identity=identity)
+    shared = dict(seed=seed, rank=rank, world=world, identity=identity)
     if corpus.streams:
         loader = StreamLoader(corpus.train, tokenizer, seq_len, fim_rate=fim_rate,
-                              workers=workers, **place)
+                              workers=workers, **shared)
     else:
-        loader = PackedLoader(tokens["train"], seq_len, **place)
+        loader = PackedLoader(tokens["train"], seq_len, **shared)
     valid = tokens["valid"].read(0, min(len(tokens["valid"]), MAX_VALID_TOKENS))
     size = None if corpus.streams else len(tokens["train"])
     return Data(corpus.name, loader, torch.from_numpy(valid), corpus.fingerprint, size,

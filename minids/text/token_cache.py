@@ -1,4 +1,16 @@
-"""Tokens of a corpus in memory-mapped files, made once."""
+"""Tokenise a corpus once, into memory-mapped files that later runs share.
+
+A corpus lies in a folder named by a hash of everything that decides its bytes: the text, the
+tokenizer and the fill-in-the-middle settings. The folder appears whole or not at all; a damaged
+one is made again.
+
+    cache/<hash>/train_00000.bin   tokens, two or four bytes each, little-endian
+    cache/<hash>/valid_00000.bin
+    cache/<hash>/index.json        files, sizes, checksums
+
+The cache is `data/cache` in a clone of the repository, and `minids` in the user's cache folder
+(`$XDG_CACHE_HOME`, or `~/.cache`) where minids was installed from a wheel.
+"""
 
 import hashlib
 import json
@@ -13,30 +25,20 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
+from minids.base.files import flush, write_flushed
 from minids.text.corpora import Corpus
 from minids.text.packing import encode_documents
+from minids.text.tokenizer import CLONE
 
-CACHE = Path(__file__).resolve().parents[2] / "data" / "cache"
-SHARD_TOKENS = 2**25       # tokens in one file of the cache
-BATCH_CHARACTERS = 2**22   # text that is tokenised at once
+CACHE = (CLONE / "data" / "cache" if CLONE else
+         Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minids")
 CACHE_FORMAT = 1
-
-
-def batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """The documents in lists of about BATCH_CHARACTERS."""
-    batch, size = [], 0
-    for text in documents:
-        batch.append(text)
-        size += len(text)
-        if size >= BATCH_CHARACTERS:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
+SHARD_TOKENS = 2**25      # tokens in one file
+BATCH_CHARACTERS = 2**22  # text tokenised at once
 
 
 class Tokens:
-    """One long row of tokens that lies in several arrays, memory-mapped or not."""
+    """One long sequence of tokens, stored in several arrays, memory-mapped or not."""
 
     def __init__(self, arrays: list[np.ndarray]):
         self.arrays = arrays
@@ -46,7 +48,7 @@ class Tokens:
         return int(self.ends[-1]) if len(self.ends) else 0
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """`count` tokens from `start` on, going on at the front after the last: (count,) int64."""
+        """Return `count` tokens from position `start`, wrapping round: (count,) int64."""
         out, done = np.empty(count, np.int64), 0
         while done < count:
             i = int(np.searchsorted(self.ends, start, side="right"))
@@ -59,83 +61,62 @@ class Tokens:
         return out
 
 
-class ShardWriter:
-    """Writes tokens to files of at most SHARD_TOKENS, with a checksum of each."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype):
-        self.folder, self.split, self.dtype = folder, split, dtype
-        self.shards, self.file = [], None
-
-    def write(self, tokens: np.ndarray) -> None:
-        """Append tokens, opening a new file where one is full."""
-        while len(tokens):
-            if self.file is None:
-                name = f"{self.split}_{len(self.shards):05d}.bin"
-                self.file = (self.folder / name).open("wb")
-                self.shards.append({"file": name, "tokens": 0, "crc32": 0})
-            shard = self.shards[-1]
-            part, tokens = np.split(tokens, [SHARD_TOKENS - shard["tokens"]])
-            raw = part.astype(self.dtype).tobytes()
-            self.file.write(raw)
-            shard["tokens"] += len(part)
-            shard["crc32"] = zlib.crc32(raw, shard["crc32"])
-            if shard["tokens"] == SHARD_TOKENS:
-                self.close()
-
-    def close(self) -> None:
-        """Flush the open file to the disk."""
-        if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
-            self.file.close()
-            self.file = None
-
-
 def token_dtype(vocab_size: int) -> np.dtype:
-    """Two bytes a token where the vocabulary fits, else four; little-endian."""
+    """Return the type of a stored token: two bytes if the vocabulary fits, else four."""
     return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
+def batches(documents: Iterable[str]) -> Iterator[list[str]]:
+    """Yield the documents in lists of about BATCH_CHARACTERS."""
+    batch, size = [], 0
+    for text in documents:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def append_tokens(folder: Path, split: str, shards: list[dict], tokens: np.ndarray, dtype) -> None:
+    """Write tokens after those of a split's last file, starting a new file when one is full.
+
+    shards: the entries of the split's files in index.json, extended in place
+    """
+    while len(tokens):
+        if not shards or shards[-1]["tokens"] == SHARD_TOKENS:
+            shards.append({"file": f"{split}_{len(shards):05d}.bin", "tokens": 0, "crc32": 0})
+        shard = shards[-1]
+        part, tokens = np.split(tokens, [SHARD_TOKENS - shard["tokens"]])
+        raw = part.astype(dtype).tobytes()
+        with (folder / shard["file"]).open("ab") as file:
+            file.write(raw)
+        shard["tokens"] += len(part)
+        shard["crc32"] = zlib.crc32(raw, shard["crc32"])
+
+
 def write_split(folder: Path, split: str, documents: Iterable[str], encode, dtype) -> dict:
-    """Tokenise documents into shards; the split's entry of index.json."""
-    writer, count = ShardWriter(folder, split, dtype), 0
+    """Tokenise the documents of a split into files; return the split's entry of index.json."""
+    shards, count = [], 0
     total = len(documents) if isinstance(documents, list) else None
     # disable=None: no bar unless stderr is a terminal
     with tqdm(desc=f"tokenise {split}", total=total, unit="doc", disable=None) as bar:
         for batch in batches(documents):
-            writer.write(encode(batch, first=count))
+            append_tokens(folder, split, shards, encode(batch, first=count), dtype)
             count += len(batch)
             bar.update(len(batch))
-    writer.close()
-    return {"documents": count, "shards": writer.shards}
-
-
-def read_index(folder: Path) -> dict | None:
-    """The index of a cache folder whose every file is whole; None if there is none such."""
-    try:
-        index = json.loads((folder / "index.json").read_text())
-        width = np.dtype(index["dtype"]).itemsize
-        shards = [s for split in index["splits"].values() for s in split["shards"]]
-        whole = all((folder / s["file"]).stat().st_size == s["tokens"] * width
-                    and checksum(folder / s["file"]) == s["crc32"] for s in shards)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return index if whole else None
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    crc = 0
-    with path.open("rb") as file:
-        while chunk := file.read(2**22):
-            crc = zlib.crc32(chunk, crc)
-    return crc
+    for shard in shards:
+        flush(folder / shard["file"])
+    return {"documents": count, "shards": shards}
 
 
 def write_cache(folder: Path, corpus: Corpus, splits: dict, dtype: np.dtype) -> dict:
-    """Tokenise into a temporary folder, then rename it: a kill leaves no half-made cache.
+    """Tokenise into a temporary folder and rename it, so that a kill leaves no half-made cache.
 
-    splits: name -> (documents, function that encodes a list of them)
+    splits: by name, the documents and the function that encodes a list of them
+
+    Returns the content of index.json.
     """
     making = folder.with_suffix(".tmp")
     shutil.rmtree(making, ignore_errors=True)
@@ -144,10 +125,7 @@ def write_cache(folder: Path, corpus: Corpus, splits: dict, dtype: np.dtype) -> 
         index = {"corpus": corpus.name, "fingerprint": corpus.fingerprint, "dtype": dtype.str,
                  "splits": {name: write_split(making, name, documents, encode, dtype)
                             for name, (documents, encode) in splits.items()}}
-        with (making / "index.json").open("w") as file:
-            file.write(json.dumps(index, indent=1))
-            file.flush()
-            os.fsync(file.fileno())
+        write_flushed(making / "index.json", json.dumps(index, indent=1).encode())
         shutil.rmtree(folder, ignore_errors=True)
         making.rename(folder)
     except BaseException:
@@ -156,10 +134,26 @@ def write_cache(folder: Path, corpus: Corpus, splits: dict, dtype: np.dtype) -> 
     return index
 
 
+def read_index(folder: Path) -> dict | None:
+    """Return the index of a cache folder if its files have the right size and checksum."""
+    try:
+        index = json.loads((folder / "index.json").read_text())
+        width = np.dtype(index["dtype"]).itemsize
+        for split in index["splits"].values():
+            for shard in split["shards"]:
+                raw = np.memmap(folder / shard["file"], np.uint8, "r")
+                if len(raw) != shard["tokens"] * width or zlib.crc32(raw) != shard["crc32"]:
+                    return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return index
+
+
 def cached_tokens(corpus: Corpus, tokenizer, cache: Path, fim_rate: float = 0.0, seed: int = 0,
                   workers: int = 1) -> dict[str, Tokens]:
-    """The tokens of each split, from the cache if they are there and whole; of a stream only
-    those of validation, which is never cut for fill-in-the-middle.
+    """Return the tokens of each split, from the cache or tokenised into it.
+
+    Validation text is never cut for fill-in-the-middle. Of a stream only validation is cached.
     """
     fim = f"{fim_rate}:{seed}" if fim_rate else "none"
     key = "\n".join([str(CACHE_FORMAT), corpus.fingerprint, tokenizer.fingerprint, fim])
@@ -170,7 +164,7 @@ def cached_tokens(corpus: Corpus, tokenizer, cache: Path, fim_rate: float = 0.0,
     if not corpus.streams:
         splits["train"] = (corpus.train, partial(encode, fim_rate=fim_rate))
     cache.mkdir(parents=True, exist_ok=True)
-    # The lock lets the ranks of one machine share the work of one; a killed owner frees it.
+    # With the lock, one rank tokenises for all ranks of a machine; a killed owner releases it.
     with FileLock(cache / f"{folder.name}.lock"):
         index = read_index(folder) or write_cache(folder, corpus, splits, dtype)
     return {name: Tokens([np.memmap(folder / s["file"], dtype, "r") for s in split["shards"]])

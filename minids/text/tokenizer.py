@@ -1,9 +1,28 @@
-"""Text to tokens: a byte-level BPE, trained once and run through tiktoken; released ones too."""
+"""Text to tokens: a byte-level BPE, trained once and run through tiktoken.
+
+A model reads integers. Byte-pair encoding (Sennrich et al., arXiv 1508.07909) starts with the 256
+bytes, so that every text has an encoding. It then gives the most frequent pair of neighbouring
+tokens an id of its own, again and again, until the vocabulary is full. A pattern first splits the
+text into words, numbers, punctuation and spaces; no token spans such a split.
+
+The ids have a fixed order: special tokens (DeepSeek's strings; BOS is 0, EOS 1), the bytes 0 to
+255, then the merges, earliest first. A special token is only ever inserted by its id: `encode`
+treats text that spells one as ordinary text, so a user's message can neither end the conversation
+nor speak for the assistant. The model's rows up to the next multiple of 64 stay unused.
+
+A tokenizer's folder holds `ranks.tiktoken` (a line `base64(token) id` per token, tiktoken's own
+format) and `meta.json` (pattern, special tokens, fingerprint, how it was made). `save_hf` writes
+the same tokenizer for transformers. The folder of a released model (`tokenizer.json`) is used as
+it is.
+
+Different from DeepSeek-V3 (arXiv 2412.19437, section 4.1): thousands of tokens instead of 128K;
+runs of Chinese characters and kana are not split from other letters; tokens that join punctuation
+and a line break are never split at random.
+"""
 
 import base64
 import hashlib
 import json
-import os
 import platform
 import re
 from collections.abc import Iterable, Iterator
@@ -13,54 +32,43 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from minids.text.bpe import (
-    CONFIG,
-    PATTERN,
-    RELEASED,
-    SPECIAL,
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    byte_ranks,
-    check_byte_level,
-    end_id,
-    learn_merges,
-    read_engine,
-    to_library,
-    without_added,
-)
+from minids.base.files import read_json, write_whole
+from minids.text import bpe
+from minids.text.bpe import PATTERN, RELEASED, SPECIAL, TOKENIZER, TOKENIZER_CONFIG
 
-DEFAULT = Path(__file__).resolve().parents[2] / "data" / "tokenizer"
+PACKAGE = Path(__file__).resolve().parents[1]
+CLONE = PACKAGE.parent if (PACKAGE.parent / "data" / "tokenizer").is_dir() else None
+DEFAULT = CLONE / "data" / "tokenizer" if CLONE else PACKAGE / "default_tokenizer"  # in a wheel
 RANKS, META = "ranks.tiktoken", "meta.json"
-ROW_MULTIPLE = 64  # rows of the embedding and the head: a width that matrix units like
-
-SMALLEST = len(SPECIAL) + 256
-INVALID = re.compile("([\udc80-\udcff]+)")       # what "surrogateescape" makes of bad bytes
-EVERY_BYTE = "".join(map(chr, (                  # each byte that UTF-8 uses, and capitals, accents
+ROW_MULTIPLE = 64                 # the model's rows are padded to a multiple of this
+SMALLEST = len(SPECIAL) + 256     # ids of a tokenizer without merges
+INVALID = re.compile("([\udc80-\udcff]+)")  # what "surrogateescape" makes of invalid bytes
+EVERY_BYTE = "".join(map(chr, (   # contains each byte that UTF-8 uses, capitals and accents
     *range(0x801), *range(0x1000, 0x10000, 0x1000), *range(0x10000, 0x110000, 0x30000))))
 
 
 class Tokenizer:
-    """Text to ids and back; made by `Tokenizer.train` or `Tokenizer.load`.
+    """Text to ids and back; made by `Tokenizer.train`, `load` or `open`.
 
-    n_tokens: one past the highest id; vocab_size: the same, padded to a multiple of 64: the
-        model's rows
-    special: id of each special token's string; the common ones are attributes, `bos_id` and so on
-    pattern: the regular expression that cuts the text
-    made: how it was made: corpus, sizes, versions
-    fingerprint: 16 hex digits over ids, special tokens and pattern, so of all that decides
-        how a text is encoded; a checkpoint keeps it and takes no other
+    n_tokens: highest id plus one
+    vocab_size: n_tokens padded to a multiple of 64, the rows of the model's embedding
+    special: id of each special token's string; the common ones are attributes (`bos_id`, ..)
+    pattern: the regular expression that splits the text
+    made: corpus, sizes and versions it was made with
+    fingerprint: 16 hex digits of a hash of ids, special tokens and pattern, which decide how a
+        text is encoded; a checkpoint stores it and accepts no other tokenizer
     """
 
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], pattern: str, made: dict):
         self.pattern, self.made = pattern, made
         self._number(ranks, special)
         self.fingerprint = fingerprint(ranks, special, pattern)
-        # tiktoken never hears of the special tokens: no text can become one
+        # tiktoken is not told of the special tokens, so no text can become one
         self._encoding = tiktoken.Encoding(name=self.fingerprint, pat_str=pattern,
                                            mergeable_ranks=ranks, special_tokens={})
 
     def _number(self, ranks: dict[bytes, int], special: dict[str, int], rows: int = 0) -> None:
-        """Set the sizes and what each id stands for; rows: the model's, where they are known."""
+        """Set the sizes and the bytes of each id; rows: those of the model, if known."""
         self.ranks, self.special = ranks, special
         self.n_tokens = 1 + max([*ranks.values(), *special.values()])
         padded = -(-self.n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -76,29 +84,31 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, corpus: str = "") -> "Tokenizer":
-        """Learn the merges from `texts`: the same for any order of the texts and any threads.
+        """Learn the merges from `texts`; the order of the texts and the threads do not matter.
 
-        vocab_size: ids in all, the special tokens and the bytes among them; the text may give
-            fewer, since a pair that is seen once is never merged
-        corpus: a name for the texts, kept in `made`
+        vocab_size: number of ids, special tokens and bytes included; a short text may give fewer,
+            because a pair that occurs once is never merged
+        corpus: a name for the texts, stored in `made`
+
         Raises `ValueError` if vocab_size leaves no room for the special tokens and the bytes.
         """
         if vocab_size < SMALLEST:
             raise ValueError(f"vocab_size = {vocab_size} is not valid: it must be at least "
                              f"{SMALLEST} ({len(SPECIAL)} special tokens and 256 bytes)")
-        import tokenizers  # training only: whoever runs a trained one does without it
-        log = CorpusLog()
-        merged = learn_merges(log.read(texts), vocab_size - SMALLEST)
+        import tokenizers  # needed for training only
+        made = {"corpus": corpus, "sha256": hashlib.sha256(), "documents": 0, "bytes": 0}
+        merged = bpe.learn_merges(logged(texts, made), vocab_size - SMALLEST)
         pieces = [bytes([b]) for b in range(256)] + merged
-        made = {"corpus": corpus, **log.summary(), "vocab_size": vocab_size,
-                "tokenizers": tokenizers.__version__, "python": platform.python_version()}
+        made |= {"sha256": made["sha256"].hexdigest(), "vocab_size": vocab_size,
+                 "tokenizers": tokenizers.__version__, "python": platform.python_version()}
         return cls({piece: len(SPECIAL) + i for i, piece in enumerate(pieces)},
                    {text: i for i, text in enumerate(SPECIAL)}, PATTERN, made)
 
     @classmethod
     def load(cls, folder: str | Path = DEFAULT) -> "Tokenizer":
-        """Read what `save` wrote, or a released model's `tokenizer.json`; without a folder, the
-        one that comes with minids.
+        """Load a tokenizer that `save` wrote, or a released model's `tokenizer.json`.
+
+        folder: by default the tokenizer that comes with minids
 
         Raises `ValueError` naming the folder if a file is missing, cut short or changed.
         """
@@ -107,14 +117,14 @@ class Tokenizer:
         if not ours and (folder / TOKENIZER).exists():
             return ReleasedTokenizer.load(folder)
         try:
-            meta = json.loads((folder / META).read_text("utf-8"))
+            if not ours:
+                raise ValueError(f"{META} is missing, or a released {TOKENIZER}")
+            meta = read_json(folder / META)
             ranks = read_ranks(folder / RANKS)
             special, pattern = meta["special"], meta["pattern"]
             if fingerprint(ranks, special, pattern) != meta["fingerprint"]:
                 raise ValueError(f"{RANKS} and {META} do not belong together")
             return cls(ranks, special, pattern, meta["made"])
-        except (FileNotFoundError, NotADirectoryError) as error:
-            problem = f"{Path(error.filename).name} is missing, or a released {TOKENIZER}"
         except KeyError as error:
             problem = f"{META} has no {error}"
         except (ValueError, TypeError) as error:
@@ -124,16 +134,17 @@ class Tokenizer:
 
     @classmethod
     def open(cls, name: str) -> "Tokenizer":
-        """The tokenizer that a program's flag names: a folder, `bytes`, or nothing for our own.
+        """Return the tokenizer that a program's flag names.
 
-        Without merges a token is a byte: the vocabulary of models too small for another.
+        name: a folder; "bytes" for one without merges, the vocabulary of very small models; ""
+            for the tokenizer that comes with minids
         """
         if name == "bytes":
             return cls.train([], SMALLEST, "none: bytes")
         return cls.load(name) if name else cls.load()
 
     def save(self, folder: str | Path) -> None:
-        """Write the two files; a tokenizer that is already there is replaced.
+        """Write the two files, replacing a tokenizer that is already there.
 
         Raises `ValueError` if the folder holds something else.
         """
@@ -143,30 +154,30 @@ class Tokenizer:
         meta = {"fingerprint": self.fingerprint, "n_tokens": self.n_tokens, "made": self.made,
                 "pattern": self.pattern, "special": self.special}
         lines = [rank_line(piece, token) for piece, token in self.ranks.items()]
-        replace_file(folder / RANKS, "".join(line + "\n" for line in lines))
-        replace_file(folder / META, json_text(meta))
+        write_whole(folder / RANKS, "".join(line + "\n" for line in lines))
+        write_whole(folder / META, json_text(meta))
 
     def save_hf(self, folder: str | Path) -> None:
-        """Write it for transformers: `AutoTokenizer.from_pretrained(folder)` gives the same ids.
+        """Write the tokenizer for transformers: `AutoTokenizer.from_pretrained(folder)`.
 
-        Other files in the folder stay. There too, no text becomes a special token (call it with
-        split_special_tokens=False where one should) and nobody adds BOS unasked.
+        It gives the same ids. There too, no text becomes a special token (unless it is called with
+        split_special_tokens=False), and BOS is not added unasked. Other files in the folder stay.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        engine = to_library(self.ranks, self.special, self.pattern)
+        engine = bpe.to_library(self.ranks, self.special, self.pattern)
         bos, eos = SPECIAL[:2]
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos,
                   "eos_token": eos, "split_special_tokens": True,
                   "clean_up_tokenization_spaces": False}
-        replace_file(folder / TOKENIZER, engine.to_str(pretty=True) + "\n")
-        replace_file(folder / TOKENIZER_CONFIG, json_text(config))
+        write_whole(folder / TOKENIZER, engine.to_str(pretty=True) + "\n")
+        write_whole(folder / TOKENIZER_CONFIG, json_text(config))
 
     def encode(self, text: str | bytes) -> list[int]:
-        """The ids of a text, never a special one; `decode_bytes` gives the same bytes back.
+        """Return the ids of a text, none of them special; `decode_bytes` returns the same bytes.
 
-        text: any text or any bytes. Bytes that are not UTF-8 become one token each; so does a
-            lone surrogate, which a str can hold and UTF-8 cannot, as its three bytes.
+        text: any text or any bytes. Invalid UTF-8 becomes one token per byte, and so does a lone
+            surrogate, which a str can hold and UTF-8 cannot, as its three bytes.
         """
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
         try:
@@ -175,35 +186,29 @@ class Tokenizer:
             return self._encode_invalid(raw)
 
     def _encode_text(self, text: str) -> list[int]:
-        """`encode` for text that UTF-8 can hold."""
+        """Encode text that UTF-8 can hold."""
         return self._encoding.encode_ordinary(text)
 
     def _encode_invalid(self, raw: bytes) -> list[int]:
-        """`encode` for bytes that are not UTF-8: valid stretches as text, the rest byte by byte."""
-        stretches = INVALID.split(raw.decode("utf-8", "surrogateescape"))
+        """Encode bytes that are not UTF-8: valid stretches as text, the rest byte by byte."""
         ids = []
-        for i, stretch in enumerate(stretches):  # valid, invalid, valid, ...
-            if i % 2 == 0:
+        for i, stretch in enumerate(INVALID.split(raw.decode("utf-8", "surrogateescape"))):
+            if i % 2 == 0:  # valid, invalid, valid, ..
                 ids += self._encode_text(stretch)
-            else:
-                bad = stretch.encode("utf-8", "surrogateescape")
-                ids += [self._byte_id(b) for b in bad]
+                continue
+            for byte in stretch.encode("utf-8", "surrogateescape"):
+                if bytes([byte]) not in self.ranks:  # a released one may lack what UTF-8 never uses
+                    raise ValueError(f"byte 0x{byte:02x} has no token in this vocabulary")
+                ids.append(self.ranks[bytes([byte])])
         return ids
 
-    def _byte_id(self, byte: int) -> int:
-        """The id of a single byte; a released vocabulary may lack those that no UTF-8 has."""
-        try:
-            return self.ranks[bytes([byte])]
-        except KeyError:
-            raise ValueError(f"byte 0x{byte:02x} has no token in this vocabulary") from None
-
     def encode_batch(self, texts: Iterable[str | bytes], threads: int) -> list[list[int]]:
-        """`encode` of each text, on `threads` threads: the libraries run outside Python's lock."""
+        """Encode each text, on `threads` threads: the libraries run without Python's lock."""
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of the ids: a special token's is its string, an unused id's is nothing.
+        """Return the bytes of the ids: a special token gives its string, an unused id nothing.
 
         Raises `ValueError` naming an id outside 0 .. vocab_size - 1.
         """
@@ -216,129 +221,120 @@ class Tokenizer:
         return b"".join(pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """`decode_bytes` as text; bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of the ids; invalid UTF-8 becomes U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
     @property
     def n_bytes(self) -> torch.Tensor:
-        """(vocab_size,) int64, bytes of text in each token: 0 for the special and the unused."""
+        """(vocab_size,) int64, bytes of text per token; 0 for special and unused ids."""
         lengths = torch.tensor([len(piece) for piece in self._bytes])
         lengths[list(self.special.values())] = 0
         return lengths
 
 
 class ReleasedTokenizer(Tokenizer):
-    """A released model's `tokenizer.json`, byte-level BPE, behind the same methods.
+    """A released model's `tokenizer.json`, byte-level BPE, with the methods of Tokenizer.
 
-    The `tokenizers` library runs it, with the file's added tokens taken out: it would find them
-    in plain text. It can be told not to, but only for those that are marked special, and
-    `<｜User｜>` for one need not be.
+    The `tokenizers` library runs it, with the added tokens removed, because the library would find
+    them in plain text. Its own switch spares only those marked special, and `<｜User｜>`, for one,
+    need not be marked.
 
     special: all added tokens, BOS and EOS. A common one that the file lacks is None, `fim_hole_id`
         for example; BOS and EOS are what the files say (`end_id`), whatever they are called
-    vocab_size: the rows of the model whose config.json lies beside, else padded as for our own
-    files: what the files hold, by name; `save` writes it again
+    vocab_size: the rows of the model whose config.json is beside it, else padded as for our own
+    files: content of the files, by name; `save` writes it again
     """
 
     def __init__(self, files: dict[str, dict]):
         self.files, self.made = files, {}
         spec, *configs = (files.get(name, {}) for name in RELEASED)
-        engine = read_engine(spec)
-        check_byte_level(spec, type(engine.model).__name__)
+        engine = bpe.read_engine(spec)
+        bpe.check_byte_level(spec, type(engine.model).__name__)
         vocab = engine.get_vocab(with_added_tokens=False)
         special = {token.content: i for i, token in engine.get_added_tokens_decoder().items()}
-        bos, eos = (end_id(end, vocab | special, *configs) for end in ("bos", "eos"))
+        bos, eos = (bpe.end_id(end, vocab | special, *configs) for end in ("bos", "eos"))
         special |= {token: i for token, i in vocab.items() if i in (bos, eos)}
         rows = configs[1].get("vocab_size")
-        self._number(byte_ranks(vocab, special), special, rows if isinstance(rows, int) else 0)
+        self._number(bpe.byte_ranks(vocab, special), special, rows if isinstance(rows, int) else 0)
         self.bos_id, self.eos_id = bos, eos
         self.fingerprint = digest([spec, bos, eos])
-        self._engine = read_engine(without_added(spec, special))
-        self._check_lossless()
-
-    @classmethod
-    def load(cls, folder: str | Path) -> "ReleasedTokenizer":
-        """Read tokenizer.json, and tokenizer_config.json and config.json where there are such.
-
-        Raises `ValueError` naming folder, file and field.
-        """
-        paths = [Path(folder) / name for name in RELEASED]
-        try:
-            return cls({path.name: read_object(path) for path in paths if path.exists()})
-        except ValueError as error:
-            raise ValueError(f"no usable tokenizer in {folder}: {error}") from error
-
-    def save(self, folder: str | Path) -> None:
-        """Write what was read; a tokenizer.json that is already there is replaced.
-
-        Raises `ValueError` if the folder holds something else.
-        """
-        check_target(Path(folder), TOKENIZER)
-        self.save_hf(folder)
-        if CONFIG in self.files:
-            replace_file(Path(folder) / CONFIG, json_text(self.files[CONFIG]))
-
-    def save_hf(self, folder: str | Path) -> None:
-        """`save` without config.json, which is a model's; other files in the folder stay."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in (TOKENIZER, TOKENIZER_CONFIG):
-            if name in self.files:
-                replace_file(folder / name, json_text(self.files[name]))
-
-    def _encode_text(self, text: str) -> list[int]:
-        """`encode` for text that UTF-8 can hold; nothing is added to it."""
-        return self._engine.encode(text, add_special_tokens=False).ids
-
-    def _check_lossless(self) -> None:
-        """Raise `ValueError` if text comes back changed: by a normalizer, a space in front, ..."""
+        self._engine = bpe.read_engine(bpe.without_added(spec, special))
         for text in (EVERY_BYTE, f" {EVERY_BYTE}  "):
             if self.decode(self.encode(text)) != text:
                 raise ValueError(f"{TOKENIZER} does not keep all text: its normalizer must be "
                                  "empty, its vocabulary have all bytes, ByteLevel add no space")
 
+    @classmethod
+    def load(cls, folder: str | Path) -> "ReleasedTokenizer":
+        """Load tokenizer.json, and tokenizer_config.json and config.json if they exist.
 
-class CorpusLog:
-    """Counts and hashes the texts on their way to the trainer."""
+        Raises `ValueError` naming folder, file and field.
+        """
+        paths = [Path(folder) / name for name in RELEASED]
+        try:
+            return cls({path.name: read_json(path) for path in paths if path.exists()})
+        except ValueError as error:
+            raise ValueError(f"no usable tokenizer in {folder}: {error}") from error
 
-    def __init__(self):
-        self.digest, self.documents, self.bytes = hashlib.sha256(), 0, 0
+    def save(self, folder: str | Path) -> None:
+        """Write what was read, replacing a tokenizer.json that is already there.
 
-    def read(self, texts: Iterable[str]) -> Iterator[str]:
-        """The texts, a lone surrogate replaced by '?': the trainer takes UTF-8 only."""
-        for text in texts:
-            raw = text.encode("utf-8", "replace")
-            self.documents += 1
-            self.bytes += len(raw)
-            self.digest.update(hashlib.sha256(raw).digest())
-            yield raw.decode("utf-8")
+        Raises `ValueError` if the folder holds something else.
+        """
+        check_target(Path(folder), TOKENIZER)
+        self._write(folder, RELEASED)
 
-    def summary(self) -> dict:
-        """What was read so far."""
-        return {"sha256": self.digest.hexdigest(), "documents": self.documents,
-                "bytes": self.bytes}
+    def save_hf(self, folder: str | Path) -> None:
+        """Write what was read except config.json, which is a model's; other files stay."""
+        self._write(folder, (TOKENIZER, TOKENIZER_CONFIG))
+
+    def _write(self, folder: str | Path, names: tuple[str, ...]) -> None:
+        """Write the files of these names that were read."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            if name in self.files:
+                write_whole(Path(folder) / name, json_text(self.files[name]))
+
+    def _encode_text(self, text: str) -> list[int]:
+        """Encode text that UTF-8 can hold, without adding anything to it."""
+        return self._engine.encode(text, add_special_tokens=False).ids
+
+
+def logged(texts: Iterable[str], made: dict) -> Iterator[str]:
+    """Yield the texts, counting and hashing them in `made`.
+
+    The trainer accepts UTF-8 only: a lone surrogate is replaced by '?'.
+    """
+    for text in texts:
+        raw = text.encode("utf-8", "replace")
+        made["documents"] += 1
+        made["bytes"] += len(raw)
+        made["sha256"].update(hashlib.sha256(raw).digest())
+        yield raw.decode("utf-8")
 
 
 def fingerprint(ranks: dict[bytes, int], special: dict[str, int], pattern: str) -> str:
-    """16 hex digits of sha256 over all that decides how a text is encoded."""
+    """Return 16 hex digits of a hash of everything that decides how a text is encoded."""
     return digest([pattern, special, {piece.hex(): token for piece, token in ranks.items()}])
 
 
 def digest(parts: list) -> str:
-    """16 hex digits of sha256 over what JSON can hold."""
+    """Return 16 hex digits of the SHA-256 of what JSON can hold."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def rank_line(piece: bytes, token: int) -> str:
-    """One line of tiktoken's format."""
+    """Return one line of tiktoken's format."""
     return f"{base64.b64encode(piece).decode()} {token}"
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """Read `base64(token) id` lines; raises `ValueError` naming the first bad line.
+    """Read `base64(token) id` lines; raise `ValueError` naming the first wrong line.
 
-    tiktoken's own reader keeps a copy by path: after retraining it would return the old ranks.
+    tiktoken's own reader caches by path: after retraining it would return the old ranks.
     """
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
     ranks = {}
     for number, line in enumerate(path.read_text("utf-8").removesuffix("\n").split("\n"), 1):
         code, _, token = line.partition(" ")
@@ -346,37 +342,19 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             piece, token = base64.b64decode(code), int(token)
         except ValueError:
             piece, token = b"", -1
-        if line != rank_line(piece, token):  # no other spelling: a flipped bit never passes
+        if line != rank_line(piece, token):  # no other spelling, so that a flipped bit shows
             raise ValueError(f"{path.name}, line {number} is not 'base64 id'")
         ranks[piece] = token
     return ranks
 
 
-def replace_file(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text, "utf-8", newline="\n")
-    os.replace(temporary, path)
-
-
-def read_object(path: Path) -> dict:
-    """The JSON object in a file; raises `ValueError` naming a file that holds none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path.name} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path.name} cannot be read: it holds no JSON object")
-    return value
-
-
 def json_text(value: dict) -> str:
-    """The text of a JSON file."""
+    """Return the text of a tokenizer's JSON file."""
     return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def check_target(folder: Path, file: str = RANKS) -> None:
-    """A tokenizer may be written to a new or empty folder, or over another of its kind."""
+    """Raise `ValueError` unless a folder is new, empty, or holds a tokenizer (`file`)."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out = {folder} is not valid: it is a file; name a folder")
     if folder.is_dir() and any(folder.iterdir()) and not (folder / file).exists():

@@ -60,3 +60,13 @@ def test_fim_rate(rate):
     ids = encode_documents(["some text"] * n, TOKENIZER, fim_rate=rate)
     check(int((ids == TOKENIZER.fim_begin_id).sum()))
     assert fails(check, int((rate + 0.1) * n))
+
+
+def test_an_empty_document_can_be_cut():
+    """A data set of the hub may hold empty rows; the cut of one has three empty parts."""
+    t = TOKENIZER
+    whole, cut = (encode_documents(["", "a", ""], t, fim_rate=rate).tolist() for rate in (0.0, 1.0))
+    assert whole == [t.bos_id, t.eos_id, t.bos_id, *t.encode("a"), t.eos_id, t.bos_id, t.eos_id]
+    empty = [t.bos_id, t.fim_begin_id, t.fim_hole_id, t.fim_end_id, t.eos_id]
+    assert cut[:5] == cut[-5:] == empty
+    check_fim(np.array(cut), ["", "a", ""])

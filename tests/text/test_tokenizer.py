@@ -368,7 +368,7 @@ def test_the_command_builds_and_reports(monkeypatch, tmp_path, capsys):
     built = program.build(args)
     assert Tokenizer.load(tmp_path / "t").fingerprint == built.fingerprint
     expected = len(TEXTS[0].encode()) / len(built.encode(TEXTS[0]))
-    assert f"held-out text: {expected:.3f} bytes per token" in capsys.readouterr().out
+    assert f"validation text: {expected:.3f} bytes per token" in capsys.readouterr().out
 
 
 def test_a_stream_is_read_no_further_than_asked():
@@ -516,7 +516,7 @@ def test_a_token_that_no_merge_gives_is_refused(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def edit(folder: Path, change, file: str = module.TOKENIZER) -> None:
+def edit(folder: Path, change, file: str = bpe.TOKENIZER) -> None:
     """Change the JSON of a file in place."""
     value = json.loads((folder / file).read_text("utf-8"))
     change(value)
@@ -599,8 +599,8 @@ V3_CONFIG = {"add_bos_token": True, "add_eos_token": False, "bos_token": added(B
 def write_released(folder: Path, alphabet=None) -> Path:
     """tokenizer.json and tokenizer_config.json of the miniature."""
     folder.mkdir(parents=True, exist_ok=True)
-    miniature(alphabet or list(bpe.printable_bytes())).save(str(folder / module.TOKENIZER))
-    (folder / module.TOKENIZER_CONFIG).write_text(json.dumps(V3_CONFIG), "utf-8")
+    miniature(alphabet or list(bpe.printable_bytes())).save(str(folder / bpe.TOKENIZER))
+    (folder / bpe.TOKENIZER_CONFIG).write_text(json.dumps(V3_CONFIG), "utf-8")
     return folder
 
 
@@ -676,7 +676,7 @@ def test_wrong_variant_that_leaves_added_tokens_in_is_caught(released, switch):
     """The library's own switch leaves alone those marked special, and no others."""
     mine = Tokenizer.load(released)
     assert text_is_kept(mine, SPELLED.encode())
-    mine._engine = module.read_engine(mine.files[module.TOKENIZER])
+    mine._engine = bpe.read_engine(mine.files[bpe.TOKENIZER])
     mine._engine.encode_special_tokens = switch
     assert mine.special[BOS] not in mine.encode(BOS) or not switch
     assert not text_is_kept(mine, SPELLED.encode())
@@ -704,7 +704,7 @@ def test_a_released_tokenizer_gives_bytes(read):
 
 def test_the_rows_are_those_of_the_model_beside(copy):
     for rows, expected in ((1000, 1000), (723, 723), (722, 768), (None, 768), ("9", 768)):
-        (copy / module.CONFIG).write_text(json.dumps({"vocab_size": rows}))
+        (copy / bpe.CONFIG).write_text(json.dumps({"vocab_size": rows}))
         t = Tokenizer.load(copy)
         assert t.n_tokens == 723 and t.vocab_size == len(t.n_bytes) == expected
         assert t.decode([expected - 1]) == (SPECIAL[13] if expected == 723 else "")
@@ -726,13 +726,13 @@ def test_a_vocabulary_without_the_unused_bytes_takes_all_text(tmp_path):
 def test_what_the_file_adds_cuts_or_drops_is_left_out(copy):
     """Truncation, padding, BOS by template and random merges are for others."""
     before = Tokenizer.load(copy)
-    engine = tokenizers.Tokenizer.from_file(str(copy / module.TOKENIZER))
+    engine = tokenizers.Tokenizer.from_file(str(copy / bpe.TOKENIZER))
     engine.enable_truncation(3)
     engine.enable_padding(length=9)
     engine.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{BOS} $A", special_tokens=[(BOS, 0)])
     engine.model.dropout = 0.9
-    engine.save(str(copy / module.TOKENIZER))
+    engine.save(str(copy / bpe.TOKENIZER))
     assert engine.encode("x").ids != before.encode("x")
     assert differing(before.encode, Tokenizer.load(copy).encode, [*TEXTS, *TRICKY]) == []
 
@@ -748,7 +748,7 @@ def test_begin_and_end_are_taken_from_the_files_in_turn(copy):
     def write(name, value):
         (copy / name).write_text(json.dumps(value), "utf-8")
 
-    tokenizer_config, config = module.TOKENIZER_CONFIG, module.CONFIG
+    tokenizer_config, config = bpe.TOKENIZER_CONFIG, bpe.CONFIG
     write(config, {"bos_token_id": 700, "eos_token_id": [701, 1]})
     assert ends(copy) == (0, 1)  # what tokenizer_config.json names goes first
     write(tokenizer_config, {"bos_token": PAD, "eos_token": {"content": "<|EOT|>"}})
@@ -766,7 +766,7 @@ def test_begin_and_end_are_taken_from_the_files_in_turn(copy):
 def test_an_end_that_is_an_ordinary_entry_is_made_of_no_text(copy):
     """"<s>" stands in the vocabulary but not among the added tokens, and ends the text."""
     edit(copy, lambda spec: spec["model"]["vocab"].update({"<s>": 800}))
-    edit(copy, lambda config: config.update(eos_token="<s>"), module.TOKENIZER_CONFIG)
+    edit(copy, lambda config: config.update(eos_token="<s>"), bpe.TOKENIZER_CONFIG)
     t = Tokenizer.load(copy)
     assert t.eos_id == t.special["<s>"] == 800 and t.n_tokens == 801
     assert text_is_kept(t, b"a<s>b") and t.n_bytes[800] == 0
@@ -781,19 +781,19 @@ def model_harm(**changes):
 
 
 def config_harm(**changes):
-    return lambda folder: edit(folder, lambda spec: spec.update(changes), module.TOKENIZER_CONFIG)
+    return lambda folder: edit(folder, lambda spec: spec.update(changes), bpe.TOKENIZER_CONFIG)
 
 
 def unnamed(folder):
-    (folder / module.TOKENIZER_CONFIG).unlink()
-    text = (folder / module.TOKENIZER).read_text("utf-8")
-    (folder / module.TOKENIZER).write_text(text.replace(EOS, "<stop>"), "utf-8")
+    (folder / bpe.TOKENIZER_CONFIG).unlink()
+    text = (folder / bpe.TOKENIZER).read_text("utf-8")
+    (folder / bpe.TOKENIZER).write_text(text.replace(EOS, "<stop>"), "utf-8")
 
 
 def numbered(value):
     def harm(folder):
-        (folder / module.TOKENIZER_CONFIG).unlink()
-        (folder / module.CONFIG).write_text(json.dumps({"bos_token_id": value}), "utf-8")
+        (folder / bpe.TOKENIZER_CONFIG).unlink()
+        (folder / bpe.CONFIG).write_text(json.dumps({"bos_token_id": value}), "utf-8")
     return harm
 
 
@@ -802,20 +802,20 @@ def without_byte(folder):
         token: i for token, i in spec["model"]["vocab"].items() if token != "q"}))
 
 
-def written(text: bytes, file: str = module.TOKENIZER):
+def written(text: bytes, file: str = bpe.TOKENIZER):
     return lambda folder: (folder / file).write_bytes(text)
 
 
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always",
              "split": True}
 HARMS = {
-    "cut": (lambda f: cut(f / module.TOKENIZER), "tokenizer.json cannot be read"),
-    "garbage": (lambda f: garbage(f / module.TOKENIZER), "tokenizer.json cannot be read"),
-    "empty": (lambda f: empty(f / module.TOKENIZER), "tokenizer.json cannot be read"),
-    "a list": (written(b"[]"), "tokenizer.json cannot be read"),
+    "cut": (lambda f: cut(f / bpe.TOKENIZER), "tokenizer.json is not JSON"),
+    "garbage": (lambda f: garbage(f / bpe.TOKENIZER), "tokenizer.json is not JSON"),
+    "empty": (lambda f: empty(f / bpe.TOKENIZER), "tokenizer.json is not JSON"),
+    "a list": (written(b"[]"), "tokenizer.json holds list"),
     "no model": (written(b"{}"), "tokenizer.json cannot be read: Model missing"),
-    "config cut": (lambda f: cut(f / module.TOKENIZER_CONFIG), "tokenizer_config.json cannot be"),
-    "config a list": (written(b"[]", module.CONFIG), "config.json cannot be read"),
+    "config cut": (lambda f: cut(f / bpe.TOKENIZER_CONFIG), "tokenizer_config.json is not"),
+    "config a list": (written(b"[]", bpe.CONFIG), "config.json holds list"),
     "merge unknown": (model_harm(merges=[["q!", "x"]]), "tokenizer.json cannot be read: Token"),
     "bos unknown": (config_harm(bos_token="<nix>"),
                     "tokenizer_config.json: bos_token = '<nix>' is not in tokenizer.json"),
@@ -860,7 +860,7 @@ def test_a_released_folder_that_does_not_fit_is_refused_in_one_line(copy, name):
 
 
 def test_a_released_tokenizer_is_saved_as_it_was(copy, tmp_path):
-    (copy / module.CONFIG).write_text(json.dumps({"vocab_size": 1000}))
+    (copy / bpe.CONFIG).write_text(json.dumps({"vocab_size": 1000}))
     t = Tokenizer.load(copy)
     for _ in range(2):  # again over itself
         t.save(tmp_path / "run" / "tokenizer")
@@ -868,7 +868,7 @@ def test_a_released_tokenizer_is_saved_as_it_was(copy, tmp_path):
     assert back.files == t.files and back.fingerprint == t.fingerprint
     assert same_tokenizer(back, t) and back.vocab_size == 1000
     t.save_hf(tmp_path / "hf")
-    assert set(os.listdir(tmp_path / "hf")) == {module.TOKENIZER, module.TOKENIZER_CONFIG}
+    assert set(os.listdir(tmp_path / "hf")) == {bpe.TOKENIZER, bpe.TOKENIZER_CONFIG}
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert theirs.encode("x y", add_special_tokens=False) == t.encode("x y")
     (tmp_path / "thesis.txt").write_text("ten years", "utf-8")
@@ -886,10 +886,10 @@ def test_the_fingerprint_of_a_released_one_sees_every_part(copy):
                    lambda spec: spec["added_tokens"].pop()):
         edit(copy, change)
         prints.append(Tokenizer.load(copy).fingerprint)
-    edit(copy, lambda config: config.update(eos_token=PAD), module.TOKENIZER_CONFIG)
+    edit(copy, lambda config: config.update(eos_token=PAD), bpe.TOKENIZER_CONFIG)
     prints.append(Tokenizer.load(copy).fingerprint)
     assert len(set(prints)) == 5 and all(len(p) == 16 for p in prints)
-    edit(copy, lambda config: config.update(model_max_length=7), module.TOKENIZER_CONFIG)
+    edit(copy, lambda config: config.update(model_max_length=7), bpe.TOKENIZER_CONFIG)
     assert Tokenizer.load(copy).fingerprint == prints[-1]
 
 
@@ -905,7 +905,7 @@ def test_our_own_files_go_first(copy, small):
 def test_a_run_can_be_trained_with_a_released_tokenizer(copy, tmp_path, monkeypatch):
     monkeypatch.setattr("minids.train.open_data",
                         partial(open_data, cache=tmp_path / "cache"))
-    (copy / module.CONFIG).write_text(json.dumps({"vocab_size": 800}))
+    (copy / bpe.CONFIG).write_text(json.dumps({"vocab_size": 800}))
     (tmp_path / "texts").mkdir()
     for i in range(40):
         text = f"def f{i}():\n    return {i}  # \U0001f642\n" * 9
