@@ -409,7 +409,7 @@ sys.modules["torch"] = types.SimpleNamespace(set_num_threads=print, get_num_thre
 FAKE_COLAB = """
 import subprocess
 sys.modules["google.colab"] = types.ModuleType("google.colab")
-subprocess.run = lambda command, check: print(*command[1:-1], command[-1].split("/")[-1])
+subprocess.run = lambda command, check: print(*command[:-1], command[-1].split("/")[-1])
 """
 
 
@@ -424,7 +424,7 @@ def test_first_cell_finds_the_repository(start, tmp_path):
 
 def test_first_cell_installs_on_colab_only():
     run = run_first_cell(FOLDER, FAKE_TORCH + FAKE_COLAB)
-    assert run.stdout == "-m pip install --quiet -r requirements.txt\n2\n"
+    assert run.stdout == "pip install --quiet -r requirements.txt\n2\n"
     assert "pip" not in run_first_cell(FOLDER, FAKE_TORCH).stdout
 
 
