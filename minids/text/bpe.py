@@ -99,25 +99,20 @@ def merge_pairs(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
 
     tiktoken stores no merges: it joins any two neighbours whose bytes together are a token, lowest
     id first. The library joins listed pairs only. Both agree, because what happens inside a token
-    before it is complete never depends on the bytes around it.
+    before it is complete never depends on the bytes around it. Here the merges before a token are
+    applied to its bytes; `ValueError` if that leaves more than two parts.
     """
-    merged = sorted((piece for piece in ranks if len(piece) > 1), key=ranks.get)
-    return [split_below(piece, ranks) for piece in merged]
-
-
-def split_below(piece: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """Return the two parts that the merges before a token make of it: b"the" -> b"t", b"he".
-
-    Raises `ValueError` if more than two parts are left: no merge would ever produce that token.
-    """
-    parts, own = [bytes([b]) for b in piece], ranks[piece]
-    while len(parts) > 2:
-        joined = [ranks.get(a + b, own) for a, b in pairwise(parts)]
-        i = joined.index(min(joined))
-        if joined[i] >= own:
-            raise ValueError(f"token {piece!r} is not the merge of two earlier ones")
-        parts[i:i + 2] = [parts[i] + parts[i + 1]]
-    return parts[0], parts[1]
+    pairs = []
+    for piece in sorted((piece for piece in ranks if len(piece) > 1), key=ranks.get):
+        parts, own = [bytes([b]) for b in piece], ranks[piece]
+        while len(parts) > 2:  # b"the" -> b"t", b"h", b"e" -> b"t", b"he"
+            joined = [ranks.get(a + b, own) for a, b in pairwise(parts)]
+            i = joined.index(min(joined))
+            if joined[i] >= own:
+                raise ValueError(f"token {piece!r} is not the merge of two earlier ones")
+            parts[i:i + 2] = [parts[i] + parts[i + 1]]
+        pairs.append((parts[0], parts[1]))
+    return pairs
 
 
 def read_engine(spec: dict):

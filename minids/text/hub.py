@@ -3,6 +3,7 @@
 `hf:NAME[@REVISION][:CONFIG[:COLUMN]]`, for example `hf:HuggingFaceFW/fineweb-edu:sample-10BT`.
 """
 
+import contextlib
 import os
 import re
 import socket
@@ -97,37 +98,31 @@ def hub_reason(error: Exception, name: str, config: str) -> str:
 
 
 def check_network() -> None:
-    """Raise `ValueError` at once if the hub does not answer; `datasets` would retry for a minute.
+    """Raise `ValueError` if neither the hub nor the proxy in front of it accepts a connection.
 
-    The data sets that an earlier run downloaded need no network: HF_HUB_OFFLINE skips the check.
+    `datasets` itself would retry for a minute. HF_HUB_OFFLINE, for downloaded data sets, skips
+    the check.
     """
     offline = os.environ.get("HF_HUB_OFFLINE", os.environ.get("HF_DATASETS_OFFLINE", ""))
     if offline.upper() in ("1", "ON", "YES", "TRUE"):
         return
     endpoint = os.environ.get("HF_ENDPOINT") or "https://huggingface.co"
-    if not reachable(endpoint, seconds=1.5):
-        raise ValueError(f"no network: {endpoint} does not answer; use pystdlib or text:PATH, or "
-                         "HF_HUB_OFFLINE=1 for a data set that was downloaded before")
-
-
-def reachable(url: str, seconds: float) -> bool:
-    """Return whether the host of `url`, or the proxy in front of it, accepts a connection."""
-    parts = urlsplit(url)
+    parts = urlsplit(endpoint)
     proxy = urllib.request.getproxies().get(parts.scheme)
     if proxy and not urllib.request.proxy_bypass(parts.hostname):
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-    port = parts.port or (443 if parts.scheme == "https" else 80)
+    address = parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)
     answers = []
 
     def connect():
-        try:
-            socket.create_connection((parts.hostname, port), timeout=seconds).close()
+        with contextlib.suppress(OSError):
+            socket.create_connection(address, timeout=1.5).close()
             answers.append(True)
-        except OSError:
-            pass
 
     # In a thread, because looking up a name has no timeout of its own.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(seconds)
-    return bool(answers)
+    thread.join(1.5)
+    if not answers:
+        raise ValueError(f"no network: {endpoint} does not answer; use pystdlib or text:PATH, or "
+                         "HF_HUB_OFFLINE=1 for a data set that was downloaded before")

@@ -1,6 +1,7 @@
-"""A folder of text in every format."""
+"""Fixtures of the tests of text; what only tokenizers need is imported when they ask for it."""
 
 import json
+from pathlib import Path
 
 import pytest
 from byte_tokens import write_rows
@@ -19,3 +20,19 @@ def folder(tmp_path):
     (root / "ignored.bin").write_bytes(b"\0\1")
     (root / ".hidden.txt").write_text("hidden")
     return root
+
+
+@pytest.fixture(scope="session")
+def small():
+    """512 ids, trained on three files of Python's library."""
+    from tokenizer_checks import TEXTS, Tokenizer
+    return Tokenizer.train(TEXTS, 512, corpus="three files")
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> Path:
+    """The committed tokenizer as transformers reads it."""
+    from tokenizer_checks import COMMITTED
+    folder = tmp_path_factory.mktemp("exported")
+    COMMITTED.save_hf(folder)
+    return folder
