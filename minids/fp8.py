@@ -1,13 +1,13 @@
 """FP8 as DeepSeek stores and computes it: E4M3 numbers, one scale for each small block.
 
-E4M3 has 4 bits of exponent and 3 of mantissa: it reaches from 2^-9 to 448 and keeps two digits at
-best. A tensor fits into it only if it is scaled, and one scale for a whole tensor lets a single
-outlier push the small values below the reach. So each scale serves few numbers (V3 section 3.3.2):
-    activations  one for each token and 128 channels (tiles of 1 x 128)
-    weights      one for each block of 128 x 128
-The scale that is kept is the factor to multiply by on the way back ("scale_inv" in released files).
-DeepSeek-V3 keeps scales in FP32; V3.1 and V3.2 round them up to powers of two (UE8M0: eight bits of
-exponent and nothing else), so that scaling itself rounds nothing.
+E4M3 has 4 bits of exponent and 3 of mantissa: it spans 2^-9 to 448 and resolves two digits at best.
+A tensor must be scaled to fit, and with one scale for a whole tensor a single outlier pushes the
+small values below the range. So each scale serves few numbers (V3 section 3.3.2):
+    activations  one scale per token and 128 channels (tiles of 1 x 128)
+    weights      one scale per block of 128 x 128
+The stored scale is the factor that restores the values ("scale_inv" in released files). DeepSeek-V3
+stores scales in FP32; V3.1 and V3.2 round them up to powers of two (UE8M0: eight bits of exponent
+and nothing else), so that scaling itself rounds nothing.
 
 The arithmetic is that of DeepSeek's inference kernels.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 BLOCK = 128  # channels in a tile, rows and columns in a block
 STEP = 32  # numbers that Hopper's FP8 units multiply and add at once
 E4M3_MAX = 448.0
-LEAST = 1e-4  # taken for the largest value of a block that holds nothing larger
+LEAST = 1e-4  # floor on a block's absolute maximum, so that an all-zero block gets a finite scale
 
 
 def quantize_activation(x: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
@@ -73,23 +73,23 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
 
 
 def padded(x: Tensor, *sizes: int) -> Tensor:
-    """Zeros after the last dimensions, of these sizes, up to whole blocks."""
+    """Pad the last dimensions, of these sizes, with zeros up to whole blocks."""
     pads = [(0, -size % BLOCK) for size in reversed(sizes)]
     return F.pad(x, [n for pad in pads for n in pad])
 
 
 def block_scale(largest: Tensor, ue8m0: bool) -> Tensor:
-    """The scale that brings a block's largest value to 448, or, if a power of two, to 224 at least.
+    """Return the scale that brings a block's largest value to 448, or to 224 at least if UE8M0.
 
     largest: FP32, of any shape
     """
-    # Divided by a tensor, for a GPU multiplies by a rounded reciprocal of a plain number.
+    # Divide by a tensor: a GPU would multiply by a rounded reciprocal of a plain number.
     scale = largest.clamp(min=LEAST) / largest.new_tensor(E4M3_MAX)
     return next_power_of_two(scale) if ue8m0 else scale
 
 
 def next_power_of_two(x: Tensor) -> Tensor:
-    """2^ceil(log2 x), exactly: taken from the exponent, for a rounded logarithm can miss by one."""
+    """Return 2^ceil(log2 x) exactly, from the exponent: a rounded logarithm can miss by one."""
     mantissa, exponent = torch.frexp(x)  # x = mantissa 2^exponent, mantissa in [0.5, 1)
     return torch.ldexp(torch.ones_like(x), exponent - (mantissa == 0.5).int())
 
@@ -100,7 +100,7 @@ def to_e4m3(x: Tensor) -> Tensor:
 
 
 def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """A B^T of two matrices in FP8, added up in FP32.
+    """Return A B^T of two matrices in FP8, added up in FP32.
 
     a: (n, k) and b: (m, k) float8_e4m3fn, each with the scales of its tiles or blocks
     Returns (n, m) FP32. A Hopper GPU multiplies in FP8; anywhere else the same product of the same
@@ -113,17 +113,17 @@ def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
 
 @functools.cache
 def has_fp8_units(device: torch.device) -> bool:
-    """Whether the GPU multiplies FP8 with scales for tiles and blocks: Hopper does."""
+    """Return whether the GPU multiplies FP8 with scales for tiles and blocks: Hopper does."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def gemm_simulated(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """`fp8_gemm` in FP32. Two E4M3 numbers have a product that FP32 holds exactly."""
+    """Compute `fp8_gemm` in FP32, which holds the product of two E4M3 numbers exactly."""
     return dequantize(a, a_scale) @ dequantize(b, b_scale).T
 
 
 def gemm_on_hopper(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """`fp8_gemm` by the GPU's FP8 units, which move sums to FP32 every 128 numbers."""
+    """Compute `fp8_gemm` by the GPU's FP8 units, which move sums to FP32 every 128 numbers."""
     n, m = len(a), len(b)
     a, a_scale, a_kind = as_hopper_wants(a, a_scale)
     b, b_scale, b_kind = as_hopper_wants(b, b_scale)
@@ -132,7 +132,7 @@ def gemm_on_hopper(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Te
 
 
 def as_hopper_wants(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, F.ScalingType]:
-    """Whole blocks of values, the scales in the kernel's order, and which kind they are."""
+    """Return whole blocks of values, the scales in the kernel's order, and their kind."""
     is_tiles = len(scale) == len(q)
     q = padded(q.contiguous().view(torch.uint8), *q.shape).view(q.dtype)  # byte 0 is the number 0
     if is_tiles:
@@ -142,10 +142,10 @@ def as_hopper_wants(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, F.Scaling
 
 
 def limited_sum(a: Tensor, b: Tensor, bits: int = 14, promote: int = BLOCK) -> Tensor:
-    """A B^T as Hopper's FP8 units add it up, and DeepSeek's remedy (V3 section 3.3.2).
+    """Return A B^T as Hopper's FP8 units add it up, with DeepSeek's remedy (V3 section 3.3.2).
 
-    The units multiply exactly but keep only some 14 bits of a sum: what is small beside the sum so
-    far falls off its end. Moved to FP32 every `promote` numbers, a sum never grows large.
+    The units multiply exactly but hold only about 14 bits of a sum: an addend that is small beside
+    the sum so far is lost. Moved to FP32 every `promote` numbers, a sum never grows large.
 
     a: (n, k), b: (m, k), the values without scales; bits: of a partial sum
     promote: numbers after which a partial sum is added to an FP32 one; k or more: never
@@ -161,13 +161,13 @@ def limited_sum(a: Tensor, b: Tensor, bits: int = 14, promote: int = BLOCK) -> T
 
 
 def truncated(x: Tensor, bits: int) -> Tensor:
-    """x without what lies behind its first `bits` binary digits."""
+    """Truncate x to its first `bits` significant bits."""
     mantissa, exponent = torch.frexp(x)
     return torch.ldexp(torch.trunc(mantissa * 2 ** bits), exponent - bits)
 
 
 class FP8Linear(torch.autograd.Function):
-    """x W^T with all three products in FP8; what it keeps for the backward pass is FP8 too."""
+    """x W^T with all three products in FP8; what it saves for the backward pass is FP8 too."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ through alone, in the absorbed form, and finds what came before in the latent ca
 2405.04434, section 2.1). Prompts of unequal length share a batch (`minids.infer.decoding`).
 
 `minids.infer.sampling` describes how tokens are drawn. With --speculative D the model's own MTP
-modules draft D tokens ahead, and the model keeps those that it might have written: the text comes
-from the same distribution, and at temperature 0 is the same, in fewer passes
+modules draft D tokens ahead, and the model accepts those that it might have written: the text comes
+from the same distribution, and is identical at temperature 0, in fewer passes
 (`minids.infer.speculative`).
 
 Simplified: a batch runs until its last sequence is done, finished ones included.
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import check_types, option, require
+from minids.base.fields import Settings, option
 from minids.hf import open_model
 from minids.infer.decoding import last_states, new_cache, prefill, right_pad
 from minids.infer.sampling import Sampler
@@ -40,14 +40,14 @@ from minids.text.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Generation:
-    """What `generate` returns.
+    """The result of `generate`.
 
     tokens: the new tokens of each prompt, its EOS included where the sequence ended by itself
-    steps: passes through the model, the one over the prompts among them
-    seconds: time of it all
+    steps: passes through the model, prefill included
+    seconds: wall-clock time, prefill included
     prompt_tokens: tokens of all prompts, without padding
     drafts: tokens drafted in each round
-    passed: of each prompt's rounds, the first one left out, how many drafts passed
+    passed: for each prompt, how many drafts were accepted in each round after the first
     """
 
     tokens: list[list[int]]
@@ -59,20 +59,20 @@ class Generation:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens of all sequences per second, the time for the prompts included."""
+        """Return new tokens of all sequences per second, prefill included."""
         return sum(map(len, self.tokens)) / self.seconds
 
     @property
     def tokens_per_pass(self) -> float:
-        """Tokens of a sequence that one pass of the model yields, 1 without drafts."""
+        """Return the tokens per sequence that one pass yields, 1 without drafts."""
         rounds = [passed for row in self.passed for passed in row]
         return 1 + sum(rounds) / max(len(rounds), 1)
 
     @property
     def acceptance(self) -> list[float]:
-        """By position of the draft: the share that passes, of those that are looked at.
+        """Return the acceptance rate by position of the draft.
 
-        A draft is looked at when all before it have passed.
+        A draft counts once all before it were accepted.
         """
         rounds = [passed for row in self.passed for passed in row]
         reached = [sum(passed >= k for passed in rounds) for k in range(self.drafts + 1)]
@@ -88,13 +88,13 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
 
     prompts: token ids, at least one each; their lengths may differ
     max_new_tokens: for each prompt at most
-    temperature: divides the logits; 0 always takes the likeliest token
-    top_k: draw from so many likeliest tokens only; 0: from all
-    top_p: draw from the fewest likeliest tokens that together have this probability; 1: from all
-    seed: decides the draws, together with a prompt's place in the batch
+    temperature: divides the logits; 0 always takes the most likely token
+    top_k: draw from the k most likely tokens only; 0: from all
+    top_p: draw from the fewest tokens that together have this probability; 1: from all
+    seed: decides the draws, together with a prompt's position in the batch
     eos_id: the token that ends a sequence; None: none does
     speculative: tokens that the MTP modules draft before each pass; 0: plain decoding
-    on_token: called with row and token as soon as there is one
+    on_token: called with sequence and token as soon as there is one
 
     Raises `ValueError` naming the argument that is not valid.
     """
@@ -168,43 +168,39 @@ def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, sp
 
 
 class Writer:
-    """Prints one sequence token by token, whole characters only."""
+    """Print one sequence token by token, whole characters only."""
 
     def __init__(self, tokenizer: Tokenizer, stream):
         self.tokenizer, self.stream = tokenizer, stream
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def write(self, token: int) -> None:
-        """The characters that this token completes; EOS prints nothing."""
+        """Print the characters that this token completes; EOS prints nothing."""
         if token != self.tokenizer.eos_id:
             print(self.decoder.decode(self.tokenizer.decode_bytes([token])), end="",
                   file=self.stream, flush=True)
 
     def close(self) -> None:
-        """The end of the text: what is left of a character prints as U+FFFD."""
+        """End the text; an incomplete character prints as U+FFFD."""
         print(self.decoder.decode(b"", final=True), file=self.stream, flush=True)
 
 
 @dataclass(frozen=True)
-class GenerateArgs:
+class GenerateArgs(Settings):
     """Sampling"""
 
     run: str = option("runs/tiny", "run folder, one of its checkpoints, or a Hugging Face folder")
-    prompt: str = option("def", "text to go on from; best without a space at the end")
-    max_new_tokens: int = option(200, "length of a sample at most, tokens")
-    temperature: float = option(0.8, "divides the logits; 0 takes the likeliest token")
-    top_k: int = option(0, "draw from so many likeliest tokens; 0: all")
-    top_p: float = option(0.95, "draw from the likeliest tokens of this probability together")
-    seed: int = option(0, "decides the draws")
-    samples: int = option(1, "how many texts, one after the other")
-    speculative: int = option(0, "tokens that the MTP modules draft ahead of each pass; 0: none")
+    prompt: str = option("def", "text to continue; best without a space at the end")
+    max_new_tokens: int = option(200, "new tokens per sample, at most", low=1)
+    temperature: float = option(0.8, "divides the logits; 0 takes the most likely token", low=0)
+    top_k: int = option(0, "draw from the k most likely tokens; 0: from all", low=0)
+    top_p: float = option(0.95, "draw from the fewest tokens that have this probability together",
+                          above=0, high=1)
+    seed: int = option(0, "decides the draws", low=0, high=2 ** 32 - 1)
+    samples: int = option(1, "number of texts, written one after the other", low=1)
+    speculative: int = option(0, "tokens that the MTP modules draft for each pass; 0: none", low=0)
     device: str = option("cpu", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
-
-    def __post_init__(self):
-        check_types(self)
-        require(self, "samples", self.samples >= 1, "at least 1")
-        require(self, "threads", self.threads >= 0, "0 or more")
+    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
 
 
 def write_samples(args: GenerateArgs, stream) -> None:
@@ -221,7 +217,7 @@ def write_samples(args: GenerateArgs, stream) -> None:
                         args.top_p, args.seed + sample_number, tokenizer.eos_id, args.speculative,
                         on_token=lambda row, token, writer=writer: writer.write(token))
         writer.close()
-        drafted = (f"{done.tokens_per_pass:.2f} tokens a pass, drafts accepted: "
+        drafted = (f"{done.tokens_per_pass:.2f} tokens per pass, drafts accepted: "
                    + " ".join(f"{share:.0%}" for share in done.acceptance) + ", ")
         print(f"{len(done.tokens[0])} tokens after {done.prompt_tokens} in {done.seconds:.2f} s, "
               f"{done.tokens_per_second:.0f} tokens/s, {drafted if args.speculative else ''}"

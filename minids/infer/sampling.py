@@ -1,8 +1,8 @@
 """From logits to a token: temperature, top-k, nucleus, and the rule that lets drafts pass.
 
-A token is drawn from softmax(logits / temperature), cut to the top_k likeliest and to the fewest
-tokens that together have the probability top_p (nucleus sampling, Holtzman et al., arXiv
-1904.09751); temperature 0 takes the likeliest.
+A token is drawn from softmax(logits / temperature), cut to the top_k most likely tokens and to the
+fewest tokens that together have the probability top_p (nucleus sampling, Holtzman et al., arXiv
+1904.09751); temperature 0 takes the most likely.
 
 A drafted token passes with probability min(1, p / q), where p is the model's probability for it and
 q the drafter's; a token that fails is replaced by one drawn from max(p - q, 0), scaled to sum to 1.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampler:
-    """How tokens are drawn; `minids.generate.generate` says what the settings mean."""
+    """Settings and generator of the draws; `minids.generate.generate` explains each."""
 
     temperature: float = 0.0
     top_k: int = 0
@@ -29,11 +29,11 @@ class Sampler:
 
     @property
     def cuts(self) -> bool:
-        """Whether some tokens can never be drawn."""
+        """Return whether some tokens can never be drawn."""
         return self.temperature == 0 or self.top_k > 0 or self.top_p < 1
 
     def distribution(self, logits: Tensor) -> Tensor:
-        """What tokens are drawn from: (.., V) -> (.., V), which sums to 1.
+        """Return the distribution that tokens are drawn from: (.., V) -> (.., V), which sums to 1.
 
         Of logits whose probabilities are [0.5, 0.3, 0.1, 0.1], top_p = 0.7 keeps the first two.
         """
@@ -61,7 +61,7 @@ class Sampler:
         return self.draw(self.distribution(logits))
 
     def draw(self, probs: Tensor) -> Tensor:
-        """A token of each row of probabilities: (B, V) -> (B,) int64
+        """Draw a token from each row of probabilities: (B, V) -> (B,) int64
 
         The first whose sum with those before it is above a number drawn from 0 to 1; on a CPU 10 to
         40 times as quick as torch.multinomial, which draws a number for every token.
@@ -73,13 +73,13 @@ class Sampler:
         return torch.searchsorted(sums, number * sums[:, -1:], right=True).squeeze(-1)
 
     def verify(self, drafts: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Let drafts pass, up to the first that fails.
+        """Accept drafts up to the first that fails.
 
         drafts: (B, D) int64, drawn from q
         q: (B, D, V), the drafter's distributions
         p: (B, D + 1, V), the model's, given the text and the drafts before; the last one is for the
             token that follows when all pass
-        Returns how many pass, (B,), and the token that follows them, (B,).
+        Returns how many are accepted, (B,), and the token that follows them, (B,).
         """
         own = drafts.unsqueeze(-1)  # (B, D, 1)
         ratio = (p[:, :-1].gather(-1, own) / q.gather(-1, own)).squeeze(-1)  # (B, D)

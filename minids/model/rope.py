@@ -1,7 +1,7 @@
-"""Rotary position: pairs of a vector turn by an angle that grows with their position.
+"""Rotary position: pairs of a vector rotate by an angle that grows with their position.
 
-Angles are computed for the positions at hand, in FP32 as the official code does, and never stored
-with the model: a table that is cast along with the weights would turn by the wrong angle.
+Angles are computed in FP32, as in the official code, and never stored with the model: a table that
+is cast along with the weights would rotate by the wrong angle.
 
 YaRN (arXiv 2309.00071, section 3; V3 section 4.3) stretches the slow pairs to a longer context. It
 is on exactly when the official code has it on: when max_seq_len exceeds original_seq_len.
@@ -16,7 +16,7 @@ from minids.config import ModelArgs
 
 
 def rotary_frequencies(args: ModelArgs, device=None) -> Tensor:
-    """Radians per position of each rotary pair: (qk_rope_head_dim / 2,) FP32."""
+    """Return the radians per position of each rotary pair: (qk_rope_head_dim / 2,) FP32."""
     width = args.qk_rope_head_dim
     pairs = torch.arange(0, width, 2, dtype=torch.float32, device=device)
     freqs = 1.0 / args.rope_theta ** (pairs / width)  # (qk_rope_head_dim / 2,)
@@ -27,26 +27,26 @@ def rotary_frequencies(args: ModelArgs, device=None) -> Tensor:
 
 
 def yarn_ramp(args: ModelArgs, device=None) -> Tensor:
-    """Share of each pair's frequency that is divided by rope_factor, 0 for fast pairs, 1 for slow.
+    """Return the share of each pair's frequency that rope_factor divides, 0 if fast, 1 if slow.
 
-    A pair that turns beta_fast times or more within the original context is left alone; one that
-    turns beta_slow times or less is stretched whole; those between lie on a straight line.
+    A pair that rotates beta_fast times or more within the original context is left alone; one that
+    rotates beta_slow times or less is stretched whole; between them the share rises linearly.
     """
     width = args.qk_rope_head_dim
 
-    def pair_that_turns(rotations: float) -> float:
+    def pair_of(rotations: float) -> float:
         wavelengths = args.original_seq_len / (rotations * 2 * math.pi)
         return width * math.log(wavelengths) / (2 * math.log(args.rope_theta))
 
-    low = max(math.floor(pair_that_turns(args.beta_fast)), 0)
-    high = min(math.ceil(pair_that_turns(args.beta_slow)), width - 1)
+    low = max(math.floor(pair_of(args.beta_fast)), 0)
+    high = min(math.ceil(pair_of(args.beta_slow)), width - 1)
     high = high + 0.001 if low == high else high
     pairs = torch.arange(width // 2, dtype=torch.float32, device=device)
     return ((pairs - low) / (high - low)).clamp(0, 1)
 
 
 def softmax_scale(args: ModelArgs) -> float:
-    """1 / sqrt(query width), times YaRN's mscale^2 where YaRN is on (V3 section 4.3)."""
+    """Return 1 / sqrt(query width), times YaRN's mscale^2 where YaRN is on (V3 section 4.3)."""
     scale = args.qk_head_dim ** -0.5
     if args.yarn and args.rope_factor > 1:
         scale *= (0.1 * args.mscale * math.log(args.rope_factor) + 1) ** 2
@@ -54,7 +54,7 @@ def softmax_scale(args: ModelArgs) -> float:
 
 
 def rotations(positions: Tensor, args: ModelArgs) -> Tensor:
-    """Unit complex numbers that turn each pair to its position.
+    """Return the unit complex numbers that rotate each pair to its position.
 
     positions: (.., S) int64, position of each token in its sequence
     Returns (.., S, qk_rope_head_dim / 2) complex64.
@@ -65,7 +65,7 @@ def rotations(positions: Tensor, args: ModelArgs) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the interleaved pairs (x0, x1), (x2, x3), .. of every head.
+    """Rotate the interleaved pairs (x0, x1), (x2, x3), .. of every head.
 
     x: (B, S, H, qk_rope_head_dim); rotation: (B or 1, S, qk_rope_head_dim / 2) complex
     Returns the shape and precision of x; computed in FP32 or wider.
@@ -76,7 +76,7 @@ def apply_rotary_emb(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def apply_rotary_emb_half(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn the pairs (x_0, x_r/2), (x_1, x_r/2+1), ..: the layout of V3.2's indexer alone.
+    """Rotate the pairs (x_0, x_r/2), (x_1, x_r/2+1), ..: only V3.2's indexer pairs this way.
 
     Arguments and result as for `apply_rotary_emb`.
     """
