@@ -13,6 +13,9 @@ from matplotlib.image import imread
 
 from minids import ModelArgs, plots
 from minids.costs import count_parameters
+from minids.plots.counts import PARTS, short
+from minids.plots.model import means_of_parts
+from minids.plots.style import png
 
 COUNTS = {name: count_parameters(ModelArgs.preset(name)) for name in ("tiny", "v2-lite", "v3")}
 ROWS = [{"vocab_size": v, "bytes_per_token": b, "bits_per_byte": h}
@@ -89,9 +92,9 @@ def test_nothing_overlaps(name):
     assert {"panel 1", "panel 0 on panel 1"} <= set(collisions(figure))
 
 
-def corner(png: bytes) -> list[float]:
+def corner(picture: bytes) -> list[float]:
     """Red, green, blue and opacity of a picture's first pixel."""
-    return imread(BytesIO(png))[0, 0].tolist()
+    return imread(BytesIO(picture))[0, 0].tolist()
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -143,7 +146,7 @@ def test_panels_without_data_are_left_out():
 
 
 def test_one_step_is_enough_and_none_is_refused():
-    assert plots.png(plots.loss_curve(run_of(1, layers=1)))
+    assert png(plots.loss_curve(run_of(1, layers=1)))
     with pytest.raises(ValueError, match="metrics is empty"):
         plots.loss_curve([])
 
@@ -168,7 +171,7 @@ def test_parameter_map_shares(axis, field):
         for part, number in parts.items():
             if part == "indexer":  # none of these models has one
                 continue
-            left, width = shown[plots.PARTS[part][0]][i]
+            left, width = shown[PARTS[part][0]][i]
             # Percentages in FP64, added up eight times.
             assert left == pytest.approx(end, abs=1e-9)
             assert width == pytest.approx(100 * number / sum(parts.values()), abs=1e-9)
@@ -187,7 +190,7 @@ def test_parameter_map_totals():
 
 
 def test_parameter_map_of_a_single_small_model_keeps_its_numbers_inside():
-    parts = dict.fromkeys(plots.PARTS, 10)
+    parts = dict.fromkeys(PARTS, 10)
     figure = plots.parameter_map({"one": SimpleNamespace(parts=parts, active_parts=parts)})
     low, high = figure.axes[0].get_xlim()
     assert low <= 90 / 4 and high >= 90 * 4
@@ -196,7 +199,7 @@ def test_parameter_map_of_a_single_small_model_keeps_its_numbers_inside():
 @pytest.mark.parametrize("count, text", [
     (7, "7"), (596_000, "596K"), (5_628_440, "5.63M"), (1_026_408_232_448, "1.03T")])
 def test_short_numbers(count, text):
-    assert plots.short(count) == text
+    assert short(count) == text
 
 
 def test_compression_curve_is_sorted_and_exact():
@@ -210,15 +213,15 @@ def test_compression_curve_is_sorted_and_exact():
 
 
 def test_reader_settings_neither_matter_nor_change():
-    plain = plots.png(plots.loss_curve(run_of(5)))
+    plain = png(plots.loss_curve(run_of(5)))
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
-        assert plots.png(plots.loss_curve(run_of(5))) == plain
+        assert png(plots.loss_curve(run_of(5))) == plain
         assert matplotlib.rcParams["font.size"] == 30
 
 
 def test_neither_matplotlib_at_import_nor_a_window_ever():
     code = ("import sys, minids.plots as p; assert 'matplotlib' not in sys.modules; "
-            "p.png(p.loss_curve([{'step': 1, 'main': 2.0}])); "
+            "p.loss_curve([{'step': 1, 'main': 2.0}])._repr_png_(); "
             "assert 'matplotlib.pyplot' not in sys.modules; "
             "sys.exit('torch' in sys.modules)")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -230,10 +233,10 @@ def test_parameter_map_names_the_parts_that_the_models_have():
     with_indexer, without = plots.parameter_map(COUNTS | v32), plots.parameter_map(COUNTS)
     names = [{text.get_text() for text in figure.legends[0].get_texts()}
              for figure in (with_indexer, without)]
-    assert names[0] == {label for label, _ in plots.PARTS.values()}
+    assert names[0] == {label for label, _ in PARTS.values()}
     assert names[0] - names[1] == {"lightning indexer"}
     assert collisions(with_indexer) == []
-    assert len({colour for _, colour in plots.PARTS.values()}) == len(plots.PARTS)
+    assert len({colour for _, colour in PARTS.values()}) == len(PARTS)
 
 
 def lines_of(ax) -> dict[str, list]:
@@ -292,7 +295,7 @@ def test_yarn_figure_has_one_line_style_a_label():
 
 
 def test_a_last_part_that_is_shorter_has_its_own_mean():
-    assert plots.means_of_parts([1.0, 3.0, 8.0], 2) == ([0.5, 2.0], [2.0, 8.0])
+    assert means_of_parts([1.0, 3.0, 8.0], 2) == ([0.5, 2.0], [2.0, 8.0])
 
 
 def test_yarn_figure_is_readable():
@@ -312,7 +315,7 @@ def test_moe_figure_shows_the_numbers_given():
 
 
 def test_mtp_figure_shows_the_numbers_given():
-    kinds = {"names": (55.0, 65.0), "signs": (70.0, 75.0)}
+    kinds = {"names": (55.0, 65.0), "punctuation": (70.0, 75.0)}
     figure = plots.mtp_figure(kinds, {"greedy": [1, 1.8, 2.4], "temperature 1": [1, 1.6, 2.0]})
     left, right = figure.axes
     assert [[bar.get_width() for bar in bars] for bars in left.containers] == [[55, 70], [65, 75]]
