@@ -1,0 +1,274 @@
+"""Count the mistakes that the tests notice: draw random mutants of a file and run its tests.
+
+    python tests/mutants.py --files minids/model/mla.py minids/model/moe.py --per-file 15
+    python tests/mutants.py --files minids/model/mla.py --seed 2 --jobs 2 --out mutants.jsonl
+
+A mutant is the file with one small change of its code: an operator swapped, a comparison turned,
+a constant changed, a statement dropped, two arguments of a call exchanged, a condition negated.
+Each kind is drawn equally often. A mutant is killed if a test fails or takes far longer than it
+does without the mutant. A line is appended to --out for each one, so a second call goes on where
+the first stopped. Prints a table, and the survivors as diffs. Exhaustive: many CPU minutes.
+"""
+
+import argparse
+import ast
+import collections
+import copy
+import difflib
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+# Beside the file's own tests (tests/model/test_mla.py): those that hold it from further away.
+ALSO = {
+    "base": ["config", "train"], "cache": ["mla", "transformer"], "checkpoint": ["train"],
+    "chat": ["sft"], "config": ["transformer", "train"], "data": ["train"],
+    "decode": ["generate", "speculative"], "fields": ["config", "train"], "grpo": ["r1"],
+    "kernels": ["moe", "mla", "transformer"], "layers": ["transformer"], "learner": ["train"],
+    "loop": ["train"], "mla": ["transformer", "parity_hf"], "moe": ["transformer", "parity_hf"],
+    "model": ["parity_hf", "mtp"], "objective": ["transformer", "mtp"], "optim": ["train"],
+    "optimizers": ["train"], "rope": ["mla"], "sampling": ["speculative", "generate"],
+    "sft": ["r1"], "tokenizer": ["data"], "transformer": ["parity_hf", "mtp"],
+}
+
+# (file, line before, line after) -> why no test can see the difference.
+EQUIVALENT: dict[tuple[str, str, str], str] = {}
+
+OPERATORS = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div, ast.Add],
+             ast.Div: [ast.Mult], ast.FloorDiv: [ast.Mult], ast.Mod: [ast.Mult],
+             ast.Pow: [ast.Mult], ast.BitAnd: [ast.BitOr], ast.BitOr: [ast.BitAnd]}
+COMPARISONS = {ast.Lt: [ast.LtE, ast.Gt], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.Lt],
+               ast.GtE: [ast.Gt, ast.Lt], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq],
+               ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.NotIn: [ast.In]}
+SILENT = {"print", "option", "ArgumentParser", "add_argument", "field"}  # texts and defaults
+
+
+def changed(node: ast.AST, **parts) -> ast.AST:
+    """Return a copy of a node with some of its fields replaced."""
+    return ast.copy_location(type(node)(**{**dict(ast.iter_fields(node)), **parts}), node)
+
+
+def mutations(node: ast.AST):
+    """Yield (kind, node to replace, replacement) for each mutation of this one node."""
+    match node:
+        case ast.BinOp(op=op) | ast.AugAssign(op=op):
+            for other in OPERATORS.get(type(op), []):
+                yield "operator", node, changed(node, op=other())
+        case ast.Compare(ops=[op, *rest]):
+            for other in COMPARISONS.get(type(op), []):
+                yield "comparison", node, changed(node, ops=[other(), *rest])
+        case ast.BoolOp(op=op):
+            other = ast.Or() if isinstance(op, ast.And) else ast.And()
+            yield "operator", node, changed(node, op=other)
+        case ast.UnaryOp(op=ast.Not() | ast.USub(), operand=operand):
+            yield "operator", node, operand
+        case ast.Constant(value=bool() as value):
+            yield "constant", node, ast.Constant(not value)
+        case ast.Constant(value=int() | float() as value):
+            others = [value + 1, value - 1] if isinstance(value, int) else [value * 2, value / 2]
+            for other in others:
+                yield "constant", node, ast.Constant(other)
+    if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert):
+        yield "condition", node.test, ast.UnaryOp(ast.Not(), node.test)
+    if isinstance(node, ast.Call):
+        for i, (a, b) in enumerate(zip(node.args, node.args[1:], strict=False)):
+            if ast.dump(a) != ast.dump(b) and not isinstance(a, ast.Starred):
+                args = [*node.args[:i], b, a, *node.args[i + 2:]]
+                yield "arguments", node, changed(node, args=args)
+
+
+def droppable(node: ast.AST, stores: collections.Counter) -> bool:
+    """Return whether the code still has all its names when a statement is dropped."""
+    if isinstance(node, ast.Assign):
+        names = [n.id for t in node.targets for n in ast.walk(t)
+                 if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+        return all(stores[name] > 1 for name in names)
+    text = isinstance(node, ast.Expr) and (isinstance(node.value, ast.Constant) or (
+        isinstance(node.value, ast.Call) and name_of(node.value) in SILENT))
+    return isinstance(node, ast.Expr | ast.AugAssign | ast.Raise) and not text
+
+
+def name_of(call: ast.Call) -> str:
+    """Return the last name of what is called."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
+
+
+def walk(node: ast.AST, stores: collections.Counter):
+    """Yield all mutations of the code below a node; annotations and texts are left out."""
+    yield from mutations(node)
+    if droppable(node, stores):
+        yield "statement", node, ast.Pass()
+    if isinstance(node, ast.Raise | ast.JoinedStr):
+        return
+    if isinstance(node, ast.FunctionDef):
+        stores = collections.Counter(n.id if isinstance(n, ast.Name) else n.arg
+                                     for n in ast.walk(node) if isinstance(n, ast.arg)
+                                     or isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
+    for name, value in ast.iter_fields(node):
+        if name in ("annotation", "returns", "decorator_list") or (
+                isinstance(node, ast.Call) and name == "args" and name_of(node) in SILENT):
+            continue
+        for child in value if isinstance(value, list) else [value]:
+            if isinstance(child, ast.AST):
+                yield from walk(child, stores)
+
+
+def draw(source: str, count: int, rng: random.Random) -> list[tuple[str, str]]:
+    """Return up to `count` mutants of a source, (kind, new source), each kind equally often."""
+    lines = source.encode().splitlines(keepends=True)
+    starts = [0]
+    for line in lines:
+        starts.append(starts[-1] + len(line))
+    kinds = collections.defaultdict(list)
+    for kind, old, new in walk(ast.parse(source), collections.Counter()):
+        kinds[kind].append((old, new))
+    for found in kinds.values():
+        rng.shuffle(found)
+    order, drawn = sorted(kinds), {}
+    rng.shuffle(order)
+    while any(kinds.values()) and len(drawn) < count:
+        for kind in [k for k in order if kinds[k]]:
+            old, new = kinds[kind].pop()
+            begin = starts[old.lineno - 1] + old.col_offset
+            end = starts[old.end_lineno - 1] + old.end_col_offset
+            text = ast.unparse(ast.fix_missing_locations(copy.deepcopy(new)))
+            text = f"({text})" if isinstance(old, ast.expr) else text
+            whole = source.encode()
+            mutant = (whole[:begin] + text.encode() + whole[end:]).decode()
+            if len(drawn) < count and ast.dump(ast.parse(mutant)) != ast.dump(ast.parse(source)):
+                drawn.setdefault(mutant, kind)
+    return [(kind, mutant) for mutant, kind in drawn.items()]
+
+
+def tests_of(root: Path, file: str) -> list[str]:
+    """Return the test files that hold a file: its own, or its folder's, and those of ALSO."""
+    path = Path(file)
+    also = [*ALSO.get(path.stem, []), *([] if path.stem in ALSO else ALSO.get(path.parent.name, []))]
+    own = sorted((root / "tests").rglob(f"test_{path.stem}.py")) or sorted(
+        (root / "tests" / path.relative_to("minids").parent).glob("test_*.py"))
+    found = own + [p for stem in also for p in sorted((root / "tests").rglob(f"test_{stem}.py"))]
+    return [str(p.relative_to(root)) for p in dict.fromkeys(found)]
+
+
+def clone(root: Path) -> Path:
+    """Return a copy of the checkout in which the package and the tests can be changed."""
+    folder = Path(tempfile.mkdtemp(prefix="mutant-"))
+    for entry in root.iterdir():
+        if entry.name in ("minids", "tests", "notebooks"):
+            shutil.copytree(entry, folder / entry.name,
+                            ignore=shutil.ignore_patterns("__pycache__"))
+        elif not entry.name.startswith("."):
+            (folder / entry.name).symlink_to(entry.resolve())
+    return folder
+
+
+def pytest_here(folder: Path, tests: list[str], mark: str) -> None:
+    """Run the tests of a copy in this process and end it with pytest's status."""
+    os.setsid()
+    os.chdir(folder)
+    sys.path[0] = str(folder)
+    null = os.open(os.devnull, os.O_RDWR)
+    for stream in (0, 1, 2):
+        os.dup2(null, stream)
+    import pytest
+    os._exit(pytest.main(["-x", "-q", "-o", "addopts=", "-m", mark, "-p", "no:cacheprovider",
+                          "-p", "no:xdist", *tests]))
+
+
+def run_tests(folder: Path, tests: list[str], mark: str, limit: float) -> tuple[int | str, float]:
+    """Return pytest's status, or "timeout", and seconds, from a fork that has imported torch."""
+    start = time.monotonic()
+    child = multiprocessing.get_context("fork").Process(target=pytest_here,
+                                                        args=(folder, tests, mark))
+    child.start()
+    child.join(limit)
+    status = "timeout" if child.is_alive() else child.exitcode
+    try:
+        os.killpg(child.pid, signal.SIGKILL)  # what the tests have started ends with them
+    except ProcessLookupError:
+        pass
+    child.join()
+    return status, time.monotonic() - start
+
+
+def difference(source: str, mutant: str) -> list[str]:
+    """Return the changed lines, `- old` and `+ new`."""
+    lines = difflib.unified_diff(source.splitlines(), mutant.splitlines(), n=0, lineterm="")
+    return [line for line in lines if line[:3] not in ("---", "+++")]
+
+
+def judge(root: Path, file: str, args, done: dict, out) -> None:
+    """Try the mutants of one file, one after the other, and append what became of each."""
+    source, tests = (root / file).read_text(encoding="utf-8"), tests_of(root, file)
+    mutants = [(kind, mutant, hashlib.sha256(mutant.encode()).hexdigest()[:16])
+               for kind, mutant in draw(source, args.per_file, random.Random(f"{args.seed} {file}"))]
+    missing = [entry for entry in mutants if (file, entry[2]) not in done]
+    folder = clone(root)
+    try:
+        limit = 900.0
+        if missing:
+            status, seconds = run_tests(folder, tests, args.mark, 3600)
+            limit = 60 + 4 * seconds
+            print(f"{file}: {len(missing)} mutants, {seconds:.0f} s: {' '.join(tests)}", flush=True)
+            if status != 0:
+                raise RuntimeError(f"{file}: its tests fail without a mutant: status {status}")
+        for kind, mutant, key in missing:
+            (folder / file).write_text(mutant, encoding="utf-8")
+            status, seconds = run_tests(folder, tests, args.mark, limit)
+            done[file, key] = row = dict(file=file, key=key, kind=kind, status=status,
+                                         seconds=round(seconds), killed=status != 0,
+                                         diff=difference(source, mutant))
+            out.write(json.dumps(row) + "\n")
+            out.flush()
+    finally:
+        shutil.rmtree(folder)
+    return [done[file, key] for _, _, key in mutants if (file, key) in done]
+
+
+def reason(row: dict) -> str | None:
+    """Return why a mutant has no effect, if EQUIVALENT knows it."""
+    lines = [[line[1:].strip() for line in row["diff"] if line[0] == sign] for sign in "-+"]
+    return EQUIVALENT.get((row["file"], *(" ".join(part) for part in lines)))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--files", nargs="+", required=True, help="files, as minids/model/mla.py")
+    parser.add_argument("--per-file", type=int, default=15, help="mutants a file (default 15)")
+    parser.add_argument("--seed", type=int, default=1, help="which mutants are drawn (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="files at a time (default 1)")
+    parser.add_argument("--out", default="runs/mutants.jsonl", help="where the results are kept")
+    parser.add_argument("--mark", default="not slow and not exhaustive", help="pytest's -m")
+    parser.add_argument("--root", default=str(Path(__file__).resolve().parent.parent),
+                        help="the checkout (default: this one)")
+    args = parser.parse_args()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import pytest, torch  # noqa: E401, F401 - once: the forks inherit it
+    torch.set_num_threads(1)
+    Path(args.out).parent.mkdir(parents=True, exist_ok=True)
+    rows = [json.loads(line) for line in open(args.out)] if Path(args.out).exists() else []
+    done = {(row["file"], row["key"]): row for row in rows}
+    with open(args.out, "a") as out, ThreadPoolExecutor(args.jobs) as pool:
+        found = list(pool.map(lambda file: judge(Path(args.root), file, args, done, out),
+                              args.files))
+    print(f"\n{'file':36} mutants killed equivalent survived")
+    lived = []
+    for file, rows in zip([*args.files, "all"], [*found, sum(found, [])], strict=True):
+        killed, same = sum(r["killed"] for r in rows), sum(not r["killed"] and reason(r) is not None for r in rows)
+        print(f"{file:36} {len(rows):7} {killed:6} {same:10} {len(rows) - killed - same:8}")
+        lived += [r for r in rows if file != "all" and not r["killed"] and reason(r) is None]
+    for row in lived:
+        print(f"\n{row['file']} ({row['kind']})", *row["diff"], sep="\n")
+
+
+if __name__ == "__main__":
+    main()
