@@ -65,6 +65,14 @@ def test_a_distribution_adds_up_to_one_at_any_shape(name):
     assert torch.equal(probs[1, 2], sampler.distribution(logits[1, 2]))
 
 
+def test_the_nucleus_ends_exactly_at_its_probability():
+    """Four tokens of a quarter each, exact in binary: top_p = n/4 leaves n of them, not n + 1."""
+    logits = torch.tensor([0.0, 0.0, float("-inf"), 0.0, 0.0])
+    for n in (1, 2, 3):
+        probs = Sampler(1.0, top_p=n / 4).distribution(logits)
+        assert (probs > 0).sum() == n and probs.max() == torch.tensor(1 / n)
+
+
 # A text of three tokens, each of which depends on the one before: model and drafter as tables.
 V, D = 4, 2
 GENERATOR = torch.Generator().manual_seed(5)
@@ -164,6 +172,25 @@ def test_greedy_drafts_pass_if_they_are_the_models_choice():
         drafts = torch.tensor([drafts])
         q = torch.nn.functional.one_hot(drafts, 3).float()
         assert [t.item() for t in Sampler().verify(drafts, q, p)] == [passed, token]
+
+
+@pytest.mark.parametrize("others", [0, 1, 3])
+def test_a_replacement_follows_its_own_row_whatever_the_batch(others):
+    """A failed draft is replaced from [0.8, 0.2, 0, 0], also alone in its batch.
+
+    The other rows have nothing left of p - q, so sums over the wrong dimension show. A wrong rule
+    draws the third token with probability 0.2 / 0.7 each time; 0.71^100 is below 1e-14.
+    """
+    p = torch.tensor([0.5, 0.3, 0.2, 0.0]).expand(1 + others, 2, 4)
+    q = p[:, :1].clone()
+    q[0, 0] = torch.tensor([0.1, 0.2, 0.2, 0.5])
+    drafts = torch.tensor([[3]] + [[2]] * others)  # p of the first is 0; the others all pass
+    sampler = Sampler(1.0, generator=torch.Generator().manual_seed(0))
+    drawn = [sampler.verify(drafts, q, p) for _ in range(400)]
+    assert all(passed.tolist() == [0] + [1] * others for passed, _ in drawn)
+    first = torch.stack([token[0] for _, token in drawn]).bincount(minlength=4) / 400
+    assert (first - torch.tensor([0.8, 0.2, 0.0, 0.0])).abs().max() < 0.08  # 4 deviations of 0.02
+    assert first[2:].sum() == 0
 
 
 def test_what_has_no_probability_is_never_drawn():
