@@ -1015,3 +1015,13 @@ def test_full_disk_leaves_the_last_checkpoint(small_disk, tmp_path, flags, unbro
     shutil.move(run, tmp_path / "larger")  # to a disk with room
     said = run_train("--resume", "--out", str(tmp_path / "larger"))
     assert said.status == 0 and differences(unbroken, tmp_path / "larger") == []
+
+
+def test_fp8_rounds_the_products(home, flags, unbroken):
+    """The first loss, before any update, moves a little: a run with --fp8 does not train wide."""
+    run = home / "fp8"
+    said = run_train(*flags, "--fp8", "--steps", "1", "--out", str(run))
+    assert (said.status, said.err) == (0, "")
+    wide, rounded = (json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["main"]
+                     for folder in (unbroken, run))
+    assert wide != rounded and abs(rounded / wide - 1) < 0.01
