@@ -30,6 +30,7 @@ pytest.importorskip("jupyterlab", reason="jupyterlab is not installed")
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not BROWSER, reason=f"none of {', '.join(BROWSERS)} is on the PATH"),
     pytest.mark.skipif(sys.platform == "win32", reason="needs process groups and symlinks"),
 ]

@@ -1,16 +1,22 @@
-"""Every command of the README is run: as it stands there, in its order, made small by more flags.
+"""Run every command of the four pages, as it stands there, made small by more flags.
 
-A command is either run here or named in ELSEWHERE with the test that runs it.
+All run in this process, by `runpy`, in a temporary folder: importing torch takes seconds. A
+command is run here or named in ELSEWHERE with the test that runs it; one that stands on two pages
+is run once.
 """
 
+import contextlib
+import io
 import json
-import os
 import re
+import runpy
 import shlex
-import subprocess
+import shutil
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 from local_hub import serve
@@ -19,6 +25,7 @@ from small_models import LITTLE, scrambled
 from minids.__main__ import programs
 
 ROOT = Path(__file__).resolve().parent.parent
+PAGES = ("README.md", "minids/README.md", "notebooks/README.md", "figures/README.md")
 PROGRAMS = ("python", "pip", "pytest", "jupyter", "nbgrader", "cd")
 
 # The beginning of a command -> flags that make it small. The longest beginning counts.
@@ -64,17 +71,23 @@ SMALL = {
     "python -m minids.costs": "", "python -m minids.hf": "", "python -m minids": "",
     "python tests/kill_and_resume.py": "--kills 1", "python tests/parity_hf.py": "--seeds 1",
     "python tests/notebook_times.py": "--only 00",
-    "pytest tests/test_fp8.py -k half_of_bf16": "--collect-only -p no:cacheprovider",
 }
+
+# A program that is only named: its help.
+NAMED = {"python -m minids.grpo"}
+
+# These take more than ten seconds, and other tests run what they run.
+SLOW = ("python tests/", "python -m minids.lab.bench --what moe-vs-dense")
 
 # What is not run here, and where it is.
 ELSEWHERE = {
     "pip install": ".ci/run makes a fresh environment",
     "pytest": ".ci/run calls it",
     "jupyter lab": "tests/test_jupyterlab.py",
-    "nbgrader": "tests/test_course.py",
-    "python -m minids.lab.course": "tests/test_course.py",
-    "python -m minids.lab.claims": "tests/test_claims.py, on small runs",
+    "nbgrader": "tests/lab/test_course.py",
+    "python -m minids.lab.course": "tests/lab/test_course.py",
+    "python -m minids.lab.claims": "tests/lab/test_claims.py, on small runs",
+    "python -m minids.lab.flags": "tests/lab/test_flags.py",
     "python -m minids.r1": "tests/test_r1.py runs all stages with small settings",
 }
 
@@ -109,10 +122,20 @@ def spans(text: str) -> list[list[str]]:
     return [[command] for command in found]
 
 
-TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
-README = blocks(TEXT)
-README += [[c] for [c] in spans(TEXT) if not any(c in block for block in README)]
-HERE = [[c for c in commands if beginning(c, SMALL)] for commands in README]
+def groups(pages: list[str]) -> list[list[str]]:
+    """The blocks' commands, then each command between backticks; none twice, but in a block's way.
+
+    A block is one story: its commands stay together, and in order.
+    """
+    found = [block for page in pages for block in blocks(page)]
+    seen = {command for block in found for command in block}
+    alone = dict.fromkeys(c for page in pages for [c] in spans(page) if c not in seen)
+    return found + [[command] for command in alone]
+
+
+COMMANDS = groups([(ROOT / page).read_text(encoding="utf-8") for page in PAGES])
+HERE = [here for block in COMMANDS if (here := [c for c in block if beginning(c, SMALL)])]
+HERE = [block for i, block in enumerate(HERE) if block not in HERE[:i]]
 
 
 def title(commands: list[str]) -> str:
@@ -128,8 +151,8 @@ def hub(tmp_path_factory):
                                                               "sample/10BT")):
         place = folder / name / config
         place.mkdir(parents=True)
-        rows = [json.dumps({"text": f"Story {i}. " + "Once there was a token. " * 40})
-                for i in range(3000)]
+        rows = [json.dumps({"text": f"Story {i}. Once there was a token. It read on."})
+                for i in range(1500)]
         (place / "train-00000.jsonl").write_text("\n".join(rows))
     (folder / "HuggingFaceFW/fineweb-edu/README.md").write_text(
         "---\nconfigs:\n- config_name: sample-10BT\n  data_files:\n  - split: train\n"
@@ -146,32 +169,70 @@ def hub(tmp_path_factory):
     server.shutdown()
 
 
-@pytest.fixture
-def run(tmp_path, hub):
-    """Run a command of the README, made small, in one folder of its own."""
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_ENDPOINT": hub.url,
-           "HF_HOME": str(tmp_path / "home")}
+class Said(NamedTuple):
+    """What a program did: exit status and what it wrote."""
 
-    def run(command: str, extra: str = "") -> subprocess.CompletedProcess:
-        program, *words = shlex.split(f"{command} {extra}")
-        words = ["-m", "pytest", *words] if program == "pytest" else words
-        words = [str(ROOT / word) if word.startswith("tests/") else word for word in words]
-        return subprocess.run([sys.executable, *words], cwd=tmp_path, env=os.environ | own,
-                              capture_output=True, text=True, timeout=300)
-    return run
+    status: int
+    out: str
+    err: str
 
 
-def prepare(folder: Path, run, commands: list[str]) -> None:
-    """What the commands of a block find: a first run, texts, released folders."""
-    text = "\n".join(commands)
+def run_here(folder: Path, command: str, extra: str = "") -> Said:
+    """Run `python ..` of a page, made small, in a folder, as the program of this process."""
+    _, *words = shlex.split(f"{command} {extra}")
+    name = words.pop(1) if words[0] == "-m" else ""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), \
+            contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        warnings.filterwarnings("ignore", ".*found in sys.modules", RuntimeWarning)
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", words)
+        try:
+            if name:
+                runpy.run_module(name, run_name="__main__", alter_sys=True)
+            else:
+                runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+    return Said(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def surroundings(hub, tmp_path_factory):
+    """What the programs read from the environment: the hub, and where they find the package."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setenv("HF_ENDPOINT", hub.url)
+        patch.setenv("HF_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+def write_texts(folder: Path) -> None:
+    """The learner's own texts."""
     for name in ("my_folder", "books"):
         (folder / name).mkdir()
         for i in range(30):
             (folder / name / f"{i}.txt").write_text(f"Text {i} about tokens, and more.\n" * 40)
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory) -> Path:
+    """What `python -m minids.train` leaves, made small."""
+    folder = tmp_path_factory.mktemp("first")
+    write_texts(folder)
+    said = run_here(folder, "python -m minids.train",
+                    f"{SMALL['python -m minids.train']} --out tiny")
+    assert said.status == 0, said
+    return folder / "tiny"
+
+
+def prepare(folder: Path, first_run: Path, commands: list[str]) -> None:
+    """What the commands of a block find: a first run, texts, released folders."""
+    text = "\n".join(commands)
+    write_texts(folder)
     for name in ("tiny", "deep"):
         if f"runs/{name}" in text or name == "tiny" and re.search("--drafts|speculative", text):
-            assert run("python -m minids.train",
-                       f"{SMALL['python -m minids.train']} --out runs/{name}").returncode == 0
+            shutil.copytree(first_run, folder / "runs" / name)
     if re.search("runs/r1|FOLDER", text):
         for place in ("runs/r1/final", "FOLDER"):
             target = folder / place
@@ -191,23 +252,31 @@ def released(folder: Path) -> None:
     save_hf(scrambled(args).float(), folder, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("commands", [c for c in HERE if c], ids=title)
-def test_the_commands_of_a_block_run(commands, run, tmp_path):
-    prepare(tmp_path, run, commands)
+@pytest.mark.parametrize("commands", [pytest.param(
+    c, marks=pytest.mark.slow if c[0].startswith(SLOW) else ()) for c in HERE], ids=title)
+def test_the_commands_of_a_block_run(commands, first_run, tmp_path):
+    prepare(tmp_path, first_run, commands)
     for command in commands:
-        done = run(command, SMALL[beginning(command, SMALL)])
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        assert "Traceback" not in done.stderr
+        more = "--help" if command in NAMED else SMALL[beginning(command, SMALL)]
+        said = run_here(tmp_path, command, more)
+        assert said.status == 0, f"{command}\n{said.out}\n{said.err}"
 
 
 def test_no_command_is_left_out():
-    every = [command for commands in README for command in commands if command[:3] != "cd "]
+    every = [command for block in COMMANDS for command in block if command[:3] != "cd "]
     assert [c for c in every if not (beginning(c, SMALL) or beginning(c, ELSEWHERE))] == []
     assert {beginning(c, ELSEWHERE) for c in every} - {None} <= set(ELSEWHERE)
 
 
-def test_an_unknown_flag_would_be_noticed(run):
-    assert run("python -m minids.costs --preset v3 --colour red").returncode == 2
+def test_the_tests_that_are_named_exist():
+    for command in {c for block in COMMANDS for c in block if c.startswith("pytest tests/")}:
+        path, *words = command.split()[1:]
+        assert (ROOT / path).is_file()
+        assert not words or f"{words[1]}" in (ROOT / path).read_text(), command
+
+
+def test_an_unknown_flag_would_be_noticed(tmp_path):
+    assert run_here(tmp_path, "python -m minids.costs --preset v3 --colour red").status == 2
 
 
 def test_blocks_are_read():

@@ -35,6 +35,7 @@ def test_the_interval_is_students():
 SHORT = dict(preset="nano", seeds=2, steps=4, threads=1, jobs=2)
 
 
+@pytest.mark.slow
 def test_fp8_trains_beside_full_precision_and_goes_on(tmp_path, capsys):
     flags = [f"--{k}={v}" for k, v in SHORT.items()] + ["--what=fp8", f"--out={tmp_path}"]
     claims.main(flags)
@@ -70,6 +71,7 @@ def test_the_balance_table_has_a_row_a_regime():
     assert rows[0][5:8] == ("0.60", "1.0", "1.6000")
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(claims.REGIMES, "fp8", {"without": ["--lr", "-1"], "with": []})
     with pytest.raises(ChildProcessError, match="without-seed-0.*lr = -1.0 is not valid"):

@@ -129,6 +129,7 @@ def drive(course: Path, stem: str) -> None:
     assert sum(got == 0 for got, _ in found["mistaken"]) == 1
 
 
+@pytest.mark.slow
 class TestEvenNotebooks:
     """Two classes, so that two workers share the time."""
 
@@ -137,6 +138,7 @@ class TestEvenNotebooks:
         drive(course, stem)
 
 
+@pytest.mark.slow
 class TestOddNotebooks:
     """The others, and what they sum up to."""
 
