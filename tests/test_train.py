@@ -443,8 +443,7 @@ def test_validation_and_samples_leave_the_weights_alone(tmp_path, unbroken, flag
     assert (run / name).read_bytes() == (unbroken / name).read_bytes()
 
 
-@pytest.mark.skipif("MINIDS_SLOW" not in os.environ,
-                    reason="compiling takes more than a minute: set MINIDS_SLOW=1")
+@pytest.mark.slow  # compiling takes more than a minute
 def test_compiled_run_has_nearly_the_same_loss(tmp_path, flags):
     records = []
     for option in ([], ["--compile"]):
