@@ -95,7 +95,9 @@ ELSEWHERE = {
 def blocks(text: str) -> list[list[str]]:
     """The commands of each fenced block, without the remark behind two or more spaces."""
     found = []
-    for block in re.findall(r"^```\n(.*?)^```", text, re.M | re.S):
+    for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S):
+        if language:
+            continue
         lines = block.replace("\\\n", "").splitlines()
         words = [re.split(r"(?<=\S)\s{2,}(?=\S)(?!--)", line)[0].strip() for line in lines]
         commands = [part.strip() for line in words for part in line.split("&&")]
@@ -112,7 +114,7 @@ def beginning(command: str, known: dict) -> str | None:
 def spans(text: str) -> list[list[str]]:
     """The commands between backticks, outside of blocks; tables leave out `python -m minids.`"""
     found, modules = {}, {name for name, _ in programs()}
-    for line in re.sub(r"^```.*?^```", "", text, flags=re.M | re.S).split("\n\n"):
+    for line in re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S).split("\n\n"):
         for span in re.findall(r"`([^`]+)`", line):
             first, *more = span.split()
             if line.startswith("|") and first in modules:
@@ -281,7 +283,7 @@ def test_an_unknown_flag_would_be_noticed(tmp_path):
 
 def test_blocks_are_read():
     text = "Do\n```\npip install x && python -m a --b 1   remark  more\ncd x\nls\n```\n" \
-           "```\npython -m b --c \\\n    --d 2\nplain words\n```\n```json\n{}\n```\n"
+           "```json\n{}\n```\n```\npython -m b --c \\\n    --d 2\nplain words\n```\n"
     assert blocks(text) == [["pip install x", "python -m a --b 1", "cd x"],
                             ["python -m b --c     --d 2"]]
     assert spans(f"See `python -m minids.a\n--b 1`, `a.py`\n\n| `costs --c 2` |\n{text}") == [
