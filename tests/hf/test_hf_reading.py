@@ -115,6 +115,14 @@ TENSORS = {
     "missing expert": (tensors_with(lambda t: t.pop(EXPERT)), WEIGHTS, f"{EXPERT} is missing"),
     "several missing": (tensors_with(lambda t: [t.pop(WO), t.pop(EXPERT)]), WEIGHTS, "and 1 more"),
     "extra": (tensors_with(lambda t: t.update(odd=torch.ones(2))), WEIGHTS, "odd is extra"),
+    "extra and empty": (tensors_with(lambda t: t.update(odd=torch.ones(2, 0))), WEIGHTS,
+                        "odd is extra"),
+    "shared experts in a dense layer": (tensors_with(lambda t: t.update({
+        "model.layers.0.mlp.shared_experts.up_proj.weight": torch.ones(2, 2)})), WEIGHTS,
+        "shared_experts.up_proj.weight is extra"),
+    "a copy in a layer of the model": (tensors_with(lambda t: t.update({
+        "model.layers.1.embed_tokens.weight": torch.ones(2, 2)})), WEIGHTS,
+        "layers.1.embed_tokens.weight is extra"),
     "a layer too many": (config_with(num_hidden_layers=1), WEIGHTS, "layers.1."),
     "an expert too many": (config_with(n_routed_experts=7, n_group=1, topk_group=1), WEIGHTS,
                            "experts.7."),

@@ -24,6 +24,10 @@ def test_a_released_configuration_is_the_preset(name, monkeypatch):
     if not expected.yarn:
         expected = replace(expected, mscale=1.0)  # a released file has no word for it
     assert args_from_config(config) == expected
+    written = config_from_args(expected)
+    model_type = {"model_type": hf.settings.ALIASES.get(config["model_type"], config["model_type"])}
+    for field in written.keys() & config.keys():
+        assert written[field] == (config | model_type)[field], field
     # wrong: two fields taken for each other, which no round trip would notice
     monkeypatch.setitem(hf.settings.FIELDS, "moe_inter_dim", "intermediate_size")
     monkeypatch.setitem(hf.settings.FIELDS, "inter_dim", "moe_intermediate_size")

@@ -49,6 +49,33 @@ def test_bits_per_byte_equal_a_slow_plain_computation():
     assert found != pytest.approx(sum(alone) / len(alone), rel=1e-3)
 
 
+@torch.no_grad()
+def test_documents_that_do_not_see_each_other_are_evaluated_alone():
+    model, (tokens, n_bytes) = scrambled(LITTLE), text()
+    begin = 7
+    tokens[[0, 13, 17, 44, 45, 82]] = begin
+
+    def alone(begin: int) -> float:
+        """Bits per byte, each document's part of a window run by itself."""
+        nats, size = 0.0, 0
+        for start in range(0, 90, SEQ_LEN):
+            window = tokens[start:start + SEQ_LEN + 1]
+            cuts = [0, *((window[:-1] == begin).nonzero().flatten().tolist()), SEQ_LEN]
+            for first, end in zip(cuts, cuts[1:], strict=False):
+                if end > first:
+                    logp = model(window[None, first:end])[0].log_softmax(-1)
+                    targets = window[first + 1:end + 1]
+                    nats -= logp.gather(1, targets[:, None]).sum().item()
+                    size += int(n_bytes[targets].sum())
+        return nats / math.log(2) / size
+
+    found = evaluate(model, tokens, n_bytes, SEQ_LEN, 4, begin_id=begin).bits_per_byte
+    assert found == pytest.approx(alone(begin), rel=CLOSE)
+    assert found != pytest.approx(alone(begin=8), rel=1e-3)  # wrong: another token begins one
+    assert found != pytest.approx(evaluate(model, tokens, n_bytes, SEQ_LEN, 4).bits_per_byte,
+                                  rel=1e-3)
+
+
 def test_the_batch_size_changes_nothing():
     model, (tokens, n_bytes) = scrambled(LITTLE), text()
     found = {size: evaluate(model, tokens, n_bytes, SEQ_LEN, size) for size in (1, 4, 100)}
