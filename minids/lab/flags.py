@@ -1,10 +1,8 @@
 """Print every program's flags as Markdown, from the settings classes, in the words of `--help`.
 
-    python -m minids.lab.flags
-    python -m minids.lab.flags --page minids/README.md   # write them between the page's marks
+    python -m minids.lab.flags --page minids/README.md    # write them between the page's marks
 """
 
-import argparse
 import contextlib
 import importlib
 import io
@@ -41,7 +39,7 @@ def classes_of(program: str) -> list[type]:
 
 def rows(cls: type) -> list[str]:
     """Return a table's lines: the flags that `cls` itself declares or changes."""
-    parser, lines = argparse.ArgumentParser(add_help=False), []
+    parser, lines = command_line.OneLineParser(add_help=False), []
     command_line.add_flags(parser, cls, "")
     for action in (a for a in parser._actions if a.dest in cls.__annotations__):
         meaning, default = action.help.replace("%%", "%").rstrip("]").rsplit(" [", 1)
@@ -70,8 +68,7 @@ def main() -> None:
     """`python -m minids.lab.flags`."""
     [given] = command_line.parse("minids.lab.flags", __doc__, FlagsArgs)
     if not (page := FlagsArgs(**given).page):
-        print(markdown())
-        return
+        return print(markdown())
     before, _, rest = Path(page).read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
     if not end:
