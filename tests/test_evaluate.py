@@ -48,7 +48,10 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     assert "attention to 8 tokens" in out
     status, out, _ = call("--run", tmp_path / "run", "--device", "cpu", "--drafts")
     assert status == 0 and out.splitlines()[-2].startswith("all")
-    assert out.splitlines()[-1].startswith("on its own text")
+    last = out.splitlines()[-1]
+    assert last.startswith("on its own text")
+    drafted = int(last.removeprefix("on its own text").split()[0].replace(",", ""))
+    assert drafted and drafted % (32 // 2 - 2) == 0  # prompt, output and drafts fit a window
     for words, named in ((["--run", "nowhere"], "nowhere"), (["--batch-size", 0], "batch_size = 0"),
                          (["--run", tmp_path / "run", "--seq-len", 10**6], "seq_len")):
         status, _, err = call("--device", "cpu", *words)

@@ -41,7 +41,7 @@ def test_tokens_have_the_kind_of_their_first_character():
     words = [(tokenizer.decode([token]).strip(), kind)
              for token, kind in zip(tokens.tolist(), kinds, strict=True)]
     assert ("def", "keywords") in words and ("str", "names") in words and ("#", "comments") in words
-    assert ("note", "comments") in words  # wrong: of a token by itself, which is a name
+    assert ("not", "comments") in words  # of "note"; wrong: a token by itself, here a keyword
 
 
 def literal_agreement(model, batch, depth: int, wanted: list[str], kind: str) -> Agreement:
