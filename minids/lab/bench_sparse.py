@@ -94,7 +94,8 @@ def same_tokens(k: int) -> Rule:
         return Selection(indices, torch.ones_like(indices, dtype=torch.bool))
 
     def rule(attn, x: Tensor, c_q: Tensor, context) -> Selection | None:
-        return first(*x.shape[:2], x.device) if context.visible.size(-1) > k else None
+        keys = context.cache.length + x.size(1)
+        return first(*x.shape[:2], x.device) if keys > k else None
     return rule
 
 
