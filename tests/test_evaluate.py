@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from small_models import scrambled
 
 from minids import ModelArgs, Transformer
 from minids.base.command_line import run_program
@@ -24,7 +25,7 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     tokenizer.save(tmp_path / "run/tokenizer")
     texts = tmp_path / "texts"
     texts.mkdir()
-    for i in range(60):
+    for i in range(300):
         (texts / f"{i}.txt").write_text(f"This is text number {i}, and it is not long.\n" * 4)
     config = {"model": asdict(args), "tokenizer": tokenizer.fingerprint,
               "train": {"data": f"text:{texts}", "seq_len": 32, "seed": 0, "fim_rate": 0.0}}
@@ -56,3 +57,14 @@ def test_the_program(tmp_path, capsys, monkeypatch):
                          (["--run", tmp_path / "run", "--seq-len", 10**6], "seq_len")):
         status, _, err = call("--device", "cpu", *words)
         assert status == 2 and named in err and err.count("\n") == 1, err
+
+    # A model that is sure of something: FP8 and separate documents each change the result.
+    weights = scrambled(args, dtype=torch.float32).state_dict()
+    save_checkpoint(tmp_path / "run", 4, weights, {"step": 4})
+    words = ["--run", tmp_path / "run", "--device", "cpu", "--seq-len", 128]
+    results = [call(*words), call(*words, "--fp8")]
+    config["train"]["separate"] = True
+    (tmp_path / "run/config.json").write_text(json.dumps(config))
+    results.append(call(*words))
+    assert [status for status, *_ in results] == [0, 0, 0]
+    assert len({out for _, out, _ in results}) == 3
