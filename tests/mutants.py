@@ -1,7 +1,6 @@
 """Count the mistakes that the tests notice: draw random mutants of a file and run its tests.
 
-    python tests/mutants.py --files minids/model/mla.py minids/model/moe.py --per-file 15
-    python tests/mutants.py --files minids/model/mla.py --seed 2 --jobs 2 --out mutants.jsonl
+    python tests/mutants.py --files minids/model/*.py --per-file 15 --seed 1 --jobs 2
 
 A mutant is the file with one small change of its code: an operator swapped, a comparison turned,
 a constant changed, a statement dropped, two arguments of a call exchanged, a condition negated.
@@ -13,6 +12,7 @@ the first stopped. Prints a table, and the survivors as diffs. Exhaustive: many 
 import argparse
 import ast
 import collections
+import contextlib
 import difflib
 import hashlib
 import itertools
@@ -32,16 +32,15 @@ import pytest
 import torch  # once: the forks inherit it
 
 # Beside the file's own tests (tests/model/test_mla.py): those that hold it from further away.
-ALSO = {
-    "base": ["config", "train"], "cache": ["mla", "transformer"], "checkpoint": ["train"],
-    "chat": ["sft"], "config": ["transformer", "train"], "data": ["train"],
-    "decode": ["generate", "speculative"], "fields": ["config", "train"], "grpo": ["r1"],
-    "kernels": ["moe", "mla", "transformer"], "layers": ["transformer"], "learner": ["train"],
-    "loop": ["train"], "mla": ["transformer", "parity_hf"], "moe": ["transformer", "parity_hf"],
-    "model": ["parity_hf", "mtp"], "objective": ["transformer", "mtp"], "optim": ["train"],
-    "optimizers": ["train"], "rope": ["mla"], "sampling": ["speculative", "generate"],
-    "sft": ["r1"], "tokenizer": ["data"], "transformer": ["parity_hf", "mtp"],
-}
+ALSO = {name: tests.split() for name, tests in {
+    "base": "config train", "cache": "mla transformer", "chat": "sft", "checkpoints": "train",
+    "config": "transformer", "distill": "r1", "fields": "config train", "fp8": "fp8 bodies",
+    "folded": "generate speculative", "grpo": "r1", "kernels": "moe mla transformer",
+    "layers": "transformer", "learner": "train", "mla": "transformer parity_hf",
+    "moe": "transformer parity_hf", "objective": "transformer mtp", "optimizers": "train",
+    "recompute": "transformer train", "rl": "grpo", "rope": "mla",
+    "sampling": "speculative generate", "sft": "r1", "solve": "r1", "text": "train",
+    "tokenizer": "tokenizer", "transformer": "parity_hf mtp"}.items()}
 
 # (file, line before, line after) -> why no test can see the difference.
 EQUIVALENT: dict[tuple[str, str, str], str] = {}
@@ -58,6 +57,11 @@ SILENT = {"print", "option", "ArgumentParser", "add_argument", "field"}  # texts
 def changed(node: ast.AST, **parts) -> ast.AST:
     """Return a copy of a node with some of its fields replaced."""
     return type(node)(**dict(ast.iter_fields(node)) | parts)
+
+
+def name_of(call: ast.Call) -> str:
+    """Return the last name of what is called."""
+    return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
 def mutations(node: ast.AST):
@@ -92,17 +96,11 @@ def mutations(node: ast.AST):
 def droppable(node: ast.AST, stores: collections.Counter) -> bool:
     """Return whether the code still has all its names when a statement is dropped."""
     if isinstance(node, ast.Assign):
-        names = [n.id for t in node.targets for n in ast.walk(t)
-                 if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
-        return all(stores[name] > 1 for name in names)
+        return all(stores[n.id] > 1 for n in ast.walk(node)
+                   if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
     text = isinstance(node, ast.Expr) and (isinstance(node.value, ast.Constant) or (
         isinstance(node.value, ast.Call) and name_of(node.value) in SILENT))
     return isinstance(node, ast.Expr | ast.AugAssign | ast.Raise) and not text
-
-
-def name_of(call: ast.Call) -> str:
-    """Return the last name of what is called."""
-    return getattr(call.func, "attr", getattr(call.func, "id", ""))
 
 
 def walk(node: ast.AST, stores: collections.Counter):
@@ -145,12 +143,13 @@ def draw(source: str, count: int, seed: str) -> list[tuple[str, str]]:
 
 
 def tests_of(root: Path, file: str) -> list[str]:
-    """Return the test files that hold a file: its own, or its folder's, and those of ALSO."""
+    """Return the test files that hold a file: its own, else its folder's, and those of ALSO."""
     path = Path(file)
+    here = root / "tests" / path.relative_to("minids").parent
     also = ALSO.get(path.stem, ALSO.get(path.parent.name, []))
-    own = sorted((root / "tests").rglob(f"test_{path.stem}.py")) or sorted(
-        (root / "tests" / path.relative_to("minids").parent).glob("test_*.py"))
-    found = own + [p for stem in also for p in sorted((root / "tests").rglob(f"test_{stem}.py"))]
+    own = sorted(here.glob(f"test_*{path.stem}.py"))
+    own = own if own or path.stem in ALSO else sorted(here.glob("test_*"))
+    found = [*own, *(p for name in also for p in root.rglob(f"tests/**/test_{name}.py"))]
     return [str(p.relative_to(root)) for p in dict.fromkeys(found)]
 
 
@@ -161,7 +160,7 @@ def clone(root: Path) -> Path:
         if entry.name in ("minids", "tests", "notebooks"):
             shutil.copytree(entry, folder / entry.name,
                             ignore=shutil.ignore_patterns("__pycache__"))
-        elif not entry.name.startswith("."):
+        elif entry.name[0] != ".":
             (folder / entry.name).symlink_to(entry.resolve())
     return folder
 
@@ -171,33 +170,23 @@ def pytest_here(folder: Path, tests: list[str], mark: str) -> None:
     os.setsid()
     os.chdir(folder)
     sys.path[0] = str(folder)
-    null = os.open(os.devnull, os.O_RDWR)
     for stream in (0, 1, 2):
-        os.dup2(null, stream)
-    os._exit(pytest.main(["-x", "-q", "-o", "addopts=", "-m", mark, "-p", "no:cacheprovider",
-                          *tests]))
+        os.dup2(os.open(os.devnull, os.O_RDWR), stream)
+    os._exit(pytest.main(["-xqp", "no:cacheprovider", "-o", "addopts=", "-m", mark, *tests]))
 
 
 def run_tests(folder: Path, tests: list[str], mark: str, limit: float) -> tuple[int | str, float]:
     """Return pytest's status, or "timeout", and seconds, from a fork that has imported torch."""
     start = time.monotonic()
-    child = multiprocessing.get_context("fork").Process(target=pytest_here,
-                                                        args=(folder, tests, mark))
+    fork = multiprocessing.get_context("fork")
+    child = fork.Process(target=pytest_here, args=(folder, tests, mark))
     child.start()
     child.join(limit)
     status = "timeout" if child.is_alive() else child.exitcode
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)  # what the tests have started ends with them
-    except ProcessLookupError:
-        pass
     child.join()
     return status, time.monotonic() - start
-
-
-def difference(source: str, mutant: str) -> list[str]:
-    """Return the changed lines, `- old` and `+ new`."""
-    lines = difflib.unified_diff(source.splitlines(), mutant.splitlines(), n=0, lineterm="")
-    return [line for line in lines if line[:3] not in ("---", "+++")]
 
 
 def judge(root: Path, file: str, args, done: dict, out) -> list[dict]:
@@ -208,19 +197,18 @@ def judge(root: Path, file: str, args, done: dict, out) -> list[dict]:
     missing = [entry for entry in mutants if (file, entry[2]) not in done]
     folder = clone(root)
     try:
-        limit = 900.0
-        if missing and not args.trust:
+        if missing:
             status, seconds = run_tests(folder, tests, args.mark, 3600)
-            limit = 60 + 4 * seconds
             print(f"{file}: {len(missing)} mutants, {seconds:.0f} s: {' '.join(tests)}", flush=True)
             if status != 0:
                 raise RuntimeError(f"{file}: its tests fail without a mutant: status {status}")
         for kind, mutant, key in missing:
             (folder / file).write_text(mutant, encoding="utf-8")
-            status, seconds = run_tests(folder, tests, args.mark, limit)
+            status, took = run_tests(folder, tests, args.mark, 60 + 4 * seconds)
+            diff = difflib.unified_diff(source.splitlines(), mutant.splitlines(), n=0, lineterm="")
             done[file, key] = row = dict(file=file, key=key, kind=kind, status=status,
-                                         seconds=round(seconds), killed=status != 0,
-                                         diff=difference(source, mutant))
+                                         seconds=round(took), killed=status != 0,
+                                         diff=[*diff][2:])
             out.write(json.dumps(row) + "\n")
             out.flush()
     finally:
@@ -242,25 +230,20 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="files at a time (default 1)")
     parser.add_argument("--out", default="runs/mutants.jsonl", help="where the results are kept")
     parser.add_argument("--mark", default="not slow and not exhaustive", help="pytest's -m")
-    parser.add_argument("--trust", action="store_true", help="do not run the tests without a "
-                        "mutant first; a mutant then has 900 seconds")
-    parser.add_argument("--root", default=str(Path(__file__).resolve().parent.parent),
-                        help="the checkout (default: this one)")
+    parser.add_argument("--root", default=Path(__file__).resolve().parent.parent, help="a checkout")
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
     Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.loads(line) for line in open(args.out)] if Path(args.out).exists() else []
-    done = {(row["file"], row["key"]): row for row in rows}
-    with open(args.out, "a") as out, ThreadPoolExecutor(args.jobs) as pool:
-        found = list(pool.map(lambda file: judge(Path(args.root), file, args, done, out),
-                              args.files))
+    with open(args.out, "a+") as out, ThreadPoolExecutor(args.jobs) as pool:
+        out.seek(0)
+        done = {(row["file"], row["key"]): row for row in map(json.loads, out)}
+        found = [*pool.map(lambda file: judge(Path(args.root), file, args, done, out), args.files)]
     print(f"\n{'file':36} mutants killed equivalent survived")
-    lived = []
     for file, rows in zip([*args.files, "all"], [*found, sum(found, [])], strict=True):
         killed, lived = sum(r["killed"] for r in rows), [r for r in rows if survives(r)]
-        print(f"{file:36} {len(rows):7} {killed:6} {len(rows) - killed - len(lived):10} "
-              f"{len(lived):8}")
+        same = len(rows) - killed - len(lived)
+        print(f"{file:36} {len(rows):7} {killed:6} {same:10} {len(lived):8}")
     for row in lived:
         print(f"\n{row['file']} ({row['kind']})", *row["diff"], sep="\n")
 
