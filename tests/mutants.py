@@ -4,9 +4,9 @@
 
 A mutant is the file with one small change of its code: an operator swapped, a comparison turned,
 a constant changed, a statement dropped, two arguments of a call exchanged, a condition negated.
-Each kind is drawn equally often. A mutant is killed if a test fails or takes far longer than it
-does without the mutant. A line is appended to --out for each one, so a second call goes on where
-the first stopped. Prints a table, and the survivors as diffs. Exhaustive: many CPU minutes.
+Each kind is drawn equally often. It is killed if a test fails or takes far longer than without the
+mutant. --out gets a line for each, so that a second call goes on where the first stopped. Prints a
+table, and the survivors as diffs. Exhaustive: it takes many minutes.
 """
 
 import argparse
@@ -51,6 +51,7 @@ OPERATORS = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div, ast.Add
 COMPARISONS = {ast.Lt: [ast.LtE, ast.Gt], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.Lt],
                ast.GtE: [ast.Gt, ast.Lt], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq],
                ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.NotIn: [ast.In]}
+FORK = multiprocessing.get_context("fork")
 SILENT = {"print", "option", "ArgumentParser", "add_argument", "field"}  # texts and defaults
 
 
@@ -133,9 +134,8 @@ def draw(source: str, count: int, seed: str) -> list[tuple[str, str]]:
         text = f"({ast.unparse(new)})" if isinstance(old, ast.expr) else ast.unparse(new)
         kinds[kind].append((whole[:begin] + text.encode() + whole[end:]).decode())
     order, drawn = sorted(kinds), {}
-    rng.shuffle(order)
-    for kind in order:
-        rng.shuffle(kinds[kind])
+    for pool in (order, *map(kinds.get, order)):
+        rng.shuffle(pool)
     while any(kinds.values()):
         for kind in filter(kinds.get, order):
             drawn.setdefault(kinds[kind].pop(), kind)
@@ -178,8 +178,7 @@ def pytest_here(folder: Path, tests: list[str], mark: str) -> None:
 def run_tests(folder: Path, tests: list[str], mark: str, limit: float) -> tuple[int | str, float]:
     """Return pytest's status, or "timeout", and seconds, from a fork that has imported torch."""
     start = time.monotonic()
-    fork = multiprocessing.get_context("fork")
-    child = fork.Process(target=pytest_here, args=(folder, tests, mark))
+    child = FORK.Process(target=pytest_here, args=(folder, tests, mark))
     child.start()
     child.join(limit)
     status = "timeout" if child.is_alive() else child.exitcode
@@ -209,8 +208,7 @@ def judge(root: Path, file: str, args, done: dict, out) -> list[dict]:
             done[file, key] = row = dict(file=file, key=key, kind=kind, status=status,
                                          seconds=round(took), killed=status != 0,
                                          diff=[*diff][2:])
-            out.write(json.dumps(row) + "\n")
-            out.flush()
+            print(json.dumps(row), file=out, flush=True)
     finally:
         shutil.rmtree(folder)
     return [done[file, key] for _, _, key in mutants if (file, key) in done]
