@@ -53,6 +53,7 @@ COMPARISONS = {ast.Lt: [ast.LtE, ast.Gt], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [as
                ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.NotIn: [ast.In]}
 FORK = multiprocessing.get_context("fork")
 SILENT = {"print", "option", "ArgumentParser", "add_argument", "field"}  # texts and defaults
+TEXTS = {"annotation", "returns", "decorator_list", "exc"}
 
 
 def changed(node: ast.AST, **parts) -> ast.AST:
@@ -109,14 +110,12 @@ def walk(node: ast.AST, stores: collections.Counter):
     yield from mutations(node)
     if droppable(node, stores):
         yield "statement", node, ast.Pass()
-    if isinstance(node, ast.Raise | ast.JoinedStr):
-        return
     if isinstance(node, ast.FunctionDef):
         stores = collections.Counter(n.id if isinstance(n, ast.Name) else n.arg
                                      for n in ast.walk(node) if isinstance(n, ast.arg)
                                      or isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
     for name, value in ast.iter_fields(node):
-        if name in ("annotation", "returns", "decorator_list") or (
+        if name in TEXTS or isinstance(node, ast.JoinedStr) or (
                 isinstance(node, ast.Call) and name == "args" and name_of(node) in SILENT):
             continue
         for child in value if isinstance(value, list) else [value]:
