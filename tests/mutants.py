@@ -39,7 +39,7 @@ ALSO = {name: tests.split() for name, tests in {
     "layers": "transformer", "learner": "train", "mla": "transformer parity_hf",
     "moe": "transformer parity_hf", "objective": "transformer mtp", "optimizers": "train",
     "recompute": "transformer train", "rl": "grpo", "rope": "mla",
-    "sampling": "speculative generate", "sft": "r1", "solve": "r1", "text": "train",
+    "sampling": "speculative generate rollout", "sft": "r1", "solve": "r1", "text": "train",
     "tokenizer": "tokenizer", "transformer": "parity_hf mtp"}.items()}
 
 # (file, line before, line after) -> why no test can see the difference.
