@@ -33,14 +33,14 @@ import torch  # once: the forks inherit it
 
 # Beside the file's own tests (tests/model/test_mla.py): those that hold it from further away.
 ALSO = {name: tests.split() for name, tests in {
-    "base": "config train", "cache": "mla transformer", "chat": "sft", "checkpoints": "train",
-    "config": "transformer", "distill": "r1", "fields": "config train", "fp8": "fp8 bodies",
-    "folded": "generate speculative", "grpo": "r1", "kernels": "moe mla transformer",
+    "base": "config train", "cache": "mla transformer", "chat": "sft", "config": "transformer",
+    "checkpoints": "train generate", "distill": "r1", "fields": "config train",
+    "folded": "generate speculative", "fp8": "fp8 bodies", "kernels": "moe mla transformer",
     "layers": "transformer", "learner": "train", "mla": "transformer parity_hf",
-    "moe": "transformer parity_hf", "objective": "transformer mtp", "optimizers": "train",
-    "recompute": "transformer train", "rl": "grpo", "rope": "mla",
-    "sampling": "speculative generate rollout", "sft": "r1", "solve": "r1", "text": "train",
-    "tokenizer": "tokenizer", "transformer": "parity_hf mtp"}.items()}
+    "moe": "transformer parity_hf", "objective": "transformer mtp sft", "optimizers": "train",
+    "recompute": "transformer train", "rl": "grpo", "grpo": "r1", "rope": "mla", "sft": "r1",
+    "solve": "r1", "sampling": "speculative generate rollout", "text": "train",
+    "tokenizer": "tokenizer", "transformer": "parity_hf mtp sft"}.items()}
 
 # (file, line before, line after) -> why no test can see the difference.
 EQUIVALENT: dict[tuple[str, str, str], str] = {}

@@ -117,6 +117,13 @@ def test_yarn_has_the_published_frequencies():
     torch.testing.assert_close(ramp[11:23], blended)  # FP32 division on both sides
 
 
+def test_a_ramp_without_width_is_a_step():
+    """With so short an original context both ends of the ramp fall on pair 0: no 0 / 0."""
+    args = replace(V3, original_seq_len=6)
+    assert yarn_ramp(args).tolist() == [0.0] + [1.0] * (V3.qk_rope_head_dim // 2 - 1)
+
+
+
 def test_wrong_stretching_is_caught():
     plain = rotary_frequencies(SHORT)
     assert yarn_misses(plain) == [16, 23, 31]  # not stretched
