@@ -1,4 +1,4 @@
-"""What the tests of text share: a tokenizer of bytes, documents read back, checks of checks."""
+"""Helpers of the tests of text: a byte tokenizer, reading documents back, checking checks."""
 
 from pathlib import Path
 
@@ -38,7 +38,7 @@ def decode(ids) -> str:
 
 
 def split_documents(ids) -> list[list[int]]:
-    """The documents of a row of tokens; asserts that each stands between BOS and EOS."""
+    """Return the documents in a sequence of tokens; assert that BOS and EOS enclose each one."""
     documents, current = [], None
     for token in map(int, ids):
         if token == TOKENIZER.bos_id:
@@ -54,7 +54,7 @@ def split_documents(ids) -> list[list[int]]:
 
 
 def reassemble(document: list[int]) -> str:
-    """A document from its tokens in PSM order: begin prefix hole suffix end middle."""
+    """Return the text of a document in PSM order: begin prefix hole suffix end middle."""
     t = TOKENIZER
     if t.fim_begin_id not in document:
         return decode(document)
@@ -65,7 +65,7 @@ def reassemble(document: list[int]) -> str:
 
 
 def fails(check, *args) -> bool:
-    """Whether a check catches its wrong variant."""
+    """Return whether a check fails, as it must for its wrong variant."""
     try:
         check(*args)
     except (AssertionError, AttributeError):

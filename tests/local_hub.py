@@ -3,8 +3,8 @@
     hub = serve(folder)        # folder/OWNER/NAME/...: the files of each data set
     os.environ["HF_ENDPOINT"] = hub.url
 
-What is answered: revision, tree and paths of a repository, and its files with byte ranges. The
-revision is a hash of the repository's content. `hub.requests` lists what was asked.
+It answers requests for the revision, tree and paths of a repository, and for files with byte
+ranges. The revision is a hash of the content. `hub.requests` lists the requests.
 """
 
 import hashlib
@@ -26,18 +26,18 @@ def serve(folder: Path) -> ThreadingHTTPServer:
 
 
 def files_of(repo: Path) -> list[str]:
-    """The files of a repository, sorted, relative to it."""
+    """Return the paths of a repository's files, sorted and relative to it."""
     return sorted(p.relative_to(repo).as_posix() for p in repo.rglob("*") if p.is_file())
 
 
 def revision_of(repo: Path) -> str:
-    """Forty digits that change with the content."""
+    """Return forty hex digits that change with the content."""
     content = b"".join(name.encode() + (repo / name).read_bytes() for name in files_of(repo))
     return hashlib.sha1(content).hexdigest()
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one request."""
+    """Answer one request of a client."""
 
     protocol_version = "HTTP/1.1"
 
@@ -113,7 +113,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def entry(repo: Path, name: str) -> dict:
-    """A file or folder as the hub describes it."""
+    """Return the hub's description of a file or folder."""
     path = repo / name
     if path.is_dir():
         return {"type": "directory", "path": name, "oid": "0" * 40, "size": 0}

@@ -1,4 +1,4 @@
-"""What the tests of tokenizers share: texts, the committed tokenizer, and checks."""
+"""Helpers of the tests of tokenizers: texts, the committed tokenizer, and checks."""
 
 import json
 import os
@@ -30,7 +30,7 @@ mixed = st.text(max_size=150, alphabet=st.one_of(
 
 
 def text_is_kept(tokenizer: Tokenizer, raw: bytes) -> bool:
-    """The bytes come back from ordinary tokens, whose lengths add up to them."""
+    """Return whether ordinary tokens decode to the same bytes, with lengths that add up to them."""
     ids = tokenizer.encode(raw)
     return (tokenizer.decode_bytes(ids) == raw
             and set(ids).isdisjoint(tokenizer.special.values())
@@ -38,12 +38,12 @@ def text_is_kept(tokenizer: Tokenizer, raw: bytes) -> bool:
 
 
 def differing(one, other, texts) -> list[str]:
-    """The texts to which two ways of encoding give different ids."""
+    """Return the texts that two encoders encode differently."""
     return [text for text in texts if one(text) != other(text)]
 
 
 def same_tokenizer(one: Tokenizer, other: Tokenizer) -> bool:
-    """Equal in all that other modules read."""
+    """Return whether two tokenizers agree in everything that other modules read."""
     names = ("n_tokens vocab_size special ranks bos_id eos_id user_id assistant_id think_id "
              "end_think_id fim_begin_id fim_hole_id fim_end_id").split()
     every = range(one.vocab_size)

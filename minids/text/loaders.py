@@ -131,25 +131,20 @@ class StreamLoader:
         self.block, self.taken = [block[i] for i in order], 0
         self.block_state, self.seen = stream_state, seen
 
-    def _open(self, stream_state: dict | None, seen: int) -> None:
-        """Go to `stream_state` (None is the start of the stream) and read the block there."""
-        self.rows = self.documents.read_from(stream_state)
-        self._read_block(stream_state, seen)
-
-    def _advance(self) -> None:
-        """Read the next block; after the last one, the first one again."""
-        seen = self.seen + len(self.block)
-        self._read_block(self.documents.state_dict() if self.block else None, seen)
-        if not self.block:
-            self._open(None, seen)
-        if not self.block:
-            raise ValueError("data has no document left to train on: a small data set is better "
-                             "downloaded and read with text:PATH")
-
     def _encode_some(self) -> np.ndarray:
-        """Return the tokens of the next few documents."""
+        """Return the tokens of the next few documents, reading the next block when one is used up.
+
+        After the last block comes the first one again.
+        """
         if self.taken == len(self.block):
-            self._advance()
+            seen = self.seen + len(self.block)
+            self._read_block(self.documents.state_dict() if self.block else None, seen)
+            if not self.block:
+                self.rows = self.documents.read_from(None)
+                self._read_block(None, seen)
+            if not self.block:
+                raise ValueError("data has no document left to train on: a small data set is "
+                                 "better downloaded and read with text:PATH")
         texts = self.block[self.taken:self.taken + STREAM_DOCUMENTS]
         tokens = self.encode(texts, first=self.seen + self.taken)
         self.taken += len(texts)
@@ -174,7 +169,8 @@ class StreamLoader:
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was taken, with any number of ranks."""
         check_state(state, self.identity)
-        self._open(state["stream"], state["seen"])
+        self.rows = self.documents.read_from(state["stream"])
+        self._read_block(state["stream"], state["seen"])
         self.taken = state["taken"]
         self.leftover = np.asarray(state["leftover"], np.int64)
 

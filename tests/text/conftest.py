@@ -9,7 +9,7 @@ from byte_tokens import write_rows
 
 @pytest.fixture
 def folder(tmp_path):
-    """Text in every format: 60 documents, some twice."""
+    """Write text in every format: 62 documents, two of them copies."""
     root = tmp_path / "texts"
     for i in range(20):
         (root / "deep").mkdir(parents=True, exist_ok=True)
@@ -24,14 +24,14 @@ def folder(tmp_path):
 
 @pytest.fixture(scope="session")
 def small():
-    """512 ids, trained on three files of Python's library."""
+    """Train 512 ids on three files of Python's library."""
     from tokenizer_checks import TEXTS, Tokenizer
     return Tokenizer.train(TEXTS, 512, corpus="three files")
 
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory) -> Path:
-    """The committed tokenizer as transformers reads it."""
+    """Export the committed tokenizer for transformers."""
     from tokenizer_checks import COMMITTED
     folder = tmp_path_factory.mktemp("exported")
     COMMITTED.save_hf(folder)

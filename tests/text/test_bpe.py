@@ -68,7 +68,7 @@ def test_the_export_agrees_on_all_of_unicode(exported):
 
 @pytest.fixture(scope="module")
 def both(exported) -> tuple[Tokenizer, object]:
-    """The exported folder, read by minids and by transformers."""
+    """Return the exported tokenizer as minids and as transformers read it."""
     return Tokenizer.load(exported), AutoTokenizer.from_pretrained(exported)
 
 
@@ -95,7 +95,7 @@ def test_every_merge_is_of_two_earlier_tokens():
 
 
 def test_the_merges_are_those_that_were_learnt():
-    """The trainer's own list, before it is thrown away; of "the" it may be t + he or th + e."""
+    """Compare with the trainer's own list: "the" may be t + he or th + e."""
     engine = bpe.byte_level_bpe(tokenizers.models.BPE(), PATTERN)
     engine.train_from_iterator(TEXTS, tokenizers.trainers.BpeTrainer(
         vocab_size=1256, show_progress=False, initial_alphabet=list(bpe.printable_bytes())))

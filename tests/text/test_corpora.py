@@ -1,10 +1,12 @@
 """Corpora: the same documents in every run, each on one side; bad input in one line."""
 
+import re
 import shutil
 
 import pytest
 from byte_tokens import TOKENIZER, fails, write_rows
 
+from minids.text import corpora
 from minids.text.corpora import HOLD_OUT, library_files, open_corpus
 from minids.text.loaders import open_data
 from minids.text.splits import held_out
@@ -90,6 +92,28 @@ def test_several_documents_none_held_out(tmp_path):
         (tmp_path / f"{text[0]}.txt").write_text(text)
     corpus = open_corpus(f"text:{tmp_path}")
     assert corpus.train == [texts[0], texts[1], "c" * 170] and corpus.valid == ["c" * 30]
+
+
+def test_examples_of_a_task_are_split_and_partly_worked_out(monkeypatch):
+    monkeypatch.setattr(corpora, "EXAMPLES", 2000)
+    corpus, again = open_corpus("task:calculator:3"), open_corpus("task:calculator:3")
+    assert (len(corpus.train), len(corpus.valid)) == (2000, 100)
+    assert (corpus.train, corpus.valid) == (again.train, again.valid)
+    assert corpus.fingerprint == again.fingerprint != open_corpus("task:calculator").fingerprint
+    questions = [{re.split(r":| =", text)[0] for text in side}
+                 for side in (corpus.train, corpus.valid)]
+    assert not questions[0] & questions[1]
+    # 40 % of a calculator's examples are worked out; five standard deviations of a binomial count
+    worked = sum(": " in text for text in corpus.train)
+    assert abs(worked - 800) < 5 * (0.4 * 0.6 * 2000) ** 0.5
+
+
+def test_a_character_across_two_blocks_of_a_file_is_read(tmp_path):
+    """A file is checked in blocks of 1 MiB; é starts with the last byte of the first one."""
+    (tmp_path / "long.txt").write_text("x" * (2**20 - 1) + "é\n" + "y\n" * 2**18, "utf-8")
+    assert open_corpus(f"text:{tmp_path}").note == ""
+    (tmp_path / "zero.txt").write_bytes(b"x" * 2**20 + b"\0")
+    assert "zero.txt is binary" in open_corpus(f"text:{tmp_path}").note
 
 
 BAD_FILES = {

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def hub_folder(root: Path) -> None:
-    """Two data sets laid out as the real ones: with a validation split, and with configurations."""
+    """Write two data sets with the layout of the real ones: one with a validation split, one with
+    configurations."""
     stories, web = root / "roneneldan" / "TinyStories", root / "HuggingFaceFW" / "fineweb-edu"
     for i in range(3):
         write_rows(stories / f"data/train-0000{i}-of-00003.parquet",
@@ -28,6 +29,7 @@ def hub_folder(root: Path) -> None:
     write_rows(stories / "data/validation-00000-of-00001.parquet",
                text=[f"valid {j}" for j in range(9)])
     write_rows(web / "data/CC-MAIN-2013-20/train-0.parquet", text=["all"] * 5, id=["1"] * 5)
+    write_rows(root / "some" / "exam" / "data" / "test-00000-of-00001.parquet", text=["a"])
     (web / "README.md").write_text(textwrap.dedent("""\
         ---
         configs:
@@ -98,6 +100,7 @@ HUB_CHECKS = """
         "hf:HuggingFaceFW/fineweb-edu:sample-10B": "did you mean 'sample-10BT'",
         "hf:HuggingFaceFW/fineweb-edu:sample-10BT:txt": "did you mean 'text'? its columns are text",
         "hf:roneneldan/TinyStories@0123456": "doesn't exist",
+        "hf:some/exam": "the data set has no split train, only test",
         "hf:a b/c": "Repo id must use",
     }.items():
         try:

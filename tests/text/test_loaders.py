@@ -26,12 +26,12 @@ from minids.text.token_cache import Tokens
 
 
 def counting(n: int, parts: int = 3) -> Tokens:
-    """The tokens 0 .. n-1 in several arrays, so that each one tells its place."""
+    """Return the tokens 0 .. n-1 in several arrays: each token is its own position."""
     return Tokens(np.array_split(np.arange(n, dtype="<u2"), parts))
 
 
 def check_epoch(batches, n: int, seq_len: int):
-    """One epoch holds every token at most once, and all but n % seq_len of them."""
+    """Assert that an epoch has every token at most once, and all but n % seq_len of them."""
     seen = torch.cat([tokens for tokens, _ in batches]).flatten().tolist()
     assert len(seen) == n // seq_len * seq_len
     assert len(set(seen)) == len(seen)
@@ -133,7 +133,7 @@ def test_resume_gives_the_same_batches(make, done, small_blocks):
 
 
 def loader_has(make, done: int, part: str) -> bool:
-    """Whether that part of the state is not blank at this point."""
+    """Return whether a part of the state holds something after `done` batches."""
     loader = make()
     take(loader, RAMP[:done])
     return bool(loader.state_dict()[part])
@@ -196,7 +196,7 @@ def test_empty_stream_is_refused():
         StreamLoader(ListStream([]), TOKENIZER, 4).next_batch(1)
 
 
-def test_open_data_on_a_folder(folder, tmp_path, capsys):
+def test_open_data_on_a_folder(folder, tmp_path, capsys, monkeypatch):
     def opened(**settings_):
         return open_data(f"text:{folder}", TOKENIZER, 16, cache=tmp_path / "cache", **settings_)
 
@@ -211,4 +211,6 @@ def test_open_data_on_a_folder(folder, tmp_path, capsys):
     state = data.loader.state_dict()
     with pytest.raises(ValueError, match="fim_rate = 0.0 does not fit"):
         opened().loader.load_state_dict(state)
+    monkeypatch.setattr(loaders, "MAX_VALID_TOKENS", 5)
+    assert torch.equal(opened().valid, data.valid[:5])
     assert capsys.readouterr().err == ""  # no progress bar off a terminal

@@ -27,6 +27,7 @@ def test_documents_stand_between_bos_and_eos():
 def test_pieces_are_the_text(text, longest):
     parts = list(pieces(text, longest))
     assert "".join(parts) == text and all(0 < len(p) <= longest for p in parts)
+    assert all(p.endswith("\n") for p in parts[:-1] if "\n" in p)  # cut after a line
 
 
 def check_fim(ids, texts):

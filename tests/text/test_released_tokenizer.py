@@ -52,7 +52,7 @@ UNUSED_BYTES = [0xC0, 0xC1, *range(0xF5, 0x100)]  # in no UTF-8 text
 
 
 def miniature(alphabet) -> tokenizers.Tokenizer:
-    """700 tokens, BOS, EOS and padding the first of them, and the added tokens after them."""
+    """Return a tokenizer of 700 tokens, starting with BOS, EOS and padding, plus added tokens."""
     engine = tokenizers.Tokenizer(tokenizers.models.BPE())
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     engine.normalizer = tokenizers.normalizers.Sequence([])
@@ -70,7 +70,7 @@ def miniature(alphabet) -> tokenizers.Tokenizer:
 
 
 def added(content: str) -> dict:
-    """A token as tokenizer_config.json has it."""
+    """Return a token in the form of tokenizer_config.json."""
     return {"__type": "AddedToken", "content": content, "lstrip": False, "normalized": True,
             "rstrip": False, "single_word": False}
 
@@ -82,7 +82,7 @@ V3_CONFIG = {"add_bos_token": True, "add_eos_token": False, "bos_token": added(B
 
 
 def write_released(folder: Path, alphabet=None) -> Path:
-    """tokenizer.json and tokenizer_config.json of the miniature."""
+    """Write tokenizer.json and tokenizer_config.json of the miniature."""
     folder.mkdir(parents=True, exist_ok=True)
     miniature(alphabet or list(bpe.printable_bytes())).save(str(folder / bpe.TOKENIZER))
     (folder / bpe.TOKENIZER_CONFIG).write_text(json.dumps(V3_CONFIG), "utf-8")
@@ -91,24 +91,24 @@ def write_released(folder: Path, alphabet=None) -> Path:
 
 @pytest.fixture(scope="module")
 def released(tmp_path_factory) -> Path:
-    """The folder of a released model, without the model."""
+    """Return the folder of a released model, without the model."""
     return write_released(tmp_path_factory.mktemp("released"))
 
 
 @pytest.fixture
 def copy(released, tmp_path) -> Path:
-    """A copy of it to change."""
+    """Return a copy of that folder, to be changed."""
     return Path(shutil.copytree(released, tmp_path / "copy"))
 
 
 @pytest.fixture(scope="module")
 def read(released) -> tuple[ReleasedTokenizer, object]:
-    """The same folder, read by minids and by transformers."""
+    """Return the folder's tokenizer as minids and as transformers read it."""
     return Tokenizer.load(released), AutoTokenizer.from_pretrained(released)
 
 
 def theirs_as_text(theirs, text: str) -> list[int]:
-    """The library's own parts one after the other, past its search for added tokens."""
+    """Encode with the library's pre-tokenizer and model, bypassing its search for added tokens."""
     engine = theirs.backend_tokenizer
     pieces = [piece for piece, _ in engine.pre_tokenizer.pre_tokenize_str(text)]
     return [token.id for piece in pieces for token in engine.model.tokenize(piece)]
@@ -158,7 +158,7 @@ def test_text_that_spells_added_tokens_stays_text(read, text):
 
 @pytest.mark.parametrize("switch", [False, True])
 def test_wrong_variant_that_leaves_added_tokens_in_is_caught(released, switch):
-    """The library's own switch leaves alone those marked special, and no others."""
+    """The library's own switch covers tokens marked special only."""
     mine = Tokenizer.load(released)
     assert text_is_kept(mine, SPELLED.encode())
     mine._engine = bpe.read_engine(mine.files[bpe.TOKENIZER])
@@ -168,7 +168,7 @@ def test_wrong_variant_that_leaves_added_tokens_in_is_caught(released, switch):
 
 
 def streamed(decode_bytes, ids) -> str:
-    """What a reader sees who is given one token after the other."""
+    """Return what a reader sees when tokens arrive one by one."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     return "".join(decoder.decode(decode_bytes([token])) for token in ids)
 
@@ -209,7 +209,7 @@ def test_a_vocabulary_without_the_unused_bytes_takes_all_text(tmp_path):
 
 
 def test_what_the_file_adds_cuts_or_drops_is_left_out(copy):
-    """Truncation, padding, BOS by template and random merges are for others."""
+    """Truncation, padding, BOS from a template and BPE dropout are ignored."""
     before = Tokenizer.load(copy)
     engine = tokenizers.Tokenizer.from_file(str(copy / bpe.TOKENIZER))
     engine.enable_truncation(3)
@@ -223,7 +223,7 @@ def test_what_the_file_adds_cuts_or_drops_is_left_out(copy):
 
 
 def ends(folder: Path) -> tuple[int, int]:
-    """BOS and EOS."""
+    """Return the ids of BOS and EOS."""
     t = Tokenizer.load(folder)
     assert {t.bos_id, t.eos_id} <= set(t.special.values())
     return t.bos_id, t.eos_id

@@ -45,6 +45,9 @@ def test_cache_is_made_once_and_read_back(corpus, tmp_path, monkeypatch):
     assert np.array_equal(read_all(tokens["valid"]), encode_documents(corpus.valid, tokenizer))
     sizes = [len(a) for a in tokens["train"].arrays]
     assert set(sizes[:-1]) == {100} and 0 < sizes[-1] <= 100
+    (folder,) = cache_folders(tmp_path)
+    splits = token_cache.read_index(folder)["splits"]
+    assert [splits[name]["documents"] for name in ("train", "valid")] == [50, 10]
     encoded = tokenizer.encoded
     again = cached_tokens(corpus, tokenizer, tmp_path, fim_rate=0.3, seed=5)
     assert tokenizer.encoded == encoded

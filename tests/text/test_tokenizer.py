@@ -1,6 +1,7 @@
 """The tokenizer loses nothing, forges nothing, and is the same each time it is built."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -37,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def variant(tokenizer: Tokenizer, **changes) -> Tokenizer:
-    """The same tokenizer with another pattern or other ranks."""
+    """Return the tokenizer with some of its parts replaced."""
     parts = dict(ranks=tokenizer.ranks, special=tokenizer.special, pattern=tokenizer.pattern,
                  made=tokenizer.made)
     return Tokenizer(**parts | changes)
@@ -81,7 +82,7 @@ def test_a_lone_surrogate_is_kept_as_bytes(small):
 
 
 def drops_characters(tokenizer: Tokenizer) -> bool:
-    """Whether any of Unicode's code points does not come back, side by side or apart."""
+    """Return whether any code point of Unicode is lost, next to others or apart from them."""
     blocks = [EVERY[start:start + 65536] for start in range(0, len(EVERY), 65536)]
     texts = (joined for block in blocks for joined in ("".join(block), "a\n ".join(block)))
     return any(tokenizer.decode(tokenizer.encode(text)) != text for text in texts)
@@ -111,7 +112,7 @@ def test_wrong_variant_unbounded_space_overflows(small):
 
 
 def stays_text(encode) -> bool:
-    """Text that spells special tokens gives ordinary ids only."""
+    """Return whether text that spells special tokens encodes to ordinary ids only."""
     text = "".join(SPECIAL) + f"x {BOS}y"
     return all(token >= len(SPECIAL) for token in encode(text))
 
@@ -180,7 +181,7 @@ Tokenizer.train([Path(path).read_text("utf-8") for path in sys.argv[2:]], 2048).
 
 
 def test_order_threads_and_hash_seed_change_no_merge(tmp_path):
-    """Ties abound among the rare pairs of a small text, so an unstable order would show."""
+    """Rare pairs of a small text often tie, so an unstable order would show."""
     paths = sorted(LIBRARY.glob("a*.py"))
     here = Tokenizer.train([path.read_text("utf-8") for path in paths], 2048)
     env = os.environ | {"RAYON_NUM_THREADS": "1", "PYTHONHASHSEED": "1", "PYTHONPATH": str(ROOT)}
@@ -224,7 +225,7 @@ def test_the_rows_are_a_multiple_of_64(size):
 
 
 def test_retraining_to_the_same_path_is_seen(small, tmp_path):
-    """tiktoken's own loader caches a local file by its path; this one must not."""
+    """tiktoken's own loader caches local files by path; ours must not."""
     loaded = []
     for tokenizer in (small, Tokenizer.train(TEXTS, 600)):
         tokenizer.save(tmp_path / "t")
@@ -331,9 +332,27 @@ def test_the_command_builds_and_reports(monkeypatch, tmp_path, capsys):
     assert f"validation text: {expected:.3f} bytes per token" in capsys.readouterr().out
 
 
+def test_made_says_what_was_read(small, tmp_path):
+    raw = [text.encode() for text in TEXTS]
+    whole = hashlib.sha256(b"".join(hashlib.sha256(r).digest() for r in raw)).hexdigest()
+    assert (small.made["documents"], small.made["bytes"]) == (3, sum(map(len, raw)))
+    assert small.made["sha256"] == whole and small.made["corpus"] == "three files"
+    small.save(tmp_path)
+    meta = json.loads((tmp_path / module.META).read_text("utf-8"))
+    assert meta["n_tokens"] == small.n_tokens == meta["made"]["vocab_size"] == 512
+
+
+def test_open_takes_a_folder_bytes_or_nothing(small, tmp_path):
+    small.save(tmp_path)
+    assert Tokenizer.open(str(tmp_path)).fingerprint == small.fingerprint
+    assert Tokenizer.open("").fingerprint == COMMITTED.fingerprint
+    assert Tokenizer.open("bytes").n_tokens == 24 + 256
+
+
 def test_a_stream_is_read_no_further_than_asked():
     endless = iter(lambda: "abcd", "")
     assert list(program.first_bytes(endless, 10)) == ["abcd"] * 3
+    assert list(program.first_bytes(endless, 8)) == ["abcd"] * 3  # the one that exceeds, too
     assert list(program.first_bytes(["a", "b"], 10)) == ["a", "b"]
 
 
