@@ -37,15 +37,20 @@ BRIEF = dict(
     corpus=dict(problems=4, longest=8))
 
 
+def shorten(patch: pytest.MonkeyPatch) -> None:
+    """Make the pipeline a few steps long, with teachers that are right by decree."""
+    patch.setitem(PRESETS, "tiny", BRIEF)
+    patch.setattr(distill_module, "verdict", lambda *_: "kept")
+    patch.setattr(distill_module, "ask", lambda model, tokenizer, questions, *_, **__: [
+        Reply("1+1=2", "2", True, 9) for _ in questions])
+    patch.setattr(r1_module, "EARLY", 2)
+    patch.setattr(r1_module, "EARLY_SFT", 2)
+
+
 @pytest.fixture
 def brief(monkeypatch):
-    """The pipeline in a few steps, whose teachers are right by decree."""
-    monkeypatch.setitem(PRESETS, "tiny", BRIEF)
-    monkeypatch.setattr(distill_module, "verdict", lambda *_: "kept")
-    monkeypatch.setattr(distill_module, "ask", lambda model, tokenizer, questions, *_, **__: [
-        Reply("1+1=2", "2", True, 9) for _ in questions])
-    monkeypatch.setattr(r1_module, "EARLY", 2)
-    monkeypatch.setattr(r1_module, "EARLY_SFT", 2)
+    """A short pipeline in place of the preset's."""
+    shorten(monkeypatch)
 
 
 def quiet(args: R1Args) -> tuple[dict, str]:
@@ -58,9 +63,17 @@ def args_for(run: Path, **more) -> R1Args:
     return R1Args(out=str(run), problems=4, threads=1, **more)
 
 
-def test_all_stages_then_none(brief, tmp_path):
-    run = tmp_path / "r1"
-    marks, said = quiet(args_for(run, controls=True))
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict]:
+    """A whole run with controls, run once for all tests that only look at it, and its table."""
+    run = tmp_path_factory.mktemp("pipeline") / "r1"
+    with pytest.MonkeyPatch.context() as patch:
+        shorten(patch)
+        return run, quiet(args_for(run, controls=True))[0]
+
+
+def test_all_stages_then_none(brief, finished):
+    run, marks = finished
     assert list(marks) == list(TABLE) and (run / "table.txt").exists() and (run / "r1.png").exists()
     made = {path.name for path in run.iterdir() if path.is_dir()}
     assert made == set(TABLE)
@@ -70,24 +83,24 @@ def test_all_stages_then_none(brief, tmp_path):
     assert stamps == {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
 
 
-def test_a_stage_begins_where_the_one_before_ended(brief, tmp_path):
-    quiet(args_for(tmp_path, controls=True))
+def test_a_stage_begins_where_the_one_before_ended(finished):
+    run, _ = finished
     before = {"sft": "base", "rl": "sft", "rejected": "base", "final": "rejected",
               "distilled": "student", "alone": "student", "zero": "base", "shuffled": "sft",
               "direct": "base", "early-sft": "early", "early-rl": "early-sft"}
     for stage, source in before.items():
-        first = load_weights(tmp_path / stage / "checkpoints/step_000000")
-        last = load_weights(resolve(tmp_path / source))
+        first = load_weights(run / stage / "checkpoints/step_000000")
+        last = load_weights(resolve(run / source))
         assert all(torch.equal(first[n], last[n]) for n in last)
-    student = json.loads((tmp_path / "student/config.json").read_text())["model"]
+    student = json.loads((run / "student/config.json").read_text())["model"]
     assert (student["dim"], student["n_heads"]) == (48, 3)
-    messages = read_conversations(tmp_path / "rl.jsonl")
+    messages = read_conversations(run / "rl.jsonl")
     assert {"thought" in m[-1] for m in messages} == {True, False}  # both modes
 
 
-def test_a_pipeline_that_was_stopped_ends_with_the_same_bytes(brief, tmp_path, monkeypatch):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    quiet(args_for(whole))
+def test_a_pipeline_that_was_stopped_ends_with_the_same_bytes(brief, finished, tmp_path,
+                                                              monkeypatch):
+    whole, broken = finished[0], tmp_path / "broken"
     step = Learner.write_record
 
     def stop_after_one(learner, record):
@@ -117,12 +130,11 @@ def test_the_table_has_every_stage():
     assert all(NAMES.get(stage, stage) in text for stage in TABLE) and "0.500" in text
 
 
-def test_a_run_keeps_its_preset_and_seed(brief, tmp_path, monkeypatch):
-    quiet(args_for(tmp_path))
+def test_a_run_keeps_its_preset_and_seed(brief, finished, monkeypatch):
     for flags, named in ((["--seed", "1"], "seed = 1 is not valid: the run in"),
                          (["--preset", "countdown"], "preset = 'countdown' is not valid: the run"),
                          (["--problems", "0"], "problems = 0 is not valid")):
-        monkeypatch.setattr(sys, "argv", ["minids.r1", "--out", str(tmp_path), *flags])
+        monkeypatch.setattr(sys, "argv", ["minids.r1", "--out", str(finished[0]), *flags])
         err = io.StringIO()
         with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
             run_program("minids.r1", r1_module.main)
@@ -139,13 +151,12 @@ def test_verdicts():
     assert verdict(task, problem, Reply(None, "2", True, 3)) == "malformed"  # without a thought
 
 
-def test_only_the_first_good_reply_of_a_problem_is_kept(tmp_path, brief, monkeypatch):
+def test_only_the_first_good_reply_of_a_problem_is_kept(tmp_path, brief, finished, monkeypatch):
     """Two of three replies are wrong: with enough tries every problem is answered."""
-    quiet(args_for(tmp_path))
     turn = iter(range(10 ** 6))
     monkeypatch.setattr(distill_module, "verdict",
                         lambda *_: "kept" if next(turn) % 3 == 0 else "wrong")
-    args = CorpusArgs(teacher=str(tmp_path / "rl"), corpus=str(tmp_path / "c.jsonl"), problems=9,
+    args = CorpusArgs(teacher=str(finished[0] / "rl"), corpus=str(tmp_path / "c.jsonl"), problems=9,
                       tries=20, direct=0.0)
     conversations, counts = sift(args)
     questions = [m[0]["content"] for m in conversations]
@@ -153,10 +164,8 @@ def test_only_the_first_good_reply_of_a_problem_is_kept(tmp_path, brief, monkeyp
     assert counts.wrong >= 9
 
 
-def test_a_teacher_without_a_right_answer(tmp_path, brief, monkeypatch):
-    quiet(args_for(tmp_path))
-    monkeypatch.undo()
-    flags = ["--teacher", str(tmp_path / "rl"), "--corpus", str(tmp_path / "c.jsonl"),
+def test_a_teacher_without_a_right_answer(tmp_path, finished, monkeypatch):
+    flags = ["--teacher", str(finished[0] / "rl"), "--corpus", str(tmp_path / "c.jsonl"),
              "--problems", "3", "--longest", "4"]
     err = io.StringIO()
     monkeypatch.setattr(sys, "argv", ["minids.distill", *flags])
