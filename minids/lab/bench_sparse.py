@@ -2,7 +2,7 @@
 
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, replace
 
 import torch
@@ -121,26 +121,18 @@ def count_flops(work: Callable[[], object]) -> int:
     return count.get_total_flops()
 
 
-def contexts(longest: int) -> Iterator[int]:
-    """Yield SHORTEST, twice that and so on below `longest`, then `longest`."""
-    length = SHORTEST
-    while length < longest:
-        yield length
-        length *= 2
-    yield longest
-
-
 def sparse_table(bench: Bench) -> list[list[str]]:
     """Return the table of dense and sparse attention; decoding is one token of one sequence.
 
     Counting the FLOPs runs each work once, so no timing is the first one.
     """
     both, s = Sparse(bench), bench.settings
+    lengths = [SHORTEST << i for i in range(s.context.bit_length()) if SHORTEST << i < s.context]
     rows = [[f"k = {both.args.index_topk:,}", "dense ms", "sparse ms", "ratio",
              "outside indexer ms", "dense MFLOP", "sparse MFLOP", "outside indexer MFLOP"]]
     for name, works_at, times_each in (("prefill", both.prefills, 1),
                                        ("decode", both.decodings, DECODE_STEPS)):
-        for length in contexts(s.context):
+        for length in [*lengths, s.context]:
             works = works_at(length)
             flops = [f"{count_flops(work) / 1e6:,.3f}" for work in works]
             taken = round_robin(works, s.pairs, times_each, s.device)

@@ -52,15 +52,6 @@ TRAIN_SETTINGS = [Setting(*pair) for pair in
 DECODE_SETTINGS = [*TRAIN_SETTINGS, *(Setting(name, "batched_mm") for name in ("sdpa", "eager"))]
 
 
-def build_transformers(args: ModelArgs) -> nn.Module:
-    """Return transformers' model of this configuration, with random weights of its own."""
-    from transformers import AutoConfig, AutoModelForCausalLM, logging
-
-    logging.set_verbosity_error()
-    config = AutoConfig.for_model(**config_from_args(args))
-    return AutoModelForCausalLM.from_config(config)
-
-
 def to_transformers(model: Transformer) -> nn.Module:
     """Return transformers' model with our weights, MTP left out: it computes the same function."""
     from transformers import AutoModelForCausalLM, logging
@@ -221,54 +212,38 @@ def train_table(bench: Bench) -> list[list[str]]:
 
 def decode_table(bench: Bench) -> list[list[str]]:
     """Return the table of greedy decoding beside transformers."""
+    s = bench.settings
     rows = [["decoding", "minids tokens/s", "transformers tokens/s", *RATIOS, "equal tokens"]]
-    batches = sorted({1, bench.settings.decode_batch})
-    return rows + [decode_row(bench, dtype, batch)
-                   for dtype, batch in itertools.product(bench.settings.dtypes, batches)]
-
-
-def decode_row(bench: Bench, dtype: str, batch: int) -> list[str]:
-    """Time greedy decoding of `batch` prompts in one precision."""
-    s, prompts = bench.settings, bench.prompts(batch)
-    ours, judge, theirs = decoders(bench, dtype)
-    choose(theirs, setting := fastest_decoding(bench, dtype, batch))
-
-    def run_ours(pair: int = 0) -> list[list[int]]:
-        return decode_minids(ours, prompts, s.new_tokens)
-
-    def run_theirs(pair: int = 0) -> list[list[int]]:
-        return decode_transformers(theirs, prompts, s.new_tokens)
-
-    share = equal_tokens(judge, prompts, run_ours(), run_theirs(), TIE[dtype])
-    timing = in_turn(run_ours, run_theirs, s.pairs, s.device)
-    return [f"{dtype}, batch {batch}, {setting}", *timing.cells(batch * s.new_tokens),
-            f"{share:.1%}"]
+    for dtype, batch in itertools.product(s.dtypes, sorted({1, s.decode_batch})):
+        ours, judge, theirs = decoders(bench, dtype)
+        choose(theirs, setting := fastest_decoding(bench, dtype, batch))
+        prompts = bench.prompts(batch)
+        work = [functools.partial(decode_minids, ours, prompts, s.new_tokens),
+                functools.partial(decode_transformers, theirs, prompts, s.new_tokens)]
+        share = equal_tokens(judge, prompts, *(decode() for decode in work), TIE[dtype])
+        timing = in_turn(*work, s.pairs, s.device)
+        rows += [[f"{dtype}, batch {batch}, {setting}", *timing.cells(batch * s.new_tokens),
+                  f"{share:.1%}"]]
+    return rows
 
 
 def rollout_table(bench: Bench) -> list[list[str]]:
-    """Return the table of sampling beside transformers."""
-    rows = [["sampling", "minids tokens/s", "transformers tokens/s", *RATIOS]]
-    return rows + [rollout_row(bench, dtype) for dtype in bench.settings.dtypes]
-
-
-def rollout_row(bench: Bench, dtype: str) -> list[str]:
-    """Time sampling in one precision; equal logits are all that can be checked beforehand."""
+    """Return the table of sampling beside transformers; only the logits can be checked."""
     s = bench.settings
-    prompts = bench.prompts(s.decode_batch)
-    ours, judge, theirs = decoders(bench, dtype)
-    choose(theirs, setting := fastest_decoding(bench, dtype, s.decode_batch))
-    check_same_function(judge, to_transformers(judge), torch.tensor(prompts, device=s.device))
+    rows = [["sampling", "minids tokens/s", "transformers tokens/s", *RATIOS]]
+    for dtype in s.dtypes:
+        ours, judge, theirs = decoders(bench, dtype)
+        choose(theirs, setting := fastest_decoding(bench, dtype, s.decode_batch))
+        prompts = bench.prompts(s.decode_batch)
+        check_same_function(judge, to_transformers(judge), torch.tensor(prompts, device=s.device))
+        work = [functools.partial(roll_out_minids, ours, prompts, s.new_tokens),
+                functools.partial(decode_transformers, theirs, prompts, s.new_tokens, sample=True)]
+        assert all(len(row) == s.new_tokens for sample in work for row in sample())
+        timing = in_turn(*work, s.pairs, s.device)
+        rows += [[f"{dtype}, batch {s.decode_batch}, {setting}",
+                  *timing.cells(s.decode_batch * s.new_tokens)]]
+    return rows
 
-    def run_ours(pair: int = 0) -> list[list[int]]:
-        return roll_out_minids(ours, prompts, s.new_tokens)
-
-    def run_theirs(pair: int = 0) -> list[list[int]]:
-        return decode_transformers(theirs, prompts, s.new_tokens, sample=True)
-
-    assert all(len(row) == s.new_tokens for row in run_ours() + run_theirs())
-    timing = in_turn(run_ours, run_theirs, s.pairs, s.device)
-    return [f"{dtype}, batch {s.decode_batch}, {setting}",
-            *timing.cells(s.decode_batch * s.new_tokens)]
 
 def memory_table(bench: Bench) -> list[list[str]]:
     """Return the table of both sides' peak memory; the ratio is transformers' to ours."""
@@ -321,8 +296,12 @@ def memory_of_decoding(settings: BenchArgs, args: ModelArgs, dtype: str,
 
 def side(bench: Bench, setting: Setting | None) -> nn.Module:
     """Return a model of one side alone, with random weights of its own."""
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+
     if setting is None:
         return bench.model()
-    model = build_transformers(bench.args).to(bench.settings.device)
+    logging.set_verbosity_error()
+    config = AutoConfig.for_model(**config_from_args(bench.args))
+    model = AutoModelForCausalLM.from_config(config).to(bench.settings.device)
     choose(model, setting)
     return model

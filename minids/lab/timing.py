@@ -1,7 +1,6 @@
 """Time and memory: two sides measured in pairs, several works in turn, the peak memory of one."""
 
 import ctypes
-import functools
 import gc
 import platform
 import statistics
@@ -47,14 +46,14 @@ class Timing(NamedTuple):
         return [f"{speed:,.0f}" for speed in speeds] + [f"{ratio:.2f}" for ratio in ratios]
 
 
-def in_turn(ours: Callable[[int], object], theirs: Callable[[int], object], pairs: int,
+def in_turn(ours: Callable[[], object], theirs: Callable[[], object], pairs: int,
             device: str) -> Timing:
-    """Time two works in turn, A B then B A; each is called with the number of the pair."""
+    """Time two works in turn, A B then B A, `pairs` times each."""
     timing = Timing([], [])
     for pair in range(pairs):
         sides = [(ours, timing.ours), (theirs, timing.theirs)]
         for work, times in sides if pair % 2 == 0 else reversed(sides):
-            times.append(seconds(functools.partial(work, pair), device))
+            times.append(seconds(work, device))
     return timing
 
 

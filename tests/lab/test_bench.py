@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from minids.lab.bench_setup import BenchArgs
 from minids.model.transformer import Transformer
 from minids.runs.checkpoints import save_checkpoint
 from minids.text.tokenizer import Tokenizer
+
+NANO = replace(ModelArgs.preset("nano"), n_mtp_layers=0)
 
 
 def active_gap(args: ModelArgs, dense: ModelArgs) -> float:
@@ -46,6 +49,16 @@ def test_program_prints_its_table(settings, what, rows, capsys):
     head, *body = run(settings, what, capsys)
     assert len(body) == rows and all(len(row) == len(head) for row in body)
     assert all(float(row[3]) > 0 for row in body)  # the ratio
+
+
+def test_both_sides_train_on_the_same_batches(settings):
+    seen = {"ours": [], "theirs": []}
+    sides = [SimpleNamespace(run=lambda batches, name=name: seen[name].append(batches))
+             for name in seen]
+    bench_setup.Bench(replace(settings, pairs=3), NANO).time_steps(*sides)
+    (_, *ours), (_, *theirs) = seen.values()  # the first one warms up
+    assert len(ours) == 3 and all(a is b for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[0][0][0], ours[1][0][0])
 
 
 def test_losses_in_the_table_agree(settings, capsys):
