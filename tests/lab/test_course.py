@@ -212,5 +212,5 @@ class TestLayOut:
     def test_a_folder_where_it_cannot_be_is_refused(self, clone, out):
         done = run(clone, "minids.lab.course", "--out", out)
         assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith(f"python -m minids.lab.course: out = {out!r} lies ")
+        assert done.stderr.startswith(f"python -m minids.lab.course: out = {out!r} is not valid")
         assert done.stderr.count("\n") == 1
