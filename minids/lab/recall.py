@@ -1,31 +1,28 @@
-"""Long-range recall: a key far back decides the answer, and sparse attention has to find it.
+"""Long-range recall: the answer depends on a key far back, which sparse attention has to find.
 
     python -m minids.lab.recall                                 2,048 tokens, on a CPU
     python -m minids.lab.recall --seq-len 1024 --seed 1         quicker: three minutes on one core
     python -m minids.lab.recall --seq-len 8192 --device cuda
 
-On text at small scale a sliding window can be as good as any selection, for little of the loss
-hangs on what is far away. Here all of it does. A sequence of S tokens is
+On text, at small scale, a sliding window can be as good as any selection, because little of the
+loss depends on distant tokens. Here all of it does. A sequence of S tokens is
 
     filler | key value key value .. | filler | key value key value ..
 
-S / 16 pairs, each key another one, and at the end the same keys in another order. The loss is on
-the values there, which are told nearly S / 2 tokens before the first of them is asked for. Chance
-is one in VALUES.
+S / 16 pairs with distinct keys, and at the end the same pairs in another order. The loss is on the
+values at the end, which appeared nearly S / 2 tokens earlier. Chance is one in 64.
 
 A small dense model learns this, on short sequences first; then indexers are added and learn from
-its attention (V3.2, arXiv 2512.02556, section 2.1.1), and the model goes on under their selection.
-The table has the accuracy of the same model under dense attention and under each way of selecting
-k = S / 8 tokens: by its indexers, by attention's own probabilities, a window, and at random.
+its attention (V3.2, arXiv 2512.02556, section 2.1.1), and the model continues training under their
+selection. The table shows the accuracy of the same model under dense attention and under each way
+of selecting k = S / 8 tokens: its indexers, attention's own probabilities, a window, at random.
 
-Short sequences have few keys, and with few the model did not learn the task (512 tokens, one seed).
-
-A program of its own, and not a test, since it trains for minutes, and on a GPU at any length.
+Short sequences have few keys, and with few keys the model did not learn the task (512 tokens, one
+seed). This is a program, not a test, because it trains for minutes, and on a GPU at any length.
 """
 
-import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -36,14 +33,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import check_types, option, require
+from minids.base.fields import Settings, option, require
+from minids.base.files import read_json, write_json
 from minids.base.tables import format_table
 from minids.config import ModelArgs
 from minids.infer.selections import all_scores, attention_recall, best, everything, selecting
-from minids.model.sparse_attention import (
-    freeze_all_but_indexers,
-    load_weights_without_indexer,
-)
+from minids.model.sparse_attention import freeze_all_but_indexers, load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.runs.checkpoints import pick_device
 from minids.runs.learner import pick_dtype, tune_allocator
@@ -52,63 +47,59 @@ from minids.runs.settings import TrainArgs
 
 VALUES, FILLERS = 64, 64  # words of each kind; there are S / 8 keys
 SHORTEST, FEWEST = 32, 8  # tokens and pairs of the first sequences, which have no filler
-SOLVED = 0.99  # accuracy at which longer sequences follow; the mean over some twenty steps
+SOLVED = 0.99  # accuracy, averaged over about twenty steps, at which longer sequences follow
 RISE = 50  # steps in which the learning rate rises
 INIT_STD = 0.02  # at 0.1 this model does not learn the task
 
 
 @dataclass(frozen=True)
-class RecallArgs:
+class RecallArgs(Settings):
     """The task and its training."""
 
-    seq_len: int = option(2048, "tokens in a sequence, a multiple of 16")
+    seq_len: int = option(2048, "tokens per sequence, a multiple of 16", low=2 * SHORTEST)
     dim: int = option(64, "width of the residual stream")
     n_layers: int = option(2, "transformer blocks; one alone cannot do the task")
     index_n_heads: int = option(4, "heads of the indexers")
     index_head_dim: int = option(32, "width of the indexers' keys, 16 at least")
-    index_topk: int = option(0, "tokens that a query attends to; 0: an eighth of seq_len")
-    steps: int = option(3000, "dense training: steps at most; it ends when the task is solved")
-    warmup_steps: int = option(200, "steps of the indexers alone")
-    sparse_steps: int = option(50, "steps of the model under their selection")
-    tokens: int = option(4096, "tokens in a step, two sequences at least")
-    lr: float = option(1e-2, "dense training: learning rate of AdamW, for embedding and head")
-    muon_lr: float = option(3e-3, "dense training: learning rate of Muon, for the other matrices")
-    sparse_lr: float = option(0.1, "learning rates of the sparse stage, as a share of these")
-    indexer_lr: float = option(3e-3, "learning rate of the indexers")
-    test_sequences: int = option(16, "sequences that accuracy is measured on")
+    index_topk: int = option(0, "tokens that a query attends to; 0: an eighth of seq_len", low=0)
+    steps: int = option(3000, "dense training: most steps; it ends when the task is solved", low=1)
+    warmup_steps: int = option(200, "steps that train the indexers alone", low=0)
+    sparse_steps: int = option(50, "steps that train the model under their selection", low=0)
+    tokens: int = option(4096, "tokens per step; a step has two sequences at least", low=1)
+    lr: float = option(1e-2, "dense training: learning rate of AdamW, for embedding and head",
+                       above=0)
+    muon_lr: float = option(3e-3, "dense training: learning rate of Muon, for the other matrices",
+                            above=0)
+    sparse_lr: float = option(0.1, "learning rates after dense training, as a share of these",
+                              above=0)
+    indexer_lr: float = option(3e-3, "learning rate of the indexers", above=0)
+    test_sequences: int = option(16, "sequences on which accuracy is measured", low=1)
     dtype: str = option("auto", "precision of products; auto: bf16 where the hardware has it",
                         ("auto", "bf16", "fp32"))
-    out: str = option("", "folder to keep the models of both stages in; none: keep none")
-    seed: int = option(0, "decides weights and sequences")
+    out: str = option("", "folder to save the models of both stages in; none saves nothing")
+    seed: int = option(0, "seed of weights and sequences", low=0, high=2 ** 32 - 1)
     device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
+    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
 
     def __post_init__(self):
-        check_types(self)
-        require(self, "seq_len", self.seq_len % 16 == 0 and self.seq_len >= 2 * SHORTEST,
-                f"a multiple of 16, at least {2 * SHORTEST}")
-        for name in "steps tokens test_sequences".split():
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in "lr muon_lr sparse_lr indexer_lr".split():
-            require(self, name, getattr(self, name) > 0, "above 0")
-        for name in "index_topk warmup_steps sparse_steps seed threads".split():
-            require(self, name, getattr(self, name) >= 0, "0 or more")
+        super().__post_init__()
+        require(self, "seq_len", self.seq_len % 16 == 0, "a multiple of 16")
         require(self, "index_topk", self.index_topk < self.seq_len,
                 f"below seq_len = {self.seq_len}")
-        self.sparse_model()  # refuses what is no model
+        self.sparse_model()  # refuses invalid settings of the model
 
     @property
     def k(self) -> int:
-        """Tokens that a query attends to."""
+        """The number of tokens that a query attends to."""
         return self.index_topk or self.seq_len // 8
 
     @property
     def keys(self) -> int:
-        """Words that are keys: tokens 0 to keys - 1. Values follow, then fillers."""
+        """The number of words that are keys: tokens 0 to keys - 1; then come values and fillers."""
         return max(self.seq_len // 8, 2 * FEWEST)
 
     def model(self) -> ModelArgs:
-        """The dense model."""
+        """Return the settings of the dense model."""
         return ModelArgs(
             vocab_size=self.keys + VALUES + FILLERS, max_seq_len=self.seq_len,
             original_seq_len=self.seq_len, dim=self.dim, inter_dim=2 * self.dim,
@@ -116,18 +107,18 @@ class RecallArgs:
             n_mtp_layers=0, init_std=INIT_STD)
 
     def sparse_model(self) -> ModelArgs:
-        """The same with indexers."""
+        """Return the settings of the same model with indexers."""
         return replace(self.model(), index_n_heads=self.index_n_heads,
                        index_head_dim=self.index_head_dim, index_topk=self.k)
 
 
 def pairs_in(length: int) -> int:
-    """Pairs of key and value in a sequence of so many tokens."""
+    """Return the number of key-value pairs in a sequence of `length` tokens."""
     return max(length // 16, FEWEST)
 
 
 def draw(args: RecallArgs, batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """Sequences of the task: (batch, length) int64, see the top of the file."""
+    """Return sequences of the task, (batch, length) int64; the top of the file describes them."""
     pairs = pairs_in(length)
     keys = torch.rand(batch, args.keys, generator=generator).argsort(1)[:, :pairs]
     values = torch.randint(VALUES, (batch, pairs), generator=generator) + args.keys
@@ -141,9 +132,10 @@ def draw(args: RecallArgs, batch: int, length: int, generator: torch.Generator) 
 
 
 class Asked(NamedTuple):
-    """What a model says to the keys at the end, and what is right.
+    """A model's answers to the keys at the end.
 
-    logits: (B, pairs, vocab_size); values: (B, pairs) int64; indexer: the indexers' loss, or 0
+    logits: (B, pairs, vocab_size), its predictions; values: (B, pairs) int64, the right answers
+    indexer: loss of the indexers, summed over layers, or 0
     """
 
     logits: Tensor
@@ -152,17 +144,17 @@ class Asked(NamedTuple):
 
     @property
     def loss(self) -> Tensor:
-        """Mean cross-entropy of the values, nats."""
+        """The mean cross-entropy of the values in nats."""
         return F.cross_entropy(self.logits.flatten(0, 1).float(), self.values.flatten())
 
     @property
     def accuracy(self) -> float:
-        """Share of right answers."""
+        """The share of right answers."""
         return (self.logits.argmax(-1) == self.values).float().mean().item()
 
 
 def ask(model: Transformer, tokens: Tensor, dsa: str = "") -> Asked:
-    """Run the model over sequences (B, S); dsa: how indexers learn meanwhile, as in `loss`."""
+    """Run the model on sequences (B, S) int64; dsa: how indexers learn, as `Lesson.stage`."""
     hidden, _, losses = model.hidden(tokens[:, :-1], indexer_stage=dsa)
     at = torch.arange(tokens.size(1) - 2 * pairs_in(tokens.size(1)), tokens.size(1), 2)
     return Asked(model.head(hidden[:, at]), tokens[:, at + 1],
@@ -170,9 +162,9 @@ def ask(model: Transformer, tokens: Tensor, dsa: str = "") -> Asked:
 
 
 class Lesson:
-    """Sequences from a seed, and steps on them.
+    """Training steps on new sequences, drawn from the seed.
 
-    args: the settings; model: what learns; stage: "", "warmup" or "sparse"
+    stage: "" trains the dense model; "warmup" and "sparse" are V3.2's stages
     """
 
     def __init__(self, args: RecallArgs, model: Transformer, stage: str = ""):
@@ -188,7 +180,7 @@ class Lesson:
         self.steps = 0
 
     def step(self, length: int) -> Asked:
-        """Learn from new sequences of that length."""
+        """Train on new sequences of `length` tokens; return the answers before the step."""
         args, self.steps = self.args, self.steps + 1
         tokens = draw(args, max(args.tokens // length, 2), length, self.generator)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
@@ -203,7 +195,7 @@ class Lesson:
 
 
 def train_dense(args: RecallArgs, model: Transformer) -> Iterator[tuple[int, int]]:
-    """Train until the task is solved; yields length and steps so far whenever a length is."""
+    """Train until the task is solved; yield (length, steps so far) when each length is solved."""
     lesson, length, accuracy = Lesson(args, model), SHORTEST, 0.0
     while lesson.steps < args.steps:
         accuracy = 0.9 * accuracy + 0.1 * lesson.step(length).accuracy
@@ -215,7 +207,7 @@ def train_dense(args: RecallArgs, model: Transformer) -> Iterator[tuple[int, int
 
 
 def with_indexers(model: Transformer, args: RecallArgs) -> Transformer:
-    """The same model with indexers that know nothing yet."""
+    """Return the same model with untrained indexers."""
     sparse = Transformer(args.sparse_model()).to(model.head.weight.device)
     load_weights_without_indexer(sparse, model.state_dict())
     return sparse
@@ -223,9 +215,9 @@ def with_indexers(model: Transformer, args: RecallArgs) -> Transformer:
 
 @torch.no_grad()
 def accuracies(args: RecallArgs, model: Transformer) -> list[list]:
-    """Rows for each way of attending: its name, accuracy, and recall of attention's mass by layer.
+    """Return rows of name, accuracy, and recall of attention's probability by layer.
 
-    The model runs in FP32; the sequences are none of those it was trained on.
+    One row per way of attending. The model runs in FP32, on sequences it was not trained on.
     """
     generator = torch.Generator().manual_seed(4 * args.seed + 3)
     tokens = draw(args, args.test_sequences, args.seq_len, generator).to(model.head.weight.device)
@@ -241,14 +233,14 @@ def accuracies(args: RecallArgs, model: Transformer) -> list[list]:
     return rows
 
 
-def experiment(args: RecallArgs, say: Callable[[str], None] = print) -> dict:
-    """Train and measure: `accuracies` after the stages "warmup" and "sparse"."""
+def experiment(args: RecallArgs) -> None:
+    """Train, and print `accuracies` after the stages "warmup" and "sparse"."""
     torch.manual_seed(args.seed)
-    model = Transformer(args.model()).to(pick_device(args.device))
-    start = time.perf_counter()
+    model, start = Transformer(args.model()).to(pick_device(args.device)), time.perf_counter()
     for length, steps in train_dense(args, model):
-        say(f"{length} tokens solved after {steps} steps, {time.perf_counter() - start:.0f} s")
-    model, found = with_indexers(model, args), {}
+        print(f"{length} tokens solved after {steps} steps, {time.perf_counter() - start:.0f} s",
+              flush=True)
+    model = with_indexers(model, args)
     freeze_all_but_indexers(model)
     for stage, steps in (("warmup", args.warmup_steps), ("sparse", args.sparse_steps)):
         lesson = Lesson(args, model, stage)
@@ -256,40 +248,35 @@ def experiment(args: RecallArgs, say: Callable[[str], None] = print) -> dict:
             asked = lesson.step(args.seq_len)
         model.requires_grad_(True)
         if steps:
-            found[stage] = accuracies(args, model)
+            rows = [[f"attention to {args.k} tokens", "accuracy", "recall of attention by layer"]]
+            rows += [[name, f"{share:.2%}", recall] for name, share, recall in
+                     accuracies(args, model)]
             if args.out:
                 save_stage(args, model, stage)
-            say(f"\nafter {steps} steps of stage {stage}, {time.perf_counter() - start:.0f} s; "
-                f"indexers {asked.indexer:.4f} nats a query from attention\n"
-                f"{table(found[stage], args.k)}")
-    return found
+            print(f"\nafter {steps} steps of stage {stage}, {time.perf_counter() - start:.0f} s; "
+                  f"indexers {asked.indexer:.4f} nats per query from attention\n"
+                  f"{format_table(rows)}", flush=True)
 
 
 def save_stage(args: RecallArgs, model: Transformer, stage: str) -> None:
-    """Keep a model and the settings that made it: STAGE.safetensors and settings.json."""
+    """Save a model and the settings that made it: STAGE.safetensors and settings.json in --out."""
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     save_file({n: w.cpu().contiguous() for n, w in model.state_dict().items()},
               folder / f"{stage}.safetensors")
-    (folder / "settings.json").write_text(json.dumps(asdict(args), indent=1) + "\n")
+    write_json(folder / "settings.json", asdict(args))
 
 
 def load_stage(folder: str | Path, stage: str) -> tuple[RecallArgs, Transformer]:
-    """The settings and the model that `save_stage` kept."""
-    args = RecallArgs(**json.loads((Path(folder) / "settings.json").read_text()))
+    """Return the settings and the model that `save_stage` saved."""
+    args = RecallArgs(**read_json(Path(folder) / "settings.json"))
     model = Transformer(args.sparse_model())
     model.load_state_dict(load_file(Path(folder) / f"{stage}.safetensors"))
     return args, model.eval()
 
 
-def table(rows: list[list], k: int) -> str:
-    """`accuracies` for reading."""
-    title = [f"attention to {k} tokens", "accuracy", "recall of attention by layer"]
-    return format_table([title, *([name, f"{share:.2%}", recall] for name, share, recall in rows)])
-
-
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     [given] = parse("minids.lab.recall", __doc__, RecallArgs)
     args = RecallArgs(**given)
     tune_allocator()
@@ -297,7 +284,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     print(f"recall over {args.seq_len} tokens, {pairs_in(args.seq_len)} pairs, chance "
           f"{1 / VALUES:.2%}; {args.device}, torch {torch.__version__}", flush=True)
-    experiment(args, lambda text: print(text, flush=True))
+    experiment(args)
 
 
 if __name__ == "__main__":
