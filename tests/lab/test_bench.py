@@ -61,6 +61,13 @@ def test_both_sides_train_on_the_same_batches(settings):
     assert not torch.equal(ours[0][0][0], ours[1][0][0])
 
 
+def test_the_bodies_that_ran_are_named(settings, capsys):
+    bench.main(["--what=decode", "--preset=nano", f"--data={settings.data}", "--pairs=1",
+                "--prompt=8", "--new-tokens=4", "--decode-batch=3", "--dtype=fp32", "--threads=1"])
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("bodies: ") and len(last.split(", ")) > 1
+
+
 def test_losses_in_the_table_agree(settings, capsys):
     head, row = run(settings, "train", capsys)
     assert head[-2:] == ["minids first loss", "transformers first loss"]
