@@ -17,24 +17,22 @@ counts. With it, a student is fine-tuned on it; its flags are those of `minids.s
 import json
 import os
 import random
-import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from tqdm import tqdm
 
-from minids.base.command_line import parse, run_program
+from minids.base.command_line import Stopped, parse, run_program
 from minids.base.fields import check_types, option, require
 from minids.base.files import write_json
-from minids.hf import open_model
 from minids.rl.examination import BATCH, ask, parts
 from minids.rl.rewards import accuracy, consistency, well_formed
-from minids.runs.checkpoints import pick_device
-from minids.runs.learner import Stopped, settings, tune_allocator
+from minids.runs.device import pick_device, prepare_cpu
+from minids.runs.open import open_model
+from minids.runs.resume import settings
 from minids.sft import SftArgs, conversation, sft
 from minids.text.chat import TEMPLATES, Reply
 from minids.text.tasks import Problem, Task, open_task
@@ -158,11 +156,10 @@ def told(counts: Verdict, path: str) -> str:
             f"language; {path}")
 
 
-def main() -> int:
+def main() -> None:
     """The command line."""
     given, for_student = parse("minids.distill", __doc__, CorpusArgs, SftArgs)
     args = CorpusArgs(**given)
-    tune_allocator()
     if "data" in for_student:
         raise ValueError(f"data = {for_student['data']!r} is not valid here: the corpus is "
                          "--corpus")
@@ -170,8 +167,7 @@ def main() -> int:
     if for_student.get("from_run") or for_student.get("resume"):
         student = settings("sft", SftArgs, for_student | dict(data=f"jsonl:{args.corpus}",
                                                               task=args.about), "-distilled")
-    if for_student.get("threads"):
-        torch.set_num_threads(for_student["threads"])
+    prepare_cpu(for_student.get("threads", 0))
     if not Path(args.corpus).exists():
         print(told(write_corpus(args), args.corpus), flush=True)
     elif student is None:
@@ -180,10 +176,7 @@ def main() -> int:
         if student is not None:
             sft(student)
     except Stopped as stopped:
-        again = shlex.join(sys.argv[1:])
-        print(f"stopped; go on with: python -m minids.distill {again} --resume")
-        return 128 + int(stopped.args[0])
-    return 0
+        raise Stopped(stopped.number, [*sys.argv[1:], "--resume"]) from None
 
 
 if __name__ == "__main__":

@@ -23,11 +23,11 @@ from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option
 from minids.base.tables import format_table
 from minids.generate import generate
-from minids.hf import open_model
 from minids.infer.drafts import draft_agreement, kinds_of_tokens
 from minids.infer.selections import compare_selections, selection_table
 from minids.infer.validation import evaluate, windows
-from minids.runs.checkpoints import pick_device
+from minids.runs.device import pick_device
+from minids.runs.open import open_model
 from minids.text.loaders import open_data
 
 

@@ -29,12 +29,12 @@ from torch import Tensor
 
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option
-from minids.hf import open_model
 from minids.infer.decoding import last_states, new_cache, prefill, right_pad
 from minids.infer.sampling import Sampler
 from minids.infer.speculative import speculative_rounds
 from minids.model.transformer import Transformer
-from minids.runs.checkpoints import pick_device
+from minids.runs.device import pick_device
+from minids.runs.open import open_model
 from minids.text.tokenizer import Tokenizer
 
 

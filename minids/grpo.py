@@ -31,7 +31,6 @@ trains. The gates' biases rest.
 """
 
 import random
-import shlex
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,30 +49,20 @@ from minids.rl.examination import examine
 from minids.rl.objectives import OBJECTIVES, ObjectiveArgs, advantages, objective, token_weights
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.rl.rollout import Rollout, log_probs, roll_out
-from minids.runs.learner import (
-    LearnArgs,
-    Learner,
-    Stopped,
-    model_and_tokenizer,
-    run_learner,
-    settings,
-    tune_allocator,
-)
-from minids.runs.optimizers import (
-    build_optimizers,
-    clip_gradients,
-    learning_rate_factor,
-    set_learning_rate,
-)
+from minids.runs.device import prepare_cpu
+from minids.runs.learner import Learner, run_learner
+from minids.runs.open import Source, source_of
+from minids.runs.resume import settings
+from minids.runs.settings import LearnArgs
 from minids.text.chat import MODES, TEMPLATES, Reply
 from minids.text.tasks import Problem, open_task
 from minids.text.tokenizer import Tokenizer
 
 # R1: 32 questions of 16 replies a step, lr 3e-6, KL 0.001, at most 32,768 tokens; a rollout of
 # 8,192 replies serves 16 steps.
-PRESETS = {"tiny": {},
+PRESETS = {"tiny": dict(dtype="fp32"),
            "r1": dict(steps=10_400, questions=512, group=16, updates=16, lr=3e-6, kl_beta=0.001,
-                      format_weight=1.0, max_new_tokens=32768, dtype="auto", mode="think",
+                      format_weight=1.0, max_new_tokens=32768, mode="think",
                       eval_every=100, save_every=100)}
 
 
@@ -156,13 +145,12 @@ class Reinforcer(Learner):
         self.task = open_task(args.task)
         check_lengths(args, model_args, self.task, self.template)
         super().__init__(args, model_args, run, tokenizer)
-        self.optimizers = build_optimizers(self.model, args, self.dtype)
         self.reference = Transformer(model_args).to(self.device).requires_grad_(False)
         self.batch: Batch | None = None
 
-    def begin_from(self, checkpoint: Path) -> None:
+    def begin_from(self, source: Source) -> None:
         """The reference begins as the model does."""
-        super().begin_from(checkpoint)
+        super().begin_from(source)
         self.renew_reference()
 
     def renew_reference(self) -> None:
@@ -182,28 +170,20 @@ class Reinforcer(Learner):
             rollout = Rollout(**state["rollout"]).to(self.device)
             self.batch = self.judge(state["step"] // self.args.updates, rollout)
 
-    def train_step(self) -> dict:
-        """One optimizer step; a new rollout before the first of `updates`."""
-        args, start = self.args, time.perf_counter()
-        share = self.step % args.updates
+    def accumulate(self) -> tuple[dict, None]:
+        """Gradients of one share of a rollout; a new rollout before the first of `updates`."""
+        number, share = divmod(self.step - 1, self.args.updates)
+        start = time.perf_counter()
         if share == 0:
-            self.batch = self.sample(self.step // args.updates)
+            self.batch = self.sample(number)
         sampled = time.perf_counter() - start
-        self.step += 1
-        set_learning_rate(self.optimizers, learning_rate_factor(self.step, args))
-        found = self.accumulate(share)
-        norms = clip_gradients(self.model, args.clip)
-        self.check_finite(found["loss"], sum(norms.values()))
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        if args.reference_every and self.step % args.reference_every == 0:
+        return self.learn(share) | self.describe_batch() | dict(sampling_s=round(sampled, 3)), None
+
+    def after_update(self, loads: None) -> None:
+        """Renew the reference now and then."""
+        every = self.args.reference_every
+        if every and self.step % every == 0:
             self.renew_reference()
-        elapsed = time.perf_counter() - start
-        self.seconds += elapsed
-        return dict(step=self.step) | found | norms | self.describe_batch() | dict(
-            lr=self.optimizers[0].param_groups[0]["lr"], sampling_s=round(sampled, 3),
-            seconds=round(self.seconds, 3))
 
     def asked(self, number: int) -> list[tuple[Problem, str]]:
         """Problem and mode of each reply of rollout `number`."""
@@ -256,12 +236,12 @@ class Reinforcer(Learner):
                    - args.length_weight * parts["length"])
         if not rewards.isfinite().all():
             bad = int((~rewards.isfinite()).nonzero()[0])
-            raise ValueError(f"step {self.step + 1}: the reward of reply {bad + 1} is "
+            raise ValueError(f"step {self.step}: the reward of reply {bad + 1} is "
                              f"{rewards[bad].item()}; the rewards of task {args.task!r} must be "
                              "finite numbers")
         return rewards
 
-    def accumulate(self, share: int) -> dict:
+    def learn(self, share: int) -> dict:
         """Gradients of one part of the rollout, in micro-batches; its line of metrics."""
         args, rollout = self.args, self.batch.rollout
         size = len(rollout.tokens) // args.updates
@@ -352,27 +332,19 @@ def grpo(args: GrpoArgs) -> Path:
 
     Raises `ValueError` for settings that do not fit, before anything is written.
     """
-    tune_allocator()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model_args, tokenizer, begin = model_and_tokenizer(args)
-    learner = Reinforcer(args, model_args, Path(args.out), tokenizer)
+    prepare_cpu(args.threads)
+    source = source_of(args)
+    learner = Reinforcer(args, source.args, Path(args.out), source.tokenizer)
     print(f"grpo    {args.task}, {args.questions} questions of {args.group} replies, objective "
           f"{args.objective}; run {args.out}, on {learner.device}", flush=True)
-    run_learner(learner, begin is None, begin)
+    run_learner(learner, source)
     return learner.run
 
 
-def main() -> int:
+def main() -> None:
     """The command line."""
     [given] = parse("minids.grpo", __doc__, GrpoArgs)
-    args = settings("grpo", GrpoArgs, given, "-grpo")
-    try:
-        grpo(args)
-    except Stopped as stopped:
-        print(f"stopped; go on with: python -m minids.grpo --resume --out {shlex.quote(args.out)}")
-        return 128 + int(stopped.args[0])
-    return 0
+    grpo(settings("grpo", GrpoArgs, given, "-grpo"))
 
 
 if __name__ == "__main__":

@@ -31,24 +31,24 @@ A stage that is done is skipped, one that was cut off goes on. Each is a program
 
 import contextlib
 import json
-import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from minids import plots
-from minids.base.command_line import parse, run_program
+from minids.base.command_line import Stopped, parse, run_program
 from minids.base.fields import check_types, option, require
 from minids.base.files import write_json
 from minids.base.tables import format_table
 from minids.distill import CorpusArgs, told, write_corpus
 from minids.grpo import GrpoArgs, grpo
 from minids.rl.examination import examine, pass_curve
-from minids.runs.checkpoints import load_run, newest_checkpoint
-from minids.runs.learner import Stopped, read_metrics, tune_allocator
+from minids.runs.checkpoints import newest_checkpoint
+from minids.runs.device import prepare_cpu
+from minids.runs.learner import read_metrics
+from minids.runs.open import open_model
 from minids.runs.settings import TrainArgs
 from minids.sft import SftArgs, sft
 from minids.text.chat import MODES
@@ -205,7 +205,7 @@ class Pipeline:
             key = f"{stage} {self.args.problems}"
             if key in found or not (self.run / stage).exists():
                 continue
-            run = load_run(self.run / stage)
+            run = open_model(self.run / stage)
             how = dict(template=template, max_new_tokens=self.longest())
             found[key] = {mode: examine(run.model, run.tokenizer, self.task, self.args.problems,
                                         mode=mode, **how)._asdict() for mode in MODES}
@@ -256,8 +256,7 @@ def r1(args: R1Args) -> dict[str, dict]:
 
     Raises `ValueError` for settings that do not fit, and `Stopped` after a signal.
     """
-    tune_allocator()
-    torch.set_num_threads(args.threads or torch.get_num_threads())
+    prepare_cpu(args.threads)
     pipeline = Pipeline(args)
     check_same(pipeline.run, args)
     pipeline.stages()
@@ -293,17 +292,14 @@ def check_same(run: Path, args: R1Args) -> None:
                              f"{stored.get(name)!r}; name another folder with --out")
 
 
-def main() -> int:
+def main() -> None:
     """The command line."""
     [given] = parse("minids.r1", __doc__, R1Args)
     args = R1Args(**given)
     try:
         r1(args)
     except Stopped as stopped:
-        print(f"stopped; go on with: python -m minids.r1 --out {shlex.quote(args.out)} "
-              f"--preset {args.preset} --seed {args.seed}")
-        return 128 + int(stopped.args[0])
-    return 0
+        raise Stopped(stopped.number, sys.argv[1:]) from None
 
 
 if __name__ == "__main__":

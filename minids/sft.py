@@ -18,8 +18,6 @@ Simplified: a sample longer than a row is refused, not cut.
 """
 
 import random
-import shlex
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,30 +30,20 @@ from minids.base.files import read_jsonl
 from minids.config import ModelArgs
 from minids.model.objective import Packed
 from minids.rl.examination import examine
-from minids.runs.learner import (
-    LearnArgs,
-    Learner,
-    Stopped,
-    model_and_tokenizer,
-    run_learner,
-    settings,
-    tune_allocator,
-)
-from minids.runs.optimizers import (
-    build_optimizers,
-    clip_gradients,
-    learning_rate_factor,
-    set_learning_rate,
-)
+from minids.runs.device import prepare_cpu
+from minids.runs.learner import Learner, run_learner
+from minids.runs.open import source_of
+from minids.runs.resume import settings
+from minids.runs.settings import LearnArgs
 from minids.text.chat import Chat
 from minids.text.tasks import Problem, open_task
 from minids.text.tokenizer import Tokenizer
 
 # R1's second fine-tuning: AdamW, cosine from 5e-5 to 5e-6, rows of 32,768 tokens, 128 at a time,
 # two epochs over some 800,000 samples.
-PRESETS = {"tiny": {},
+PRESETS = {"tiny": dict(dtype="fp32"),
            "r1": dict(steps=12_500, lr=5e-5, constant_until=0.0, decay_until=1.0, final_lr=0.1,
-                      weight_decay=0.1, seq_len=32768, batch_size=128, dtype="auto",
+                      weight_decay=0.1, seq_len=32768, batch_size=128,
                       eval_every=0, save_every=500)}
 
 
@@ -189,28 +177,18 @@ class FineTuner(Learner):
         name = args.task or (rest if kind == "task" else "")
         self.task = open_task(name) if name else None
         super().__init__(args, model_args, run, tokenizer)
-        self.optimizers = build_optimizers(self.model, args, self.dtype)
 
-    def train_step(self) -> dict:
-        """One optimizer step; returns its line of metrics."""
-        args, start = self.args, time.perf_counter()
-        self.step += 1
-        set_learning_rate(self.optimizers, learning_rate_factor(self.step, args))
+    def accumulate(self) -> tuple[dict, None]:
+        """Add up the gradients of the step's rows; returns the metrics."""
+        args = self.args
         tokens, targets, packed = self.rows.batch(self.step, args.batch_size, args.seed)
         packed = Packed(*(t.to(self.device) for t in packed))
         with self.autocast():
             losses = self.model.loss(tokens.to(self.device), targets.to(self.device),
                                      args.mtp_weight, args.balance_weight, packed=packed)
         losses.total.backward()
-        norms = clip_gradients(self.model, args.clip)
-        self.check_finite(losses.total.item(), sum(norms.values()))
-        for optimizer in self.optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        self.seconds += time.perf_counter() - start
-        return dict(step=self.step, loss=losses.total.item(), main=losses.main.item(), **norms,
-                    lr=self.optimizers[0].param_groups[0]["lr"],
-                    learnt=int(packed.loss_mask.sum()), seconds=round(self.seconds, 3))
+        return dict(loss=losses.total.item(), main=losses.main.item(),
+                    learnt=int(packed.loss_mask.sum())), None
 
     def measure(self, record: dict, last: bool) -> float | None:
         """Marks on held-out problems, in every mode; judged by the mean error of both modes."""
@@ -240,28 +218,20 @@ def sft(args: SftArgs) -> Path:
 
     Raises `ValueError` for settings that do not fit, before anything is written.
     """
-    tune_allocator()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    model_args, tokenizer, begin = model_and_tokenizer(args)
-    tuner = FineTuner(args, model_args, Path(args.out), tokenizer)
+    prepare_cpu(args.threads)
+    source = source_of(args)
+    tuner = FineTuner(args, source.args, Path(args.out), source.tokenizer)
     print(f"sft     {args.data}: {len(tuner.rows.tokens):,} rows of {args.seq_len} tokens, "
           f"{int(tuner.rows.learnt.sum()):,} tokens to learn; run {args.out}, on {tuner.device}",
           flush=True)
-    run_learner(tuner, begin is None, begin)
+    run_learner(tuner, source)
     return tuner.run
 
 
-def main() -> int:
+def main() -> None:
     """The command line."""
     [given] = parse("minids.sft", __doc__, SftArgs)
-    args = settings("sft", SftArgs, given, "-sft")
-    try:
-        sft(args)
-    except Stopped as stopped:
-        print(f"stopped; go on with: python -m minids.sft --resume --out {shlex.quote(args.out)}")
-        return 128 + int(stopped.args[0])
-    return 0
+    sft(settings("sft", SftArgs, given, "-sft"))
 
 
 if __name__ == "__main__":

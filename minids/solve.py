@@ -17,9 +17,9 @@ import torch
 from minids.base.command_line import parse, run_program
 from minids.base.fields import check_types, option, require
 from minids.base.tables import format_table
-from minids.hf import open_model
 from minids.rl.examination import ask, mark, pass_curve
-from minids.runs.checkpoints import pick_device
+from minids.runs.device import pick_device
+from minids.runs.open import open_model
 from minids.text.chat import MODES, TEMPLATES
 from minids.text.tasks import open_task
 

@@ -24,10 +24,7 @@ Simplified: one process. The sequence length is fixed, and there is no context e
 """
 
 import dataclasses
-import json
 import math
-import shlex
-import time
 from pathlib import Path
 
 import torch
@@ -38,6 +35,7 @@ from minids import plots
 from minids.apply.fp8 import use_fp8
 from minids.apply.recompute import recompute_blocks
 from minids.base.command_line import parse, run_program
+from minids.base.files import write_whole
 from minids.config import ModelArgs
 from minids.costs import count_parameters, flops_per_token
 from minids.generate import generate
@@ -45,80 +43,65 @@ from minids.infer.validation import Evaluation, evaluate, parse_share, windows
 from minids.model.moe import max_violation
 from minids.model.objective import Packed
 from minids.model.sparse_attention import freeze_all_but_indexers
-from minids.runs.checkpoints import resolve
-from minids.runs.learner import (
-    Learner,
-    Stopped,
-    free_folder,
-    memory_mib,
-    refuse_changes,
-    run_learner,
-    run_of,
-    stored_tokenizer,
-    tune_allocator,
-)
-from minids.runs.optimizers import (
-    batch_size_at,
-    bias_speed_at,
-    build_optimizers,
-    clip_gradients,
-    learning_rate_factor,
-    mtp_weight_at,
-    set_learning_rate,
-)
+from minids.runs.device import memory_mib, prepare_cpu
+from minids.runs.learner import Learner, run_learner
+from minids.runs.open import Source, folder_of, read_config, resumes, source_of
+from minids.runs.optimizers import batch_size_at, bias_speed_at, mtp_weight_at
+from minids.runs.resume import free_folder, refuse_changes, stored_run
 from minids.runs.settings import TrainArgs
 from minids.text.loaders import open_data
 from minids.text.tokenizer import Tokenizer
 
-# Settings of the model that leave the weights of the run before as they are.
+# Fields of the model that may differ from those of the run before: its weights still fit.
 MAY_VARY = {"max_seq_len", "original_seq_len", "rope_factor", "beta_fast", "beta_slow", "mscale",
             "index_n_heads", "index_head_dim", "index_topk", "index_hadamard", "index_fp8"}
 
-# Dense BF16 rates from the vendors' data sheets, FLOP/s; the first name that fits counts.
+# Dense BF16 rates from the vendors' data sheets, FLOP/s; the first name that matches counts.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-              "H800": 989e12, "A100": 312e12, "L40S": 362e12,
-              "RTX 4090": 165e12}
+              "H800": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 SAMPLES, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 16, 200, 0.7
 
 
 class Trainer(Learner):
-    """One run of pre-training: the model, its optimizers and its data, and where it stands."""
+    """One run of pre-training: the model, its optimizers, its data, and how far it has come."""
 
     program = "train"
     numbers = "step", "tokens", "seconds", "recent_loss", "valid_bpb"
 
     def __init__(self, args: TrainArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
         super().__init__(args, model_args, run, tokenizer)
-        if args.recompute:
-            recompute_blocks(self.model)
-        if args.dsa == "warmup":
-            freeze_all_but_indexers(self.model)
-        if args.fp8:
-            use_fp8(self.model)
         self.loss = torch.compile(self.model.loss) if args.compile else self.model.loss
-        self.optimizers = build_optimizers(self.model, args, self.dtype)
         self.data = open_data(args.data, tokenizer, args.seq_len, args.seed, args.fim_rate,
                               workers=args.threads)
         self.tokens = 0
-        self.recent_loss = math.nan  # a moving mean, to tell a spike by
+        self.recent_loss = math.nan  # moving mean, the yardstick for spikes
         self.valid_bpb = math.nan  # of the last validation
         self.check_texts()
 
+    def prepare(self) -> None:
+        """Set up recomputation and FP8, and freeze what a warm-up of indexers leaves alone."""
+        if self.args.recompute:
+            recompute_blocks(self.model)
+        if self.args.dsa == "warmup":
+            freeze_all_but_indexers(self.model)
+        if self.args.fp8:
+            use_fp8(self.model)
+
     def more_state(self) -> dict:
-        """Where the data stands."""
+        """Return the position in the data."""
         return dict(loader=self.data.loader.state_dict())
 
     def restore_more(self, state: dict) -> None:
-        """Go on where the data stood."""
+        """Continue at that position in the data."""
         self.data.loader.load_state_dict(state["loader"])
 
     def more_config(self) -> dict:
-        """What the run reads."""
+        """Return the fingerprint of the data."""
         return dict(data=self.data.fingerprint)
 
     def check_texts(self) -> None:
-        """Refuse at the start what validation and samples would refuse at the end."""
+        """Refuse now what validation and samples would refuse at the end."""
         windows(self.data.valid, self.args.seq_len, max_tokens=1)
         prompt, limit = self.prompt(), self.model.args.max_seq_len
         if len(prompt) >= limit:
@@ -126,7 +109,7 @@ class Trainer(Learner):
                              f"tokens must be fewer than max_seq_len = {limit}")
 
     def measure(self, record: dict, last: bool) -> float | None:
-        """Validation and a sample, on the steps that have them; the validation's bits per byte."""
+        """Validate and sample on the steps that do; returns the validation's bits per byte."""
         args, metric = self.args, None
         if last or (args.eval_every and self.step % args.eval_every == 0):
             result = self.validate(None if last else args.eval_tokens)
@@ -138,48 +121,20 @@ class Trainer(Learner):
         return metric
 
     def brief(self, record: dict) -> str:
-        """What the progress bar says beside the count."""
+        """Return what the progress bar says beside the count."""
         return f"loss {record['loss']:.3f}, validation {self.valid_bpb:.3f} bits/byte"
 
     def line(self, record: dict) -> str:
-        """What a log file shows in place of a progress bar."""
+        """Return what a log file shows in place of a progress bar."""
         return (f"step {record['step']}/{self.args.steps}: loss {record['loss']:.3f}, "
                 f"validation {record['valid_bpb']:.4f} bits per byte, "
                 f"{record['tokens_per_s']:.0f} tokens/s")
 
-    def train_step(self) -> dict:
-        """One optimizer step; returns its line of metrics."""
-        start = time.perf_counter()
-        self.step += 1
-        set_learning_rate(self.optimizers, learning_rate_factor(self.step, self.args))
-        parts, loads, n_tokens = self.accumulate()
-        norms = clip_gradients(self.model, self.args.clip)
-        self.check_finite(parts["loss"], sum(norms.values()))
-        skipped = self.is_spike(parts["loss"])
-        if not skipped:
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.model.update_gate_bias(loads, bias_speed_at(self.step, self.args))
-        for optimizer in self.optimizers:
-            optimizer.zero_grad()
-        elapsed = time.perf_counter() - start
-        self.tokens += n_tokens
-        self.seconds += elapsed
-        record = dict(step=self.step, tokens=self.tokens, **parts, **norms,
-                      lr=self.optimizers[0].param_groups[0]["lr"],
-                      max_vio=[round(max_violation(load).item(), 4) for load in loads],
-                      tokens_per_s=round(n_tokens / elapsed, 1), seconds=round(self.seconds, 3),
-                      memory_mib=memory_mib(self.device))
-        if mfu := self.model_flops_utilisation(n_tokens / elapsed):
-            record["mfu"] = mfu
-        if self.args.log_experts_every and self.step % self.args.log_experts_every == 0:
-            record["loads"] = loads.tolist()
-            record["biases"] = [[round(b, 6) for b in bias.tolist()]
-                                for bias in self.model.gate_biases()]
-        return record | ({"skipped": True} if skipped else {})
+    def accumulate(self) -> tuple[dict, Tensor]:
+        """Add up the gradients of one batch, in micro-batches.
 
-    def accumulate(self) -> tuple[dict, Tensor, int]:
-        """Gradients of one batch, in micro-batches: loss parts, loads summed over them, tokens."""
+        Returns the parts of the loss, means over micro-batches, and the experts' loads, sums.
+        """
         args, loads, parts = self.args, 0, {}
         batch = batch_size_at(self.step, args)
         for _ in range(args.grad_accum):
@@ -194,17 +149,36 @@ class Trainer(Learner):
             names = ("loss", "main", "mtp", "balance", "indexer")
             for name, value in zip(names if args.dsa else names[:-1], losses, strict=False):
                 parts[name] = parts.get(name, 0.0) + value.item() / args.grad_accum
-        return parts, loads, batch * args.seq_len
+        self.tokens += batch * args.seq_len
+        return parts, loads
+
+    def after_update(self, loads: Tensor) -> None:
+        """Move the gate biases against the loads of the whole batch."""
+        self.model.update_gate_bias(loads, bias_speed_at(self.step, self.args))
+
+    def more_metrics(self, loads: Tensor, elapsed: float) -> dict:
+        """Return tokens, speed, memory and the experts' balance."""
+        speed = batch_size_at(self.step, self.args) * self.args.seq_len / elapsed
+        record = dict(tokens=self.tokens, tokens_per_s=round(speed, 1),
+                      memory_mib=memory_mib(self.device),
+                      max_vio=[round(max_violation(load).item(), 4) for load in loads])
+        if mfu := self.model_flops_utilisation(speed):
+            record["mfu"] = mfu
+        if self.args.log_experts_every and self.step % self.args.log_experts_every == 0:
+            record["loads"] = loads.tolist()
+            record["biases"] = [[round(b, 6) for b in bias.tolist()]
+                                for bias in self.model.gate_biases()]
+        return record
 
     def packed(self, tokens: Tensor) -> Packed | None:
-        """The documents of each window, where they are not to see each other."""
+        """Return the documents of each window, if they are not to attend to each other."""
         if not self.args.separate:
             return None
         begins = tokens == self.tokenizer.bos_id
         return Packed(begins.cumsum(1), torch.ones_like(begins))
 
     def is_spike(self, loss: float) -> bool:
-        """Whether the loss is far above its recent mean; if not, the mean takes it in."""
+        """Return whether the loss is far above its recent mean; if not, update the mean."""
         factor = self.args.spike_factor
         if factor and loss > factor * self.recent_loss:
             tqdm.write(f"step {self.step}: loss {loss:.3f} is more than {factor:g} times its "
@@ -215,7 +189,7 @@ class Trainer(Learner):
         return False
 
     def model_flops_utilisation(self, tokens_per_second: float) -> float | None:
-        """MFU: share of the device's peak that goes into the model's own products, if known."""
+        """Return the MFU: the model's FLOP/s as a share of the device's peak, if that is known."""
         if self.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.device)
@@ -224,7 +198,7 @@ class Trainer(Learner):
         return peak and round(work * tokens_per_second / peak, 4)
 
     def validate(self, max_tokens: int | None = None) -> Evaluation:
-        """How the model does on the validation text, or on a fixed part of it."""
+        """Evaluate the model on the validation text, or on a fixed part of it."""
         batch_size = max(self.args.batch_size // self.args.grad_accum, 1)
         with self.autocast():
             result = evaluate(self.model, self.data.valid, self.tokenizer.n_bytes,
@@ -234,11 +208,11 @@ class Trainer(Learner):
         return result
 
     def prompt(self) -> list[int]:
-        """The tokens that a sample goes on from."""
+        """Return the tokens that a sample continues."""
         return [self.tokenizer.bos_id, *self.tokenizer.encode(self.args.prompt)]
 
     def sample(self, max_new_tokens: int, count: int = 1) -> list[str]:
-        """Texts that the model writes after the prompt, without the token that ends them."""
+        """Generate `count` texts that continue the prompt, without the token that ends them."""
         prompt, end = self.prompt(), self.tokenizer.eos_id
         room = self.model.args.max_seq_len - len(prompt)
         result = generate(self.model, [prompt] * count, min(max_new_tokens, room),
@@ -248,10 +222,10 @@ class Trainer(Learner):
                 for row in result.tokens]
 
     def finish(self) -> None:
-        """Figure, sample, and what the user would like to know and do next."""
+        """Write figure and samples; print the results and what to do next."""
         plots.loss_curve(self.metrics, self.run / "loss.png")
         texts = self.sample(SAMPLE_TOKENS, SAMPLES)
-        (self.run / "sample.txt").write_text("\n\n".join(texts))
+        write_whole(self.run / "sample.txt", "\n\n".join(texts))
         shares = [parse_share(text) for text in texts]
         parsed, total = (sum(column) for column in zip(*shares, strict=True))
         balance = self.metrics[-1]["valid_max_vio"]
@@ -263,7 +237,7 @@ class Trainer(Learner):
                   + " ".join(f"{v:.2f}" for v in balance))
         if self.args.dsa:
             loss = self.metrics[-1]["indexer"]
-            print(f"indexers     {loss:.4f} nats a query from attention, all layers together")
+            print(f"indexers     {loss:.4f} nats per query from attention, summed over layers")
         if total and not self.args.data.startswith("task:"):
             print(f"sample       {parsed} of {total} generated top-level blocks parse as Python "
                   f"({SAMPLES} texts)")
@@ -272,7 +246,7 @@ class Trainer(Learner):
 
 
 def next_command(args: TrainArgs, run: Path) -> str:
-    """What to do with a finished run: program and flags."""
+    """Return the program and the flags to use a finished run with."""
     if args.data.startswith("task:"):
         return f"solve --run {run} --task {args.data.removeprefix('task:')} --template plain"
     if args.dsa == "warmup":
@@ -282,117 +256,83 @@ def next_command(args: TrainArgs, run: Path) -> str:
     return f'generate --run {run} --prompt "def read_"'
 
 
-def free_run_folder(preset: str) -> Path:
-    """runs/PRESET, or runs/PRESET-2, .. where that is taken."""
-    return free_folder(Path("runs") / preset)
-
-
-def newest_run(preset: str) -> Path:
-    """The run of a preset that was written to last."""
-    runs = [c.parent for c in Path("runs").glob(f"{preset}*/config.json")
-            if c.parent.name.removeprefix(preset).lstrip("-").isdigit() or c.parent.name == preset]
-    if not runs:
-        raise ValueError(f"resume: there is no run of preset {preset!r} in runs/; name its folder "
-                         "with --out")
-    return max(runs, key=lambda run: (run / "config.json").stat().st_mtime)
-
-
 def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
-    """The settings of a run from the flags that were given, and from its folder when resumed.
+    """Return the settings of a run, and the fields of its model that differ from the preset's.
 
-    Returns the run's settings, and those of the model's that differ from the preset's.
+    given, given_model: the flags; a resumed run takes the rest from its folder
     Raises `ValueError` for a run folder that is taken, or of another configuration.
     """
-    preset = given.get("preset", "tiny")
+    preset, before = given.get("preset", "tiny"), given.get("from_run", "")
     ModelArgs.preset(preset)  # refuses an unknown name before anything else
-    resume, before = given.get("resume", False), given.get("from_run", "")
-    if given.get("out"):
-        run = Path(given["out"])
-    elif before and not resume:
-        run = folder_after(run_of(resolve(before)), given.get("dsa", ""))
-    else:
-        run = newest_run(preset) if resume else free_run_folder(preset)
-    stored = read_config(run)
-    if stored and not resume:
-        raise ValueError(f"out = {str(run)!r} holds a run already: go on with it by --resume, or "
-                         "name another folder")
-    if not stored:
-        given = given | {"out": str(run)}
-        args = settings_after(given) if before else TrainArgs.for_preset(preset, **given)
-        return args, given_model
-    refuse_changes(run, dataclasses.asdict(TrainArgs(**stored["train"])),
-                   {k: v for k, v in given.items() if k not in TrainArgs.may_change})
-    refuse_changes(run, stored["model"], given_model)
-    changed = {k: v for k, v in given.items() if k in TrainArgs.may_change} | {"out": str(run)}
-    return TrainArgs(**stored["train"] | changed), stored["model"]
+    if stored := stored_run("train", TrainArgs, given):
+        args, config = stored
+        refuse_changes(Path(args.out), config["model"], given_model)
+        return args, config["model"]
+    if before:
+        run = folder_of(before)
+        given = given | {"out": given.get("out") or str(folder_after(run, given.get("dsa", "")))}
+        return settings_after(given, run), given_model
+    given = given | {"out": given.get("out") or str(free_folder(Path("runs") / preset))}
+    return TrainArgs.for_preset(preset, **given), given_model
 
 
 def folder_after(run: Path, dsa: str) -> Path:
-    """Beside a run: x-warm for the warm-up of x, x-sparse for the stage after it, else x-more."""
+    """Return x-warm for the warm-up of run x, x-sparse for the stage after it, else x-more."""
     suffix = {"warmup": "-warm", "sparse": "-sparse", "": "-more"}[dsa]
     return free_folder(run.with_name(run.name.removesuffix("-warm") + suffix))
 
 
-def settings_after(given: dict) -> TrainArgs:
-    """The settings of a run that begins with another's: those of that one, of the stage, and given.
+def settings_after(given: dict, run: Path) -> TrainArgs:
+    """Return the settings of a run that begins with another: that run's, the stage's, and `given`.
 
     Raises `ValueError` for a preset or a tokenizer that is not the other run's.
     """
-    run = run_of(resolve(given["from_run"]))
-    before = dataclasses.asdict(TrainArgs(**read_config(run)["train"]))
+    before = dataclasses.asdict(TrainArgs(**read_config(run, "train", TrainArgs)["train"]))
     if given.get("preset", before["preset"]) != before["preset"]:
         raise ValueError(f"preset = {given['preset']!r} is not valid: the run in {run} has "
                          f"{before['preset']!r}, and this one begins with its weights")
     if given.get("tokenizer"):
         raise ValueError(f"tokenizer = {given['tokenizer']!r} is not valid with --from: the model "
                          f"knows the one in {run}")
-    kept = {k: v for k, v in before.items() if k not in ("out", "resume", "from_run", "dsa")}
-    return TrainArgs.for_preset(before["preset"], kept, **given)
+    inherited = {k: v for k, v in before.items() if k not in ("out", "resume", "from_run", "dsa")}
+    return TrainArgs.for_preset(before["preset"], inherited, **given)
 
 
-def model_after(args: TrainArgs, given: dict, run: Path) -> dict:
-    """All fields of the model that begins with the weights of `run`, an indexer added if need be.
+def model_after(args: TrainArgs, given: dict, source: Source) -> dict:
+    """Return the fields of a model that begins with another's weights.
 
-    given: fields that are to differ; ValueError for one that would not fit the weights
+    Adds an indexer if the stage needs one and there is none.
+    given: fields that are to differ
+    Raises `ValueError` for a field that would not fit the weights.
     """
-    before = read_config(run)["model"]
+    before = dataclasses.asdict(source.args)
     fixed = {k for k in given if k not in MAY_VARY}
     if before["index_n_heads"]:
         fixed |= given.keys() & {"index_n_heads", "index_head_dim"}
     for name in sorted(fixed):
         if given[name] != before[name]:
-            raise ValueError(f"{name} = {given[name]!r} is not valid: the weights in {run} have "
-                             f"{before[name]!r}")
+            raise ValueError(f"{name} = {given[name]!r} is not valid: the weights in "
+                             f"{source.folder} have {before[name]!r}")
     if args.dsa and not before["index_n_heads"]:
         given = default_indexer(before, args.seq_len) | given
     return before | given
 
 
 def default_indexer(model: dict, seq_len: int) -> dict:
-    """An indexer in V3.2's proportions to attention; it selects an eighth of the context.
+    """Return the fields of an indexer in V3.2's proportions; it selects an eighth of the context.
 
-    For "v3" and the paper's 131,072 tokens that is V3.2's: 64 heads of width 128, 2,048 tokens.
+    For "v3" and the paper's 131,072 tokens it is V3.2's own: 64 heads of width 128, 2,048 tokens.
     """
     return dict(index_n_heads=max(model["n_heads"] // 2, 4),
                 index_head_dim=2 * model["qk_rope_head_dim"],
                 index_topk=min(max(seq_len // 8, 1), 2048))
 
 
-def read_config(run: Path) -> dict | None:
-    """A run's config.json, None where there is none; `ValueError` where it is not understood."""
-    path = run / "config.json"
-    if not path.exists():
-        return None
-    try:
-        config = json.loads(path.read_text())
-        TrainArgs(**config["train"]), ModelArgs(**config["model"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged or of another version of minids: {error}") from error
-    return config
-
-
 def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
-    """The preset's model, varied by what is given, with the tokenizer's vocabulary."""
+    """Return the preset's model with the tokenizer's vocabulary, overridden by what is given.
+
+    Raises `ValueError` if model, tokenizer and training settings do not fit together.
+    """
     preset = ModelArgs.preset(args.preset)
     model_args = dataclasses.replace(preset, **{"vocab_size": tokenizer.vocab_size} | given)
     if model_args.vocab_size < tokenizer.vocab_size:
@@ -401,7 +341,7 @@ def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
     if model_args.has_indexer and not args.dsa:
         raise ValueError(f"index_n_heads = {model_args.index_n_heads} is not valid without --dsa: "
                          "an indexer learns from a trained model; train with index_n_heads = 0, "
-                         "then go on with --from RUN --dsa warmup")
+                         "then continue with --from RUN --dsa warmup")
     if args.seq_len > model_args.max_seq_len:
         raise ValueError(f"seq_len = {args.seq_len} is not valid: it must be at most max_seq_len "
                          f"= {model_args.max_seq_len}")
@@ -412,34 +352,29 @@ def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
 
 
 def train(args: TrainArgs, model: dict | None = None) -> Path:
-    """Train a model, or go on with a run when `args.resume` is set.
+    """Train a model, or continue a run if `args.resume` is set; returns the run's folder.
 
     model: fields of `ModelArgs` that differ from the preset's
-    Returns the run's folder. Raises `ValueError` for settings that do not fit, before anything is
-    written, and for a loss that is no number; `Stopped` after a signal, with the state saved.
+    Raises `ValueError` for settings that do not fit, before anything is written, and for a NaN or
+    Inf loss; `Stopped` after a signal, with the state saved.
     """
-    tune_allocator()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    run = Path(args.out) if args.out else free_run_folder(args.preset)
-    resumed = args.resume and (run / "config.json").exists()
-    begin = resolve(args.from_run) if args.from_run and not resumed else None
-    if resumed:
-        tokenizer = stored_tokenizer(run)
-    elif begin:
-        tokenizer = stored_tokenizer(run_of(begin))
-        model = model_after(args, model or {}, run_of(begin))
-    else:
-        tokenizer = Tokenizer.open(args.tokenizer)
-    trainer = Trainer(args, fit_model(args, model or {}, tokenizer), run, tokenizer)
+    prepare_cpu(args.threads)
+    run = Path(args.out) if args.out else free_folder(Path("runs") / args.preset)
+    source, model = source_of(args), model or {}
+    if resumes(args):
+        model = dataclasses.asdict(source.args)
+    elif source:
+        model = model_after(args, model, source)
+    tokenizer = source.tokenizer if source else Tokenizer.open(args.tokenizer)
+    trainer = Trainer(args, fit_model(args, model, tokenizer), run, tokenizer)
     print(describe(trainer), flush=True)
-    run_learner(trainer, resumed, begin)
+    run_learner(trainer, source)
     trainer.finish()
     return run
 
 
 def describe(trainer: Trainer) -> str:
-    """What is about to run, in three lines."""
+    """Return what is about to run, in three lines."""
     count = count_parameters(trainer.model.args)
     threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
     return (f"model   {trainer.args.preset}: {count.total:,} parameters, {count.active:,} active, "
@@ -449,17 +384,10 @@ def describe(trainer: Trainer) -> str:
             f"{str(trainer.dtype).removeprefix('torch.')}{threads}")
 
 
-def main() -> int:
+def main() -> None:
     """The command line."""
     given, given_model = parse("minids.train", __doc__, TrainArgs, ModelArgs)
-    args, model = settings(given, given_model)
-    try:
-        train(args, model)
-    except Stopped as stopped:
-        print(f"stopped; go on with: python -m minids.train --resume --out "
-              f"{shlex.quote(args.out)}")
-        return 128 + int(stopped.args[0])
-    return 0
+    train(*settings(given, given_model))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from minids.base.command_line import run_program
 from minids.grpo import GrpoArgs, Reinforcer
 from minids.rl.objectives import OBJECTIVES
 from minids.runs.checkpoints import load_weights, newest_checkpoint, resolve
-from minids.runs.learner import model_and_tokenizer
+from minids.runs.open import open_source
 from minids.runs.settings import TrainArgs
 from minids.sft import SftArgs, sft
 from minids.train import train
@@ -44,15 +44,15 @@ def base(tmp_path_factory) -> Path:
 
 def learner(base: Path, out: Path, **changed) -> Reinforcer:
     args = GrpoArgs.for_preset(**SMALL | dict(from_run=str(base), out=str(out)) | changed)
-    model_args, tokenizer, _ = model_and_tokenizer(args)
-    made = Reinforcer(args, model_args, out, tokenizer)
-    made.begin_from(resolve(base))
+    source = open_source(base)
+    made = Reinforcer(args, source.args, out, source.tokenizer)
+    made.begin_from(source)
     return made
 
 
 def gradients(made: Reinforcer) -> dict[str, torch.Tensor]:
     made.batch = made.sample(0)
-    made.accumulate(0)
+    made.learn(0)
     return {n: p.grad for n, p in made.model.named_parameters() if p.grad is not None}
 
 
@@ -71,10 +71,10 @@ def test_equal_rewards_give_exactly_no_gradient(base, tmp_path, monkeypatch):
 def test_kl_to_itself_is_exactly_zero(base, tmp_path):
     made = learner(base, tmp_path / "run", kl_beta=1.0)
     made.batch = made.sample(0)
-    assert made.accumulate(0)["kl"] == 0.0
+    assert made.learn(0)["kl"] == 0.0
     with torch.no_grad():
         made.model.layers[0].attn.wo.weight.mul_(1.01)
-    assert made.accumulate(0)["kl"] > 0
+    assert made.learn(0)["kl"] > 0
 
 
 @pytest.mark.parametrize("normalise", ["sequence", "tokens", "constant"])
@@ -90,7 +90,7 @@ def test_micro_batches_add_up(base, tmp_path, normalise):
 def test_sampler_gap_of_a_fresh_rollout_is_rounding(base, tmp_path):
     made = learner(base, tmp_path / "run", top_p=0.9)
     made.batch = made.sample(0)
-    assert made.accumulate(0)["sampler_gap_max"] < 1e-5
+    assert made.learn(0)["sampler_gap_max"] < 1e-5
 
 
 def test_one_part_of_a_rollout_a_step(base, tmp_path):
@@ -101,7 +101,7 @@ def test_one_part_of_a_rollout_a_step(base, tmp_path):
     part = made.batch.rollout.part
     made.batch = made.batch._replace(rollout=Recorder(made.batch.rollout, part, seen))
     for share in range(4):
-        made.accumulate(share)
+        made.learn(share)
     assert torch.cat(seen).tolist() == list(range(16))
 
 
@@ -234,7 +234,7 @@ def test_runs_that_are_no_runs(base, tmp_path):
         status, _, err = run_grpo("--from", str(folder), "--out", str(tmp_path / "run"))
         assert status == 2 and err.count("\n") == 1 and named in err
     assert "name the run to begin with" in run_grpo("--out", str(tmp_path / "run"))[2]
-    assert "name the run's folder" in run_grpo("--resume")[2]
+    assert "name its folder with --out" in run_grpo("--resume")[2]
     assert not (tmp_path / "run").exists()
 
 
@@ -256,7 +256,7 @@ def test_a_taken_folder_and_a_changed_setting(base, tmp_path):
     assert "holds a run already" in run_grpo("--from", str(base), *flags)[2]
     status, _, err = run_grpo("--resume", "--out", str(run), "--group", "8")
     assert status == 2 and "group = 8 is not valid" in err and err.count("\n") == 1
-    assert "no run of minids.grpo" in run_grpo("--resume", "--out", str(base))[2]
+    assert "not a run of minids.grpo" in run_grpo("--resume", "--out", str(base))[2]
 
 
 def test_settings_vary_one_at_a_time():

@@ -14,15 +14,15 @@ import torch
 
 from minids import distill as distill_module
 from minids import r1 as r1_module
-from minids.base.command_line import run_program
+from minids.base.command_line import Stopped, run_program
 from minids.config import ModelArgs
 from minids.distill import CorpusArgs, sift, verdict
 from minids.grpo import Reinforcer
-from minids.hf import open_model
 from minids.r1 import NAMES, PRESETS, TABLE, R1Args, r1, table
 from minids.rl.examination import examine
 from minids.runs.checkpoints import load_weights, resolve
-from minids.runs.learner import Learner, Stopped
+from minids.runs.learner import Learner
+from minids.runs.open import open_model
 from minids.sft import read_conversations
 from minids.text.chat import Reply
 from minids.text.tasks import Problem, open_task

@@ -171,8 +171,8 @@ def test_conversations_from_a_file(base, tmp_path):
 
 
 def test_from_a_hugging_face_folder(base, tmp_path):
-    from minids.runs.checkpoints import load_run
-    run = load_run(base)
+    from minids.runs.open import open_model
+    run = open_model(base)
     save_hf(run.model, tmp_path / "hf")
     run.tokenizer.save_hf(tmp_path / "hf")
     status, _, err = run_sft("--from", str(tmp_path / "hf"), "--out", str(tmp_path / "run"),

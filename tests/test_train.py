@@ -243,7 +243,7 @@ def test_signal_finishes_the_step_and_saves(number, status, tmp_path, flags, unb
     assert said.status == status and newest_step(run) == 5
     assert said.err == "\nfinishing the step and saving ..\n"
     monkeypatch.undo()
-    command = said.out.splitlines()[-1].split("go on with: ")[1]
+    command = said.out.splitlines()[-1].split("continue with: ")[1]
     program = "python -m minids.train "
     assert command.startswith(program)
     said = run_train(*shlex.split(command.removeprefix(program)))
@@ -298,7 +298,7 @@ def gradients(trainer: Trainer) -> tuple[dict, torch.Tensor, dict[str, torch.Ten
     """Loss parts, loads and gradients of the first batch, in FP64."""
     trainer.model.double()
     trainer.step = 1
-    parts, loads, _ = trainer.accumulate()
+    parts, loads = trainer.accumulate()
     return parts, loads, {n: p.grad for n, p in trainer.model.named_parameters()}
 
 
@@ -513,8 +513,8 @@ def poison(monkeypatch, at_step: int) -> None:
     accumulate = Trainer.accumulate
 
     def poisoned(trainer):
-        parts, loads, tokens = accumulate(trainer)
-        return parts | ({"loss": float("nan")} if trainer.step == at_step else {}), loads, tokens
+        parts, loads = accumulate(trainer)
+        return parts | ({"loss": float("nan")} if trainer.step == at_step else {}), loads
 
     monkeypatch.setattr(Trainer, "accumulate", poisoned)
 
@@ -839,7 +839,8 @@ BAD = {
     "no such tokenizer": (["--tokenizer", "{home}/texts"], "no whole tokenizer in", "texts"),
     "vocabulary too small": (["--vocab-size", "64"], "vocab_size = 64", f"at least {VOCABULARY}"),
     "does not divide": (["--grad-accum", "3"], "grad_accum = 3", "batch_size = 4"),
-    "resume of nothing": (["--preset", "small", "--resume"], "no run of preset 'small'"),
+    "resume of nothing": (["--preset", "small", "--resume"], "no run of minids.train with preset",
+                          "'small'"),
 }
 
 

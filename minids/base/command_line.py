@@ -2,11 +2,23 @@
 
 import argparse
 import os
+import shlex
 import sys
 from dataclasses import MISSING, fields
 from typing import NoReturn
 
 from minids.base.fields import bounds, nearest
+
+
+class Stopped(Exception):
+    """A signal stopped the program after it had saved its state.
+
+    number: the signal's; flags: the flags that continue the program
+    """
+
+    def __init__(self, number: int, flags: list[str]):
+        super().__init__(number)
+        self.number, self.flags = number, flags
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -21,7 +33,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def to_bool(text: str) -> bool:
-    """'true' and 'false', and their usual spellings."""
+    """Return the truth value of 'true', 'false' or one of their usual spellings."""
     words = {"true": True, "yes": True, "1": True, "on": True,
              "false": False, "no": False, "0": False, "off": False}
     if text.lower() not in words:
@@ -30,12 +42,12 @@ def to_bool(text: str) -> bool:
 
 
 def flag_of(f) -> str:
-    """The flag of a dataclass's field."""
+    """Return the flag of a dataclass's field."""
     return "--" + (f.metadata["flag"] or f.name.replace("_", "-"))
 
 
 def add_flags(parser: argparse.ArgumentParser, cls, title: str) -> None:
-    """One flag for each field of the dataclass `cls`; an absent flag leaves no attribute."""
+    """Add one flag per field of the dataclass `cls`; an absent flag leaves no attribute."""
     group = parser.add_argument_group(title.rstrip("."))
     tiny = cls.for_preset("tiny") if hasattr(cls, "for_preset") else cls
     for f in fields(cls):
@@ -57,13 +69,13 @@ def add_flags(parser: argparse.ArgumentParser, cls, title: str) -> None:
 
 
 def parse(program: str, doc: str, *classes, argv: list[str] | None = None) -> list[dict]:
-    """Read the command line of a program.
+    """Parse the command line of a program.
 
     program: name after `python -m`, e.g. "minids.train"
     doc: the module's docstring; it opens the help
     classes: dataclasses whose fields are the flags
-    argv: the words, `sys.argv[1:]` if None
-    Returns one dict for each class, holding only the flags that were given.
+    argv: the words; None takes `sys.argv[1:]`
+    Returns one dict per class, with only the flags that were given.
     """
     parser = OneLineParser(prog=f"python -m {program}", description=doc, allow_abbrev=False,
                            usage=f"python -m {program} [--flag VALUE ..]",
@@ -75,20 +87,21 @@ def parse(program: str, doc: str, *classes, argv: list[str] | None = None) -> li
 
 
 def run_program(program: str, main) -> NoReturn:
-    """Run `main()` and turn a user's mistake (`ValueError`, `OSError`) into one line, status 2."""
+    """Run `main()` and exit with its status.
+
+    A user's mistake (`ValueError`, `OSError`) becomes one line on stderr and status 2; `Stopped`
+    becomes the command that continues the program, and the signal's status.
+    """
     try:
-        sys.exit(main())
-    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        sys.exit(main() or 0)
+    except Stopped as stopped:
+        print(f"stopped; continue with: python -m {program} {shlex.join(stopped.flags)}")
+        sys.exit(128 + stopped.number)
+    except BrokenPipeError:  # the reader, say `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (ValueError, OSError) as error:
-        reason = " ".join(str(error).split())
-        sys.exit(one_line(program, reason))
+        print(f"python -m {program}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def one_line(program: str, reason: str) -> int:
-    """Print one line on stderr; the exit status of a user's mistake."""
-    print(f"python -m {program}: {reason}", file=sys.stderr)
-    return 2

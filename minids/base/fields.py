@@ -1,7 +1,7 @@
 """Settings: dataclass fields that are command-line flags, and what is valid in them.
 
 A settings class is a flat frozen dataclass that inherits `Settings`. Its bounds stand in its
-fields, so that the error, the `--help` and the one test of all bounds read the same place.
+fields: the error message, `--help` and the one test of all bounds read them from there.
 """
 
 import difflib
@@ -16,8 +16,9 @@ def option(default, help: str, choices: tuple = (), flag: str = "", low: float |
     default: the value when the flag is absent
     help: one line, with the unit
     choices: the only valid values; empty allows any value of the field's type
-    flag: the flag's name where a field cannot have it, such as "from"
-    low, high: smallest and largest valid value; above: a bound that is not valid itself
+    flag: the flag's name if no field can have it, such as "from"
+    low, high: smallest and largest valid value
+    above: a lower bound that is not itself valid
     """
     return field(default=default, metadata=dict(help=help, choices=choices, flag=flag, low=low,
                                                 high=high, above=above))
@@ -36,7 +37,7 @@ def require(args, name: str, holds: bool, valid: str) -> None:
 
 
 def bounds(f) -> str:
-    """Return what a field's bounds allow, in words; '' where it has none."""
+    """Return what a field's bounds allow, in words; '' if it has none."""
     low, high, above = (f.metadata.get(key) for key in ("low", "high", "above"))
     if above is not None:
         return f"above {above}" + (f" and at most {high}" if high is not None else "")
@@ -66,9 +67,9 @@ def check_types(args) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """A program's settings, checked when they are made.
+    """A program's settings; types, choices and bounds are checked on construction.
 
-    A subclass adds rules that cross fields in its own `__post_init__`, after calling this one.
+    A subclass checks rules that cross fields in its own `__post_init__`, after calling this one.
     """
 
     def __post_init__(self):

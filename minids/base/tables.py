@@ -2,10 +2,10 @@
 
 
 def format_table(rows: list) -> str:
-    """Rows in aligned columns, the first to the left and the others to the right.
+    """Return rows as aligned columns, the first to the left and the others to the right.
 
-    A cell is text, or an integer that is shown with thousands separators. A row that is a text
-    stands as it is.
+    rows: lists of cells, each a text or an integer (shown with thousands separators); a row that is
+        a text is printed as it is
     """
     cells = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row]
              for row in rows if not isinstance(row, str)]

@@ -25,7 +25,7 @@ from minids.costs import count_parameters
 from minids.hf.reading import inspect, read_model
 from minids.hf.settings import CLASSES, QUANTIZE, model_type_of
 from minids.hf.writing import check_target, save_hf, tokenizer_files
-from minids.runs.checkpoints import load_run
+from minids.runs.open import open_model
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -78,7 +78,7 @@ def convert(args: HfArgs) -> str:
     """Read --run or --folder, write it to --out, and return the description of the result."""
     check_target(Path(args.out).resolve(), args.overwrite)
     if args.run:
-        run = load_run(args.run)
+        run = open_model(args.run)
         model, tokenizer = run.model, run.tokenizer
     else:
         source = inspect(args.folder)

@@ -6,6 +6,7 @@ peak is the model and the largest tensor. FP8 weights are multiplied by their bl
 arXiv 2412.19437, section 3.3.2; `weight_scale_inv` in the files, FP32 or UE8M0).
 """
 
+import contextlib
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -233,3 +234,15 @@ def stored(source: Source, name: str) -> Tensor:
     of a mapped file count as the process's memory, and a shard has gigabytes of them."""
     with safe_open(source.headers[name].file, "pt") as stream:
         return stream.get_tensor(name)
+
+
+def is_hf_folder(path: Path) -> bool:
+    """Return whether a folder is a Hugging Face folder, not a run or one of its checkpoints."""
+    path = path if path.exists() else aside_of(path)
+    if (path / "manifest.json").exists() or not (path / CONFIG).is_file():
+        return False
+    if any(path.glob("*.safetensors")) or (path / INDEX).is_file():
+        return True
+    with contextlib.suppress(ValueError):
+        return "model_type" in read_json(path / CONFIG)
+    return False

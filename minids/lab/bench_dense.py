@@ -12,8 +12,9 @@ from minids.costs import count_parameters
 from minids.lab.bench_setup import Bench, Stepper, minids_loss
 from minids.lab.timing import RATIOS
 from minids.runs.learner import read_metrics
+from minids.runs.resume import free_folder
 from minids.runs.settings import TrainArgs
-from minids.train import free_run_folder, train
+from minids.train import train
 
 WIDTH_MULTIPLE = 8  # of the dense model's hidden width, to avoid odd shapes
 
@@ -76,7 +77,7 @@ def train_three(bench: Bench, seed: int, folder: Path) -> list[Quality]:
 
 def quality_table(bench: Bench) -> list[list[str]]:
     """Return the table of validation bits per byte, one row per seed, and the means."""
-    folder = free_run_folder("moe-vs-dense")
+    folder = free_folder(Path("runs") / "moe-vs-dense")
     rows = [["bits per byte", "experts", "dense, equal tokens", "lower", "dense, equal time",
              "lower", "steps", "seconds"]]
     runs = []

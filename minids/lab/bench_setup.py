@@ -10,7 +10,7 @@ from minids.base.fields import Settings, option, require
 from minids.config import ModelArgs
 from minids.lab.timing import in_turn
 from minids.model.transformer import Transformer
-from minids.runs.learner import tune_allocator
+from minids.runs.device import tune_allocator
 from minids.runs.settings import TrainArgs
 from minids.text.loaders import open_data
 from minids.text.tokenizer import Tokenizer

@@ -12,11 +12,11 @@ from torch import Tensor
 from minids.apply.folded import fold
 from minids.costs import drafting
 from minids.generate import Generation, generate
-from minids.hf import open_model
 from minids.infer.validation import windows
 from minids.lab.bench_setup import Bench
 from minids.lab.timing import round_robin
 from minids.model.cache import LatentCache
+from minids.runs.open import open_model
 from minids.text.loaders import open_data
 
 DEPTHS = (2, 4, 8, 16, 32, 64)  # numbers of layers for which the cost model predicts

@@ -38,8 +38,9 @@ from minids.base.files import read_json
 from minids.base.tables import format_table
 from minids.config import ModelArgs
 from minids.infer.validation import evaluate
-from minids.runs.checkpoints import load_run, pick_device
+from minids.runs.device import pick_device
 from minids.runs.learner import read_metrics
+from minids.runs.open import open_model
 from minids.text.loaders import open_data
 
 REGIMES = {
@@ -180,7 +181,7 @@ def fp8_table(args: ClaimArgs, runs: dict[str, list[Trained]]) -> list[tuple]:
 
 def both_ways(folder: Path, device: str) -> tuple[float, float]:
     """Return bits per byte of one run's weights in full precision and in FP8."""
-    run = load_run(folder, pick_device(device))
+    run = open_model(folder, pick_device(device))
     seq_len = run.config["train"]["seq_len"]
     data = open_data(run.config["train"]["data"], run.tokenizer, seq_len)
     results = []

@@ -40,8 +40,7 @@ from minids.config import ModelArgs
 from minids.infer.selections import all_scores, attention_recall, best, everything, selecting
 from minids.model.sparse_attention import freeze_all_but_indexers, load_weights_without_indexer
 from minids.model.transformer import Transformer
-from minids.runs.checkpoints import pick_device
-from minids.runs.learner import pick_dtype, tune_allocator
+from minids.runs.device import pick_device, pick_dtype, tune_allocator
 from minids.runs.optimizers import build_optimizers, clip_gradients, set_learning_rate
 from minids.runs.settings import TrainArgs
 

@@ -1,19 +1,20 @@
-"""Checkpoints: saved whole or not at all, and checked before they are read.
+"""Checkpoints: saved whole or not at all, and verified before they are read.
 
 A run folder holds `checkpoints/step_NNNNNN/`, each with three files:
     model.safetensors   the weights, for any tool that reads safetensors
     state.pt            optimizer, loader, random-number and schedule state, to resume from
     manifest.json       step, metric, versions; size and SHA-256 of the other two, and its own seal
 
-Why: a training process is killed, a disk fills up, a copy is cut short. A checkpoint is therefore
-written under a temporary name, each file flushed to the disk, and renamed when it is complete; the
-folder is flushed as well, for without that a rename may be lost or overtake the data that it names
-(Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014). A reader recomputes the
-checksums, names what it refuses, and falls back on the checkpoint before it. Nothing here unpickles
-an arbitrary object: `state.pt` holds tensors and plain values only.
+Why so careful? A training process is killed, a disk fills up, a copy is cut short. A checkpoint is
+therefore written under a temporary name, each file is flushed to the disk, and the folder is
+renamed when it is complete. The parent folder is flushed as well: otherwise a rename may be lost,
+or reach the disk before the data that it names (Pillai et al., "All File Systems Are Not Created
+Equal", OSDI 2014). A reader recomputes the checksums, names what it refuses, and falls back on the
+checkpoint before it. Nothing here unpickles arbitrary objects: `state.pt` holds tensors and plain
+values only.
 
 Simplified: one process writes to a run at a time, and it holds all the weights. A sharded save
-would be `torch.distributed.checkpoint`.
+would use `torch.distributed.checkpoint`.
 """
 
 import hashlib
@@ -26,7 +27,6 @@ import shutil
 import sys
 from collections import OrderedDict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,9 +36,6 @@ from torch import Tensor
 
 from minids.base.fields import nearest
 from minids.base.files import digest, discard, flush, publish, write_flushed
-from minids.config import ModelArgs
-from minids.model.transformer import Transformer
-from minids.text.tokenizer import Tokenizer
 
 FORMAT = 1
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
@@ -48,17 +45,17 @@ PLAIN = (str, bytes, bool, int, float, type(None))
 
 def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dict,
                     keep_last: int = 3, metric: float | None = None) -> Path:
-    """Write `checkpoints/step_NNNNNN` whole, then remove the checkpoints that are not to be kept.
+    """Write `checkpoints/step_NNNNNN` whole, then remove older checkpoints.
 
-    A kill at any moment leaves the old checkpoints, or the old ones and the new one. One of the
-    same step is replaced.
+    A kill at any moment leaves the old checkpoints, or the old ones and the new one. A checkpoint
+    of the same step is replaced.
 
     run: the run's folder, made if absent
     step: optimizer steps done
     weights: name -> tensor of any dtype, layout and device; tied tensors are written twice
     state: tensors and plain values, nested in dicts, lists and tuples
-    keep_last: newest checkpoints that are kept, beside the best one; 0 keeps all
-    metric: what "best" is judged by, lower is better
+    keep_last: newest checkpoints to keep, beside the best one; 0 keeps all
+    metric: what the best one is judged by, lower is better
     Returns the checkpoint's folder.
     Raises `ValueError` for a state that could not be read back or a metric that is not finite;
     `OSError` when the disk refuses, with the checkpoints before it intact.
@@ -85,14 +82,14 @@ def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dic
 
 
 def own_copy(tensor: Tensor) -> Tensor:
-    """The values in contiguous CPU memory of their own: safetensors refuses shared memory."""
+    """Return a contiguous copy on the CPU: safetensors refuses shared memory."""
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def check_plain(value, where: str) -> None:
     """Raise `ValueError` naming the first entry that `torch.load(weights_only=True)` would refuse.
 
-    Found here, it costs a run its start; found on resuming, it would cost the run.
+    Found now, it stops the run at its first save; found on resuming, it would cost the whole run.
     """
     if type(value) in (dict, OrderedDict):
         for key, entry in value.items():
@@ -107,7 +104,7 @@ def check_plain(value, where: str) -> None:
 
 
 def write_files(folder: Path, step: int, weights: dict, state: dict, metric: float | None) -> None:
-    """The three files of a checkpoint, the manifest last, all flushed to the disk."""
+    """Write and flush the three files of a checkpoint, the manifest last."""
     copies = {name: own_copy(tensor) for name, tensor in weights.items()}
     save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
     save_state(folder / STATE, state)
@@ -122,7 +119,7 @@ def write_files(folder: Path, step: int, weights: dict, state: dict, metric: flo
 
 
 def save_state(file: Path, state: dict) -> None:
-    """`torch.save` that raises the disk's own error, which torch hides behind one of its own."""
+    """Save with `torch.save`, but raise the disk's own error, which torch hides behind its own."""
     with open(file, "wb") as stream:
         try:
             torch.save(state, stream)
@@ -131,13 +128,13 @@ def save_state(file: Path, state: dict) -> None:
 
 
 def sealed(body: dict) -> bytes:
-    """The manifest's exact bytes: `body` and a checksum of it, so that any changed byte shows."""
+    """Return the manifest's bytes: `body` and its checksum, so that any changed byte shows."""
     seal = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body | {"seal": seal}, indent=2) + "\n").encode()
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a killed save left behind."""
+    """Remove what a killed save has left behind."""
     for leftover in folder.glob(".tmp_*"):
         shutil.rmtree(leftover)
     for aside in folder.glob("*.replaced"):
@@ -146,38 +143,38 @@ def sweep(folder: Path) -> None:
 
 
 def explain_failure(final: Path, error: Exception) -> str:
-    """One line: what could not be written, why, and which checkpoint stands."""
+    """Return one line: what could not be written, why, and which checkpoint is intact."""
     reason = getattr(error, "strerror", None) or str(error)
     before = newest_checkpoint(final.parent.parent)
-    stands = f"{before}, the one before it, is intact" if before else "there is none before it"
-    return f"checkpoint {final} could not be written: {reason}; {stands}"
+    intact = f"{before}, the one before it, is intact" if before else "there is none before it"
+    return f"checkpoint {final} could not be written: {reason}; {intact}"
 
 
 def prune(run: Path, saved: Path, keep_last: int) -> None:
-    """Keep the one just saved, the `keep_last` newest and the best; 0 keeps all."""
+    """Remove all but the one just saved, the `keep_last` newest and the best; 0 keeps all."""
     if keep_last == 0:
         return
     found = checkpoints(run)
-    kept = {saved, *found[:keep_last], *by_metric(found)[:1]}
+    spared = {saved, *found[:keep_last], *by_metric(found)[:1]}
     for path in found:
-        if path not in kept:
+        if path not in spared:
             discard(path)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """The folders named like checkpoints, newest first, whole or not."""
+    """Return the folders named like checkpoints, newest first, whole or not."""
     found = [p for p in (Path(run) / "checkpoints").glob("step_*") if NAME.fullmatch(p.name)]
     return sorted(found, key=age, reverse=True)
 
 
 def age(path: Path) -> tuple[int, bool]:
-    """Sorts checkpoints: by step, and one put aside below the one that replaces it."""
+    """Return a sort key: the step, then whether the folder has replaced one set aside."""
     step, replaced = NAME.fullmatch(path.name).groups()
     return int(step), replaced is None
 
 
 def by_metric(found: list[Path]) -> list[Path]:
-    """Those with a readable manifest and a metric, best first; of equal ones the newest."""
+    """Return those with a readable manifest and a metric, best first, then newest first."""
     metrics = {}
     for path in found:
         try:
@@ -188,7 +185,7 @@ def by_metric(found: list[Path]) -> list[Path]:
 
 
 def read_manifest(path: Path) -> dict:
-    """The manifest of a checkpoint folder; `ValueError` if missing, unreadable or changed."""
+    """Read a checkpoint's manifest; raise `ValueError` if missing, unreadable or changed."""
     file = Path(path) / MANIFEST
     if not file.is_file():
         raise ValueError(f"{file} is missing")
@@ -207,7 +204,7 @@ def read_manifest(path: Path) -> dict:
 
 
 def check_file(path: Path, name: str) -> Path:
-    """One file of a checkpoint, after comparing its size and checksum with the manifest's."""
+    """Compare a file's size and checksum with the manifest's; returns its path."""
     file, recorded = Path(path) / name, read_manifest(path)["files"][name]
     if not file.is_file():
         raise ValueError(f"{file} is missing")
@@ -220,15 +217,15 @@ def check_file(path: Path, name: str) -> Path:
 
 
 def verify(path: Path) -> dict:
-    """The manifest of a whole checkpoint; `ValueError` naming the file that is wrong, and how."""
+    """Check all files and return the manifest; raise `ValueError` naming a damaged file."""
     for name in (WEIGHTS, STATE):
         check_file(path, name)
     return read_manifest(path)
 
 
-def first_whole(found: list[Path]) -> Path | None:
-    """The first one that verifies; those refused before it are named on stderr."""
-    for path in found:
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the newest checkpoint that verifies; name those refused before it on stderr."""
+    for path in checkpoints(run):
         try:
             verify(path)
             return path
@@ -237,23 +234,13 @@ def first_whole(found: list[Path]) -> Path | None:
     return None
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run; one line on stderr for each that is refused."""
-    return first_whole(checkpoints(run))
-
-
-def best_checkpoint(run: Path) -> Path | None:
-    """The whole checkpoint of the lowest metric; None when no checkpoint recorded one."""
-    return first_whole(by_metric(checkpoints(run)))
-
-
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The weights on the CPU; `ValueError` when the file is not the one that was saved."""
+    """Load the weights on the CPU; raise `ValueError` if the file is not the one saved."""
     return load_file(check_file(path, WEIGHTS))
 
 
 def load_state(path: Path) -> dict:
-    """The state on the CPU; `ValueError` when it is not what was saved, or holds other objects."""
+    """Load the state on the CPU; raise `ValueError` if it is not the one saved, or not plain."""
     file = check_file(path, STATE)
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -263,7 +250,7 @@ def load_state(path: Path) -> dict:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint folder meant by `path`: itself, or the newest whole one of a run folder.
+    """Return the checkpoint that `path` names: itself, or a run folder's newest whole one.
 
     Raises `ValueError` naming the folder and what would work.
     """
@@ -279,61 +266,12 @@ def resolve(path: Path) -> Path:
                          "give a run folder, with checkpoints/step_NNNNNN in it, or a checkpoint")
     if (newest := newest_checkpoint(path)) is None:
         raise ValueError(f"{path} holds no whole checkpoint: all {len(checkpoints(path))} of them "
-                         "were refused, as said above")
+                         "were refused, see above")
     return newest
 
 
-class Run(NamedTuple):
-    """A run as its folder describes it.
-
-    config: what config.json holds; checkpoint: the folder that the weights are from
-    """
-
-    model: Transformer
-    tokenizer: Tokenizer
-    config: dict
-    checkpoint: Path
-
-
-def load_run(path: str | Path, device: torch.device | str = "cpu") -> Run:
-    """The model of a run, ready to be used, and what belongs to it.
-
-    path: a run folder, whose newest whole checkpoint is taken, or one of its checkpoint folders
-    Raises `ValueError` naming what is missing, damaged or does not fit.
-    """
-    checkpoint = resolve(Path(path))
-    folder = checkpoint.parent.parent
-    file = folder / "config.json"
-    if not file.exists():
-        raise ValueError(f"{folder} is no run folder: it has no config.json")
-    config = json.loads(file.read_text())
-    tokenizer = Tokenizer.load(folder / "tokenizer")
-    if tokenizer.fingerprint != config["tokenizer"]:
-        raise ValueError(f"{folder / 'tokenizer'} does not match the checkpoint: its fingerprint "
-                         f"is {tokenizer.fingerprint}, and the run was trained with "
-                         f"{config['tokenizer']}")
-    with torch.device("meta"):
-        model = Transformer(ModelArgs(**config["model"]))
-    model.load_state_dict(load_weights(checkpoint), assign=True)
-    return Run(model.to(device).eval(), tokenizer, config, checkpoint)
-
-
-def pick_device(name: str) -> torch.device:
-    """The device of that name; "auto" is the GPU if there is one."""
-    has_gpu = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_gpu else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise ValueError(f"device = {name!r} is not valid: {nearest(name, ['cpu', 'cuda', 'auto'])}"
-                         "valid are auto, cpu and cuda")
-    if name == "cuda" and not has_gpu:
-        raise ValueError("device = 'cuda' is not valid: torch sees no GPU here; use --device cpu, "
-                         "or install the CUDA build of torch")
-    return torch.device(name)
-
-
 def rng_state() -> dict:
-    """Where the random generators stand: Python's, numpy's, torch's on the CPU and each GPU."""
+    """Return the state of Python's, numpy's and torch's generators, on the CPU and each GPU."""
     name, keys, *rest = np.random.get_state()
     state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
              "torch": torch.get_rng_state()}
@@ -343,7 +281,7 @@ def rng_state() -> dict:
 
 
 def set_rng_state(state: dict) -> None:
-    """Put the generators back where `rng_state` found them, as far as this machine has them."""
+    """Restore the generators that this machine has to a state from `rng_state`."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])

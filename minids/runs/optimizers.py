@@ -1,12 +1,12 @@
 """Optimizers and the schedules of a training run.
 
-AdamW with V3's settings (section 4.2), or Muon for the matrices inside the blocks with AdamW for
-embedding, head and norms, which is how the family's later models are trained (DeepSeek-V4, arXiv
+AdamW with V3's settings (section 4.2), or Muon for the matrices inside the blocks and AdamW for
+embedding, head and norms: the family's later models are trained this way (DeepSeek-V4, arXiv
 2606.19348, section 2). Muon's step is the momentum with its singular values brought to one, scaled
-so that its root mean square is that of an AdamW step (Moonlight, arXiv 2502.16982, section 2.2);
-`torch.optim.Muon` does the same for single matrices but takes no stacked experts.
+so that its root mean square is that of an AdamW step (Moonlight, arXiv 2502.16982, section 2.2).
+`torch.optim.Muon` does the same for single matrices but does not take stacked experts.
 
-A schedule is a function of the step alone, so that a resumed run needs no state for it.
+A schedule is a function of the step alone, so a resumed run needs no state for it.
 """
 
 import math
@@ -15,15 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from minids.model.sparse_attention import in_indexer
-from minids.runs.settings import TrainArgs
+from minids.runs.settings import LearnArgs, TrainArgs
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al., 2024: brings singular values near one
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, made orthogonal, for matrices (r, c) and stacks of them (E, r, c).
+    """Step by the orthogonalised momentum, for matrices (r, c) and stacks of them (E, r, c).
 
-    lr: step relative to the root mean square of AdamW's
+    lr: size of the step, relative to the root mean square of AdamW's
     dtype: precision of the orthogonalisation
     """
 
@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
                 self._step_together(params, group)
 
     def _step_together(self, params: list[Tensor], group: dict) -> None:
-        """One step for parameters whose matrices have one shape, as a single stack."""
+        """Update parameters whose matrices have one shape, as a single stack."""
         momentum, updates = group["momentum"], []
         for p in params:
             state = self.state[p]
@@ -78,7 +78,7 @@ class AdamWInBF16(torch.optim.AdamW):
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
-    """The nearest matrices with all singular values about one, by Newton and Schulz's iteration.
+    """Return the nearest matrices with all singular values near one, by Newton-Schulz iteration.
 
     x: (n, r, c) -> (n, r, c); the singular values end between about 0.7 and 1.2
     """
@@ -94,18 +94,18 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
 
 def is_hidden_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes a parameter: matrices inside the blocks and MTP modules, but indexers'."""
+    """Return whether Muon takes a parameter: matrices in blocks and MTP, except indexers'."""
     return (parameter.ndim >= 2 and not name.startswith(("embed.", "head."))
             and not in_indexer(name))
 
 
-def build_optimizers(model: nn.Module, args: TrainArgs,
+def build_optimizers(model: nn.Module, args: LearnArgs,
                      dtype: torch.dtype) -> list[torch.optim.Optimizer]:
-    """The run's optimizers; each parameter is in exactly one group.
+    """Return the run's optimizers; each trained parameter is in exactly one group.
 
-    dtype: precision of Muon's products. Norms have no weight decay. Every group keeps its learning
-    rate at the peak as `peak_lr`, for `set_learning_rate`. Frozen parameters are in none, and
-    indexers in groups of their own, which come last.
+    dtype: precision of Muon's products
+    Norms have no weight decay. Every group stores its peak learning rate as `peak_lr`, for
+    `set_learning_rate`. Indexers have groups of their own, which come last.
     """
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     named = [(n, p) for n, p in trained if not in_indexer(n)]
@@ -132,9 +132,9 @@ def build_optimizers(model: nn.Module, args: TrainArgs,
 
 
 def clip_gradients(model: nn.Module, longest: float) -> dict[str, float]:
-    """Scale long gradients down; the norms before that, by their names in metrics.jsonl.
+    """Scale long gradients down; return the norms before, by their names in metrics.jsonl.
 
-    The indexers' gradient is one of its own: together, each loss would set the pace of what the
+    The indexers' gradient is clipped apart: together, each loss would set the pace of what the
     other trains.
     """
     named = list(model.named_parameters())
@@ -151,8 +151,10 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
             group["lr"] = group["peak_lr"] * factor
 
 
-def learning_rate_factor(step: int, args: TrainArgs) -> float:
-    """Learning rate of a step as a share of its peak: up, flat, cosine down, flat (V3 section 4.2).
+def learning_rate_factor(step: int, args: LearnArgs) -> float:
+    """Return a step's learning rate as a share of its peak (V3 section 4.2).
+
+    It rises, stays, falls along a cosine and stays at its floor.
 
     step: 1 for the first
     """
@@ -164,7 +166,7 @@ def learning_rate_factor(step: int, args: TrainArgs) -> float:
 
 
 def batch_size_at(step: int, args: TrainArgs) -> int:
-    """Sequences in a step's batch: from batch_start to batch_size in a straight line (V3 4.2)."""
+    """Return the sequences in a step's batch: a linear ramp up to batch_size (V3 section 4.2)."""
     if not args.batch_start or step >= args.batch_ramp_steps:
         return args.batch_size
     grown = (args.batch_size - args.batch_start) * (step - 1) / args.batch_ramp_steps
@@ -173,14 +175,14 @@ def batch_size_at(step: int, args: TrainArgs) -> int:
 
 
 def mtp_weight_at(step: int, args: TrainArgs) -> float:
-    """Weight of the MTP loss: V3 has 0.3 for the first 10T of 14.8T tokens, then 0.1."""
+    """Return the weight of the MTP loss: V3 has 0.3 for 10T of 14.8T tokens, then 0.1."""
     return args.mtp_weight if step <= args.mtp_switch * args.steps else args.mtp_weight_late
 
 
 def bias_speed_at(step: int, args: TrainArgs) -> float:
-    """Step of the gate biases: V3 has 0.001, then 0 for the last 500B of 14.8T tokens.
+    """Return the step of the gate biases: V3 has 0.001, and 0 for the last 500B of 14.8T tokens.
 
-    0 in the warm-up of sparse attention, which changes nothing in the model.
+    It is 0 in the warm-up of sparse attention, which trains the indexers alone.
     """
     if args.dsa == "warmup":
         return 0.0

@@ -36,7 +36,7 @@ class LearnArgs(Settings):
                                 low=0, high=1)
     final_lr: float = option(0.1, "floor of the learning rate, as a share of the peak",
                              low=0, high=1)
-    dtype: str = option("fp32", "precision of products; auto: bf16 where the hardware has it",
+    dtype: str = option("auto", "precision of products; auto: bf16 where the hardware has it",
                         ("auto", "bf16", "fp32"))
     save_every: int = option(50, "steps between checkpoints", low=1)
     keep_last: int = option(2, "newest checkpoints to keep, beside the best; 0: all", low=0)
@@ -107,8 +107,6 @@ class TrainArgs(LearnArgs):
     separate: bool = option(False, "documents of a window do not see each other; in V3 they do")
     fim_rate: float = option(0.0, "share of documents cut for fill-in-the-middle; V3: 0.1",
                              low=0, high=1)
-    dtype: str = option("auto", "precision of products; auto: bf16 where the hardware has it",
-                        ("auto", "bf16", "fp32"))
     fp8: bool = option(False, "products of linear layers and experts in FP8, AdamW's moments in"
                               " BF16")
     compile: bool = option(False, "compile the model: a minute at the start, faster steps after")

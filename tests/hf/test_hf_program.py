@@ -15,10 +15,11 @@ from transformers import AutoTokenizer
 from minids import ModelArgs
 from minids.evaluate import main as evaluate_program
 from minids.generate import main as generate_program
-from minids.hf import load_hf, open_model, save_hf
+from minids.hf import load_hf, save_hf
 from minids.hf.__main__ import HfArgs, convert
 from minids.hf.names import CONFIG
 from minids.runs.checkpoints import save_checkpoint
+from minids.runs.open import open_model
 from minids.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")

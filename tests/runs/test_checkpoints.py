@@ -25,7 +25,6 @@ from minids.runs.checkpoints import (
     MANIFEST,
     STATE,
     WEIGHTS,
-    best_checkpoint,
     load_state,
     load_weights,
     newest_checkpoint,
@@ -247,13 +246,13 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_newest_is_named_and_the_one_before_it_used(tmp_path, capsys, name, damage):
     before, newest = (save_checkpoint(tmp_path, s, *small(s), metric=9.0 - s) for s in (1, 2))
-    assert newest_checkpoint(tmp_path) == best_checkpoint(tmp_path) == resolve(tmp_path) == newest
+    assert newest_checkpoint(tmp_path) == resolve(tmp_path) == newest
     assert capsys.readouterr().err == ""
     DAMAGES[damage](newest / name)
     assert newest_checkpoint(tmp_path) == before
     refusal = capsys.readouterr().err
     assert refusal.count("\n") == 1 and str(newest / name) in refusal
-    assert best_checkpoint(tmp_path) == resolve(tmp_path) == before
+    assert resolve(tmp_path) == before
     assert_holds(before, 1)
     load = load_weights if name == WEIGHTS else load_state
     with pytest.raises(ValueError, match=name):
@@ -597,7 +596,6 @@ def kept(run: Path, keep_last: int, forget=prune) -> list[int]:
                          [(0, [1, 2, 3, 4, 5, 6]), (1, [2, 6]), (3, [2, 4, 5, 6])])
 def test_last_and_best_are_kept(tmp_path, keep_last, expected):
     assert kept(tmp_path, keep_last) == expected
-    assert best_checkpoint(tmp_path).name == "step_000002"
     assert newest_checkpoint(tmp_path).name == "step_000006"
 
 
@@ -616,8 +614,8 @@ def test_save_prunes(tmp_path):
 
 def test_of_equal_metrics_the_newest_is_best(tmp_path):
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, *small(step), metric=1.0)
-    assert best_checkpoint(tmp_path).name == "step_000003"
+        save_checkpoint(tmp_path, step, *small(step), metric=1.0, keep_last=1)
+    assert steps(tmp_path) == [3]  # were an older one the best, it would stay too
 
 
 def test_save_at_an_earlier_step_survives_its_own_pruning(tmp_path):
@@ -671,6 +669,4 @@ def test_resolve_says_what_would_work(tmp_path):
 
 
 def test_run_without_checkpoints_has_none(tmp_path):
-    assert newest_checkpoint(tmp_path) is best_checkpoint(tmp_path) is None
-    save_checkpoint(tmp_path, 1, *small(1))
-    assert best_checkpoint(tmp_path) is None  # saved without a metric
+    assert newest_checkpoint(tmp_path) is None

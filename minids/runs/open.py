@@ -1,0 +1,162 @@
+"""Open a run folder, one of its checkpoints, or a Hugging Face folder: one way for all programs.
+
+`open_source` reads everything except the weights and checks that it fits together; `open_model`
+goes on to the model.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from minids import hf
+from minids.base.files import read_json
+from minids.config import ModelArgs
+from minids.model.transformer import Transformer
+from minids.runs.checkpoints import load_weights, read_manifest, resolve
+from minids.runs.settings import LearnArgs
+from minids.text.tokenizer import Tokenizer
+
+CONFIG = "config.json"
+
+
+class Source(NamedTuple):
+    """Where weights are, and what belongs to them.
+
+    folder: the run folder, or a Hugging Face folder
+    path: where the weights are: the run's checkpoint, or the folder itself
+    args: dimensions of the model
+    config: the run's config.json; of a Hugging Face folder only {"model": ..}
+    """
+
+    folder: Path
+    path: Path
+    args: ModelArgs
+    tokenizer: Tokenizer
+    config: dict
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights by name, on the CPU."""
+        if hf.is_hf_folder(self.path):
+            return hf.load_hf(self.path).state_dict()
+        return load_weights(self.path)
+
+    def describe(self) -> dict[str, str]:
+        """Return the path, and a checkpoint's SHA-256, for the config.json of a run after it."""
+        found = dict(checkpoint=str(self.path))
+        if not hf.is_hf_folder(self.path):
+            found["sha256"] = read_manifest(self.path)["files"]["model.safetensors"]["sha256"]
+        return found
+
+
+class Run(NamedTuple):
+    """A model ready for use, and what belongs to it: see `Source`.
+
+    checkpoint: the folder that the weights came from
+    """
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: dict
+    checkpoint: Path
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder holds a run: its config.json is written last."""
+    return (Path(folder) / CONFIG).exists()
+
+
+def read_config(run: Path, program: str = "", cls: type | None = None) -> dict:
+    """Return a run's config.json, checked.
+
+    program, cls: require a run of this program whose settings `cls` accepts
+    Raises `ValueError` if the file is missing, damaged, or of another version or program.
+    """
+    path = Path(run) / CONFIG
+    if not path.exists():
+        raise ValueError(f"{run} is not a run folder: it has no {CONFIG}")
+    try:
+        config = read_json(path)
+        ModelArgs(**config["model"])
+        if cls:
+            cls(**config[program])
+    except (ValueError, KeyError, TypeError) as error:
+        kind = f", or not a run of minids.{program}" if program else ""
+        raise ValueError(f"{path} is damaged, of another version of minids{kind}: {error}"
+                         ) from error
+    return config
+
+
+def folder_of(path: str | Path) -> Path:
+    """Return the run folder, or the Hugging Face folder, that `path` belongs to.
+
+    Raises `ValueError` if there is nothing to open.
+    """
+    path = Path(path)
+    return path.resolve() if hf.is_hf_folder(path) else resolve(path).resolve().parent.parent
+
+
+def open_run(run: Path, path: Path) -> Source:
+    """Return the source of a run folder; `path` is where its weights are.
+
+    Raises `ValueError` if the tokenizer in the folder is not the one that the run began with.
+    """
+    config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer")
+    if tokenizer.fingerprint != config["tokenizer"]:
+        raise ValueError(f"tokenizer in {run} is not the run's: its fingerprint is "
+                         f"{tokenizer.fingerprint}, the run's is {config['tokenizer']}; put that "
+                         "one back")
+    return Source(run, path, ModelArgs(**config["model"]), tokenizer, config)
+
+
+def open_source(path: str | Path) -> Source:
+    """Open what `path` names, without its weights.
+
+    path: a run folder (its newest whole checkpoint), a checkpoint, or a Hugging Face folder
+    Raises `ValueError` naming what is missing, damaged or does not fit.
+    """
+    path = Path(path)
+    if hf.is_hf_folder(path):
+        args, tokenizer = hf.inspect(path).args, Tokenizer.load(path)
+        if tokenizer.n_tokens > args.vocab_size:
+            raise ValueError(f"{path}: its tokenizer has {tokenizer.n_tokens} tokens and its model "
+                             f"only {args.vocab_size}")
+        return Source(path, path, args, tokenizer, {"model": dataclasses.asdict(args)})
+    return open_run(folder_of(path), resolve(path))
+
+
+def open_model(path: str | Path, device: torch.device | str = "cpu",
+               dtype: torch.dtype | None = None) -> Run:
+    """Load the model that `path` names, and its tokenizer.
+
+    path: see `open_source`
+    dtype: precision of a Hugging Face folder's weights; None: as they are stored, with FP8 as BF16,
+        and FP32 on a CPU. A run's weights are FP32.
+    Raises `ValueError` naming what is missing, damaged or does not fit.
+    """
+    source = open_source(path)
+    if hf.is_hf_folder(source.path):
+        folder = hf.inspect(source.path)
+        if dtype is None:
+            dtype = torch.float32 if torch.device(device).type == "cpu" else folder.dtype
+        model = hf.read_model(folder, dtype, device)
+    else:
+        with torch.device("meta"):
+            model = Transformer(source.args)
+        model.load_state_dict(source.weights(), assign=True)
+        model = model.to(device).eval()
+    return Run(model, source.tokenizer, source.config, source.path)
+
+
+def resumes(args: LearnArgs) -> bool:
+    """Return whether a run continues: it is asked to, and its folder is complete."""
+    return args.resume and bool(args.out) and is_run(Path(args.out))
+
+
+def source_of(args: LearnArgs) -> Source | None:
+    """Return what a run works with: itself when resumed, else what it begins with, if anything."""
+    if resumes(args):
+        return open_run(Path(args.out), Path(args.out))
+    return open_source(args.from_run) if args.from_run else None

@@ -1,0 +1,142 @@
+"""Every bound of every settings class: just outside is refused in one line, just inside is not."""
+
+import importlib
+import math
+import pkgutil
+import sys
+from dataclasses import MISSING, dataclass, fields
+
+import pytest
+
+import minids
+from minids.base.command_line import flag_of, parse, run_program
+from minids.base.fields import Settings, bounds, check_types, option
+
+
+def all_settings() -> list[type]:
+    """Every settings class of the package, found by importing all of its modules."""
+    for module in pkgutil.walk_packages(minids.__path__, "minids."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    for package in ("costs", "hf"):
+        importlib.import_module(f"minids.{package}.__main__")
+    found, left = {}, [Settings]
+    while left:
+        cls = left.pop()
+        left += cls.__subclasses__()
+        found[cls] = None
+    return [cls for cls in found if cls.__module__.startswith("minids.") and fields(cls)]
+
+
+CLASSES = all_settings()
+
+
+def valid_settings(cls: type):
+    """Settings that pass every field's own check, without the rules that cross fields."""
+    made = object.__new__(cls)
+    for f in fields(cls):
+        value = f.default if f.default is not MISSING else f.type()
+        object.__setattr__(made, f.name, value)
+    return made
+
+
+def edges(f) -> list[tuple[float, bool]]:
+    """(value, whether it is valid) on both sides of each of a field's bounds."""
+    def beside(value: float, way: int):
+        return value + way if f.type is int else math.nextafter(value, way * math.inf)
+
+    low, high, above = (f.metadata.get(key) for key in ("low", "high", "above"))
+    found = []
+    if low is not None:
+        found += [(f.type(low), True), (beside(low, -1), False)]
+    if high is not None:
+        found += [(f.type(high), True), (beside(high, 1), False)]
+    if above is not None:
+        found += [(beside(above, 1), True), (f.type(above), False)]
+    return found
+
+
+def refusal(cls: type, f, value, capsys) -> str:
+    """What a program of these settings writes to stderr when it is given the value; '' if nothing.
+
+    The program parses its command line and checks its fields; it must end with status 2, or 0.
+    """
+    def main():
+        [given] = parse("minids.x", "A program.", cls, argv=[f"{flag_of(f)}={value!r}"])
+        made = valid_settings(cls)
+        for name, found in given.items():
+            object.__setattr__(made, name, found)
+        check_types(made)
+
+    with pytest.raises(SystemExit) as end:
+        run_program("minids.x", main)
+    out, err = capsys.readouterr()
+    assert out == "" and end.value.code == (2 if err else 0)
+    return err
+
+
+def faults(cls: type, stated: type, capsys) -> list[str]:
+    """Edges of the bounds that `stated` declares at which `cls` does something else."""
+    found = []
+    for f in fields(stated):
+        for value, valid in edges(f):
+            told = f"{f.name} = {value!r} is not valid: it must be {bounds(f)}"
+            expected = "" if valid else f"python -m minids.x: {told}\n"
+            if refusal(cls, f, value, capsys) != expected:
+                found.append(f"{f.name} = {value!r}")
+    return found
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+def test_every_bound_is_kept_and_told_in_one_line(cls, capsys):
+    assert faults(cls, cls, capsys) == []
+
+
+def test_every_program_has_settings_with_bounds():
+    bounded = {cls.__name__ for cls in CLASSES if any(edges(f) for f in fields(cls))}
+    assert bounded >= {"ModelArgs", "LearnArgs", "TrainArgs", "SftArgs", "GrpoArgs"}
+
+
+@dataclass(frozen=True)
+class Oven(Settings):
+    """An oven."""
+
+    minutes: int = option(40, "time, minutes", low=1, high=90)
+    heat: float = option(180.0, "temperature, degrees", above=0)
+
+
+@dataclass(frozen=True)
+class CarelessOven(Settings):
+    """The wrong variant: two bounds are gone."""
+
+    minutes: int = option(40, "time, minutes", low=1)
+    heat: float = option(180.0, "temperature, degrees", low=0)
+
+
+def test_a_bound_that_is_dropped_is_noticed(capsys):
+    assert faults(Oven, Oven, capsys) == []
+    assert faults(CarelessOven, Oven, capsys) == ["minutes = 0", "minutes = 91", "heat = 0.0"]
+
+
+def test_a_class_that_skips_its_check_is_noticed(capsys, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "check_types", lambda args: None)
+    assert faults(Oven, Oven, capsys) == ["minutes = 0", "minutes = 91", "heat = 0.0"]
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+def test_construction_checks_the_fields(cls):
+    """A `__post_init__` of its own does not forget the inherited one."""
+    valid = {f.name: f.default if f.default is not MISSING else f.type() for f in fields(cls)}
+    for f in fields(cls):
+        for value, _ in [edge for edge in edges(f) if not edge[1]][:1]:
+            with pytest.raises(ValueError, match=f"{f.name} = .* is not valid: it must be"):
+                cls(**valid | {f.name: value})
+
+
+def test_other_types_and_numbers_that_are_none():
+    for changes, valid in ((dict(minutes=4.0), "of type int"), (dict(minutes=True), "of type int"),
+                           (dict(heat="hot"), "of type float"), (dict(heat=math.nan), "a finite"),
+                           (dict(heat=math.inf), "a finite number")):
+        with pytest.raises(ValueError, match=f"is not valid: it must be {valid}"):
+            Oven(**changes)
+    assert Oven(heat=200).heat == 200.0 and type(Oven(heat=200).heat) is float
