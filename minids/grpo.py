@@ -77,7 +77,7 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
                            tuple(TEMPLATES))
     mode: str = option("free", "who decides whether to think: the model (free), or the prompt:"
                                " think, direct, or both by turns", (*MODES, "both"))
-    steps: int = option(40, "optimizer steps")
+    steps: int = option(40, "optimizer steps", low=1)
     questions: int = option(16, "questions in a rollout")
     group: int = option(16, "replies to each question, two at least")
     updates: int = option(1, "optimizer steps that share a rollout, each on a part of it")
@@ -98,7 +98,7 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
                          ("task", "shuffled"))
     eval_every: int = option(10, "steps between measurements; 0: only at the end")
     eval_problems: int = option(200, "held-out problems in a measurement")
-    lr: float = option(2e-4, "peak learning rate of AdamW")
+    lr: float = option(2e-4, "peak learning rate of AdamW", above=0)
 
     may_change = LearnArgs.may_change | {"micro_batch", "eval_every", "eval_problems"}
 

@@ -55,7 +55,7 @@ class SftArgs(LearnArgs):
     data: str = option("task:calculator", "task:NAME or jsonl:PATH, conversations")
     examples: int = option(4096, "of a task: problems drawn")
     think: float = option(0.4, "of a task: share of the answers with a thought")
-    steps: int = option(200, "optimizer steps")
+    steps: int = option(200, "optimizer steps", low=1)
     seq_len: int = option(256, "tokens in a row")
     batch_size: int = option(16, "rows in an optimizer step")
     balance_weight: float = option(1e-4, "weight of the balance loss")
@@ -64,11 +64,12 @@ class SftArgs(LearnArgs):
     eval_every: int = option(25, "steps between measurements; 0: only at the end")
     eval_problems: int = option(100, "held-out problems in a measurement")
     max_new_tokens: int = option(64, "length of a reply at most, tokens")
-    lr: float = option(1e-2, "peak learning rate of AdamW")
-    muon_lr: float = option(3e-3, "peak learning rate of Muon")
+    lr: float = option(1e-2, "peak learning rate of AdamW", above=0)
+    muon_lr: float = option(3e-3, "peak learning rate of Muon", above=0)
     optimizer: str = option("muon", "adamw, or muon for the matrices inside the blocks",
                             ("adamw", "muon"))
-    constant_until: float = option(0.5, "share of the run after which the learning rate falls")
+    constant_until: float = option(0.5, "share of the run after which the learning rate falls",
+                                   low=0, high=1)
 
     def __post_init__(self):
         super().__post_init__()

@@ -19,7 +19,7 @@ class LearnArgs(Settings):
 
     from_run: str = option("", "run, checkpoint or Hugging Face folder to begin with", flag="from")
     out: str = option("", "run folder; none is named after the run before")
-    resume: bool = option(False, "go on with the run in --out")
+    resume: bool = option(False, "continue the run in --out, or the newest one")
     steps: int = option(100, "optimizer steps", low=1)
     optimizer: str = option("adamw", "adamw, or muon for the matrices inside the blocks",
                             ("adamw", "muon"))
@@ -73,7 +73,6 @@ class TrainArgs(LearnArgs):
     tokenizer: str = option("", "folder of the tokenizer, or bytes: one token per byte; none is the"
                                 " one in data/tokenizer")
     out: str = option("", "run folder; none is the first free of runs/PRESET, runs/PRESET-2, ..")
-    resume: bool = option(False, "go on with the run in --out, or with the newest one")
     from_run: str = option("", "run, or checkpoint, whose weights and settings to begin with",
                            flag="from")
     dsa: str = option("", "sparse attention, after --from: the indexers learn alone (warmup), or"

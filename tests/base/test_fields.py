@@ -140,3 +140,11 @@ def test_other_types_and_numbers_that_are_none():
         with pytest.raises(ValueError, match=f"is not valid: it must be {valid}"):
             Oven(**changes)
     assert Oven(heat=200).heat == 200.0 and type(Oven(heat=200).heat) is float
+
+
+def test_a_field_that_is_declared_again_keeps_its_bounds():
+    for cls in CLASSES:
+        for base in cls.__mro__[1:]:
+            own = {f.name: f for f in fields(cls)}
+            for f in fields(base) if base in CLASSES else ():
+                assert edges(own[f.name]) == edges(f), f"{cls.__name__}.{f.name}"
