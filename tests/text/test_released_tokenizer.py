@@ -31,7 +31,7 @@ from tokenizer_checks import (
 )
 from transformers import AutoTokenizer
 
-from minids.runs.checkpoints import load_run
+from minids.runs.open import open_model
 from minids.runs.settings import TrainArgs
 from minids.text import bpe
 from minids.text import tokenizer as module
@@ -398,11 +398,11 @@ def test_a_run_can_be_trained_with_a_released_tokenizer(copy, tmp_path, monkeypa
     settings = dict(data=f"text:{tmp_path / 'texts'}", out=str(tmp_path / "run"), batch_size=2,
                     seq_len=32, eval_tokens=64, threads=1, fim_rate=0.5, prompt="def \U0001f642")
     train(TrainArgs.for_preset("nano", steps=2, save_every=2, tokenizer=str(copy), **settings))
-    run = load_run(tmp_path / "run")
+    run = open_model(tmp_path / "run")
     assert same_tokenizer(run.tokenizer, Tokenizer.load(copy))
     assert run.model.args.vocab_size == 800
     train(TrainArgs.for_preset("nano", steps=3, save_every=2, resume=True, **settings))
-    assert load_run(tmp_path / "run").checkpoint.name == "step_000003"
+    assert open_model(tmp_path / "run").checkpoint.name == "step_000003"
 
 
 def test_fill_in_the_middle_needs_its_tokens(copy, tmp_path):
