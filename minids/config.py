@@ -20,7 +20,7 @@ from minids.base.fields import Settings, nearest, option, require
 
 @dataclass(frozen=True)
 class ModelArgs(Settings):
-    """The dimensions of one model of the DeepSeek family.
+    """The dimensions of one model of the DeepSeek family, checked on construction.
 
     Raises `ValueError` naming the field, its value and what is valid.
     """
@@ -60,7 +60,7 @@ class ModelArgs(Settings):
                                 low=0)
     index_head_dim: int = option(32, "width of the indexer's key, its rotated part included")
     index_topk: int = option(128, "tokens that the indexer lets a query attend to", low=1)
-    index_hadamard: bool = option(False, "turn the indexer's queries and keys by a Hadamard matrix")
+    index_hadamard: bool = option(False, "Hadamard transform of the indexer's queries and keys")
     index_fp8: bool = option(False, "round the indexer's queries and keys to FP8, as deployed")
     n_mtp_layers: int = option(1, "multi-token prediction modules", low=0)
     init_std: float = option(0.006, "standard deviation of the initial weights", above=0)
@@ -98,31 +98,31 @@ class ModelArgs(Settings):
 
     @property
     def has_indexer(self) -> bool:
-        """Whether attention is sparse: over the tokens that a lightning indexer selects (V3.2)."""
+        """Return whether attention is limited to tokens that a lightning indexer selects (V3.2)."""
         return self.index_n_heads > 0
 
     @property
     def has_moe(self) -> bool:
-        """Whether any layer has routed experts."""
+        """Return whether any layer has routed experts."""
         return self.n_routed_experts > 0
 
     @property
     def qk_head_dim(self) -> int:
-        """Width of a head's whole query and key: the part without position and the rotated."""
+        """Return the width of a head's query and key: the plain and the rotated part."""
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
     @property
     def yarn(self) -> bool:
-        """Whether YaRN is on: exactly when the official code has it on."""
+        """Return whether YaRN is on: exactly when the official code has it on."""
         return self.max_seq_len > self.original_seq_len
 
     def is_moe_layer(self, layer: int) -> bool:
-        """Whether block `layer` (the MTP modules count on from n_layers) has experts."""
+        """Return whether block `layer` has experts; MTP modules are numbered from n_layers on."""
         return self.has_moe and layer >= self.n_dense_layers
 
     @classmethod
     def preset(cls, name: str) -> "ModelArgs":
-        """The named configuration; `ModelArgs.presets()` lists the names."""
+        """Return the configuration called `name`; `ModelArgs.presets()` lists the names."""
         if name not in MODEL_PRESETS:
             raise ValueError(f"preset {name!r} is unknown: {nearest(name, MODEL_PRESETS)}"
                              f"valid are {', '.join(MODEL_PRESETS)}")
@@ -130,7 +130,7 @@ class ModelArgs(Settings):
 
     @staticmethod
     def presets() -> list[str]:
-        """The names that `preset` takes: first those to train, then the released models."""
+        """Return the names that `preset` takes: models to train, then the released ones."""
         return list(MODEL_PRESETS)
 
 

@@ -2,23 +2,24 @@
 
     python -m minids.train                                  the small DeepSeek-V3, minutes on a CPU
     python -m minids.train --data text:my/folder            your own text
-    python -m minids.train --resume                         go on with the newest run
+    python -m minids.train --resume                         continue the newest run
     python -m minids.train --preset small --data hf:HuggingFaceFW/fineweb-edu:sample-10BT
     python -m minids.train --from runs/tiny --dsa warmup        V3.2's sparse attention: indexers,
     python -m minids.train --from runs/tiny-warm --dsa sparse   then all of the model
 
 The recipe is V3's (arXiv 2412.19437, section 4): next-token loss plus multi-token prediction plus
-the sequence-wise balance loss; the gate biases move once an optimizer step, against the loads of
+the sequence-wise balance loss; the gate biases move once per optimizer step, against the loads of
 the whole batch; the learning rate rises, stays and falls.
 
---from begins with another run's weights, settings and tokenizer. With --dsa it goes through the two
-stages of V3.2 (arXiv 2512.02556, section 2.1.1): indexers are added and learn from a frozen model's
-attention; then the model learns under their selection, from the language-model loss, and they go on
-learning from its attention. Without --dsa the model goes on as it is.
+--from begins with another run's weights, settings and tokenizer. --dsa then takes it through the
+two stages of V3.2 (arXiv 2512.02556, section 2.1.1). In the first, indexers are added and learn
+from a frozen model's attention. In the second, the model learns under their selection from the
+language-model loss, while they keep learning from its attention. Without --dsa the model trains on
+as it is.
 
-A run folder holds config.json (every setting), tokenizer/, metrics.jsonl (one object a step),
-checkpoints/step_NNNNNN/, loss.png and sample.txt. On one machine a run that was stopped at any
-moment and resumed ends with the same bytes as one that was not; Ctrl-C finishes the step and saves.
+A run folder holds config.json (every setting), tokenizer/, metrics.jsonl (one object per step),
+checkpoints/step_NNNNNN/, loss.png and sample.txt. On one machine a run that is stopped at any
+moment and resumed ends with the same bytes as an unbroken one; Ctrl-C finishes the step and saves.
 
 Simplified: one process. The sequence length is fixed, and there is no context extension.
 """

@@ -1,15 +1,10 @@
 """Settings: presets are the published models, and every mistake is told in one useful line."""
 
-import subprocess
-import sys
-from dataclasses import FrozenInstanceError, dataclass, fields, replace
+from dataclasses import FrozenInstanceError, fields, replace
 
 import pytest
 
-from minids.base.command_line import flag_of, parse
-from minids.base.fields import bounds, option
 from minids.config import ModelArgs
-from minids.runs.settings import TRAIN_PRESETS, TrainArgs
 
 NAMES = ("vocab_size dim n_layers n_dense_layers inter_dim moe_inter_dim n_routed_experts "
          "n_shared_experts n_activated_experts n_expert_groups n_limited_groups score_func "
@@ -101,14 +96,6 @@ MISTAKES = [
 ]
 
 
-TRAINING_MISTAKES = [
-    (dict(constant_until=0.9, decay_until=0.5), "decay_until", "constant_until = 0.9 or more"),
-    (dict(batch_size=8, grad_accum=3), "grad_accum", "a divisor of batch_size = 8"),
-    (dict(batch_start=9), "batch_start", "at most batch_size = 8"),
-    (dict(optimizer="sgd"), "optimizer", "one of adamw, muon"),
-]
-
-
 def says_all(message: str, field: str, value, valid: str) -> bool:
     """One line that names the field, its value and what is valid."""
     return message.startswith(f"{field} = {value!r} ") and valid in message and "\n" not in message
@@ -120,21 +107,6 @@ def test_a_mistake_names_field_value_and_what_is_valid(changes, field, valid):
         replace(ModelArgs(), **changes)
     value = changes.get(field, getattr(ModelArgs(), field))
     assert says_all(str(caught.value), field, value, valid)
-
-
-@pytest.mark.parametrize("changes, field, valid", TRAINING_MISTAKES)
-def test_a_mistake_in_training_settings_does_too(changes, field, valid):
-    with pytest.raises(ValueError) as caught:
-        TrainArgs(**changes)
-    assert says_all(str(caught.value), field, changes[field], valid)
-
-
-def test_every_preset_has_training_settings():
-    assert set(TRAIN_PRESETS) <= set(ModelArgs.presets())
-    for name in ModelArgs.presets():
-        args = TrainArgs.for_preset(name, seed=7)
-        assert (args.preset, args.seed) == (name, 7)
-        assert replace(args, **TRAIN_PRESETS.get(name, {})) == args
 
 
 def test_a_message_that_leaves_something_out_is_caught():
@@ -165,134 +137,3 @@ def test_an_unknown_preset_names_the_nearest_and_all():
     assert all(name in message for name in ModelArgs.presets())
     with pytest.raises(ValueError, match="preset 'qwertyuiop' is unknown: valid are"):
         ModelArgs.preset("qwertyuiop")
-
-
-@dataclass
-class Recipe:
-    """How to bake."""
-
-    minutes: int = option(40, "time in the oven, minutes")
-    heat: float = option(180.0, "temperature, degrees; 100% is 250")
-    tin: str = option("", "path of the tin")
-    fan: bool = option(False, "whether the fan turns")
-    grain: str = option("rye", "what the flour is made of", ("rye", "wheat"))
-
-
-def test_parse_returns_only_the_flags_that_were_given():
-    given = parse("x", "Bake.", Recipe, ModelArgs,
-                  argv="--minutes 5 --fan --grain wheat --n-heads 2 --gate-bias off".split())
-    assert given == [dict(minutes=5, fan=True, grain="wheat"), dict(n_heads=2, gate_bias=False)]
-    assert parse("x", "Bake.", Recipe, argv=[]) == [{}]
-
-
-@pytest.mark.parametrize("argv, words", [
-    ("--minuts 5", ["unknown flag --minuts", "did you mean '--minutes'?"]),
-    ("--n-head 2", ["unknown flag --n-head", "did you mean '--n-heads'?"]),
-    ("--min 5", ["unknown flag --min"]),  # an abbreviation is a guess
-    ("--zzzzz", ["unknown flag --zzzzz", "--help lists them all"]),
-    ("--minutes soon", ["--minutes", "'soon'", "int"]),
-    ("--minutes", ["--minutes", "expected one argument"]),
-    ("--grain oats", ["--grain", "'oats'", "rye", "wheat"]),
-    ("--fan perhaps", ["--fan", "'perhaps' is neither true nor false"]),
-])
-def test_a_wrong_flag_is_one_line_and_status_2(argv, words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        parse("bakery", "Bake.", Recipe, ModelArgs, argv=argv.split())
-    out, err = capsys.readouterr()
-    assert caught.value.code == 2 and out == ""
-    assert err.startswith("python -m bakery: ") and err.count("\n") == 1
-    assert all(word in err for word in words)
-
-
-def test_the_stages_of_sparse_attention_are_the_papers():
-    """V3.2 (arXiv 2512.02556) section 2.1.1: learning rates, steps, and the tokens they make."""
-    warm, sparse = (TrainArgs.for_preset("v3.2", from_run="x", dsa=s) for s in ("warmup", "sparse"))
-    tokens = [args.steps * args.batch_size * args.seq_len for args in (warm, sparse)]
-    assert tokens == [2_097_152_000, 943_718_400_000]
-    assert (warm.indexer_lr, sparse.indexer_lr, sparse.lr) == (1e-3, 7.3e-6, 7.3e-6)
-    assert warm.warmup_steps == 0 and warm.constant_until == 1.0  # one rate is all that is stated
-    assert TrainArgs.for_preset("v3", from_run="x", dsa="warmup").indexer_lr == 1e-3
-    assert TrainArgs.for_preset("v3").indexer_lr == TrainArgs.indexer_lr  # no stage without --from
-
-
-def test_a_run_after_another_keeps_its_settings_but_for_the_stages():
-    before = vars(TrainArgs.for_preset("tiny", batch_size=6, lr=1.0, steps=7, seed=3))
-    before = {k: v for k, v in before.items() if k not in ("preset", "dsa", "from_run")}
-    after = TrainArgs.for_preset("tiny", before, from_run="x", muon_lr=2.0)
-    assert (after.batch_size, after.seed, after.muon_lr) == (6, 3, 2.0)
-    assert (after.lr, after.steps) == (5e-4, 200) and after.warmup_steps == 0
-    # The dense model that a sparse one is compared with learns by the same settings.
-    sparse = TrainArgs.for_preset("tiny", before, from_run="x", muon_lr=2.0, dsa="sparse")
-    assert replace(sparse, dsa="") == after
-
-
-def test_stages_need_a_model_to_begin_with():
-    for dsa in ("warmup", "sparse"):
-        with pytest.raises(ValueError, match=f"dsa = '{dsa}' is not valid: .*--from"):
-            TrainArgs(dsa=dsa)
-    with pytest.raises(ValueError, match="dsa = 'warm' .* one of , warmup, sparse"):
-        TrainArgs(dsa="warm", from_run="x")
-
-
-TINY = TrainArgs.for_preset("tiny")
-
-
-def undocumented(text: str, cls) -> list[str]:
-    """Fields whose meaning (with unit) or default a help text lacks."""
-    entries, flag = {}, ""  # flag -> its words, which start on its own line or on the next
-    for line in text.splitlines():
-        words = line.split()
-        flag = words[0] if words and words[0].startswith("--") else flag if words else ""
-        entries[flag] = f"{entries.get(flag, '')} {' '.join(words)}"
-    faults = []
-    for f in fields(cls):
-        told = entries.get(flag_of(f), "")
-        default = f.default if f.default != "" else "none"
-        if cls is TrainArgs and getattr(TINY, f.name) != f.default:
-            default = f"{default}; tiny: {getattr(TINY, f.name)}"
-        valid = f"; {bounds(f)}" if bounds(f) else ""
-        if f"{f.metadata['help']}{valid} [{default}]" not in told:
-            faults.append(f.name)
-    return faults
-
-
-def test_help_opens_with_the_docstring_and_shows_unit_and_default_of_every_flag(
-        capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")  # no line is broken
-    with pytest.raises(SystemExit) as caught:
-        parse("bakery", "Bake bread.\n\n    python -m bakery", Recipe, ModelArgs, TrainArgs,
-              argv=["--help"])
-    text = capsys.readouterr().out
-    assert caught.value.code == 0
-    assert "Bake bread.\n\n    python -m bakery\n" in text and "How to bake:" in text
-    assert [undocumented(text, cls) for cls in (Recipe, ModelArgs, TrainArgs)] == [[], [], []]
-    assert undocumented(text.replace("[40]", ""), Recipe) == ["minutes"]
-    assert undocumented(text.replace(", degrees", ""), Recipe) == ["heat"]
-
-
-PROGRAM = """
-from minids.config import ModelArgs
-from minids.base.command_line import run_program
-run_program("bakery", lambda: {body})
-"""
-
-
-@pytest.mark.parametrize("body, status, err", [
-    ("ModelArgs(n_heads=0)", 2,
-     "python -m bakery: n_heads = 0 is not valid: it must be at least 1\n"),
-    ("ModelArgs.preset('v33')", 2, "python -m bakery: preset 'v33' is unknown: did you mean"),
-    ("open('/no/such/file')", 2, "python -m bakery: [Errno 2] No such file or directory"),
-    ("None", 0, ""),
-    ("3", 3, ""),
-])
-def test_a_program_ends_with_one_line_and_a_status(body, status, err):
-    run = subprocess.run([sys.executable, "-c", PROGRAM.format(body=body)], capture_output=True,
-                         text=True)
-    assert run.returncode == status and run.stdout == ""
-    assert run.stderr.startswith(err) and run.stderr.count("\n") == bool(err)
-
-
-def test_a_bug_of_ours_keeps_its_traceback():
-    run = subprocess.run([sys.executable, "-c", PROGRAM.format(body="1 / 0")], capture_output=True,
-                         text=True)
-    assert run.returncode == 1 and "ZeroDivisionError" in run.stderr

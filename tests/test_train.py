@@ -1,295 +1,48 @@
-"""Pre-training: equal bytes after any stop, one bias update a step, and mistakes in one line.
-
-Most runs call the program's `main` in this process, since importing torch takes seconds; what a
-signal or an exit does is seen in processes of their own.
-"""
+"""Pre-training: one bias update per step, stages, what a run leaves, and mistakes in one line."""
 
 import contextlib
 import hashlib
 import io
 import json
 import os
-import random
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import pytest
 import torch
+import training_runs
 from kill_and_resume import (
     ROOT,
     differences,
     kill_and_resume,
-    leaves,
     newest_step,
-    start,
-    wait_until_it_works,
+)
+from training_runs import (
+    STEPS,
+    VOCABULARY,
+    Said,
+    cut_back,
+    everything,
+    make_trainer,
+    read_records,
+    run_train,
+    settings,
+    whole_state,
 )
 
 from minids import ModelArgs, train
-from minids.base.command_line import run_program
 from minids.costs import flops_per_token
 from minids.model.moe import Gate, Routing
-from minids.runs.checkpoints import load_weights, newest_checkpoint, rng_state
-from minids.runs.optimizers import Muon
+from minids.runs.checkpoints import load_weights, newest_checkpoint
 from minids.runs.settings import TrainArgs
-from minids.text.loaders import PackedLoader
 from minids.tokenizer import Tokenizer
 from minids.train import Trainer
 
-STEPS = 24
-VOCABULARY = 320
-
-
-class Said(NamedTuple):
-    """What a program did: exit status and what it wrote."""
-
-    status: int
-    out: str
-    err: str
-
-
-def run_train(*flags: str) -> Said:
-    """`python -m minids.train` with these flags, in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
-            contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", ["minids.train", *flags])
-        run_program("minids.train", train.main)
-    return Said(end.value.code, out.getvalue(), err.getvalue())
-
-
-def write_texts(folder: Path, documents: int) -> None:
-    """Python-like text, the same every time."""
-    words, dice = "alpha beta count delta item key row total value".split(), random.Random(0)
-    folder.mkdir()
-    for i in range(documents):
-        functions = [f"def {dice.choice(words)}_{k}({(x := dice.choice(words))}):\n"
-                     f"    return {x} + {dice.randrange(100)}\n" for k in range(30)]
-        (folder / f"{i:02d}.py").write_text("\n".join(functions))
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    """A folder with texts and a small tokenizer; the runs of this file go there too."""
-    home = tmp_path_factory.mktemp("train")
-    write_texts(home / "texts", documents=40)
-    corpus = (path.read_text() for path in sorted((home / "texts").iterdir()))
-    Tokenizer.train(corpus, VOCABULARY).save(home / "tokenizer")
-    return home
-
-
-def settings(home: Path) -> dict:
-    """Of a run that takes a second."""
-    return dict(data=f"text:{home / 'texts'}", tokenizer=str(home / "tokenizer"), steps=STEPS,
-                batch_size=4, seq_len=32, warmup_steps=4, save_every=3, keep_last=0, eval_every=8,
-                eval_tokens=512, threads=1)
-
-
-def as_flags(options: dict) -> list[str]:
-    return [word for name, value in options.items()
-            for word in ("--" + name.replace("_", "-"), str(value))]
-
-
-@pytest.fixture(scope="module")
-def flags(home) -> list[str]:
-    return ["--preset", "nano", *as_flags(settings(home))]
-
-
-@pytest.fixture(scope="module")
-def unbroken(home, flags) -> Path:
-    """A finished run."""
-    run = home / "unbroken"
-    said = run_train(*flags, "--out", str(run))
-    assert (said.status, said.err) == (0, "")
-    return run
-
-
-def cut_back(unbroken: Path, run: Path, step: int) -> Path:
-    """A copy of a run as it was after `step` steps and a kill some moments later."""
-    shutil.copytree(unbroken, run)
-    for name in ("loss.png", "sample.txt"):
-        (run / name).unlink()
-    for path in (run / "checkpoints").iterdir():
-        if int(path.name[5:]) > step:
-            shutil.rmtree(path)
-    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run / "metrics.jsonl").write_text("".join(lines[:step + 1]) + lines[step + 1][:20])
-    return run
-
-
-def everything(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder."""
-    return {str(p.relative_to(folder)): p.read_bytes()
-            for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def make_trainer(home: Path, run: Path, **changes) -> Trainer:
-    """A trainer without its program."""
-    torch.set_num_threads(1)
-    args = TrainArgs.for_preset("nano", **settings(home) | {"out": str(run)} | changes)
-    tokenizer = Tokenizer.load(args.tokenizer)
-    model_args = replace(ModelArgs.preset("nano"), vocab_size=tokenizer.vocab_size)
-    return Trainer(args, model_args, run, tokenizer)
-
-
-# The same bytes.
-
-def test_seed_decides_the_bytes(home, flags, unbroken):
-    again, other = home / "again", home / "other"
-    random.random(), np.random.rand(), torch.rand(1)  # what ran before plays no part
-    run_train(*flags, "--out", str(again))
-    assert differences(unbroken, again) == []
-    run_train(*flags, "--out", str(other), "--seed", "1")
-    last = f"checkpoints/step_{STEPS:06d}/model.safetensors"
-    assert last in differences(unbroken, other)
-
-
-def test_seed_decides_the_first_weights(home, tmp_path):
-    a, b, c = (make_trainer(home, tmp_path, seed=seed).model.head.weight for seed in (0, 0, 1))
-    assert torch.equal(a, b) and not torch.equal(a, c)
-
-
-def test_killed_and_resumed_run_equals_an_unbroken_one(home, flags, unbroken):
-    """Four kills; `python tests/kill_and_resume.py` has twenty, of the default nano run."""
-    seconds = json.loads((unbroken / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    kill_and_resume(flags, unbroken, seconds + 1, home / "killed", kills=4)
-
-
-def forget_position(loader: PackedLoader, state: dict) -> None:
-    """The loader begins at the front of the text again."""
-
-
-def forget_momentum(optimizer: Muon, state: dict) -> None:
-    """The optimizer begins without its running means."""
-
-
-WRONG_RESUMES = {"loader": (PackedLoader, forget_position), "momentum": (Muon, forget_momentum),
-                 "AdamW's means": (torch.optim.AdamW, forget_momentum)}
-
-
-def test_resumed_run_equals_an_unbroken_one(tmp_path, unbroken):
-    run = cut_back(unbroken, tmp_path / "run", 9)
-    said = run_train("--resume", "--out", str(run))
-    assert said.status == 0 and f"resumed at step 9 of {STEPS}" in said.out
-    assert differences(unbroken, run) == []
-
-
-@pytest.mark.parametrize("name", WRONG_RESUMES)
-def test_resume_check_notices_what_is_forgotten(name, tmp_path, unbroken, monkeypatch):
-    run = cut_back(unbroken, tmp_path / "run", 9)
-    owner, wrong = WRONG_RESUMES[name]
-    monkeypatch.setattr(owner, "load_state_dict", wrong)
-    run_train("--resume", "--out", str(run))
-    assert f"checkpoints/step_{STEPS:06d}/model.safetensors" in differences(unbroken, run)
-
-
-def test_run_killed_before_its_first_checkpoint_starts_over(tmp_path, unbroken):
-    run = cut_back(unbroken, tmp_path / "run", 0)
-    said = run_train("--resume", "--out", str(run))
-    assert said.status == 0 and differences(unbroken, run) == []
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "manifest.json"])
-def test_flipped_byte_is_named_and_the_checkpoint_before_is_used(name, tmp_path, unbroken):
-    run = cut_back(unbroken, tmp_path / "run", 9)
-    file = run / "checkpoints/step_000009" / name
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
-    said = run_train("--resume", "--out", str(run))
-    assert said.status == 0 and "resumed at step 6" in said.out
-    assert said.err.count("\n") == 1 and "step_000009" in said.err and name in said.err
-    assert differences(unbroken, run) == []
-
-
-def test_moved_run_goes_on_from_its_folder_alone(tmp_path, unbroken, flags):
-    """Finished, with other settings than the defaults, of which no flag says anything."""
-    run = tmp_path / "elsewhere"
-    shutil.copytree(unbroken, run)
-    before = everything(run / "checkpoints")
-    said = run_train("--resume", "--out", str(run))
-    assert (said.status, said.err) == (0, "")
-    assert everything(run / "checkpoints") == before and differences(unbroken, run) == []
-
-
-# Stopping.
-
-def raise_signals(monkeypatch, numbers: list[int], at_step: int) -> None:
-    """Signals that arrive in the middle of a step."""
-    accumulate = Trainer.accumulate
-
-    def interrupted(trainer):
-        for number in numbers if trainer.step == at_step else []:
-            signal.raise_signal(number)
-        return accumulate(trainer)
-
-    monkeypatch.setattr(Trainer, "accumulate", interrupted)
-
-
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_finishes_the_step_and_saves(number, status, tmp_path, flags, unbroken,
-                                            monkeypatch):
-    run = tmp_path / "run"
-    raise_signals(monkeypatch, [number], at_step=5)  # between two saves
-    said = run_train(*flags, "--out", str(run))
-    assert said.status == status and newest_step(run) == 5
-    assert said.err == "\nfinishing the step and saving ..\n"
-    monkeypatch.undo()
-    command = said.out.splitlines()[-1].split("continue with: ")[1]
-    program = "python -m minids.train "
-    assert command.startswith(program)
-    said = run_train(*shlex.split(command.removeprefix(program)))
-    shutil.rmtree(run / "checkpoints/step_000005")
-    assert said.status == 0 and differences(unbroken, run) == []
-
-
-def test_second_signal_stops_at_once(tmp_path, flags, monkeypatch):
-    raise_signals(monkeypatch, [signal.SIGINT, signal.SIGINT], at_step=5)
-    said = run_train(*flags, "--out", str(tmp_path / "run"))
-    assert said.status == 130 and newest_step(tmp_path / "run") == 3
-    assert "Traceback" not in said.err
-
-
-def test_what_a_resume_changes_stays_changed(tmp_path, unbroken, monkeypatch):
-    """The command on the screen goes on to the new end, not to the old one."""
-    run = cut_back(unbroken, tmp_path / "run", 9)
-    raise_signals(monkeypatch, [signal.SIGTERM], at_step=11)
-    assert run_train("--resume", "--out", str(run), "--steps", str(STEPS + 3)).status == 143
-    monkeypatch.undo()
-    assert run_train("--resume", "--out", str(run)).status == 0
-    assert newest_step(run) == STEPS + 3
-
-
-def wait_for_steps(run: Path, steps: int) -> None:
-    """Return when so many lines of metrics are there."""
-    file = run / "metrics.jsonl"
-    while not file.exists() or file.read_text().count("\n") < steps:
-        time.sleep(0.002)
-
-
-def test_signals_to_a_process_of_its_own(tmp_path, flags):
-    """SIGTERM to a run that would take long, SIGINT when it is resumed."""
-    run = tmp_path / "run"
-    for number, status in [(signal.SIGTERM, 143), (signal.SIGINT, 130)]:
-        before = newest_step(run)
-        process = start([*flags, "--steps", "100000"], run)
-        wait_until_it_works(process)
-        wait_for_steps(run, before + 2)
-        process.send_signal(number)
-        out, err = process.communicate()
-        assert process.returncode == status, err
-        assert out.endswith(f"python -m minids.train --resume --out {run}\n")
-        assert err == "\nfinishing the step and saving ..\n"
-        lines = (run / "metrics.jsonl").read_text().splitlines()
-        assert newest_step(run) == len(lines) > before
+home, flags, unbroken = training_runs.home, training_runs.flags, training_runs.unbroken
 
 
 # One optimizer step.
@@ -405,15 +158,6 @@ def test_recomputing_changes_nothing(tmp_path, home):
     assert wrong.sum() == 2 * loads.sum()
 
 
-def whole_state(trainer: Trainer) -> dict[str, object]:
-    """Every bit that decides how a run goes on."""
-    return dict(leaves(dict(
-        weights=dict(trainer.model.state_dict()), loader=trainer.data.loader.state_dict(),
-        optimizers=[o.state_dict() for o in trainer.optimizers],
-        grads=[p.grad is None for p in trainer.model.parameters()],
-        rng=rng_state(), step=trainer.step, recent_loss=trainer.recent_loss)))
-
-
 def moves_something(trainer: Trainer) -> list[str]:
     """What a validation and a sample change."""
     before = whole_state(trainer)
@@ -455,121 +199,6 @@ def test_compiled_run_has_nearly_the_same_loss(tmp_path, flags):
         # Fused kernels round in other places; BF16 keeps 8 bits, averaged over 128 positions.
         assert compiled["loss"] == pytest.approx(plain["loss"], rel=1e-3)
     assert records[0][-1]["loss"] < records[0][0]["loss"] - 0.1  # more than 1e-3, so it trained
-
-
-# A loss that is no number, and a spike.
-
-def test_huge_learning_rate_stops_with_advice(tmp_path, flags):
-    run = tmp_path / "run"
-    said = run_train(*flags, "--out", str(run), "--lr", "1e30", "--muon-lr", "1e30",
-                     "--save-every", "100")
-    assert said.status == 2 and said.err.count("\n") == 1
-    assert "step 2: the loss is" in said.err and "--lr 5e+29" in said.err
-
-
-def test_weights_that_are_no_numbers_are_not_saved(tmp_path, home):
-    trainer = make_trainer(home, tmp_path)
-    good = trainer.save()
-    trainer.step = 1
-    with torch.no_grad():
-        trainer.model.head.weight[0, 0] = float("inf")
-    with pytest.raises(ValueError, match=f"step 1: a weight is no longer .*{good.name}"):
-        trainer.save()
-    assert newest_checkpoint(tmp_path) == good
-
-
-def test_resumed_run_takes_a_lower_learning_rate(tmp_path, flags):
-    run = tmp_path / "run"
-    run_train(*flags, "--out", str(run), "--steps", "3", "--muon-lr", "0.002")
-    before = read_rates(run)
-    said = run_train("--resume", "--out", str(run), "--steps", "4", "--lr", "1e-9",
-                     "--muon-lr", "1e-9")
-    assert said.status == 0, said.err
-    assert min(before) > 1e-6 > read_rates(run)[-1]
-
-
-def read_rates(run: Path) -> list[float]:
-    """The learning rate of every step of a run."""
-    return [json.loads(line)["lr"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def test_only_a_step_that_was_validated_can_be_the_best(tmp_path, flags):
-    run = tmp_path / "run"
-    run_train(*flags, "--out", str(run), "--steps", "5", "--save-every", "1", "--eval-every", "2",
-              "--keep-last", "0")
-    manifests = sorted((run / "checkpoints").glob("step_*/manifest.json"))
-    judged = [json.loads(m.read_text())["metric"] is not None for m in manifests]
-    assert judged == [False, True, False, True, True]  # the last step is always validated
-
-
-def test_model_that_no_memory_holds_is_refused_in_one_line(tmp_path):
-    said = run_train("--preset", "v3", "--out", str(tmp_path / "run"))
-    assert said.status == 2 and said.err.count("\n") == 1 and "does not fit" in said.err
-    assert not (tmp_path / "run").exists()
-
-
-def poison(monkeypatch, at_step: int) -> None:
-    """A loss that is no number, once."""
-    accumulate = Trainer.accumulate
-
-    def poisoned(trainer):
-        parts, loads = accumulate(trainer)
-        return parts | ({"loss": float("nan")} if trainer.step == at_step else {}), loads
-
-    monkeypatch.setattr(Trainer, "accumulate", poisoned)
-
-
-def test_loss_that_is_no_number_names_step_and_checkpoint(tmp_path, flags, unbroken, monkeypatch):
-    run = tmp_path / "run"
-    poison(monkeypatch, at_step=8)
-    said = run_train(*flags, "--out", str(run))
-    good = run / "checkpoints/step_000006"
-    assert said.status == 2 and said.err.count("\n") == 1
-    assert "step 8: the loss is nan" in said.err and f"{good}; try --resume" in said.err
-    assert newest_checkpoint(run) == good
-    name = "checkpoints/step_000006/model.safetensors"
-    assert (run / name).read_bytes() == (unbroken / name).read_bytes()
-    monkeypatch.undo()
-    said = run_train("--resume", "--out", str(run))
-    assert said.status == 0 and differences(unbroken, run) == []
-
-
-def test_infinite_gradient_stops_before_the_weights(tmp_path, home):
-    trainer = make_trainer(home, tmp_path)
-    trainer.model.head.weight.register_hook(lambda grad: grad * float("inf"))
-    before = {n: t.clone() for n, t in trainer.model.state_dict().items()}
-    with pytest.raises(ValueError, match="step 1: .*gradient's norm (nan|inf)"):
-        trainer.train_step()
-    torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
-
-
-def skipped_steps(trainer: Trainer) -> list[bool]:
-    """For four steps, whether the weights and the optimizers stood still."""
-    stood = []
-    for _ in range(4):
-        before = whole_state(trainer)
-        record = trainer.train_step()
-        after = whole_state(trainer)
-        moved = {n for n in after if after[n] != before.get(n)}
-        stood.append(not any(n.startswith((".weights", ".optimizers")) and ".lr" not in n
-                             for n in moved))
-        assert record.get("skipped", False) == stood[-1]
-    return stood
-
-
-def test_spike_skips_the_step_and_says_so(tmp_path, home, capsys):
-    """A factor under one makes a spike of every step after the first, which sets the mean."""
-    assert skipped_steps(make_trainer(home, tmp_path, spike_factor=0.5)) == [False] + 3 * [True]
-    said = capsys.readouterr().out
-    assert said.count("the step is skipped") == 3 and "step 2: loss" in said
-    assert skipped_steps(make_trainer(home, tmp_path)) == 4 * [False]
-
-
-def test_spike_is_told_by_a_slow_mean(tmp_path, home):
-    trainer = make_trainer(home, tmp_path, spike_factor=1.5)
-    losses = [4.0, 2.0, 5.9, 2.0]  # 0.95 * 4 + 0.05 * 2 = 3.9; 5.9 is above 1.5 times that
-    assert [trainer.is_spike(loss) for loss in losses] == [False, False, True, False]
-    assert trainer.recent_loss == pytest.approx(0.95 * 3.9 + 0.05 * 2.0)  # without the spike
 
 
 # What a run leaves behind.
@@ -709,10 +338,6 @@ def test_the_check_of_the_warmup_notices(home, unbroken, tmp_path, monkeypatch):
     run = tmp_path / "run"
     run_train("--from", str(unbroken), "--dsa", "warmup", "--steps", "1", "--out", str(run))
     assert "layers.0.attn.wo.weight" in moved(weights_of(unbroken), weights_of(run))
-
-
-def read_records(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("stage", ["warm", "sparse"])

@@ -1,48 +1,337 @@
-"""What every learning run shares."""
+"""The learner: equal bytes after any stop, and steps that are refused, skipped or resumed.
+
+Pre-training stands for all programs. What a signal or an exit does is seen in processes of their
+own.
+"""
 
 import importlib
+import json
+import random
+import shlex
+import shutil
+import signal
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import training_runs
+from kill_and_resume import (
+    differences,
+    kill_and_resume,
+    newest_step,
+    start,
+    wait_until_it_works,
+)
+from training_runs import (
+    STEPS,
+    cut_back,
+    everything,
+    make_trainer,
+    run_train,
+    whole_state,
+)
 
-from minids.runs.learner import Stopped, pick_dtype
+from minids.base.command_line import Stopped, run_program
+from minids.runs.checkpoints import newest_checkpoint
+from minids.runs.optimizers import Muon
+from minids.text.loaders import PackedLoader
+from minids.train import Trainer
+
+home, flags, unbroken = training_runs.home, training_runs.flags, training_runs.unbroken
+
+
+# The same bytes.
+
+def test_seed_decides_the_bytes(home, flags, unbroken):
+    again, other = home / "again", home / "other"
+    random.random(), np.random.rand(), torch.rand(1)  # what ran before plays no part
+    run_train(*flags, "--out", str(again))
+    assert differences(unbroken, again) == []
+    run_train(*flags, "--out", str(other), "--seed", "1")
+    last = f"checkpoints/step_{STEPS:06d}/model.safetensors"
+    assert last in differences(unbroken, other)
+
+
+def test_seed_decides_the_first_weights(home, tmp_path):
+    a, b, c = (make_trainer(home, tmp_path, seed=seed).model.head.weight for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_killed_and_resumed_run_equals_an_unbroken_one(home, flags, unbroken):
+    """Four kills; `python tests/kill_and_resume.py` has twenty, of the default nano run."""
+    seconds = json.loads((unbroken / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
+    kill_and_resume(flags, unbroken, seconds + 1, home / "killed", kills=4)
+
+
+def forget_position(loader: PackedLoader, state: dict) -> None:
+    """The loader begins at the front of the text again."""
+
+
+def forget_momentum(optimizer: Muon, state: dict) -> None:
+    """The optimizer begins without its running means."""
+
+
+WRONG_RESUMES = {"loader": (PackedLoader, forget_position), "momentum": (Muon, forget_momentum),
+                 "AdamW's means": (torch.optim.AdamW, forget_momentum)}
+
+
+def test_resumed_run_equals_an_unbroken_one(tmp_path, unbroken):
+    run = cut_back(unbroken, tmp_path / "run", 9)
+    said = run_train("--resume", "--out", str(run))
+    assert said.status == 0 and f"resumed at step 9 of {STEPS}" in said.out
+    assert differences(unbroken, run) == []
+
+
+@pytest.mark.parametrize("name", WRONG_RESUMES)
+def test_resume_check_notices_what_is_forgotten(name, tmp_path, unbroken, monkeypatch):
+    run = cut_back(unbroken, tmp_path / "run", 9)
+    owner, wrong = WRONG_RESUMES[name]
+    monkeypatch.setattr(owner, "load_state_dict", wrong)
+    run_train("--resume", "--out", str(run))
+    assert f"checkpoints/step_{STEPS:06d}/model.safetensors" in differences(unbroken, run)
+
+
+def test_run_killed_before_its_first_checkpoint_starts_over(tmp_path, unbroken):
+    run = cut_back(unbroken, tmp_path / "run", 0)
+    said = run_train("--resume", "--out", str(run))
+    assert said.status == 0 and differences(unbroken, run) == []
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "manifest.json"])
+def test_flipped_byte_is_named_and_the_checkpoint_before_is_used(name, tmp_path, unbroken):
+    run = cut_back(unbroken, tmp_path / "run", 9)
+    file = run / "checkpoints/step_000009" / name
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    said = run_train("--resume", "--out", str(run))
+    assert said.status == 0 and "resumed at step 6" in said.out
+    assert said.err.count("\n") == 1 and "step_000009" in said.err and name in said.err
+    assert differences(unbroken, run) == []
+
+
+def test_moved_run_goes_on_from_its_folder_alone(tmp_path, unbroken, flags):
+    """Finished, with other settings than the defaults, of which no flag says anything."""
+    run = tmp_path / "elsewhere"
+    shutil.copytree(unbroken, run)
+    before = everything(run / "checkpoints")
+    said = run_train("--resume", "--out", str(run))
+    assert (said.status, said.err) == (0, "")
+    assert everything(run / "checkpoints") == before and differences(unbroken, run) == []
+
+
+# Stopping.
+
+def raise_signals(monkeypatch, numbers: list[int], at_step: int) -> None:
+    """Signals that arrive in the middle of a step."""
+    accumulate = Trainer.accumulate
+
+    def interrupted(trainer):
+        for number in numbers if trainer.step == at_step else []:
+            signal.raise_signal(number)
+        return accumulate(trainer)
+
+    monkeypatch.setattr(Trainer, "accumulate", interrupted)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_finishes_the_step_and_saves(number, status, tmp_path, flags, unbroken,
+                                            monkeypatch):
+    run = tmp_path / "run"
+    raise_signals(monkeypatch, [number], at_step=5)  # between two saves
+    said = run_train(*flags, "--out", str(run))
+    assert said.status == status and newest_step(run) == 5
+    assert said.err == "\nfinishing the step and saving ..\n"
+    monkeypatch.undo()
+    command = said.out.splitlines()[-1].split("continue with: ")[1]
+    program = "python -m minids.train "
+    assert command.startswith(program)
+    said = run_train(*shlex.split(command.removeprefix(program)))
+    shutil.rmtree(run / "checkpoints/step_000005")
+    assert said.status == 0 and differences(unbroken, run) == []
+
+
+def test_second_signal_stops_at_once(tmp_path, flags, monkeypatch):
+    raise_signals(monkeypatch, [signal.SIGINT, signal.SIGINT], at_step=5)
+    said = run_train(*flags, "--out", str(tmp_path / "run"))
+    assert said.status == 130 and newest_step(tmp_path / "run") == 3
+    assert "Traceback" not in said.err
+
+
+def test_what_a_resume_changes_stays_changed(tmp_path, unbroken, monkeypatch):
+    """The command on the screen goes on to the new end, not to the old one."""
+    run = cut_back(unbroken, tmp_path / "run", 9)
+    raise_signals(monkeypatch, [signal.SIGTERM], at_step=11)
+    assert run_train("--resume", "--out", str(run), "--steps", str(STEPS + 3)).status == 143
+    monkeypatch.undo()
+    assert run_train("--resume", "--out", str(run)).status == 0
+    assert newest_step(run) == STEPS + 3
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    """Return when so many lines of metrics are there."""
+    file = run / "metrics.jsonl"
+    while not file.exists() or file.read_text().count("\n") < steps:
+        time.sleep(0.002)
+
+
+def test_signals_to_a_process_of_its_own(tmp_path, flags):
+    """SIGTERM to a run that would take long, SIGINT when it is resumed."""
+    run = tmp_path / "run"
+    for number, status in [(signal.SIGTERM, 143), (signal.SIGINT, 130)]:
+        before = newest_step(run)
+        process = start([*flags, "--steps", "100000"], run)
+        wait_until_it_works(process)
+        wait_for_steps(run, before + 2)
+        process.send_signal(number)
+        out, err = process.communicate()
+        assert process.returncode == status, err
+        assert out.endswith(f"python -m minids.train --resume --out {run}\n")
+        assert err == "\nfinishing the step and saving ..\n"
+        lines = (run / "metrics.jsonl").read_text().splitlines()
+        assert newest_step(run) == len(lines) > before
+
 
 FROM = ["--from", str(Path(__file__).parents[2] / "data" / "r1" / "base")]
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-
-
-@pytest.mark.parametrize("avx512, amx, dtype", [
-    (False, False, torch.float32), (True, False, torch.bfloat16), (False, True, torch.bfloat16)])
-def test_auto_is_bf16_only_where_a_cpu_multiplies_it(monkeypatch, avx512, amx, dtype):
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
-    assert pick_dtype("auto", CPU) == dtype
-
-
-@pytest.mark.parametrize("able, dtype", [(False, torch.float32), (True, torch.bfloat16)])
-def test_auto_is_bf16_only_where_a_gpu_multiplies_it(monkeypatch, able, dtype):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
-    assert pick_dtype("auto", CUDA) == dtype
-
-
-def test_a_named_precision_is_taken_as_named():
-    assert pick_dtype("fp32", CUDA) == torch.float32
-    assert pick_dtype("bf16", CPU) == torch.bfloat16
 
 
 @pytest.mark.parametrize("number", [2, 15])
-@pytest.mark.parametrize("program, learns, flags", [
+@pytest.mark.parametrize("program, learns, words", [
     ("train", "train", []), ("sft", "sft", FROM), ("grpo", "grpo", FROM), ("r1", "r1", []),
     ("distill", "sft", [*FROM, "--teacher", FROM[1], "--corpus", __file__])])
-def test_a_stopped_program_ends_as_its_signal_says(program, learns, flags, number, capsys,
+def test_a_stopped_program_ends_as_its_signal_says(program, learns, words, number, capsys,
                                                    monkeypatch, tmp_path):
+    words = ["--out", str(tmp_path / "run"), *words]
+
     def stop(*_):
-        raise Stopped(number)
+        raise Stopped(number, ["--resume", *words[:2]])
 
     module = importlib.import_module(f"minids.{program}")
     monkeypatch.setattr(module, learns, stop)
-    monkeypatch.setattr(sys, "argv", [program, "--out", str(tmp_path / "run"), *flags])
-    assert module.main() == 128 + number
-    assert f"python -m minids.{program}" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [program, *words])
+    with pytest.raises(SystemExit) as end:
+        run_program(f"minids.{program}", module.main)
+    out, err = capsys.readouterr()
+    assert (end.value.code, err) == (128 + number, "")
+    assert f"stopped; continue with: python -m minids.{program} " in out
+    assert set(words[:2]) <= set(out.split())
+
+
+# A loss that is no number, and a spike.
+
+def test_huge_learning_rate_stops_with_advice(tmp_path, flags):
+    run = tmp_path / "run"
+    said = run_train(*flags, "--out", str(run), "--lr", "1e30", "--muon-lr", "1e30",
+                     "--save-every", "100")
+    assert said.status == 2 and said.err.count("\n") == 1
+    assert "step 2: the loss is" in said.err and "--lr 5e+29" in said.err
+
+
+def test_weights_that_are_no_numbers_are_not_saved(tmp_path, home):
+    trainer = make_trainer(home, tmp_path)
+    good = trainer.save()
+    trainer.step = 1
+    with torch.no_grad():
+        trainer.model.head.weight[0, 0] = float("inf")
+    with pytest.raises(ValueError, match=f"step 1: a weight is no longer .*{good.name}"):
+        trainer.save()
+    assert newest_checkpoint(tmp_path) == good
+
+
+def test_resumed_run_takes_a_lower_learning_rate(tmp_path, flags):
+    run = tmp_path / "run"
+    run_train(*flags, "--out", str(run), "--steps", "3", "--muon-lr", "0.002")
+    before = read_rates(run)
+    said = run_train("--resume", "--out", str(run), "--steps", "4", "--lr", "1e-9",
+                     "--muon-lr", "1e-9")
+    assert said.status == 0, said.err
+    assert min(before) > 1e-6 > read_rates(run)[-1]
+
+
+def read_rates(run: Path) -> list[float]:
+    """The learning rate of every step of a run."""
+    return [json.loads(line)["lr"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_only_a_step_that_was_validated_can_be_the_best(tmp_path, flags):
+    run = tmp_path / "run"
+    run_train(*flags, "--out", str(run), "--steps", "5", "--save-every", "1", "--eval-every", "2",
+              "--keep-last", "0")
+    manifests = sorted((run / "checkpoints").glob("step_*/manifest.json"))
+    judged = [json.loads(m.read_text())["metric"] is not None for m in manifests]
+    assert judged == [False, True, False, True, True]  # the last step is always validated
+
+
+def test_model_that_no_memory_holds_is_refused_in_one_line(tmp_path):
+    said = run_train("--preset", "v3", "--out", str(tmp_path / "run"))
+    assert said.status == 2 and said.err.count("\n") == 1 and "does not fit" in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def poison(monkeypatch, at_step: int) -> None:
+    """A loss that is no number, once."""
+    accumulate = Trainer.accumulate
+
+    def poisoned(trainer):
+        parts, loads = accumulate(trainer)
+        return parts | ({"loss": float("nan")} if trainer.step == at_step else {}), loads
+
+    monkeypatch.setattr(Trainer, "accumulate", poisoned)
+
+
+def test_loss_that_is_no_number_names_step_and_checkpoint(tmp_path, flags, unbroken, monkeypatch):
+    run = tmp_path / "run"
+    poison(monkeypatch, at_step=8)
+    said = run_train(*flags, "--out", str(run))
+    good = run / "checkpoints/step_000006"
+    assert said.status == 2 and said.err.count("\n") == 1
+    assert "step 8: the loss is nan" in said.err and f"{good}; try --resume" in said.err
+    assert newest_checkpoint(run) == good
+    name = "checkpoints/step_000006/model.safetensors"
+    assert (run / name).read_bytes() == (unbroken / name).read_bytes()
+    monkeypatch.undo()
+    said = run_train("--resume", "--out", str(run))
+    assert said.status == 0 and differences(unbroken, run) == []
+
+
+def test_infinite_gradient_stops_before_the_weights(tmp_path, home):
+    trainer = make_trainer(home, tmp_path)
+    trainer.model.head.weight.register_hook(lambda grad: grad * float("inf"))
+    before = {n: t.clone() for n, t in trainer.model.state_dict().items()}
+    with pytest.raises(ValueError, match="step 1: .*gradient's norm (nan|inf)"):
+        trainer.train_step()
+    torch.testing.assert_close(dict(trainer.model.state_dict()), before, rtol=0, atol=0)
+
+
+def skipped_steps(trainer: Trainer) -> list[bool]:
+    """For four steps, whether the weights and the optimizers stood still."""
+    stood = []
+    for _ in range(4):
+        before = whole_state(trainer)
+        record = trainer.train_step()
+        after = whole_state(trainer)
+        moved = {n for n in after if after[n] != before.get(n)}
+        stood.append(not any(n.startswith((".weights", ".optimizers")) and ".lr" not in n
+                             for n in moved))
+        assert record.get("skipped", False) == stood[-1]
+    return stood
+
+
+def test_spike_skips_the_step_and_says_so(tmp_path, home, capsys):
+    """A factor under one makes a spike of every step after the first, which sets the mean."""
+    assert skipped_steps(make_trainer(home, tmp_path, spike_factor=0.5)) == [False] + 3 * [True]
+    said = capsys.readouterr().out
+    assert said.count("the step is skipped") == 3 and "step 2: loss" in said
+    assert skipped_steps(make_trainer(home, tmp_path)) == 4 * [False]
+
+
+def test_spike_is_told_by_a_slow_mean(tmp_path, home):
+    trainer = make_trainer(home, tmp_path, spike_factor=1.5)
+    losses = [4.0, 2.0, 5.9, 2.0]  # 0.95 * 4 + 0.05 * 2 = 3.9; 5.9 is above 1.5 times that
+    assert [trainer.is_spike(loss) for loss in losses] == [False, False, True, False]
+    assert trainer.recent_loss == pytest.approx(0.95 * 3.9 + 0.05 * 2.0)  # without the spike
+
+

@@ -1,0 +1,109 @@
+"""Opening a run folder, a checkpoint, a Hugging Face folder: one model; misfits are named."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import LITTLE, random_tokens
+
+from minids.base.files import write_json
+from minids.hf import save_hf
+from minids.model.transformer import Transformer
+from minids.runs.checkpoints import save_checkpoint
+from minids.runs.open import folder_of, open_model, open_source, read_config, resumes, source_of
+from minids.runs.settings import LearnArgs, TrainArgs
+from minids.text.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A run folder of two checkpoints with random weights."""
+    run = tmp_path_factory.mktemp("open") / "run"
+    tokenizer = Tokenizer.open("bytes")
+    args = LITTLE.__class__(**vars(LITTLE) | dict(vocab_size=tokenizer.vocab_size))
+    for step in (1, 2):
+        torch.manual_seed(step)
+        save_checkpoint(run, step, Transformer(args).state_dict(), {})
+    tokenizer.save(run / "tokenizer")
+    write_json(run / "config.json", dict(model=vars(args), train=vars(TrainArgs()),
+                                         tokenizer=tokenizer.fingerprint))
+    return run
+
+
+def logits(path: Path) -> torch.Tensor:
+    opened = open_model(path)
+    with torch.no_grad():
+        return opened.model(random_tokens(opened.model.args, 1, 9))
+
+
+def test_a_run_is_its_newest_checkpoint_and_its_hugging_face_export(run, tmp_path):
+    checkpoints = [run / f"checkpoints/step_00000{step}" for step in (1, 2)]
+    assert torch.equal(logits(run), logits(checkpoints[1]))
+    assert not torch.equal(logits(run), logits(checkpoints[0]))  # the wrong checkpoint shows
+    opened = open_model(run)
+    save_hf(opened.model, tmp_path / "hf")
+    opened.tokenizer.save_hf(tmp_path / "hf")
+    assert torch.equal(logits(tmp_path / "hf"), logits(run))
+    assert opened.checkpoint == checkpoints[1] and not opened.model.training
+    assert folder_of(checkpoints[0]) == folder_of(run) == run.resolve()
+    assert folder_of(tmp_path / "hf") == (tmp_path / "hf").resolve()
+
+
+def test_a_source_has_all_but_the_weights(run, monkeypatch):
+    source = open_source(run)
+    assert source.folder == run.resolve() and source.path.name == "step_000002"
+    assert source.config["train"]["steps"] == TrainArgs.steps
+    weights = source.weights()
+    assert weights.keys() == Transformer(source.args).state_dict().keys()
+    assert source.describe().keys() == {"checkpoint", "sha256"}
+    monkeypatch.chdir(run / "checkpoints")
+    assert open_source("step_000001").folder == run.resolve()
+
+
+def broken(run: Path, to: Path, change) -> Path:
+    """A copy of the run folder after `change`."""
+    shutil.copytree(run, to)
+    change(to)
+    return to
+
+
+def other_tokenizer(run: Path) -> None:
+    config = json.loads((run / "config.json").read_text())
+    write_json(run / "config.json", config | {"tokenizer": "0" * 8})
+
+
+BROKEN = {
+    "no config": (lambda run: (run / "config.json").unlink(), "is not a run folder"),
+    "cut short": (lambda run: (run / "config.json").write_text('{"mod'), "is damaged"),
+    "later version": (lambda run: write_json(run / "config.json", {"model": {"later": 1}}),
+                      "of another version of minids"),
+    "other tokenizer": (other_tokenizer, "is not the run's"),
+    "no tokenizer": (lambda run: shutil.rmtree(run / "tokenizer"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_a_misfit_is_named_in_one_line(run, tmp_path, name):
+    change, named = BROKEN[name]
+    with pytest.raises(ValueError) as caught:
+        open_model(broken(run, tmp_path / "run", change))
+    assert named in str(caught.value) and str(tmp_path / "run") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_of_another_program_is_refused(run):
+    assert read_config(run, "train", TrainArgs)["train"]["lr"] == TrainArgs.lr
+    with pytest.raises(ValueError, match="not a run of minids.sft"):
+        read_config(run, "sft", LearnArgs)
+
+
+def test_what_a_run_begins_with(run, tmp_path):
+    new = LearnArgs(out=str(tmp_path / "new"), resume=True)
+    assert not resumes(new) and source_of(new) is None
+    after = LearnArgs(out=str(tmp_path / "new"), from_run=str(run))
+    assert source_of(after).path.name == "step_000002"
+    again = LearnArgs(out=str(run), resume=True, from_run=str(tmp_path / "is gone"))
+    assert resumes(again) and source_of(again).path == run
+    assert not resumes(LearnArgs(out=str(run)))
