@@ -99,7 +99,8 @@ def routed(moe, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """Run `MoE.routed` for few tokens: x (N, D), weights and indices (N, K) -> (N, D)"""
     experts, weights = moe.experts, weights.to(x.dtype)
     if len(x) == 1:
-        return weights @ torch.cat([expert(experts, e, x) for e in indices[0].tolist()])
+        out = torch.cat([expert(experts, e, x) for e in indices[0].tolist()])  # (K, D)
+        return (weights.t() * out).sum(0, keepdim=True)
     if len(x) <= FEW:
         share = x.new_zeros(len(x), len(experts.w1)).scatter_(1, indices, weights)
         out = [expert(experts, e, x) * share[:, e:e + 1] for e in set(indices.flatten().tolist())]

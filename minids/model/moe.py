@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from minids.config import ModelArgs
 from minids.kernels import experts as kernels
 from minids.kernels import few_tokens
+from minids.kernels.precision import without_autocast
 from minids.kernels.registry import bodies
 from minids.model.layers import MLP
 
@@ -76,7 +77,7 @@ class Gate(nn.Module):
     def scores(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, E), in FP32 or wider: rounding a score would choose other experts."""
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             logits = F.linear(x.to(wide), self.weight.to(wide))
         return logits.sigmoid() if self.args.score_func == "sigmoid" else logits.softmax(dim=-1)
 

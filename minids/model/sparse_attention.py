@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from minids.config import ModelArgs
 from minids.fp8 import rounded_to_fp8
 from minids.kernels import indexer
+from minids.kernels.precision import without_autocast
 from minids.kernels.registry import bodies
 from minids.model.layers import Linear
 from minids.model.rope import apply_rotary_emb_half
@@ -98,7 +99,7 @@ class Indexer(nn.Module):
     def weights(self, x: Tensor) -> Tensor:
         """Weigh the heads, both scale factors included: (B, S, D) -> (B, S, index_n_heads) FP32"""
         wide = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             weights = F.linear(x.to(wide), self.weights_proj.weight.to(wide))
         return weights * (self.args.index_n_heads * self.args.index_head_dim) ** -0.5
 
@@ -122,7 +123,7 @@ def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 
     q: (B, S, H, d); weights: (B, S, H); keys: (B, T, d) -> (B, S, T)
     """
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         products = torch.einsum("bshd,btd->bsht", q.to(weights.dtype), keys.to(weights.dtype))
         return torch.einsum("bsht,bsh->bst", products.relu(), weights)
 
@@ -143,7 +144,7 @@ def attention_mass(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
     Returns (B, S, T) in FP32 or wider: the mean over heads, since each head's sum is one.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
+    with without_autocast(q):
         scores = torch.einsum("bshd,bthd->bsht", q.to(wide), k.to(wide)) * scale
     return scores.masked_fill(~seen.unsqueeze(2), float("-inf")).softmax(-1).mean(2)
 
