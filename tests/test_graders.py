@@ -156,6 +156,7 @@ def test_memorised_answers_get_none(exercise):
             exec(exercise.hidden, space)
 
 
+@pytest.mark.slow
 @each_exercise
 def test_what_is_no_answer_is_told(exercise):
     """None, NaN, a text, an error: told in words. (Loops without an end: tests/test_lesson.py.)"""
@@ -166,6 +167,7 @@ def test_what_is_no_answer_is_told(exercise):
         assert not right and word in told and "Traceback" not in told
 
 
+@pytest.mark.slow
 @each_exercise
 def test_an_answer_from_the_package_gets_none(exercise):
     """Even the right one."""

@@ -20,11 +20,9 @@ REACHES = {
     "minids.rl.examination": "generate is a program: what examination needs of it is to be moved",
 }
 # file -> why it is longer than 400 lines
-LONG = {
-    "minids/plots/__init__.py": "the figures, one function each: to be split",
-}
+LONG: dict[str, str] = {}
 
-LINES = 13_700  # of the whole package, tables of names and presets included
+LINES = 13_650  # of the whole package, tables of names and presets included
 
 
 def module_name(path: Path) -> str:
