@@ -1,4 +1,4 @@
-"""Costs: what a model weighs, what one token costs, and what its training costs, by arithmetic.
+"""Count the parameters, FLOPs, cache and memory of a model, and the bill of its training.
 
     python -m minids.costs --preset v3
     python -m minids.costs --preset v3.2 --seq-len 131072

@@ -1,5 +1,7 @@
 """Draw into one panel: lines, noisy series, heat maps, notes."""
 
+from itertools import cycle
+
 from minids.plots.style import DASHES
 
 
@@ -16,9 +18,10 @@ def lines(ax, x: list, rows: dict[str, list], styles=DASHES, size: float = 0) ->
     """Draw one line per label.
 
     x: common values; rows: label -> values at x
-    styles: each line's colour, or its colour and dash; size: of the points, 0 for none
+    styles: colour, or colour and dash, of each line in turn, from the start again if there are
+        more lines; size: of the points, 0 for none
     """
-    for (name, row), style in zip(rows.items(), styles, strict=False):
+    for (name, row), style in zip(rows.items(), cycle(styles), strict=False):
         colour, dash = (style, "-") if isinstance(style, str) else style
         ax.plot(x, row, color=colour, linestyle=dash, marker="o" if size else "",
                 markersize=size, label=name)
@@ -57,7 +60,6 @@ def heat_map(ax, rows: list[list], first: float = 0, cmap: str = "viridis", norm
     extent = (first - 0.5, first + len(rows[0]) - 0.5, len(rows) - 0.5, -0.5)
     return ax.imshow(rows, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest",
                      extent=extent)
-
 
 
 def note(ax, text: str, at: tuple, offset: tuple = (0, 0), coords="data", ha: str = "left",

@@ -1,5 +1,6 @@
 """Figures of training: pre-training, ablations, fine-tuning, reinforcement learning."""
 
+from itertools import cycle
 from pathlib import Path
 
 from minids.plots import style
@@ -109,7 +110,7 @@ def grpo_figure(runs: dict[str, list[dict]], path: str | Path | None = None):
               ("length", "length", "a reply (tokens)"),
               ("kl", "distance from the reference", "KL (nats a token)")]
     for ax, (name, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
-        for (label, metrics), dash in zip(runs.items(), style.DASHES, strict=False):
+        for (label, metrics), dash in zip(runs.items(), cycle(style.DASHES), strict=False):
             steps, values = column(metrics, name)
             lines(ax, steps, {label: values}, [dash])
         ax.set_title(title)

@@ -11,7 +11,7 @@ from minids.model.cache import LatentCache
 
 
 def cache_is_that_of_the_papers(cache_of) -> bool:
-    """V3's bytes, and the elements of V2 and V2-Lite, from `cache_of(args, bytes_per_element)`."""
+    """Check V3's bytes, and V2's and V2-Lite's elements; `cache_of(args, bytes_per_element)`."""
     cache = cache_of(V3, 2)
     return (cache["mla"], cache["mha"]) == (70_272, 3_997_696) and [
         cache_of(ModelArgs.preset(name), 1)["mla"] for name in ("v2", "v2-lite")

@@ -23,7 +23,7 @@ PAPER_FLOPS = [("v3", True, 250.46), ("v2", True, 155.3), ("v3", False, 281.2)]
 
 
 def prints(gigaflops: float, flops: float) -> bool:
-    """Whether FLOPs agree with a figure in as many digits as its source prints."""
+    """Return whether FLOPs agree with a figure in as many digits as its source prints."""
     return round(flops / 1e9, len(str(gigaflops).split(".")[1])) == gigaflops
 
 
@@ -100,7 +100,7 @@ def test_v32_is_v3_and_an_indexer_until_there_are_more_than_k_keys():
 
 
 def decoding_flops(args, context: int) -> int:
-    """FLOPs that torch counts in one decoding step, the token being the `context`-th."""
+    """Return the FLOPs that torch counts in the decoding step of the `context`-th token."""
     model, cache = Transformer(args), LatentCache(args, batch=1, max_len=context)
     counter = FlopCounterMode(display=False)
     with torch.no_grad():

@@ -26,7 +26,7 @@ ALONE = Sharding(gpus=1, pipeline=1, dualpipe=False, expert_parallel=1, zero=0, 
 
 
 def tensors_after_a_step(args) -> tuple:
-    """Bytes of weights, gradients and AdamW's moments after one real optimizer step."""
+    """Return the bytes of weights, gradients and AdamW's moments after one real optimizer step."""
     model = Transformer(args)
     (optimizer,) = build_optimizers(model, TrainArgs(optimizer="adamw"), torch.float32)
     tokens = torch.randint(args.vocab_size, (2, 9))
@@ -55,27 +55,27 @@ def test_training_state_equals_the_tensors_of_a_real_step(name):
         for i in range(args.n_layers + args.n_mtp_layers))  # the gate's biases are not trained
 
 
-def bytes_kept(args, batch: int, length: int) -> int:
-    """Bytes that the blocks' forward pass keeps for its backward pass, the weights aside."""
-    model, kept, alive = Transformer(args), {}, []
+def bytes_saved(args, batch: int, length: int) -> int:
+    """Return the bytes that the blocks save for the backward pass, without weights."""
+    model, saved, alive = Transformer(args), {}, []
     weights = {t.untyped_storage().data_ptr() for t in model.state_dict().values()}
 
     def pack(tensor):
-        alive.append(tensor)  # or its place would be given to another
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        alive.append(tensor)  # so that its memory is not reused
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model.hidden(torch.zeros(batch, length, dtype=torch.int64))
-    return sum(size for place, size in kept.items() if place not in weights)
+    return sum(size for address, size in saved.items() if address not in weights)
 
 
 @pytest.mark.parametrize("changes", [
     {}, dict(q_lora_rank=96, n_activated_experts=4), dict(n_routed_experts=0)], ids=str)
-def test_activations_are_nearly_those_that_autograd_keeps(changes):
-    """The formula leaves out small things (the final norm, rotations, the places that pad an
-    expert's rows, values padded to the keys' width): measured, autograd keeps 8 to 15 % more."""
+def test_activations_are_nearly_those_that_autograd_saves(changes):
+    """The formula leaves out small things (the final norm, rotations, padding of an expert's rows,
+    values padded to the keys' width): as measured, autograd saves 8 to 15 % more."""
     args = replace(TINY, n_mtp_layers=0, **changes)
-    measured = bytes_kept(args, 2, 600)  # longer than 512: no attention scores are kept
+    measured = bytes_saved(args, 2, 600)  # longer than 512: no attention scores are saved
 
     def ratio(args, **settings):
         return measured / training_memory(
@@ -86,10 +86,10 @@ def test_activations_are_nearly_those_that_autograd_keeps(changes):
     assert not 1 < ratio(replace(args, n_layers=3)) < 1.2
 
 
-def test_recomputing_keeps_less():
-    kept = [training_memory(V3, replace(Sharding(), recompute=how)).activations
-            for how in ("none", "v3", "block")]
-    assert kept[0] > 3 * kept[1] > 3 * kept[2]
+def test_recomputing_saves_less():
+    saved = [training_memory(V3, replace(Sharding(), recompute=how)).activations
+             for how in ("none", "v3", "block")]
+    assert saved[0] > 3 * saved[1] > 3 * saved[2]
     assert saved_bytes(V3, 0, Sharding(), "block") == 2 * 7168
     attention = 2 * (2 * 7168 + 1536 + 576 + 16_384)
     assert saved_bytes(V3, 0, Sharding(), "v3") == attention + 2 * 18_432
@@ -142,12 +142,12 @@ def test_v3_trains_on_gpus_of_80_gb():
 
 
 def test_micro_batches_in_flight():
-    """1F1B keeps as many as there are ranks from here on, DualPipe one more than the ranks."""
-    kept = saved_bytes(V3, 3, Sharding(), "v3") * 4096
+    """1F1B holds as many as there are ranks from here on, DualPipe one more than the ranks."""
+    saved = saved_bytes(V3, 3, Sharding(), "v3") * 4096
     for rank in (3, 11):
         one_way = rank_memory(V3, Sharding(dualpipe=False), rank)
-        assert one_way.activations == 4 * kept * (16 - rank)  # four layers in a stage
-        assert rank_memory(V3, Sharding(), rank).activations == 8 * kept * 17 // 2
+        assert one_way.activations == 4 * saved * (16 - rank)  # four layers in a stage
+        assert rank_memory(V3, Sharding(), rank).activations == 8 * saved * 17 // 2
 
 
 def test_a_block_that_is_computed_again_and_weights_that_are_gathered_take_room():
@@ -165,7 +165,7 @@ def test_sharing_more_needs_less():
                                          expert_parallel=8)).total for zero in range(4)]
     assert sorted(fsdp, reverse=True) == fsdp and len(set(fsdp)) == 4
     alone = [training_memory(TINY, replace(ALONE, zero=zero)) for zero in (0, 1, 2)]
-    assert alone[0] == alone[1] == alone[2]  # one replica has nobody to share with
+    assert alone[0] == alone[1] == alone[2]  # one replica has none to share with
 
 
 @pytest.mark.parametrize("changes, complaint", [

@@ -82,7 +82,7 @@ def test_v32_has_an_indexer_in_every_layer_and_in_its_mtp_module():
 
 
 def part_of(name: str) -> str:
-    """The part that a tensor of the built model belongs to."""
+    """Return the part that a tensor of the built model belongs to."""
     if name.startswith(("embed.", "head.")):
         return {"embed": "embedding", "head": "head"}[name.split(".")[0]]
     for word, part in [(".indexer.", "indexer"), (".attn.", "attention"),
@@ -94,7 +94,7 @@ def part_of(name: str) -> str:
 
 
 def differences(count, args) -> list[str]:
-    """Names of the figures of `count` that differ from the model built on the meta device."""
+    """Return the names of the counts that differ from the model built on the meta device."""
     with torch.device("meta"):
         tensors = Transformer(args).state_dict()
     built = dict.fromkeys(count.parts, 0)
@@ -144,7 +144,7 @@ def test_one_token_meets_all_only_if_it_visits_every_expert():
 
 
 def hub_of(args) -> tuple:
-    """Numbers by dtype, scales and total of the released FP8 checkpoint."""
+    """Return elements by dtype, scales and total of the released FP8 checkpoint."""
     stored = stored_elements(args)
     return *stored.elements.values(), stored.scales, stored.total
 
@@ -172,7 +172,7 @@ def test_released_checkpoint_of_v32(monkeypatch):
 
 
 def stored_by_the_built_model(args) -> tuple:
-    """FP8 numbers, scales and gate biases, from the names and shapes of its tensors."""
+    """Count FP8 elements, scales and gate biases from the names and shapes of its tensors."""
     with torch.device("meta"):
         tensors = Transformer(args).state_dict()
     fp8 = scales = biases = 0

@@ -23,7 +23,7 @@ ROWS = [{"vocab_size": v, "bytes_per_token": b, "bits_per_byte": h}
 
 
 def run_of(steps: int, layers: int = 3) -> list[dict]:
-    """Lines of a made-up metrics.jsonl that is evaluated at every fifth step."""
+    """Return lines of a made-up metrics.jsonl that is evaluated at every fifth step."""
     lines = []
     for step in range(1, steps + 1):
         main = 2 + 6 / step + 0.1 * (step % 3)
@@ -34,18 +34,18 @@ def run_of(steps: int, layers: int = 3) -> list[dict]:
 
 
 def drawn(figure, axis: int) -> list[tuple[list, list]]:
-    """x and y of every line in one panel."""
+    """Return x and y of every line in one panel."""
     return [(list(line.get_xdata()), list(line.get_ydata()))
             for line in figure.axes[axis].get_lines()]
 
 
 def shows(figure, axis: int, xs: list, ys: list) -> bool:
-    """Whether one line of the panel runs through exactly these points."""
+    """Return whether one line of the panel runs through exactly these points."""
     return (list(xs), list(ys)) in drawn(figure, axis)
 
 
 def axes_without_a_unit(figure) -> list[str]:
-    """Names of the axes whose label lacks a unit; steps are their own unit, names have none."""
+    """Return the axes whose label lacks a unit; steps are their own unit, names have none."""
     labels = {}
     for i, ax in enumerate(figure.axes):
         if ax.get_subplotspec().is_last_row():
@@ -71,7 +71,7 @@ def test_every_axis_has_a_label_and_a_unit(name):
 
 
 def collisions(figure) -> list[str]:
-    """Panels and legends that, with their labels, overlap each other or leave the figure."""
+    """Return the panels and legends that, with labels, overlap or leave the figure."""
     figure.draw_without_rendering()
     boxes = {f"panel {i}": ax.get_tightbbox() for i, ax in enumerate(figure.axes)}
     boxes |= {f"legend {i}": legend.get_tightbbox() for i, legend in enumerate(figure.legends)}
@@ -93,7 +93,7 @@ def test_nothing_overlaps(name):
 
 
 def corner(picture: bytes) -> list[float]:
-    """Red, green, blue and opacity of a picture's first pixel."""
+    """Return red, green, blue and opacity of a picture's first pixel."""
     return imread(BytesIO(picture))[0, 0].tolist()
 
 
@@ -158,7 +158,7 @@ def test_last_validation_is_written_out():
 
 
 def bars(ax) -> dict[str, list[tuple[float, float]]]:
-    """Label of a stacked bar's part -> its (left, width) for each model."""
+    """Return the label of each part of a stacked bar -> its (left, width) for each model."""
     return {c.get_label(): [(bar.get_x(), bar.get_width()) for bar in c] for c in ax.containers}
 
 
@@ -240,7 +240,7 @@ def test_parameter_map_names_the_parts_that_the_models_have():
 
 
 def lines_of(ax) -> dict[str, list]:
-    """Label -> heights of each labelled line."""
+    """Return label -> heights of each labelled line."""
     return {line.get_label(): list(line.get_ydata()) for line in ax.lines
             if not line.get_label().startswith("_")}
 
@@ -248,7 +248,8 @@ def lines_of(ax) -> dict[str, list]:
 def test_curves_show_the_numbers_given():
     panels = [dict(title="a", ylabel="cache (GB)", lines={"MHA": [1, 2, 4], "MLA": [0.1, 0.2, 0.4]},
                    levels={"one GPU": 80}),
-              dict(title="b", ylabel="work (FLOPs)", lines={"naive": [3, 6, 9]})]
+              dict(title="b", ylabel="work (FLOPs)",  # more lines than styles
+                   lines={str(n): [n, 2 * n, 3 * n] for n in range(1, 9)})]
     figure = plots.curves(panels, [256, 1024, 4096], "context (tokens)")
     left, right = figure.axes
     assert lines_of(left) == panels[0]["lines"] and lines_of(right) == panels[1]["lines"]

@@ -1,0 +1,49 @@
+"""`python -m minids` lists every program: of files, of packages, of the lab."""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import minids.__main__
+from minids.__main__ import programs
+
+
+def test_files_packages_and_the_lab_are_listed_in_this_order():
+    names = [name for name, _ in programs()]
+    lab = [name for name in names if name.startswith("lab.")]
+    assert {"train", "costs", "hf", "lab.bench"} <= set(names)
+    assert names == sorted(set(names) - set(lab)) + sorted(lab)
+    assert all(importlib.util.find_spec(f"minids.{name}") for name in names)
+    # A module that only others import is no program, nor is the list itself.
+    assert not {"config", "lab.lesson", "__main__", "costs.__main__"} & set(names)
+
+
+def test_each_module_that_calls_run_program_is_listed():
+    root = Path(minids.__main__.__file__).parent
+    calling = {".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__main__")
+               for path in root.rglob("*.py")
+               if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")}
+    assert calling - {"__main__"} == {name for name, _ in programs()}
+
+
+@pytest.mark.parametrize("text, listed", [
+    ('"""Sort.\n\nMore."""\n\n\ndef main():\n    pass\n', [("a", "Sort."), ("b", "Sort.")]),
+    ('"""Sort."""\n\n\ndef other():\n    pass\n', [])])
+def test_a_program_is_a_file_or_a_package_with_a_main(text, listed, tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    for path in ("a.py", "b/__main__.py", "b/helper.py"):
+        (tmp_path / path).write_text(text)
+    monkeypatch.setattr(minids.__main__, "__file__", str(tmp_path / "__main__.py"))
+    assert programs() == listed
+
+
+def test_the_list_is_printed_without_torch():
+    code = ("import runpy, sys; runpy.run_module('minids', run_name='__main__'); "
+            "sys.exit('torch' in sys.modules)")
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert [line.split()[2] for line in run.stdout.splitlines()] == [
+        f"minids.{name}" for name, _ in programs()]
