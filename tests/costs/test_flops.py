@@ -17,6 +17,7 @@ from minids.costs.flops import (
     pair_flops,
 )
 from minids.costs.parameters import count_parameters
+from minids.kernels.registry import using
 from minids.model.cache import LatentCache
 
 PAPER_FLOPS = [("v3", True, 250.46), ("v2", True, 155.3), ("v3", False, 281.2)]
@@ -103,7 +104,7 @@ def decoding_flops(args, context: int) -> int:
     """Return the FLOPs that torch counts in the decoding step of the `context`-th token."""
     model, cache = Transformer(args), LatentCache(args, batch=1, max_len=context)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad():
+    with torch.no_grad(), using("off"):  # the counter knows plain products only
         model(torch.zeros(1, context - 1, dtype=torch.int64), cache, absorbed=True)
         with counter:
             model(torch.zeros(1, 1, dtype=torch.int64), cache, absorbed=True)
