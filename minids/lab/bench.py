@@ -46,7 +46,7 @@ from minids.costs import count_parameters
 from minids.hf import config_from_args
 from minids.kernels.registry import recorded
 from minids.lab.bench_dense import dense_table, quality_table
-from minids.lab.bench_setup import DEFAULT_TABLES, Bench, BenchArgs, prepare
+from minids.lab.bench_setup import DEFAULT_TABLES, Bench, BenchArgs
 from minids.lab.bench_sparse import sparse_table
 from minids.lab.bench_speculative import speculative_table
 from minids.lab.bench_transformers import (
@@ -55,6 +55,7 @@ from minids.lab.bench_transformers import (
     rollout_table,
     train_table,
 )
+from minids.runs.device import prepare_cpu
 
 MAKERS = {"train": train_table, "decode": decode_table, "memory": memory_table,
           "dense": dense_table, "moe-vs-dense": quality_table, "sparse": sparse_table,
@@ -77,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     given, changes = parse("minids.lab.bench", __doc__, BenchArgs, ModelArgs, argv=argv)
     settings = BenchArgs(**given)
-    prepare(settings)
+    prepare_cpu(settings.threads)
     args = replace(ModelArgs.preset(settings.preset), **changes)
     if settings.what in BESIDE_TRANSFORMERS:
         config_from_args(args)  # refuses a model that transformers has no class for

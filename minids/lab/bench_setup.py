@@ -10,7 +10,6 @@ from minids.base.fields import Settings, option, require
 from minids.config import ModelArgs
 from minids.lab.timing import in_turn
 from minids.model.transformer import Transformer
-from minids.runs.device import tune_allocator
 from minids.runs.settings import TrainArgs
 from minids.text.loaders import open_data
 from minids.text.tokenizer import Tokenizer
@@ -63,12 +62,6 @@ class BenchArgs(Settings):
     def one_dtype(self) -> torch.dtype:
         """Precision of the tables that run in one: FP32 unless BF16 is asked for."""
         return DTYPES["bf16" if self.dtype == "bf16" else "fp32"]
-
-
-def prepare(settings: BenchArgs) -> None:
-    """Set allocator and threads for everything that this process measures."""
-    tune_allocator()
-    torch.set_num_threads(settings.threads)
 
 
 class Bench:

@@ -18,10 +18,11 @@ from minids.config import ModelArgs
 from minids.generate import generate
 from minids.hf import config_from_args, save_hf
 from minids.infer.sampling import Sampler
-from minids.lab.bench_setup import DTYPES, Bench, BenchArgs, Stepper, minids_loss, prepare
+from minids.lab.bench_setup import DTYPES, Bench, BenchArgs, Stepper, minids_loss
 from minids.lab.timing import RATIOS, Memory, in_turn, seconds, watch_memory
 from minids.model.transformer import Transformer
 from minids.rl.rollout import roll_out
+from minids.runs.device import prepare_cpu
 
 TRIAL_ROUNDS = 3
 MEMORY_STEPS = 5  # training steps whose memory is watched
@@ -272,7 +273,8 @@ def in_fresh_process(measure: Callable, settings: BenchArgs, args: ModelArgs, dt
                      setting: Setting | None) -> Memory:
     """Return `measure(settings, args, dtype, setting)`, called in a newly started process."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=prepare, initargs=(settings,)) as pool:
+    with ProcessPoolExecutor(1, context, initializer=prepare_cpu,
+                             initargs=(settings.threads,)) as pool:
         return pool.submit(measure, settings, args, dtype, setting).result()
 
 

@@ -34,13 +34,12 @@ from tqdm import tqdm
 from minids.apply.fp8 import use_fp8
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option
-from minids.base.files import read_json
 from minids.base.tables import format_table
 from minids.config import ModelArgs
 from minids.infer.validation import evaluate
 from minids.runs.device import pick_device
 from minids.runs.learner import read_metrics
-from minids.runs.open import open_model
+from minids.runs.open import is_run, open_model, read_config
 from minids.text.loaders import open_data
 
 REGIMES = {
@@ -100,7 +99,7 @@ def train_one(args: ClaimArgs, regime: str, seed: int) -> Trained:
     """
     folder = Path(args.out) / args.what / f"{regime.replace(' ', '-')}-seed-{seed}"
     if not is_finished(folder):
-        if (folder / "config.json").exists():
+        if is_run(folder):
             flags = ["--resume"]
         else:
             flags = ["--preset", args.preset, "--seed", str(seed), *REGIMES[args.what][regime]]
@@ -115,9 +114,9 @@ def train_one(args: ClaimArgs, regime: str, seed: int) -> Trained:
 
 def is_finished(folder: Path) -> bool:
     """Return whether a run has taken all its steps and was validated."""
-    if not (folder / "config.json").exists():
+    if not is_run(folder):
         return False
-    steps = read_json(folder / "config.json")["train"]["steps"]
+    steps = read_config(folder)["train"]["steps"]
     metrics = read_metrics(folder)
     return bool(metrics) and metrics[-1]["step"] == steps and "valid_bpb" in metrics[-1]
 

@@ -40,7 +40,7 @@ from minids.config import ModelArgs
 from minids.infer.selections import all_scores, attention_recall, best, everything, selecting
 from minids.model.sparse_attention import freeze_all_but_indexers, load_weights_without_indexer
 from minids.model.transformer import Transformer
-from minids.runs.device import pick_device, pick_dtype, tune_allocator
+from minids.runs.device import pick_device, pick_dtype, prepare_cpu
 from minids.runs.optimizers import build_optimizers, clip_gradients, set_learning_rate
 from minids.runs.settings import TrainArgs
 
@@ -278,9 +278,7 @@ def main() -> None:
     """Run the command line."""
     [given] = parse("minids.lab.recall", __doc__, RecallArgs)
     args = RecallArgs(**given)
-    tune_allocator()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare_cpu(args.threads)
     print(f"recall over {args.seq_len} tokens, {pairs_in(args.seq_len)} pairs, chance "
           f"{1 / VALUES:.2%}; {args.device}, torch {torch.__version__}", flush=True)
     experiment(args)
