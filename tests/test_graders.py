@@ -159,7 +159,7 @@ def test_memorised_answers_get_none(exercise):
 @pytest.mark.slow
 @each_exercise
 def test_what_is_no_answer_is_told(exercise):
-    """None, NaN, a text, an error: told in words. (Loops without an end: tests/test_lesson.py.)"""
+    """None, NaN, a text, an error: told in words. (Endless loops: tests/lab/test_checker.py.)"""
     head = exercise.solution[:exercise.solution.index(":\n") + 1]
     for body, word in [("return None", "None"), ("return float('nan')", "nan"),
                        ("return 'x'", "'x'"), ("raise ValueError('no')", "ValueError: no")]:
