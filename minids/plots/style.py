@@ -12,6 +12,8 @@ import contextlib
 from io import BytesIO
 from pathlib import Path
 
+from minids.base.files import write_whole
+
 BLACK, GREY, ORANGE, SKY = "#222222", "#9a9a9a", "#e69f00", "#56b4e9"
 GREEN, YELLOW, BLUE, RED, PINK = "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"
 DASHES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (RED, ":"), (PINK, "-"), (BLACK, "--")]
@@ -62,5 +64,5 @@ def finish(figure, path: str | Path | None):
     if path is not None:
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(png(figure))
+        write_whole(path, png(figure))
     return figure
