@@ -15,7 +15,6 @@ the drafts for the model's own output.
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from minids.apply.fp8 import use_fp8
@@ -26,7 +25,7 @@ from minids.generate import generate
 from minids.infer.drafts import draft_agreement, kinds_of_tokens
 from minids.infer.selections import compare_selections, selection_table
 from minids.infer.validation import evaluate, windows
-from minids.runs.device import pick_device
+from minids.runs.device import pick_device, prepare_cpu
 from minids.runs.open import open_model
 from minids.text.loaders import open_data
 
@@ -72,8 +71,7 @@ def main() -> None:
     """Run the command line."""
     [given] = parse("minids.evaluate", __doc__, EvaluateArgs)
     args = EvaluateArgs(**given)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare_cpu(args.threads)
     run = open_model(args.run, pick_device(args.device))
     # A Hugging Face folder does not say what its model was trained on.
     train = run.config.get("train") or {"data": "pystdlib",
