@@ -1,4 +1,4 @@
-"""Set before torch is imported: pytest runs two workers, so each one computes on one thread.
+"""Let each of the two workers compute on one thread; set before torch is imported.
 
 Notebook kernels are children of the workers and inherit it.
 """

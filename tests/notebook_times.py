@@ -1,4 +1,4 @@
-"""How long each notebook takes from a clean kernel, all cells, one after the other.
+"""Time each notebook: a clean kernel, all cells, one notebook after the other.
 
     python tests/notebook_times.py
     python tests/notebook_times.py --threads 2 --only 02
@@ -22,7 +22,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "notebooks"
 
 
 def seconds(cell) -> float:
-    """How long a cell took, by the kernel's own clock."""
+    """Return how long a cell took, by the kernel's own clock."""
     clock = cell.metadata["execution"]
     busy, idle = (datetime.fromisoformat(clock[f"iopub.status.{state}"].replace("Z", "+00:00"))
                   for state in ("busy", "idle"))
@@ -30,7 +30,7 @@ def seconds(cell) -> float:
 
 
 def run(path: Path) -> tuple[float, float, str]:
-    """Seconds of a notebook, seconds of its slowest cell, and how that cell begins."""
+    """Return the seconds of a notebook and of its slowest cell, and that cell's first line."""
     nb, start = nbformat.read(path, 4), time.monotonic()
     NotebookClient(nb, timeout=600, kernel_name="python3",
                    resources={"metadata": {"path": str(FOLDER)}}).execute(
@@ -42,7 +42,7 @@ def run(path: Path) -> tuple[float, float, str]:
 
 
 def main() -> None:
-    """Run them and print the table."""
+    """Run the notebooks and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--only", nargs="*", default=[""], help="numbers of notebooks, as 02 11")
     parser.add_argument("--threads", type=int, default=1, help="threads of a kernel (default 1)")

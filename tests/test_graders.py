@@ -1,5 +1,5 @@
-"""No exercise gives points for a wrong answer: not for an empty one, not for one that was
-memorised, and for none of those that real projects have shipped (tests/wrong_answers/).
+"""Check that no wrong answer gets points: not an empty one, not a memorised one, and none of
+those that real projects have shipped (tests/wrong_answers/).
 
 An exercise is graded as in the notebook, with the cells that it needs, and no others.
 """
@@ -35,22 +35,22 @@ class Exercise:
 
     @property
     def name(self) -> str:
-        """The function that the learner writes."""
+        """Return the name of the function that the learner writes."""
         return ast.parse(self.solution).body[-1].name
 
     @property
     def stub(self) -> str:
-        """What nbgrader hands out."""
+        """Return the cell that nbgrader hands out."""
         return SOLUTION.sub(r"\1raise NotImplementedError()", self.solution)
 
     @property
     def hidden(self) -> str:
-        """The tests that the learner does not see."""
+        """Return the tests that the learner does not see."""
         return HIDDEN.search(self.test)[1]
 
 
 def names(source: str) -> tuple[set[str], set[str]]:
-    """The global names that a cell binds, and the others that it or its functions read."""
+    """Return the global names that a cell binds, and the others that it or its functions read."""
     def read(scope) -> set[str]:
         own = {s.get_name() for s in scope.get_symbols() if s.is_referenced()
                and (scope.get_type() == "module" or s.is_global())}
@@ -63,7 +63,7 @@ def names(source: str) -> tuple[set[str], set[str]]:
 
 
 def needed(before: list[str], cells: list[str]) -> tuple[str, ...]:
-    """Those of the cells before whose names the given cells need, in order."""
+    """Return the earlier cells whose names the given cells need, in order."""
     wanted, kept = set().union(*(names(cell)[1] for cell in cells)), []
     for source in reversed(before):
         bound, read = names(source)
@@ -74,7 +74,7 @@ def needed(before: list[str], cells: list[str]) -> tuple[str, ...]:
 
 
 def exercises(path: Path) -> list[Exercise]:
-    """The exercises of one notebook, in order."""
+    """Return the exercises of one notebook, in order."""
     code = [cell for cell in nbformat.read(path, 4).cells if cell.cell_type == "code"]
     found = []
     for i, cell in enumerate(code):
@@ -91,7 +91,7 @@ each_exercise = pytest.mark.parametrize("exercise", ALL,
 
 @cache
 def stage(exercise: Exercise) -> dict:
-    """The names that the cells before an exercise make. Its own folder is the notebooks'."""
+    """Run the cells that an exercise needs, in the notebooks' folder; return their names."""
     space: dict = {}
     here = Path.cwd()
     os.chdir(ROOT / "notebooks")
@@ -105,7 +105,7 @@ def stage(exercise: Exercise) -> dict:
 
 
 def grade(exercise: Exercise, answer: str) -> tuple[bool, str]:
-    """Whether an answer gets its points, and what the check says to the learner."""
+    """Return whether an answer gets its points, and what the check tells the learner."""
     space, told = dict(stage(exercise)), io.StringIO()
     exec(answer, space)
     with contextlib.redirect_stdout(told):
@@ -118,7 +118,7 @@ def grade(exercise: Exercise, answer: str) -> tuple[bool, str]:
 
 
 def wrong_answers(exercise: Exercise) -> dict[str, str]:
-    """What is wrong -> the source of the function, for the answers of one exercise."""
+    """Return the wrong answers to one exercise: what is wrong -> the function's source."""
     path = ROOT / "tests" / "wrong_answers" / f"{exercise.notebook}.py"
     source = path.read_text() if path.is_file() else ""
     return {ast.get_docstring(node): ast.get_source_segment(source, node)
@@ -140,7 +140,7 @@ def test_the_untouched_stub_gets_none(exercise):
 
 @each_exercise
 def test_memorised_answers_get_none(exercise):
-    """Functions that know the answers of the visible cases, and for others give one of these."""
+    """A function that memorised the visible cases and returns one of their answers otherwise."""
     space = dict(stage(exercise))
     exec(exercise.solution, space)
     solved, known = space[exercise.name], []
@@ -159,7 +159,7 @@ def test_memorised_answers_get_none(exercise):
 @pytest.mark.slow
 @each_exercise
 def test_what_is_no_answer_is_told(exercise):
-    """None, NaN, a text, an error: told in words. (Endless loops: tests/lab/test_checker.py.)"""
+    """None, NaN, a string, an error: named in words. (Endless loops: tests/lab/test_checker.py.)"""
     head = exercise.solution[:exercise.solution.index(":\n") + 1]
     for body, word in [("return None", "None"), ("return float('nan')", "nan"),
                        ("return 'x'", "'x'"), ("raise ValueError('no')", "ValueError: no")]:

@@ -1,4 +1,4 @@
-"""A learner's way through a notebook: a real JupyterLab, a real browser, Run All, a figure.
+"""Go through a notebook as a learner does: a real JupyterLab, a real browser, Run All, a figure.
 
 The other tests run the notebooks without a page. Here a server is started on a small tree of its
 own, beside the repository, and Chromium opens a notebook there. `troubles` says in words what is
@@ -107,28 +107,28 @@ class Seen:
 
     @property
     def code(self) -> list[dict]:
-        """The code cells that are not blank, in order."""
+        """Return the code cells that are not blank, in order."""
         return [c for c in self.cells if c["cell_type"] == "code" and text_of(c["source"]).strip()]
 
 
 def text_of(lines: str | list[str]) -> str:
-    """A text that a notebook may keep as a list of lines."""
+    """Return as one string what a notebook may store as a list of lines."""
     return lines if isinstance(lines, str) else "".join(lines)
 
 
 def streams(cell: dict, name: str) -> str:
-    """What a cell has written to "stdout" or to "stderr"."""
+    """Return what a cell wrote to "stdout" or "stderr"."""
     return "".join(text_of(out["text"]) for out in cell["outputs"] if out.get("name") == name)
 
 
 def pictures(cell: dict) -> list[dict]:
-    """A cell's outputs that have an image."""
+    """Return the outputs of a cell that contain an image."""
     return [out for out in cell.get("outputs", [])
             if any(kind.startswith("image/") for kind in out.get("data", {}))]
 
 
 def cell_troubles(number: int, cell: dict) -> list[str]:
-    """What is wrong with the code cell of a number, counted from 1."""
+    """Return what is wrong with a code cell; number counts from 1."""
     found = []
     if cell["execution_count"] != number:
         found.append(f"cell {number} has the count {cell['execution_count']}")
@@ -143,7 +143,7 @@ def cell_troubles(number: int, cell: dict) -> list[str]:
 
 
 def troubles(seen: Seen) -> list[str]:
-    """What is wrong after Run All, a sentence each; nothing where a learner sees all is well."""
+    """Return what is wrong after Run All, one sentence each."""
     found = [] if seen.finished else ["Run All has not come to its end"]
     for number, cell in enumerate(seen.code, start=1):
         found += cell_troubles(number, cell)
@@ -155,7 +155,7 @@ def troubles(seen: Seen) -> list[str]:
 
 
 def save(nb: nbformat.NotebookNode, path: Path) -> str:
-    """Write a notebook without results, so that only a new run can number its cells.
+    """Write a notebook without outputs, so that only a new run can number its cells.
 
     Returns its path in the server's tree, with slashes.
     """
@@ -181,7 +181,7 @@ def plant(tree: Path) -> None:
 
 
 def environment(home: Path, token: str) -> dict[str, str]:
-    """The server's environment: settings of its own, so a user's neither help nor harm."""
+    """Return the server's environment, isolated from the user's Jupyter settings."""
     folders = {name: home / name.lower() for name in [
         "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR",
         "JUPYTERLAB_SETTINGS_DIR", "JUPYTERLAB_WORKSPACES_DIR"]}
@@ -193,7 +193,7 @@ def environment(home: Path, token: str) -> dict[str, str]:
 
 
 def command(port: int) -> list[str]:
-    """How to start this Python's JupyterLab at a port, without a browser and without news."""
+    """Return the command that starts this Python's JupyterLab at a port, without a browser."""
     return [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root",
             "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
             "--ServerApp.root_dir=.", "--LabApp.expose_app_in_browser=True",
@@ -201,14 +201,14 @@ def command(port: int) -> list[str]:
 
 
 def free_port() -> int:
-    """A port that nobody listens to."""
+    """Return a free port."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
 
 
 def answers(port: int) -> bool:
-    """Whether a server answers at a port."""
+    """Return whether a server answers at a port."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
     try:
         connection.request("GET", "/api")
@@ -249,7 +249,7 @@ def end(process: subprocess.Popen) -> None:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory) -> Iterator[Server]:
-    """A JupyterLab server that runs until the module's tests are over."""
+    """Run a JupyterLab server for the tests of this module."""
     importlib.import_module("matplotlib.font_manager")  # else a kernel may warn while it builds it
     home = tmp_path_factory.mktemp("jupyterlab")
     tree, log, port, token = home / "tree", home / "log.txt", free_port(), secrets.token_hex()
@@ -267,7 +267,7 @@ def server(tmp_path_factory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator:
-    """A Chromium without a window."""
+    """Start a headless Chromium."""
     flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
              "--disable-background-networking"]
     with playwright.sync_playwright() as tools:
@@ -280,7 +280,7 @@ def browser() -> Iterator:
 
 @pytest.fixture
 def run_all(server, browser, tmp_path) -> Iterator:
-    """A function that opens a notebook, does Run All and returns what the page then shows.
+    """Return a function that opens a notebook, does Run All and returns what the page shows.
 
     The page's picture is kept beside the test's files, also when the test fails.
     """
@@ -334,7 +334,7 @@ def test_a_wrong_notebook_is_noticed(server, run_all):
 
 
 def test_a_run_that_does_not_end_is_noticed(server, run_all):
-    """A cell that takes too long is told, with the cell that waits for it; the test goes on.
+    """A cell that takes too long is reported, with the cell that waits for it; the test goes on.
 
     That no cell follows an error is not looked at: it depends on how fast the page sends them.
     """
@@ -345,7 +345,7 @@ def test_a_run_that_does_not_end_is_noticed(server, run_all):
 
 
 def test_an_endless_answer_leaves_the_kernel_alive(server, run_all):
-    """A learner's loop that never ends is told in words, and the next cell still runs."""
+    """A learner's endless loop is reported in words, and the next cell still runs."""
     first = next(cell.source for cell in nbformat.read(MAP, as_version=4).cells
                  if cell.cell_type == "code")
     path = save_small(server, "loop", first, "from minids.lab.lesson import review",

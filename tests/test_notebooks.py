@@ -1,4 +1,4 @@
-"""Every notebook has the anatomy that the row promises; nbval, in the same run, executes them.
+"""Check that every notebook has the promised anatomy; nbval executes them in the same run.
 
 A check takes a notebook and returns what is wrong, in words.
 """
@@ -32,38 +32,38 @@ class Notebook:
 
     @property
     def code(self) -> list:
-        """The code cells, in order."""
+        """Return the code cells, in order."""
         return [cell for cell in self.nb.cells if cell.cell_type == "code"]
 
     @property
     def markdown(self) -> list[str]:
-        """The texts of the markdown cells, in order."""
+        """Return the text of each markdown cell, in order."""
         return [cell.source for cell in self.nb.cells if cell.cell_type == "markdown"]
 
 
 def read(path: Path) -> Notebook:
-    """A notebook of the repository."""
+    """Read a notebook of the repository."""
     return Notebook(path.stem, path.parent.parent, nbformat.read(path, as_version=4))
 
 
 def code_lines(cell) -> int:
-    """Lines of code that are not blank."""
+    """Count the lines of code that are not blank."""
     return sum(bool(line.strip()) for line in cell.source.splitlines())
 
 
 def words(text: str) -> int:
-    """Words of a text; tags and lone signs are none."""
+    """Count the words of a text, without tags and lone punctuation."""
     return sum(any(map(str.isalnum, word)) for word in re.sub(r"<[^>]*>", " ", text).split())
 
 
 def kernel(book: Notebook) -> list[str]:
-    """The kernel has the name that is there everywhere."""
+    """Require the kernel name that every installation has."""
     name = book.nb.metadata.get("kernelspec", {}).get("name")
     return [] if name == "python3" else [f"the kernel is {name}"]
 
 
 def execution(book: Notebook) -> list[str]:
-    """All cells ran once, from top to bottom, and what they print is there."""
+    """Require that all cells ran once, from top to bottom, and that printed output is stored."""
     counts = [cell.execution_count for cell in book.code]
     found = [] if counts == [*range(1, len(counts) + 1)] else [f"execution counts {counts}"]
     return found + [f"cell {cell.execution_count} prints and has no output" for cell in book.code
@@ -72,7 +72,7 @@ def execution(book: Notebook) -> list[str]:
 
 
 def noise(book: Notebook) -> list[str]:
-    """No error, nothing on stderr, no path of one machine."""
+    """Refuse errors, output on stderr and paths of one machine."""
     found = []
     for number, output in [(c.execution_count, output) for c in book.code for output in c.outputs]:
         texts = [text for kind, text in output.get("data", {}).items() if "text" in kind]
@@ -84,7 +84,7 @@ def noise(book: Notebook) -> list[str]:
 
 
 def length(book: Notebook) -> list[str]:
-    """Cells of code are short: median 8 lines at most, none over 40."""
+    """Require short code cells: a median of at most 8 lines, none over 40."""
     lines = [code_lines(cell) for cell in book.code]
     found = [f"a cell has {n} lines" for n in lines if n > 40]
     median = statistics.median(lines)
@@ -92,19 +92,19 @@ def length(book: Notebook) -> list[str]:
 
 
 def prose(book: Notebook) -> list[str]:
-    """At most 80 words a cell."""
+    """Allow at most 80 words per cell."""
     return [f"{words(text)} words in the cell that begins {text[:40]!r}"
             for text in book.markdown if words(text) > 80]
 
 
 def proportion(book: Notebook) -> list[str]:
-    """Between one and two cells of text to a cell of code."""
+    """Require between one and two text cells per code cell."""
     ratio = len(book.markdown) / len(book.code)
     return [] if 1 <= ratio <= 2 else [f"{ratio:.2f} cells of text to one of code"]
 
 
 def figure(book: Notebook) -> list[str]:
-    """A picture is in the outputs, made by a cell that saves it under the notebook's number."""
+    """Require a picture, made by a cell that saves it under the notebook's number."""
     for cell in book.code:
         name = re.search(rf'"({book.name[:2]}_\w+\.png)"', cell.source)
         if name and any("image/png" in output.get("data", {}) for output in cell.outputs):
@@ -114,13 +114,13 @@ def figure(book: Notebook) -> list[str]:
 
 
 def local(book: Notebook) -> list[str]:
-    """Pictures come from the cells, not from elsewhere."""
+    """Refuse linked pictures: cells draw them."""
     return [f"a linked picture in the cell that begins {text[:40]!r}"
             for text in book.markdown if re.search(r"!\[|<img", text)]
 
 
 def anatomy(book: Notebook) -> list[str]:
-    """Title, question, source, time; two folded answers; exercises; summary; the names' table."""
+    """Require title, question, paper, time, two folded answers, summary and the table of names."""
     first, *_, last = book.markdown
     wanted = {"a title with the notebook's number": first.startswith(f"# {book.name[:2]} · "),
               "the question": "**The question.**" in first, "the paper": "**Paper.**" in first,
@@ -140,7 +140,7 @@ def anatomy(book: Notebook) -> list[str]:
 
 
 def grading(book: Notebook) -> list[str]:
-    """Three or four exercises: a marked solution, a check that speaks, a test with points."""
+    """Require three or four exercises: marked solution, talking check, test with points."""
     graded = [(cell, cell.metadata["nbgrader"]) for cell in book.code
               if "nbgrader" in cell.metadata]
     found = [f"{kind} markers without their metadata" for cell in book.code for kind in
@@ -160,8 +160,8 @@ def grading(book: Notebook) -> list[str]:
 
 
 def bug(book: Notebook) -> list[str]:
-    """One section has a variant that looks right; the exercise is a property, which is put to
-    right variants and to wrong ones."""
+    """Require one section with a plausible bug, whose exercise is a property that is tried on
+    right and wrong variants."""
     heads = [i for i, cell in enumerate(book.nb.cells)
              if cell.cell_type == "markdown" and cell.source.startswith("## ")]
     starts = [i for i in heads if book.nb.cells[i].source.startswith("## Find the bug")]
@@ -177,7 +177,7 @@ def bug(book: Notebook) -> list[str]:
 
 
 def graded_cell(cell, meta: dict) -> list[str]:
-    """The nbgrader metadata of one cell: fields, and markers that go with them."""
+    """Check the nbgrader metadata of one cell, and the markers that go with it."""
     name = meta.get("grade_id")
     is_test = meta.get("grade", False)
     fields = GRADE_FIELDS | ({"points"} if is_test else set())
@@ -194,13 +194,13 @@ def graded_cell(cell, meta: dict) -> list[str]:
 
 
 def markers(source: str, kind: str) -> bool:
-    """Whether a cell has one pair of markers, in order."""
+    """Return whether a cell has one pair of markers, in order."""
     found = re.findall(rf"^ *### (BEGIN|END) {kind}$", source, re.M)
     return found == ["BEGIN", "END"]
 
 
 def first_cell(books: list[Notebook]) -> list[str]:
-    """All begin with the same code."""
+    """Require that all notebooks begin with the same code."""
     kinds = {book.code[0].source for book in books}
     return [] if len(kinds) == 1 else [f"{len(kinds)} different first cells"]
 
@@ -222,7 +222,7 @@ def test_all_begin_alike():
 
 
 def drawn(notebook: bytes) -> dict[str, bytes]:
-    """The pictures in a notebook's outputs, by the name under which the cell saves them."""
+    """Return the pictures in a notebook's outputs, by the name under which the cell saves them."""
     found = {}
     for cell in json.loads(notebook)["cells"]:
         name = re.search(r'"(\d\d_\w+\.png)"', "".join(cell["source"]))
@@ -233,7 +233,7 @@ def drawn(notebook: bytes) -> dict[str, bytes]:
 
 
 def committed(path: str) -> bytes:
-    """A file as it was committed: running the notebooks draws the figures anew."""
+    """Return a file as it was committed, because running the notebooks redraws the figures."""
     try:
         return subprocess.run(["git", "show", f"HEAD:{path}"], cwd=ROOT, capture_output=True,
                               check=True).stdout

@@ -93,7 +93,7 @@ ELSEWHERE = {
 
 
 def blocks(text: str) -> list[list[str]]:
-    """The commands of each fenced block, without the remark behind two or more spaces."""
+    """Return the commands of each fenced block, without remarks after two or more spaces."""
     found = []
     for language, block in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S):
         if language:
@@ -106,13 +106,13 @@ def blocks(text: str) -> list[list[str]]:
 
 
 def beginning(command: str, known: dict) -> str | None:
-    """The longest known beginning of a command."""
+    """Return the longest known beginning of a command."""
     found = [start for start in known if f"{command} ".startswith(f"{start} ")]
     return max(found, key=len, default=None)
 
 
 def spans(text: str) -> list[list[str]]:
-    """The commands between backticks, outside of blocks; tables leave out `python -m minids.`"""
+    """Return the commands between backticks; tables leave out `python -m minids.`"""
     found, modules = {}, {name for name, _ in programs()}
     for line in re.sub(r"^```\w*\n.*?^```", "", text, flags=re.M | re.S).split("\n\n"):
         for span in re.findall(r"`([^`]+)`", line):
@@ -125,7 +125,7 @@ def spans(text: str) -> list[list[str]]:
 
 
 def groups(pages: list[str]) -> list[list[str]]:
-    """The blocks' commands, then each command between backticks; none twice, but in a block's way.
+    """Return the blocks of commands, then each other command between backticks, on its own.
 
     A block is one story: its commands stay together, and in order.
     """
@@ -141,13 +141,13 @@ HERE = [block for i, block in enumerate(HERE) if block not in HERE[:i]]
 
 
 def title(commands: list[str]) -> str:
-    """A block's name: its first command."""
+    """Name a block after its first command."""
     return re.sub(r"\W+", "-", commands[0])[:60]
 
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    """A hub with the three data sets that the README names."""
+    """Serve a hub with the three data sets that the pages name."""
     folder = tmp_path_factory.mktemp("hub")
     for name, config in (("roneneldan/TinyStories", "data"), ("HuggingFaceFW/fineweb-edu",
                                                               "sample/10BT")):
@@ -172,7 +172,7 @@ def hub(tmp_path_factory):
 
 
 class Said(NamedTuple):
-    """What a program did: exit status and what it wrote."""
+    """A program's exit status and output."""
 
     status: int
     out: str
@@ -201,7 +201,7 @@ def run_here(folder: Path, command: str, extra: str = "") -> Said:
 
 @pytest.fixture(scope="module", autouse=True)
 def surroundings(hub, tmp_path_factory):
-    """What the programs read from the environment: the hub, and where they find the package."""
+    """Point the programs to the hub and to the package."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setenv("HF_ENDPOINT", hub.url)
@@ -210,7 +210,7 @@ def surroundings(hub, tmp_path_factory):
 
 
 def write_texts(folder: Path) -> None:
-    """The learner's own texts."""
+    """Write the texts that the commands read."""
     for name in ("my_folder", "books"):
         (folder / name).mkdir()
         for i in range(30):
@@ -219,7 +219,7 @@ def write_texts(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory) -> Path:
-    """What `python -m minids.train` leaves, made small."""
+    """Return the run of `python -m minids.train`, made small."""
     folder = tmp_path_factory.mktemp("first")
     write_texts(folder)
     said = run_here(folder, "python -m minids.train",
@@ -229,7 +229,7 @@ def first_run(tmp_path_factory) -> Path:
 
 
 def prepare(folder: Path, first_run: Path, commands: list[str]) -> None:
-    """What the commands of a block find: a first run, texts, released folders."""
+    """Prepare what the commands of a block expect: a first run, texts, released folders."""
     text = "\n".join(commands)
     write_texts(folder)
     for name in ("tiny", "deep"):
@@ -246,7 +246,7 @@ def prepare(folder: Path, first_run: Path, commands: list[str]) -> None:
 
 
 def released(folder: Path) -> None:
-    """A small folder in the released layout, with a tokenizer."""
+    """Write a small folder in the released layout, with a tokenizer."""
     from minids.hf import save_hf
     from minids.tokenizer import Tokenizer
     tokenizer = Tokenizer.load(ROOT / "data" / "tokenizer")
