@@ -41,11 +41,23 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
         return (weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
     if weight.numel() > SMALL or not torch.backends.mkldnn.enabled:
         return F.linear(x, weight)
-    torch.backends.mkldnn.enabled = False
-    try:
+    with own_products(x):
         return F.linear(x, weight)
-    finally:
-        torch.backends.mkldnn.enabled = True
+
+
+class own_products:
+    """A context in which torch's own kernels multiply a single row x in BF16, not oneDNN's."""
+
+    def __init__(self, x: Tensor):
+        self.wanted = x.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled
+
+    def __enter__(self):
+        if self.wanted:
+            torch.backends.mkldnn.enabled = False
+
+    def __exit__(self, *error):
+        if self.wanted:
+            torch.backends.mkldnn.enabled = True
 
 
 class Folded(NamedTuple):
@@ -99,8 +111,8 @@ def routed(moe, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """Run `MoE.routed` for few tokens: x (N, D), weights and indices (N, K) -> (N, D)"""
     experts, weights = moe.experts, weights.to(x.dtype)
     if len(x) == 1:
-        out = torch.cat([expert(experts, e, x) for e in indices[0].tolist()])  # (K, D)
-        return (weights.t() * out).sum(0, keepdim=True)
+        with own_products(x):
+            return weights @ torch.cat([expert(experts, e, x) for e in indices[0].tolist()])
     if len(x) <= FEW:
         share = x.new_zeros(len(x), len(experts.w1)).scatter_(1, indices, weights)
         out = [expert(experts, e, x) * share[:, e:e + 1] for e in set(indices.flatten().tolist())]
