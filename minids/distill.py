@@ -1,21 +1,20 @@
-"""Rejection sampling and distillation: a teacher's right answers teach another model.
+"""Rejection sampling and distillation: a teacher's right answers train another model.
 
     python -m minids.distill --teacher runs/r1/final --corpus teacher.jsonl
     python -m minids.distill --teacher runs/r1/final --corpus teacher.jsonl \\
         --from runs/r1/student --out runs/distilled
 
-The teacher answers problems of the training side; what is right, well formed, short enough and in
-the question's language is kept, at most one reply a problem, and the rest is rejected. That is the
-third stage of R1 (arXiv 2501.12948, section 2.3.3), where the corpus goes to the base model, and
-its distillation (section 2.4), where it goes to smaller ones; R1 adds answers without reasoning, a
-quarter of the corpus, so that the model keeps both ways of answering.
+The teacher answers problems from the training side. A reply that is right, well formed, short
+enough and in the question's language is accepted, at most one per problem; the rest is rejected.
+This is the third stage of R1 (arXiv 2501.12948, section 2.3.3), where the corpus trains the base
+model, and also its distillation (section 2.4), where it trains smaller ones. R1 adds answers
+without reasoning, a quarter of the corpus, so that the model keeps both ways of answering.
 
-Without --from only the corpus is made: lines {"messages": [..]}, and FILE.json beside it with the
-counts. With it, a student is fine-tuned on it; its flags are those of `minids.sft`.
+Without --from the program only writes the corpus: lines {"messages": [..]}, and CORPUS.json beside
+it with the counts. With --from it also fine-tunes a student on it, with the flags of `minids.sft`.
 """
 
 import json
-import os
 import random
 import sys
 from collections.abc import Iterator
@@ -26,9 +25,9 @@ from typing import NamedTuple
 from tqdm import tqdm
 
 from minids.base.command_line import Stopped, parse, run_program
-from minids.base.fields import check_types, option, require
-from minids.base.files import write_json
-from minids.rl.examination import BATCH, ask, parts
+from minids.base.fields import Settings, option, require
+from minids.base.files import write_json, write_whole
+from minids.rl.examination import BATCH, Asking, ask, parts
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.runs.device import pick_device, prepare_cpu
 from minids.runs.open import open_model
@@ -39,39 +38,36 @@ from minids.text.tasks import Problem, Task, open_task
 
 
 @dataclass(frozen=True)
-class CorpusArgs:
+class CorpusArgs(Settings):
     """The teacher and what it answers."""
 
     teacher: str = option("", "run folder, checkpoint, or Hugging Face folder")
-    corpus: str = option("", "file to write, a JSON object a line")
+    corpus: str = option("", "file to write, one JSON object per line")
     about: str = option("calculator", "task: calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or"
                                       " jsonl:PATH")
-    problems: int = option(2048, "problems that the teacher answers, of the training side")
-    tries: int = option(1, "replies to each; the first good one is kept")
+    problems: int = option(2048, "problems that the teacher answers, from the training side", low=1)
+    tries: int = option(1, "replies to each problem; the first good one is accepted", low=1)
     template: str = option("chat", "form of the prompt", tuple(TEMPLATES))
-    temperature: float = option(1.0, "divides the logits; R1 recommends 0.6 to its users")
-    top_p: float = option(1.0, "draw from the likeliest tokens of this probability together")
-    longest: int = option(48, "length of a reply at most, tokens; longer ones are rejected")
-    direct: float = option(0.25, "share of the corpus that answers without a thought")
-    draws: int = option(0, "seed of problems and replies")
+    temperature: float = option(1.0, "divides the logits; R1 recommends 0.6 to its users", low=0)
+    top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability",
+                          above=0, high=1)
+    longest: int = option(48, "maximum length of a reply, tokens; longer ones are rejected", low=1)
+    direct: float = option(0.25, "share of the corpus that answers without a thought; below 1",
+                           low=0)
+    draws: int = option(0, "seed of problems and replies", low=0)
     on: str = option("auto", "the teacher's device: auto, cpu or cuda")
 
     def __post_init__(self):
-        check_types(self)
+        super().__post_init__()
         require(self, "teacher", bool(self.teacher), "a run or a Hugging Face folder")
         require(self, "corpus", bool(self.corpus), "a file to write")
-        for name in "problems tries longest".split():
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        require(self, "draws", self.draws >= 0, "0 or more")
-        require(self, "temperature", self.temperature >= 0, "0 or more")
         require(self, "tries", self.tries == 1 or self.temperature > 0,
                 "1 at temperature 0, where all replies are the same")
-        require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        require(self, "direct", 0 <= self.direct < 1, "0 or more and below 1")
+        require(self, "direct", self.direct < 1, "0 or more and below 1")
 
 
 class Verdict(NamedTuple):
-    """What became of the replies: how many were kept, and why the others were not."""
+    """Counts of replies: accepted ("kept"), and rejected by reason."""
 
     kept: int
     wrong: int
@@ -80,7 +76,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(task: Task, problem: Problem, reply: Reply) -> str:
-    """The field of `Verdict` that a reply counts in; a reply that is cut is malformed."""
+    """Return the field of `Verdict` that counts a reply; a truncated reply is malformed."""
     if not well_formed(reply) or reply.thought is None:
         return "malformed"
     if not accuracy(task, problem, reply):
@@ -89,7 +85,7 @@ def verdict(task: Task, problem: Problem, reply: Reply) -> str:
 
 
 def sift(args: CorpusArgs) -> tuple[list[list[dict]], Verdict]:
-    """The conversations that are kept, and the counts.
+    """Return the accepted conversations, and the counts.
 
     Their thoughts and answers are the teacher's; those without a thought have the task's answer.
     """
@@ -111,12 +107,15 @@ def sift(args: CorpusArgs) -> tuple[list[list[dict]], Verdict]:
 
 def good_replies(args: CorpusArgs, run, task: Task, problems: list[Problem], number: int,
                  counts: dict[str, int]) -> Iterator[tuple[Problem, Reply]]:
-    """Problems with their first good reply; every reply is counted. number: of the part"""
+    """Yield problems with their first good reply, and count every reply.
+
+    number: of this part of the problems, for the seed
+    """
     left = list(problems)
     for attempt in range(args.tries):
-        replies = ask(run.model, run.tokenizer, [p.question for p in left], "think",
-                      args.template, args.longest, args.temperature, args.top_p,
-                      seed=args.draws * 1_000_003 + number * args.tries + attempt)
+        how = Asking("think", args.template, args.longest, args.temperature, args.top_p,
+                     args.draws * 1_000_003 + number * args.tries + attempt)
+        replies = ask(run.model, run.tokenizer, [p.question for p in left], how)
         again = []
         for problem, reply in zip(left, replies, strict=True):
             found = verdict(task, problem, reply)
@@ -132,7 +131,7 @@ def good_replies(args: CorpusArgs, run, task: Task, problems: list[Problem], num
 def write_corpus(args: CorpusArgs) -> Verdict:
     """Make the corpus and write it, whole or not at all.
 
-    Raises `ValueError` if no reply was good: nothing can be learnt from it.
+    Raises `ValueError` if no reply was good: there would be nothing to learn from.
     """
     conversations, counts = sift(args)
     if not counts.kept:
@@ -140,24 +139,22 @@ def write_corpus(args: CorpusArgs) -> Verdict:
                          f"was kept ({counts.wrong} wrong, {counts.malformed} malformed)")
     path = Path(args.corpus)
     path.parent.mkdir(parents=True, exist_ok=True)
-    making = path.with_name(f".tmp_{path.name}")
-    making.write_text("".join(json.dumps(dict(messages=messages), ensure_ascii=False) + "\n"
-                              for messages in conversations), "utf-8")
     write_json(path.with_name(path.name + ".json"), counts._asdict() | dict(
         conversations=len(conversations), teacher=args.teacher, task=args.about))
-    os.replace(making, path)
+    write_whole(path, "".join(json.dumps(dict(messages=messages), ensure_ascii=False) + "\n"
+                              for messages in conversations))
     return counts
 
 
 def told(counts: Verdict, path: str) -> str:
-    """The counts in a line."""
+    """Return the counts as a line for the terminal."""
     return (f"corpus  {counts.kept} of {sum(counts)} replies kept: {counts.wrong} wrong, "
             f"{counts.malformed} malformed or too long, {counts.other_language} in another "
             f"language; {path}")
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     given, for_student = parse("minids.distill", __doc__, CorpusArgs, SftArgs)
     args = CorpusArgs(**given)
     if "data" in for_student:
@@ -171,7 +168,7 @@ def main() -> None:
     if not Path(args.corpus).exists():
         print(told(write_corpus(args), args.corpus), flush=True)
     elif student is None:
-        raise ValueError(f"corpus = {args.corpus!r} is not valid: there is such a file")
+        raise ValueError(f"corpus = {args.corpus!r} is not valid: the file exists already")
     try:
         if student is not None:
             sft(student)

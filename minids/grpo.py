@@ -1,4 +1,4 @@
-"""Reinforcement learning by group relative policy optimization, with rewards that a rule gives.
+"""Reinforcement learning with group relative policy optimization (GRPO) and rewards by rule.
 
     python -m minids.grpo --from runs/base-sft                        the calculator, on a CPU
     python -m minids.grpo --from runs/base --template plain           R1-Zero: no cold start
@@ -6,28 +6,21 @@
     python -m minids.grpo --from DeepSeek-V2-Lite --preset r1 --task gsm8k --device cuda
     python -m minids.grpo --resume --out runs/base-sft-grpo
 
-For each question the model writes a group of replies; a reply's advantage is its reward less the
-group's mean. No critic, and no learnt reward. The loss of token t of reply i is
+GRPO (DeepSeekMath, arXiv 2402.03300; R1, arXiv 2501.12948, section 2.2) departs from the usual
+PPO with human feedback in four points:
 
-    -M_i min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i) + beta KL_t,
-    r_t = pi(o_t) / pi_old(o_t)
+    1. No critic. The model answers every question with a group of replies, and a reply's advantage
+       is its reward less the group's mean.
+    2. No reward model. Rules mark answer, format, language and length (`minids.rl.rewards`).
+    3. The KL to a reference model is a term of the loss, not of the reward. `minids.rl.objectives`
+       has the loss and the variants of the papers: --objective names one, and each of its settings
+       is a flag too.
+    4. The trainer routes tokens to the experts that the sampler chose, and leaves out the tokens
+       that top-k and top-p cut off, so that both mean the same distribution (V3.2, arXiv
+       2512.02556, section 3.1).
 
-where pi_old is what the sampler drew from, KL compares pi with a reference model by the estimator
-k3 = pi_ref/pi - log(pi_ref/pi) - 1 (DeepSeekMath, arXiv 2402.03300, section 4.1), and M is 1.
-
---objective names the variants of the papers; each of their settings is also a flag:
-    r1         R1 and V3: A over the group's standard deviation; clip at 10; reference replaced
-               every 400 steps (Nature 645:633, Methods)
-    v3.2       A without it; KL times r, which makes its gradient unbiased; M is 0 for a bad reply
-               that the model has left behind; routing and sampling mask kept; a penalty on length
-               (arXiv 2512.02556, section 3.1)
-    speciale   the same with the penalty relaxed; how much is not published
-    deepseekmath   clip at 0.2, beta 0.04 (arXiv 2402.03300)
-    dapo       a higher upper clip, every token of the batch weighs the same, no KL (2503.14476)
-    dr-grpo    no standard deviation, a constant in place of the reply's length (2503.20783)
-
-Simplified: replies of a batch are sampled together until the last one ends, by the process that
-trains. The gates' biases rest.
+Simplified: the process that trains also samples, and a batch of replies is decoded until its last
+one ends. The gates' biases are frozen.
 """
 
 import random
@@ -45,7 +38,7 @@ from minids.base.fields import option, require
 from minids.config import ModelArgs
 from minids.infer.sampling import Sampler
 from minids.model.transformer import Transformer
-from minids.rl.examination import examine
+from minids.rl.examination import Asking, examine
 from minids.rl.objectives import OBJECTIVES, ObjectiveArgs, advantages, objective, token_weights
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.rl.rollout import Rollout, log_probs, roll_out
@@ -58,8 +51,8 @@ from minids.text.chat import MODES, TEMPLATES, Reply
 from minids.text.tasks import Problem, open_task
 from minids.text.tokenizer import Tokenizer
 
-# R1: 32 questions of 16 replies a step, lr 3e-6, KL 0.001, at most 32,768 tokens; a rollout of
-# 8,192 replies serves 16 steps.
+# R1: 32 questions with 16 replies each per step, lr 3e-6, KL 0.001, at most 32,768 tokens; one
+# rollout of 8,192 replies serves 16 steps.
 PRESETS = {"tiny": dict(dtype="fp32"),
            "r1": dict(steps=10_400, questions=512, group=16, updates=16, lr=3e-6, kl_beta=0.001,
                       format_weight=1.0, max_new_tokens=32768, mode="think",
@@ -68,7 +61,7 @@ PRESETS = {"tiny": dict(dtype="fp32"),
 
 @dataclass(frozen=True)
 class GrpoArgs(ObjectiveArgs, LearnArgs):
-    """The settings of one reinforcement learning."""
+    """The settings of one reinforcement-learning run."""
 
     preset: str = option("tiny", "tiny, or r1: the paper's", tuple(PRESETS))
     task: str = option("calculator", "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or"
@@ -76,48 +69,41 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
     template: str = option("chat", "chat, or plain: text without tags, for a base model (R1-Zero)",
                            tuple(TEMPLATES))
     mode: str = option("free", "who decides whether to think: the model (free), or the prompt:"
-                               " think, direct, or both by turns", (*MODES, "both"))
+                               " think, direct, or both in turn", (*MODES, "both"))
     steps: int = option(40, "optimizer steps", low=1)
-    questions: int = option(16, "questions in a rollout")
-    group: int = option(16, "replies to each question, two at least")
-    updates: int = option(1, "optimizer steps that share a rollout, each on a part of it")
-    micro_batch: int = option(256, "replies that go through the model together")
-    max_new_tokens: int = option(48, "length of a reply at most, tokens")
-    temperature: float = option(1.0, "divides the logits in sampling")
-    top_k: int = option(0, "draw from so many likeliest tokens; 0: all")
-    top_p: float = option(1.0, "draw from the likeliest tokens of this probability together")
-    reference_every: int = option(0, "steps after which the reference becomes the model as it is;"
-                                     " 0: never")
+    questions: int = option(16, "questions in a rollout", low=1)
+    group: int = option(16, "replies to each question, judged by comparison", low=2)
+    updates: int = option(1, "optimizer steps that share a rollout, each on a part of it", low=1)
+    micro_batch: int = option(256, "replies that go through the model together", low=1)
+    max_new_tokens: int = option(48, "maximum length of a reply, tokens", low=1)
+    temperature: float = option(1.0, "divides the logits in sampling", above=0)
+    top_k: int = option(0, "draw from this many likeliest tokens; 0: all", low=0)
+    top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability",
+                          above=0, high=1)
+    reference_every: int = option(0, "steps after which the reference becomes the current model;"
+                                     " 0: never", low=0)
     keep_routing: bool = option(True, "train with the experts that sampling chose")
     keep_mask: bool = option(True, "train with the tokens that top-k and top-p left")
-    accuracy_weight: float = option(1.0, "reward of a right answer")
-    format_weight: float = option(0.1, "reward of a well-formed reply")
-    language_weight: float = option(0.0, "reward of a thought in the question's language")
-    length_weight: float = option(0.0, "penalty on a reply of the greatest length")
+    accuracy_weight: float = option(1.0, "reward of a right answer", low=0)
+    format_weight: float = option(0.1, "reward of a well-formed reply", low=0)
+    language_weight: float = option(0.0, "reward of a thought in the question's language", low=0)
+    length_weight: float = option(0.0, "penalty on a reply of the maximum length", low=0)
     reward: str = option("task", "the task's, or shuffled among a rollout's replies: a control",
                          ("task", "shuffled"))
-    eval_every: int = option(10, "steps between measurements; 0: only at the end")
-    eval_problems: int = option(200, "held-out problems in a measurement")
+    eval_every: int = option(10, "steps between evaluations; 0: only at the end", low=0)
+    eval_problems: int = option(200, "held-out problems in an evaluation", low=1)
     lr: float = option(2e-4, "peak learning rate of AdamW", above=0)
 
     may_change = LearnArgs.may_change | {"micro_batch", "eval_every", "eval_problems"}
 
     def __post_init__(self):
         super().__post_init__()
-        for name in "questions updates micro_batch max_new_tokens eval_problems".split():
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        require(self, "group", self.group >= 2, "at least 2: a reply is judged by the others")
-        require(self, "temperature", self.temperature > 0, "above 0")
-        require(self, "top_p", 0 < self.top_p <= 1, "above 0 and at most 1")
-        for name in ("top_k reference_every accuracy_weight format_weight language_weight "
-                     "length_weight eval_every").split():
-            require(self, name, getattr(self, name) >= 0, "0 or more")
         require(self, "updates", self.questions % self.updates == 0,
                 f"a divisor of questions = {self.questions}")
 
     @classmethod
     def for_preset(cls, preset: str = "tiny", objective: str = "r1", **given) -> "GrpoArgs":
-        """The settings of preset and objective, varied by those that are given."""
+        """Return the settings of preset and objective, overridden by those that are given."""
         named = OBJECTIVES.get(objective, {}) | PRESETS.get(preset, {})
         return cls(**named | dict(preset=preset, objective=objective) | given)
 
@@ -125,8 +111,8 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
 class Batch(NamedTuple):
     """A rollout with its rewards.
 
-    replies: B = questions * group of them; those of a group stand together
-    parts: by kind of reward, (B,); rewards: their weighted sum, (Q, G)
+    replies: B = questions * group of them, group by group
+    parts: (B,) for each kind of reward; rewards: (Q, G), their weighted sum
     """
 
     rollout: Rollout
@@ -134,9 +120,18 @@ class Batch(NamedTuple):
     parts: dict[str, Tensor]
     rewards: Tensor
 
+    def metrics(self) -> dict:
+        """Return the metrics of the rollout."""
+        silent = self.rewards.amax(1) == self.rewards.amin(1)
+        return dict(reward=self.rewards.mean().item(),
+                    **{f"reward_{name}": part.mean().item() for name, part in self.parts.items()},
+                    thinking=fmean(reply.thought is not None for reply in self.replies),
+                    length=fmean(reply.tokens for reply in self.replies),
+                    groups_without_signal=silent.float().mean().item())
+
 
 class Reinforcer(Learner):
-    """One reinforcement learning: model, reference and questions, and where it stands."""
+    """One reinforcement-learning run: model, reference and questions, and how far it has come."""
 
     program = "grpo"
 
@@ -148,52 +143,25 @@ class Reinforcer(Learner):
         self.reference = Transformer(model_args).to(self.device).requires_grad_(False)
         self.batch: Batch | None = None
 
-    def begin_from(self, source: Source) -> None:
-        """The reference begins as the model does."""
-        super().begin_from(source)
-        self.renew_reference()
-
-    def renew_reference(self) -> None:
-        """From now on KL is to the model as it is."""
-        self.reference.load_state_dict(self.model.state_dict())
-
-    def more_state(self) -> dict:
-        """The reference's weights, and a rollout that has more steps to serve."""
-        begun = self.batch is not None and self.step % self.args.updates
-        return dict(reference={n: w.cpu() for n, w in self.reference.state_dict().items()},
-                    rollout=self.batch.rollout._asdict() if begun else None)
-
-    def restore_more(self, state: dict) -> None:
-        """Take both back."""
-        self.reference.load_state_dict(state["reference"])
-        if state["rollout"] is not None:
-            rollout = Rollout(**state["rollout"]).to(self.device)
-            self.batch = self.judge(state["step"] // self.args.updates, rollout)
-
     def accumulate(self) -> tuple[dict, None]:
-        """Gradients of one share of a rollout; a new rollout before the first of `updates`."""
-        number, share = divmod(self.step - 1, self.args.updates)
+        """Sample a rollout, unless `updates` has steps left for the last one; learn from a part."""
+        number, part = divmod(self.step - 1, self.args.updates)
         start = time.perf_counter()
-        if share == 0:
+        if part == 0:
             self.batch = self.sample(number)
         sampled = time.perf_counter() - start
-        return self.learn(share) | self.describe_batch() | dict(sampling_s=round(sampled, 3)), None
-
-    def after_update(self, loads: None) -> None:
-        """Renew the reference now and then."""
-        every = self.args.reference_every
-        if every and self.step % every == 0:
-            self.renew_reference()
+        metrics = self.learn(part) | self.batch.metrics()
+        return metrics | dict(sampling_s=round(sampled, 3)), None
 
     def asked(self, number: int) -> list[tuple[Problem, str]]:
-        """Problem and mode of each reply of rollout `number`."""
+        """Return the problem and mode of each reply of rollout `number`."""
         args = self.args
         problems = self.task.some(args.questions, "train", seed=args.seed * 1_000_003 + number)
         return [(p, ("think", "direct")[i % 2] if args.mode == "both" else args.mode)
                 for i, p in enumerate(problems) for _ in range(args.group)]
 
     def sample(self, number: int) -> Batch:
-        """Draw and judge rollout `number`; the same whenever the weights are the same."""
+        """Draw and judge rollout `number`; the same weights always give the same rollout."""
         args = self.args
         prompts = [self.template.prompt(p.question, mode) for p, mode in self.asked(number)]
         generator = torch.Generator(self.device).manual_seed(args.seed * 1_000_003 + number)
@@ -204,7 +172,7 @@ class Reinforcer(Learner):
         return self.judge(number, rollout)
 
     def judge(self, number: int, rollout: Rollout) -> Batch:
-        """The rewards of rollout `number`."""
+        """Return rollout `number` with its rewards."""
         args = self.args
         problems, modes = zip(*self.asked(number), strict=True)
         replies = [self.template.read(ids, mode)
@@ -219,7 +187,7 @@ class Reinforcer(Learner):
         return Batch(rollout, replies, parts, rewards.view(args.questions, args.group))
 
     def reward(self, name: str, problem: Problem, reply: Reply) -> float:
-        """One part of a reply's reward, by rule."""
+        """Return one part of a reply's reward, by rule."""
         if name == "accuracy":
             return accuracy(self.task, problem, reply)
         if name == "format":
@@ -229,7 +197,7 @@ class Reinforcer(Learner):
         return reply.tokens / self.args.max_new_tokens
 
     def total(self, parts: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the parts, (B,); ValueError where it is no number."""
+        """Return the weighted sum of the parts, (B,); raises `ValueError` for NaN or Inf."""
         args = self.args
         rewards = (args.accuracy_weight * parts["accuracy"] + args.format_weight * parts["format"]
                    + args.language_weight * parts["language"]
@@ -241,84 +209,100 @@ class Reinforcer(Learner):
                              "finite numbers")
         return rewards
 
-    def learn(self, share: int) -> dict:
-        """Gradients of one part of the rollout, in micro-batches; its line of metrics."""
+    def learn(self, part: int) -> dict:
+        """Compute the gradients of one part of the rollout, in micro-batches; returns metrics."""
         args, rollout = self.args, self.batch.rollout
         size = len(rollout.tokens) // args.updates
-        rows = torch.arange(share * size, (share + 1) * size, device=self.device)
+        rows = torch.arange(part * size, (part + 1) * size, device=self.device)
         advantage = advantages(self.batch.rewards.double(), args.advantage).flatten().float()
-        advantage = advantage.to(self.device)
-        lengths = rollout.written.sum(1)
+        advantage = advantage.to(self.device)  # (B,)
+        lengths = rollout.written.sum(1)  # (B,)
         weights = torch.zeros(len(lengths), device=self.device)
         weights[rows] = token_weights(lengths[rows], args.normalise, args.max_new_tokens)
-        sums = dict.fromkeys(("loss", "kl", "clip_fraction", "left_out", "entropy",
-                              "sampler_gap"), 0.0)
+        how = args.temperature, args.keep_routing, args.keep_mask
+        means = dict.fromkeys(("loss", "kl", "clip_fraction", "left_out", "entropy",
+                               "sampler_gap"), 0.0)
         worst, total = 0.0, int(lengths[rows].sum())
-        for part in rows.split(args.micro_batch):
-            some = rollout.part(part)
+        for chosen in rows.split(args.micro_batch):
+            some = rollout.part(chosen)
             reply = some.written.nonzero()[:, 0]  # (M,)
-            how = dict(temperature=args.temperature, keep_routing=args.keep_routing,
-                       keep_mask=args.keep_mask)
             with self.autocast():
-                logp, entropy = log_probs(self.model, some, **how)
+                logp, entropy = log_probs(self.model, some, *how)  # (M,), (M,)
                 ref_logp = None
                 if args.kl_beta:
                     with torch.no_grad():
-                        ref_logp = log_probs(self.reference, some, **how)[0]
-            old = some.logp[some.written]
-            found = objective(logp, old, ref_logp, advantage[part][reply], reply,
-                              weights[part][reply], args)
+                        ref_logp, _ = log_probs(self.reference, some, *how)
+            old_logp = some.logp[some.written]
+            found = objective(logp, old_logp, ref_logp, advantage[chosen][reply], reply,
+                              weights[chosen][reply], args)
             found.loss.backward()
-            gap = (logp.detach() - old).abs()
+            gap = (logp.detach() - old_logp).abs()
             worst = max(worst, gap.max().item())
-            sums["loss"] += found.loss.item()
+            means["loss"] += found.loss.item()
             for name, value in (("kl", found.kl), ("clip_fraction", found.clipped),
                                 ("left_out", found.left_out), ("entropy", entropy.mean().item()),
                                 ("sampler_gap", gap.mean().item())):
-                sums[name] += value * len(reply) / total
-        return sums | dict(sampler_gap_max=worst)
+                means[name] += value * len(reply) / total
+        return means | dict(sampler_gap_max=worst)
 
-    def describe_batch(self) -> dict:
-        """What is told about a rollout."""
-        batch, tokens = self.batch, [reply.tokens for reply in self.batch.replies]
-        silent = (batch.rewards.amax(1) == batch.rewards.amin(1)).float().mean().item()
-        return dict(reward=batch.rewards.mean().item(),
-                    **{f"reward_{name}": part.mean().item() for name, part in batch.parts.items()},
-                    thinking=fmean(reply.thought is not None for reply in batch.replies),
-                    length=fmean(tokens), groups_without_signal=silent)
+    def after_update(self, loads: None) -> None:
+        """Renew the reference every `reference_every` steps."""
+        every = self.args.reference_every
+        if every and self.step % every == 0:
+            self.renew_reference()
+
+    def renew_reference(self) -> None:
+        """Make the current model the reference of the KL."""
+        self.reference.load_state_dict(self.model.state_dict())
+
+    def begin_from(self, source: Source) -> None:
+        """Take over weights, for the model and for the reference."""
+        super().begin_from(source)
+        self.renew_reference()
+
+    def more_state(self) -> dict:
+        """Return the reference's weights, and the rollout if it has more steps to serve."""
+        begun = self.batch is not None and self.step % self.args.updates
+        return dict(reference={n: w.cpu() for n, w in self.reference.state_dict().items()},
+                    rollout=self.batch.rollout._asdict() if begun else None)
+
+    def restore_more(self, state: dict) -> None:
+        """Restore what `more_state` returned."""
+        self.reference.load_state_dict(state["reference"])
+        if state["rollout"] is not None:
+            rollout = Rollout(**state["rollout"]).to(self.device)
+            self.batch = self.judge(state["step"] // self.args.updates, rollout)
 
     def measure(self, record: dict, last: bool) -> float | None:
-        """Marks on held-out problems, greedy, the model left to choose, and in both modes at the
-        end; judged by the error."""
+        """Mark greedy replies to held-out problems: in the mode of training, at the end in every
+        mode. The best checkpoint has the lowest error in its best mode."""
         every = self.args.eval_every
         if not (last or (every and self.step % every == 0)):
             return None
-        modes = MODES if last else ("think", "direct") if self.args.mode == "both" else (
-            self.args.mode,)
+        trained = ("think", "direct") if self.args.mode == "both" else (self.args.mode,)
+        modes = MODES if last else trained
         with self.autocast():
             for mode in modes:
+                how = Asking(mode, self.args.template, self.args.max_new_tokens)
                 record[mode] = examine(self.model, self.tokenizer, self.task,
-                                       self.args.eval_problems, mode=mode,
-                                       template=self.args.template,
-                                       max_new_tokens=self.args.max_new_tokens)._asdict()
-        judged = [record[mode]["accuracy"] for mode in modes]
-        return 1 - max(judged)
+                                       self.args.eval_problems, how)._asdict()
+        return 1 - max(record[mode]["accuracy"] for mode in modes)
 
     def brief(self, record: dict) -> str:
-        """What the progress bar says beside the count."""
+        """Return what the progress bar says beside the count."""
         return f"reward {record['reward']:.3f}, {record['length']:.0f} tokens"
 
     def line(self, record: dict) -> str:
-        """What a log file shows in place of a progress bar."""
-        marks = "".join(f", {mode} {record[mode]['accuracy']:.3f}" for mode in MODES
-                        if mode in record)
+        """Return what a log file shows in place of a progress bar."""
+        marks = ", ".join(f"{mode} {record[mode]['accuracy']:.3f}" for mode in MODES
+                          if mode in record)
         return (f"step {record['step']}/{self.args.steps}: reward {record['reward']:.3f}, "
                 f"thinking {record['thinking']:.2f}, {record['length']:.1f} tokens, "
-                f"KL {record['kl']:.3f}, held out{marks.removeprefix(',')}")
+                f"KL {record['kl']:.3f}, held out {marks}")
 
 
 def check_lengths(args: GrpoArgs, model_args: ModelArgs, task, template) -> None:
-    """Refuse replies that are longer than the context leaves room for."""
+    """Refuse replies longer than the context leaves room for."""
     prompt = max(len(template.prompt(p.question, "think")) for p in task.some(64, "train", 0))
     room = model_args.max_seq_len - prompt
     if args.max_new_tokens > room:
@@ -328,21 +312,21 @@ def check_lengths(args: GrpoArgs, model_args: ModelArgs, task, template) -> None
 
 
 def grpo(args: GrpoArgs) -> Path:
-    """Reinforce a model, or go on with a run when `args.resume` is set; returns the run's folder.
+    """Reinforce a model, or continue the run in `args.out` if `args.resume`; returns its folder.
 
     Raises `ValueError` for settings that do not fit, before anything is written.
     """
     prepare_cpu(args.threads)
     source = source_of(args)
     learner = Reinforcer(args, source.args, Path(args.out), source.tokenizer)
-    print(f"grpo    {args.task}, {args.questions} questions of {args.group} replies, objective "
-          f"{args.objective}; run {args.out}, on {learner.device}", flush=True)
+    print(f"grpo    {args.task}, {args.questions} questions with {args.group} replies each, "
+          f"objective {args.objective}; run {args.out}, on {learner.device}", flush=True)
     run_learner(learner, source)
     return learner.run
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     [given] = parse("minids.grpo", __doc__, GrpoArgs)
     grpo(settings("grpo", GrpoArgs, given, "-grpo"))
 

@@ -1,55 +1,54 @@
-"""DeepSeek-R1 from random weights, all stages in one run folder (arXiv 2501.12948, section 2).
+"""DeepSeek-R1 from random weights, with all stages in one run folder (arXiv 2501.12948, section 2).
 
     python -m minids.r1                           minutes on two CPU cores
     python -m minids.r1 --seed 1 --out runs/r1-1  another seed
     python -m minids.r1 --controls                and what each claim is compared with
     python -m minids.r1 --preset countdown        a harder task, ten times as long
-    python -m minids.r1 --out runs/r1             a run that was stopped goes on
+    python -m minids.r1 --out runs/r1             continue a run that was stopped
 
-The stages, each a run of its own in the folder:
-    base        a model of the family reads worked examples and bare answers, as text
+Each stage is a run of its own in the folder:
+    base        a model of the family is trained on worked examples and bare answers, as text
     sft         cold start: conversations, most of them answered without a thought
     rl          GRPO on right answers and form; the model itself decides whether to think
-    rejected    base again, fine-tuned on what the last stage wrote and a rule found right, and on
-                answers without thought
-    final       GRPO for both modes
-    student     a smaller base model that has read less
+    rejected    base again, fine-tuned on the right replies of the last stage and on answers without
+                a thought
+    final       GRPO in both modes
+    student     a smaller base model, trained on less
     distilled   the student, fine-tuned on the final model's replies
-    alone       the student, by GRPO alone, as many steps as the teacher had
+    alone       the student with GRPO alone, for as many steps as the teacher had
 
 With --controls also:
     zero        R1-Zero: GRPO on base, in plain text, without a cold start
     shuffled    `rl` with the rewards shuffled among the replies
     direct      base, fine-tuned on bare answers for as many tokens as the model of `rl` went
                 through in all stages
-    early       base as it was before it could calculate, a short cold start, and GRPO: a recipe
-                that plateaus
+    early       base before it could calculate, with a short cold start and GRPO: a recipe that
+                plateaus
 
-A stage that is done is skipped, one that was cut off goes on. Each is a program of its own too:
-`minids.train`, `sft`, `grpo`, `distill`; the settings are in STAGES.
+A finished stage is skipped, an interrupted one continues. Each is also a program of its own:
+`minids.train`, `sft`, `grpo`, `distill`; PRESETS has the settings.
 """
 
 import contextlib
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from minids import plots
 from minids.base.command_line import Stopped, parse, run_program
-from minids.base.fields import check_types, option, require
-from minids.base.files import write_json
+from minids.base.fields import Settings, option
+from minids.base.files import read_json, write_json
 from minids.base.tables import format_table
 from minids.distill import CorpusArgs, told, write_corpus
 from minids.grpo import GrpoArgs, grpo
-from minids.rl.examination import examine, pass_curve
+from minids.rl.examination import Asking, examine, pass_curve
 from minids.runs.checkpoints import newest_checkpoint
 from minids.runs.device import prepare_cpu
 from minids.runs.learner import read_metrics
 from minids.runs.open import open_model
-from minids.runs.settings import TrainArgs
+from minids.runs.settings import LearnArgs, TrainArgs
 from minids.sft import SftArgs, sft
 from minids.text.chat import MODES
 from minids.text.tasks import open_task
@@ -58,8 +57,8 @@ from minids.train import train
 SAMPLES = 32  # replies to a problem, for pass@k
 EARLY, EARLY_SFT = 200, 60  # steps of base, and of its cold start, after which it cannot calculate
 
-# By preset: the model's preset, the fields of the student's that differ, and by stage the settings
-# that differ from the programs' defaults.
+# For each preset: the model's preset, the fields in which the student differs from it, and for each
+# stage the settings that differ from the program's defaults.
 PRESETS = {
     "tiny": dict(
         task="calculator", model="micro",
@@ -82,81 +81,81 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class R1Args:
-    """What is run, and where."""
+class R1Args(Settings):
+    """What to run, and where."""
 
     preset: str = option("tiny", "task and settings of all stages: tiny calculates, countdown"
                                  " searches and takes longer", tuple(PRESETS))
-    out: str = option("runs/r1", "run folder; a run that is there goes on")
+    out: str = option("runs/r1", "run folder; a run that is there continues")
     controls: bool = option(False, "run the controls too")
-    problems: int = option(400, "held-out problems that the table is measured on")
-    seed: int = option(0, "decides weights, data and samples")
+    problems: int = option(400, "held-out problems that the table is measured on", low=1)
+    seed: int = option(0, "decides weights, data and samples", low=0)
     device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(1, "CPU threads; with two a busy neighbour slows all of it down")
-
-    def __post_init__(self):
-        check_types(self)
-        require(self, "problems", self.problems >= 1, "at least 1")
-        for name in "seed threads".split():
-            require(self, name, getattr(self, name) >= 0, "0 or more")
+    threads: int = option(1, "CPU threads; with two, a busy neighbour slows everything down",
+                          low=0)
 
 
 class Pipeline:
-    """The stages of one run folder, each made when it is asked for and not there yet."""
+    """The stages of one run folder; each is run when it is asked for, unless it is there."""
 
     def __init__(self, args: R1Args):
         self.args, self.run = args, Path(args.out)
         self.preset = PRESETS[args.preset]
         self.task = open_task(self.preset["task"])
-        self.common = dict(seed=args.seed, device=args.device, threads=args.threads)
 
-    def path(self, stage: str) -> str:
-        """The folder of a stage."""
-        return str(self.run / stage)
+    def common(self, stage: str) -> dict:
+        """Return the settings that all programs share."""
+        return dict(out=str(self.run / stage), resume=True, seed=self.args.seed,
+                    device=self.args.device, threads=self.args.threads)
 
-    def learn(self, stage: str, cls, program: Callable, model: dict | None = None, /,
-              **given) -> None:
-        """Run one stage to its end, unless it is there."""
-        out = self.path(stage)
-        args = (TrainArgs.for_preset(self.preset["model"], out=out, resume=True, **self.common,
-                                     **given) if cls is TrainArgs else
-                cls.for_preset(out=out, resume=True, **self.common, **given))
+    def base(self, stage: str, model: dict, given: dict) -> None:
+        """Pre-train on examples of the task; `model` overrides fields of the preset's model."""
+        args = TrainArgs.for_preset(self.preset["model"], data=f"task:{self.task.name}",
+                                    **self.common(stage), **given)
+        self.finish(stage, args, lambda: train(args, model))
+
+    def tune(self, stage: str, before: str, data: str, given: dict) -> None:
+        """Fine-tune the run `before` on `data`, see `SftArgs`."""
+        args = SftArgs.for_preset(from_run=str(self.run / before), task=self.task.name, data=data,
+                                  **self.common(stage), **given)
+        self.finish(stage, args, lambda: sft(args))
+
+    def reinforce(self, stage: str, before: str, given: dict) -> None:
+        """Train the run `before` with GRPO."""
+        args = GrpoArgs.for_preset(from_run=str(self.run / before), task=self.task.name,
+                                   **self.common(stage), **given)
+        self.finish(stage, args, lambda: grpo(args))
+
+    def finish(self, stage: str, args: LearnArgs, program: Callable) -> None:
+        """Run a stage to its last step, unless it is there."""
         done = newest_checkpoint(self.run / stage)
         if done is not None and done.name == f"step_{args.steps:06d}":
             return
         print(f"\n{stage}", flush=True)
         with self.timed(stage):
-            program(args, model) if model is not None else program(args)
+            program()
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the time within to what the stage has taken so far, by the clock on the wall."""
-        file, start = self.run / "times.json", time.perf_counter()
+        """Add the wall-clock time spent within to what the stage has taken so far."""
+        start = time.perf_counter()
         try:
             yield
         finally:
-            times = json.loads(file.read_text()) if file.exists() else {}
+            times = self.seconds()
             times[stage] = times.get(stage, 0.0) + time.perf_counter() - start
-            write_json(file, times)
+            write_json(self.run / "times.json", times)
 
-    def base(self, stage: str, model: dict, **given) -> None:
-        """Pre-training on examples of the task."""
-        self.learn(stage, TrainArgs, train, model, data=f"task:{self.task.name}", **given)
-
-    def tune(self, stage: str, before: str, data: str = "", **given) -> None:
-        """Fine-tuning of the run `before`, on the task or a corpus."""
-        self.learn(stage, SftArgs, sft, from_run=self.path(before), task=self.task.name,
-                   data=data or f"task:{self.task.name}", **given)
-
-    def reinforce(self, stage: str, before: str, **given) -> None:
-        """GRPO on the run `before`."""
-        self.learn(stage, GrpoArgs, grpo, from_run=self.path(before), task=self.task.name, **given)
+    def seconds(self) -> dict[str, float]:
+        """Return the time of each stage, including loading, measuring and saving."""
+        file = self.run / "times.json"
+        return read_json(file) if file.exists() else {}
 
     def answers(self, teacher: str) -> str:
-        """The corpus of a stage's right answers, made if it is not there; what `data` says of it"""
+        """Return the corpus of a stage's right answers, as `SftArgs.data`; make it if needed."""
         path = self.run / f"{teacher}.jsonl"
         if not path.exists():
-            given = dict(teacher=self.path(teacher), corpus=str(path), about=self.task.name,
+            given = dict(teacher=str(self.run / teacher), corpus=str(path), about=self.task.name,
                          draws=self.args.seed, on=self.args.device)
             with self.timed(path.name):
                 counts = write_corpus(CorpusArgs(**given | self.preset["corpus"]))
@@ -164,32 +163,32 @@ class Pipeline:
         return f"jsonl:{path}"
 
     def stages(self) -> None:
-        """R1, its distilled student, and the student alone."""
-        preset = self.preset
-        self.base("base", {}, **preset["base"])
-        self.tune("sft", "base", **preset["sft"])
-        self.reinforce("rl", "sft", **preset["rl"])
-        self.tune("rejected", "base", self.answers("rl"), **preset["rejected"])
-        self.reinforce("final", "rejected", **preset["final"])
-        self.base("student", preset["student"], **preset["studied"])
-        self.tune("distilled", "student", self.answers("final"), **preset["distilled"])
-        self.reinforce("alone", "student", template="plain", **preset["alone"])
+        """Make R1, its distilled student, and the student alone."""
+        preset, examples = self.preset, f"task:{self.task.name}"
+        self.base("base", {}, preset["base"])
+        self.tune("sft", "base", examples, preset["sft"])
+        self.reinforce("rl", "sft", preset["rl"])
+        self.tune("rejected", "base", self.answers("rl"), preset["rejected"])
+        self.reinforce("final", "rejected", preset["final"])
+        self.base("student", preset["student"], preset["studied"])
+        self.tune("distilled", "student", self.answers("final"), preset["distilled"])
+        self.reinforce("alone", "student", dict(template="plain") | preset["alone"])
 
     def controls(self) -> None:
-        """What the claims are compared with."""
-        preset = self.preset
-        self.reinforce("zero", "base", template="plain", **preset["rl"])
-        self.reinforce("shuffled", "sft", reward="shuffled", **preset["rl"])
-        self.tune("direct", "base", **preset["sft"] | dict(think=0.0, examples=65536,
-                                                           steps=self.equal_steps()))
-        self.base("early", {}, **preset["base"] | dict(steps=EARLY))
-        self.tune("early-sft", "early", **preset["sft"] | dict(steps=EARLY_SFT))
-        self.reinforce("early-rl", "early-sft", **preset["rl"])
+        """Make what the claims are compared with."""
+        preset, examples = self.preset, f"task:{self.task.name}"
+        self.reinforce("zero", "base", dict(template="plain") | preset["rl"])
+        self.reinforce("shuffled", "sft", dict(reward="shuffled") | preset["rl"])
+        self.tune("direct", "base", examples, preset["sft"] | dict(
+            think=0.0, examples=65536, steps=self.equal_steps()))
+        self.base("early", {}, preset["base"] | dict(steps=EARLY))
+        self.tune("early-sft", "early", examples, preset["sft"] | dict(steps=EARLY_SFT))
+        self.reinforce("early-rl", "early-sft", preset["rl"])
 
     def equal_steps(self) -> int:
-        """Steps of fine-tuning in which a model sees as many tokens as that of `rl` did in all.
+        """Return the steps of fine-tuning that process as many tokens as sft and rl did together.
 
-        A rollout's tokens count twice: they are sampled, and learnt from.
+        A rollout's tokens count twice: they are sampled, and trained on.
         """
         rl = GrpoArgs.for_preset(**self.preset["rl"])
         lengths = [line["length"] for line in read_metrics(self.run / "rl")]
@@ -198,35 +197,27 @@ class Pipeline:
         return row.steps + round(seen / (row.batch_size * row.seq_len))
 
     def marks(self) -> dict[str, dict]:
-        """What every stage that is there is worth, in every mode; measured once."""
-        kept = self.run / "marks.json"
-        found = json.loads(kept.read_text()) if kept.exists() else {}
+        """Return the marks of every stage that is there, in every mode; each is measured once."""
+        file, count = self.run / "marks.json", self.args.problems
+        found = read_json(file) if file.exists() else {}
+        longest = self.preset["rl"].get("max_new_tokens", GrpoArgs.max_new_tokens)
         for stage, template in TABLE.items():
-            key = f"{stage} {self.args.problems}"
+            key = f"{stage} {count}"
             if key in found or not (self.run / stage).exists():
                 continue
             run = open_model(self.run / stage)
-            how = dict(template=template, max_new_tokens=self.longest())
-            found[key] = {mode: examine(run.model, run.tokenizer, self.task, self.args.problems,
-                                        mode=mode, **how)._asdict() for mode in MODES}
+            how = Asking(template=template, max_new_tokens=longest)
+            found[key] = {mode: examine(run.model, run.tokenizer, self.task, count,
+                                        replace(how, mode=mode))._asdict() for mode in MODES}
             if stage in ("sft", "rl"):
-                curve = pass_curve(run.model, run.tokenizer, self.task, self.args.problems // 4,
-                                   SAMPLES, temperature=1.0, mode=self.preset["curve"], **how)
+                curve = pass_curve(run.model, run.tokenizer, self.task, count // 4, SAMPLES,
+                                   replace(how, mode=self.preset["curve"], temperature=1.0))
                 found[key]["pass"] = {str(k): share for k, share in curve.items()}
-            write_json(kept, found)
-        return {stage: found[key] for stage in TABLE
-                if (key := f"{stage} {self.args.problems}") in found}
-
-    def longest(self) -> int:
-        """Tokens of a reply at most."""
-        return self.preset["rl"].get("max_new_tokens", GrpoArgs.max_new_tokens)
-
-    def seconds(self) -> dict[str, float]:
-        """Time that each stage has taken, loading, measuring and saving included."""
-        return json.loads((self.run / "times.json").read_text())
+            write_json(file, found)
+        return {stage: found[key] for stage in TABLE if (key := f"{stage} {count}") in found}
 
 
-# The rows of the table, and the form in which each is asked.
+# The rows of the table, with the template in which each stage is asked.
 TABLE = {"base": "plain", "sft": "chat", "rl": "chat", "rejected": "chat", "final": "chat",
          "student": "plain", "distilled": "chat", "alone": "plain", "zero": "plain",
          "shuffled": "chat", "direct": "chat", "early": "plain", "early-sft": "chat",
@@ -236,12 +227,11 @@ NAMES = {"sft": "cold start", "rl": "reasoning RL", "rejected": "rejection SFT",
          "zero": "R1-Zero", "shuffled": "RL, rewards shuffled", "direct": "direct answers only",
          "early": "early base", "early-sft": "early, cold start", "early-rl": "early, RL"}
 
-
 TO_FINAL = "base", "sft", "rl", "rl.jsonl", "rejected", "final"
 
 
 def table(marks: dict[str, dict]) -> str:
-    """The stages by row: accuracy in each mode, and what the model does when it may choose."""
+    """Return a row per stage: accuracy in each mode, and what the model does when it may choose."""
     rows = [["stage", "thinking", "not thinking", "free", "thinks when free", "tokens"]]
     for stage, by_mode in marks.items():
         free = by_mode["free"]
@@ -252,7 +242,7 @@ def table(marks: dict[str, dict]) -> str:
 
 
 def r1(args: R1Args) -> dict[str, dict]:
-    """Run all stages that are not there yet; the marks of each.
+    """Run all stages that are not there yet, and return the marks of each.
 
     Raises `ValueError` for settings that do not fit, and `Stopped` after a signal.
     """
@@ -279,13 +269,13 @@ def r1(args: R1Args) -> dict[str, dict]:
 
 
 def check_same(run: Path, args: R1Args) -> None:
-    """A run folder belongs to one preset and seed."""
+    """Raise `ValueError` if the run folder belongs to another preset or seed."""
     given = dict(preset=args.preset, seed=args.seed)
     path = run / "r1.json"
     if not path.exists():
         run.mkdir(parents=True, exist_ok=True)
         write_json(path, given)
-    stored = json.loads(path.read_text())
+    stored = read_json(path)
     for name, value in given.items():
         if stored.get(name) != value:
             raise ValueError(f"{name} = {value!r} is not valid: the run in {run} has "
@@ -293,11 +283,10 @@ def check_same(run: Path, args: R1Args) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     [given] = parse("minids.r1", __doc__, R1Args)
-    args = R1Args(**given)
     try:
-        r1(args)
+        r1(R1Args(**given))
     except Stopped as stopped:
         raise Stopped(stopped.number, sys.argv[1:]) from None
 

@@ -1,20 +1,20 @@
-"""Supervised fine-tuning: from a base model to one that answers, with a thought or without.
+"""Supervised fine-tuning: turn a base model into one that answers, with or without a thought.
 
     python -m minids.sft --from runs/base --data task:calculator
     python -m minids.sft --from runs/base --data jsonl:conversations.jsonl
     python -m minids.sft --from runs/base --preset r1 --data jsonl:reasoning.jsonl
     python -m minids.sft --resume --out runs/base-sft
 
-The cold start of R1 (arXiv 2501.12948, section 2.3.1) and the fine-tuning after its rejection
-sampling (2.3.3) are both this: conversations in the template of `minids.text.chat`, loss on the
-assistant's tokens only. Samples lie side by side in a row and do not see each other (V3, arXiv
-2412.19437, section 5.1). The gates' biases rest.
+R1 fine-tunes twice (arXiv 2501.12948): in its cold start (section 2.3.1) and after rejection
+sampling (section 2.3.3). Conversations are tokenized in the template of `minids.text.chat`, and the
+loss covers only the assistant's tokens. Several samples are packed into a row, and none sees
+another (V3, arXiv 2412.19437, section 5.1). The gates' biases are frozen.
 
-A file of conversations holds lines {"messages": [{"role": "user", "content": ..}, {"role":
-"assistant", "thought": .., "content": ..}]}. Of a task, problems of its training side are drawn,
-with their worked solution for a thought in a share of the cases.
+A JSONL file has lines {"messages": [{"role": "user", "content": ..}, {"role": "assistant",
+"thought": .., "content": ..}]}. A task supplies problems from its training side; a share of the
+answers includes the worked solution as a thought.
 
-Simplified: a sample longer than a row is refused, not cut.
+Simplified: a sample longer than a row is refused, not truncated.
 """
 
 import random
@@ -25,17 +25,17 @@ import torch
 from torch import Tensor
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import option, require
+from minids.base.fields import option
 from minids.base.files import read_jsonl
 from minids.config import ModelArgs
 from minids.model.objective import Packed
-from minids.rl.examination import examine
+from minids.rl.examination import Asking, examine
 from minids.runs.device import prepare_cpu
 from minids.runs.learner import Learner, run_learner
 from minids.runs.open import source_of
 from minids.runs.resume import settings
 from minids.runs.settings import LearnArgs
-from minids.text.chat import Chat
+from minids.text.chat import MODES, Chat
 from minids.text.tasks import Problem, open_task
 from minids.text.tokenizer import Tokenizer
 
@@ -49,21 +49,21 @@ PRESETS = {"tiny": dict(dtype="fp32"),
 
 @dataclass(frozen=True)
 class SftArgs(LearnArgs):
-    """The settings of one fine-tuning."""
+    """The settings of one fine-tuning run."""
 
     preset: str = option("tiny", "tiny, or r1: the paper's", tuple(PRESETS))
-    data: str = option("task:calculator", "task:NAME or jsonl:PATH, conversations")
-    examples: int = option(4096, "of a task: problems drawn")
-    think: float = option(0.4, "of a task: share of the answers with a thought")
+    data: str = option("task:calculator", "conversations: task:NAME or jsonl:PATH")
+    examples: int = option(4096, "number of problems to draw from a task", low=1)
+    think: float = option(0.4, "share of a task's answers with a thought", low=0, high=1)
     steps: int = option(200, "optimizer steps", low=1)
-    seq_len: int = option(256, "tokens in a row")
-    batch_size: int = option(16, "rows in an optimizer step")
-    balance_weight: float = option(1e-4, "weight of the balance loss")
-    mtp_weight: float = option(0.1, "weight of the multi-token prediction loss")
+    seq_len: int = option(256, "tokens in a row", low=1)
+    batch_size: int = option(16, "rows in an optimizer step", low=1)
+    balance_weight: float = option(1e-4, "weight of the balance loss", low=0)
+    mtp_weight: float = option(0.1, "weight of the multi-token prediction loss", low=0)
     task: str = option("", "task to measure accuracy on; none: that of --data, if it is one")
-    eval_every: int = option(25, "steps between measurements; 0: only at the end")
-    eval_problems: int = option(100, "held-out problems in a measurement")
-    max_new_tokens: int = option(64, "length of a reply at most, tokens")
+    eval_every: int = option(25, "steps between evaluations; 0: only at the end", low=0)
+    eval_problems: int = option(100, "held-out problems in an evaluation", low=1)
+    max_new_tokens: int = option(64, "maximum length of a reply, tokens", low=1)
     lr: float = option(1e-2, "peak learning rate of AdamW", above=0)
     muon_lr: float = option(3e-3, "peak learning rate of Muon", above=0)
     optimizer: str = option("muon", "adamw, or muon for the matrices inside the blocks",
@@ -71,25 +71,19 @@ class SftArgs(LearnArgs):
     constant_until: float = option(0.5, "share of the run after which the learning rate falls",
                                    low=0, high=1)
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in "examples seq_len batch_size eval_problems max_new_tokens".split():
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in "balance_weight mtp_weight eval_every".split():
-            require(self, name, getattr(self, name) >= 0, "0 or more")
-        require(self, "think", 0 <= self.think <= 1, "between 0 and 1")
-
     @classmethod
     def for_preset(cls, preset: str = "tiny", **given) -> "SftArgs":
-        """The preset's settings, varied by those that are given."""
+        """Return the preset's settings, overridden by those that are given."""
         return cls(**PRESETS.get(preset, {}) | dict(preset=preset) | given)
 
 
 class Rows:
-    """Conversations as rows of tokens, side by side.
+    """Conversations packed into R rows of S tokens.
 
-    tokens, samples: (R, S) int64; learnt: (R, S) bool, whether a token's target is to be learnt;
-    targets: (R, S) int64. A row's rest is a sample of its own of which nothing is learnt.
+    tokens, targets: (R, S) int64
+    samples: (R, S) int64, number of the conversation that a token belongs to
+    learnt: (R, S) bool, the loss mask, by position of the token whose target is learnt
+    The padding at the end of a row is a sample of its own, outside the loss mask.
     """
 
     def __init__(self, chat: Chat, conversations: list[list[dict]], seq_len: int):
@@ -103,18 +97,21 @@ class Rows:
             if not rows or len(rows[-1]) + len(ids) > size:
                 rows.append([])
             rows[-1] += [(token, number, learn) for token, learn in zip(ids, learnt, strict=True)]
-        filler = (chat.tokenizer.eos_id, len(conversations), False)
-        table = torch.tensor([row + [filler] * (size - len(row)) for row in rows])  # (R, S + 1, 3)
+        padding = (chat.tokenizer.eos_id, len(conversations), False)
+        table = torch.tensor([row + [padding] * (size - len(row)) for row in rows])  # (R, S + 1, 3)
         tokens, samples, learnt = table.unbind(-1)
         self.tokens, self.targets = tokens[:, :-1], tokens[:, 1:]
         self.samples = samples[:, :-1]
         self.learnt = learnt[:, 1:].bool() & (samples[:, 1:] == self.samples)
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor, Packed]:
-        """The rows of a step, counted from 1: every epoch all of them, in another order."""
+        """Return the tokens, targets and packing of the `size` rows of a step, counted from 1.
+
+        Every epoch takes each row once, in an order of its own.
+        """
         chosen = []
-        for place in range((step - 1) * size, step * size):
-            epoch, at = divmod(place, len(self.tokens))
+        for position in range((step - 1) * size, step * size):
+            epoch, at = divmod(position, len(self.tokens))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             chosen.append(torch.randperm(len(self.tokens), generator=generator)[at])
         at = torch.stack(chosen)
@@ -122,14 +119,14 @@ class Rows:
 
 
 def conversation(problem: Problem, think: bool) -> list[dict]:
-    """A problem with its answer, and its thought if it is to have one."""
+    """Return a problem and its answer as messages, with its thought if `think`."""
     reply = dict(role="assistant", content=problem.answer)
     thought = dict(thought=problem.thought) if think else {}
     return [dict(role="user", content=problem.question), reply | thought]
 
 
 def open_conversations(args: SftArgs) -> list[list[dict]]:
-    """What `data` names; `ValueError` where it is neither, or a line of a file is wrong."""
+    """Return the conversations that `args.data` names; raises `ValueError` if it is not valid."""
     kind, _, rest = args.data.partition(":")
     if kind == "task" and rest:
         rng = random.Random(f"sft {args.seed}")
@@ -141,7 +138,7 @@ def open_conversations(args: SftArgs) -> list[list[dict]]:
 
 
 def read_conversations(path: Path) -> list[list[dict]]:
-    """The conversations of a file, a JSON object a line; `ValueError` naming a wrong line."""
+    """Return the conversations in a JSONL file; raises `ValueError` naming a line that is wrong."""
     if not path.is_file():
         raise ValueError(f"data = 'jsonl:{path}' is not valid: there is no such file")
     found = []
@@ -149,7 +146,8 @@ def read_conversations(path: Path) -> list[list[dict]]:
         for number, row in read_jsonl(path):
             messages = row.get("messages") if isinstance(row, dict) else None
             if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-                raise ValueError(f'{path} line {number} is no object with a list of "messages"')
+                raise ValueError(f'{path} line {number} must be an object with a list "messages" '
+                                 "of objects")
             found.append(messages)
     except ValueError as error:
         raise ValueError(f"data = 'jsonl:{path}' is not valid: {error}") from None
@@ -159,12 +157,12 @@ def read_conversations(path: Path) -> list[list[dict]]:
 
 
 def balanced_order(conversations: list[list[dict]], seed: int) -> list[list[dict]]:
-    """The conversations in a random order, so that a row holds all kinds."""
+    """Return the conversations in a random order, so that every row mixes all kinds."""
     return random.Random(seed).sample(conversations, len(conversations))
 
 
 class FineTuner(Learner):
-    """One fine-tuning: the model, its optimizers and its rows, and where it stands."""
+    """One fine-tuning run: the model, its optimizers and its rows, and how far it has come."""
 
     program = "sft"
 
@@ -180,7 +178,7 @@ class FineTuner(Learner):
         super().__init__(args, model_args, run, tokenizer)
 
     def accumulate(self) -> tuple[dict, None]:
-        """Add up the gradients of the step's rows; returns the metrics."""
+        """Compute the gradients of the step's rows; returns its metrics."""
         args = self.args
         tokens, targets, packed = self.rows.batch(self.step, args.batch_size, args.seed)
         packed = Packed(*(t.to(self.device) for t in packed))
@@ -189,33 +187,34 @@ class FineTuner(Learner):
                                      args.mtp_weight, args.balance_weight, packed=packed)
         losses.total.backward()
         return dict(loss=losses.total.item(), main=losses.main.item(),
-                    learnt=int(packed.loss_mask.sum())), None
+                    learnt=int(packed.learnt.sum())), None
 
     def measure(self, record: dict, last: bool) -> float | None:
-        """Marks on held-out problems, in every mode; judged by the mean error of both modes."""
+        """Mark the model on held-out problems in each mode; the best checkpoint has the lowest
+        mean error of thinking and direct answers."""
         every = self.args.eval_every
         if self.task is None or not (last or (every and self.step % every == 0)):
             return None
         with self.autocast():
-            for mode in ("think", "direct", "free"):
-                marks = examine(self.model, self.tokenizer, self.task, self.args.eval_problems,
-                                mode=mode, max_new_tokens=self.args.max_new_tokens)
-                record[mode] = marks._asdict()
+            for mode in MODES:
+                how = Asking(mode, max_new_tokens=self.args.max_new_tokens)
+                record[mode] = examine(self.model, self.tokenizer, self.task,
+                                       self.args.eval_problems, how)._asdict()
         return 1 - (record["think"]["accuracy"] + record["direct"]["accuracy"]) / 2
 
     def brief(self, record: dict) -> str:
-        """What the progress bar says beside the count."""
+        """Return what the progress bar says beside the count."""
         return f"loss {record['loss']:.3f}"
 
     def line(self, record: dict) -> str:
-        """What a log file shows in place of a progress bar."""
+        """Return what a log file shows in place of a progress bar."""
         marks = "".join(f", {mode} {record[mode]['accuracy']:.3f}"
-                        for mode in ("think", "direct", "free") if mode in record)
+                        for mode in MODES if mode in record)
         return f"step {record['step']}/{self.args.steps}: loss {record['loss']:.3f}{marks}"
 
 
 def sft(args: SftArgs) -> Path:
-    """Fine-tune a model, or go on with a run when `args.resume` is set; returns the run's folder.
+    """Fine-tune a model, or continue the run in `args.out` if `args.resume`; returns its folder.
 
     Raises `ValueError` for settings that do not fit, before anything is written.
     """
@@ -223,14 +222,14 @@ def sft(args: SftArgs) -> Path:
     source = source_of(args)
     tuner = FineTuner(args, source.args, Path(args.out), source.tokenizer)
     print(f"sft     {args.data}: {len(tuner.rows.tokens):,} rows of {args.seq_len} tokens, "
-          f"{int(tuner.rows.learnt.sum()):,} tokens to learn; run {args.out}, on {tuner.device}",
-          flush=True)
+          f"{int(tuner.rows.learnt.sum()):,} tokens in the loss mask; run {args.out}, on "
+          f"{tuner.device}", flush=True)
     run_learner(tuner, source)
     return tuner.run
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     [given] = parse("minids.sft", __doc__, SftArgs)
     sft(settings("sft", SftArgs, given, "-sft"))
 

@@ -4,29 +4,27 @@
     python -m minids.solve --run runs/r1/base --template plain
     python -m minids.solve --run runs/r1/sft --mode free --temperature 1 --samples 32
 
-The problems are held out: no training has seen them. Modes are those of `minids.text.chat`:
-think and direct force the reply's first tag, free leaves the choice to the model. With several
-samples per problem, pass@k is the chance that one of k replies is right, without bias (Chen et al.,
-arXiv 2107.03374, section 2.1).
+The problems are held out, so no training has seen them. Modes are those of `minids.text.chat`:
+think and direct force the first tag of the reply, free leaves the choice to the model. With several
+samples per problem, pass@k is the probability that one of k replies is right
+(`minids.rl.examination`).
 """
 
 from dataclasses import dataclass
 
-import torch
-
 from minids.base.command_line import parse, run_program
-from minids.base.fields import check_types, option, require
+from minids.base.fields import Settings, option, require
 from minids.base.tables import format_table
-from minids.rl.examination import ask, mark, pass_curve
-from minids.runs.device import pick_device
+from minids.rl.examination import Asking, ask, mark, pass_curve
+from minids.runs.device import pick_device, prepare_cpu
 from minids.runs.open import open_model
 from minids.text.chat import MODES, TEMPLATES
 from minids.text.tasks import open_task
 
 
 @dataclass(frozen=True)
-class SolveArgs:
-    """The problems and how they are put"""
+class SolveArgs(Settings):
+    """The problems and how they are asked."""
 
     run: str = option("runs/r1/final", "run folder, checkpoint, or Hugging Face folder")
     task: str = option("calculator", "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or"
@@ -34,35 +32,32 @@ class SolveArgs:
     template: str = option("chat", "form of the prompt: turns with tags, or plain text for a base"
                                    " model", tuple(TEMPLATES))
     mode: str = option("", "only this mode; none: all three", ("", *MODES))
-    problems: int = option(400, "held-out problems")
-    max_new_tokens: int = option(64, "length of a reply at most, tokens")
-    temperature: float = option(0.0, "divides the logits; 0 takes the likeliest token")
-    top_p: float = option(1.0, "draw from the likeliest tokens of this probability together")
-    samples: int = option(1, "replies to each problem; pass@k of more than one")
-    show: int = option(0, "print so many replies")
-    seed: int = option(0, "decides the draws")
+    problems: int = option(400, "held-out problems", low=1)
+    max_new_tokens: int = option(64, "maximum length of a reply, tokens", low=1)
+    temperature: float = option(0.0, "divides the logits; 0 takes the likeliest token", low=0)
+    top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability",
+                          above=0, high=1)
+    samples: int = option(1, "replies to each problem; more than one also give pass@k", low=1)
+    show: int = option(0, "number of replies to print", low=0)
+    seed: int = option(0, "decides the samples", low=0)
     device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one a core")
+    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0)
 
     def __post_init__(self):
-        check_types(self)
-        for name in "problems samples max_new_tokens".split():
-            require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in "show seed threads temperature".split():
-            require(self, name, getattr(self, name) >= 0, "0 or more")
+        super().__post_init__()
         require(self, "samples", self.samples == 1 or self.temperature > 0,
                 "1 at temperature 0, where all replies are the same")
 
 
 def report(args: SolveArgs) -> str:
-    """The table that the program prints."""
+    """Return the table of marks; print some replies, and pass@k, on the way."""
     task, run = open_task(args.task), open_model(args.run, pick_device(args.device))
-    how = dict(template=args.template, max_new_tokens=args.max_new_tokens, seed=args.seed,
-               temperature=args.temperature, top_p=args.top_p)
+    problems = task.some(args.problems, "held-out", seed=0)
     rows = [["mode", "accuracy", "well formed", "thinks", "tokens"]]
     for mode in [args.mode] if args.mode else MODES:
-        problems = task.some(args.problems, "held-out", seed=0)
-        replies = ask(run.model, run.tokenizer, [p.question for p in problems], mode, **how)
+        how = Asking(mode, args.template, args.max_new_tokens, args.temperature, args.top_p,
+                     args.seed)
+        replies = ask(run.model, run.tokenizer, [p.question for p in problems], how)
         m = mark(task, problems, replies)
         rows += [[mode, f"{m.accuracy:.3f}", f"{m.form:.3f}", f"{m.thinking:.3f}",
                   f"{m.tokens:.1f}"]]
@@ -70,18 +65,16 @@ def report(args: SolveArgs) -> str:
             print(f"{problem.question}   thought {reply.thought!r}   answer {reply.answer!r}, "
                   f"right is {problem.answer!r}")
         if args.samples > 1:
-            curve = pass_curve(run.model, run.tokenizer, task, args.problems, args.samples,
-                               mode=mode, **how)
+            curve = pass_curve(run.model, run.tokenizer, task, args.problems, args.samples, how)
             print(f"{mode}: " + "  ".join(f"pass@{k} {p:.3f}" for k, p in curve.items()))
     return format_table(rows)
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     [given] = parse("minids.solve", __doc__, SolveArgs)
     args = SolveArgs(**given)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare_cpu(args.threads)
     print(report(args))
 
 

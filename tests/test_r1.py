@@ -19,7 +19,7 @@ from minids.config import ModelArgs
 from minids.distill import CorpusArgs, sift, verdict
 from minids.grpo import Reinforcer
 from minids.r1 import NAMES, PRESETS, TABLE, R1Args, r1, table
-from minids.rl.examination import examine
+from minids.rl.examination import Asking, examine
 from minids.runs.checkpoints import load_weights, resolve
 from minids.runs.learner import Learner
 from minids.runs.open import open_model
@@ -190,7 +190,7 @@ def test_the_models_that_come_with_minids_are_what_the_notebooks_say():
     for stage, template in (("base", "plain"), ("sft", "chat"), ("rl", "chat"),
                             ("student", "plain")):
         run = open_model(folder / stage)
-        found[stage] = [examine(run.model, run.tokenizer, task, 40, mode=mode, template=template
+        found[stage] = [examine(run.model, run.tokenizer, task, 40, Asking(mode, template)
                                 ).accuracy for mode in ("think", "direct", "free")]
     assert all(found[stage][0] > 0.9 for stage in ("base", "sft", "rl")) > found["student"][0]
     assert all(direct < 0.35 for _, direct, _ in found.values())  # a guess: 0.16, +- 0.06

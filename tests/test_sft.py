@@ -203,7 +203,7 @@ def test_a_wrong_line_is_named(base, tmp_path):
     path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", '
                     '"content": "b"}]}\n{"messages": 3}\n')
     status, _, err = run_sft("--from", str(base), "--data", f"jsonl:{path}")
-    assert status == 2 and "line 2 is no object" in err
+    assert status == 2 and "line 2 must be an object with a list" in err
 
 
 def test_presets():

@@ -1,7 +1,13 @@
-"""Put problems to a model and mark its replies by rule."""
+"""Put problems to a model and mark its replies by rule.
+
+The problems are held out, so no training has seen them. With several replies per problem, pass@k is
+the probability that at least one of k replies is right (Chen et al., arXiv 2107.03374, section 2.1;
+the estimator is unbiased).
+"""
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
@@ -10,16 +16,33 @@ from minids.model.transformer import Transformer
 from minids.rl.rewards import accuracy, well_formed
 from minids.text.chat import TEMPLATES, Reply
 from minids.text.tasks import Problem, Task
-from minids.text.tokenizer import Tokenizer
+from minids.tokenizer import Tokenizer
 
 BATCH = 512  # prompts that are decoded together
 
 
-class Marks(NamedTuple):
-    """What replies are worth, means over all of them.
+@dataclass(frozen=True)
+class Asking:
+    """How questions are put to a model.
 
-    accuracy, form: shares of right and of well-formed replies
-    thinking: share that think; tokens: length
+    mode: think, direct or free, see `minids.text.chat`; template: chat or plain
+    max_new_tokens: maximum length of a reply
+    temperature, top_p, seed: as in `generate`
+    """
+
+    mode: str = "free"
+    template: str = "chat"
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+class Marks(NamedTuple):
+    """Means over replies.
+
+    accuracy, form, thinking: shares of replies that are right, well formed, and with a thought
+    tokens: length
     """
 
     accuracy: float
@@ -29,25 +52,25 @@ class Marks(NamedTuple):
 
 
 def parts(items: Sequence, size: int) -> Iterator[Sequence]:
-    """The items, so many at a time."""
+    """Yield the items in parts of `size`."""
     return (items[i:i + size] for i in range(0, len(items), size))
 
 
-def ask(model: Transformer, tokenizer: Tokenizer, questions: Sequence[str], mode: str = "free",
-        template: str = "chat", max_new_tokens: int = 64, temperature: float = 0.0,
-        top_p: float = 1.0, seed: int = 0) -> list[Reply]:
-    """The model's reply to each question; the other arguments are those of `generate`."""
-    form = TEMPLATES[template](tokenizer)
+def ask(model: Transformer, tokenizer: Tokenizer, questions: Sequence[str],
+        how: Asking) -> list[Reply]:
+    """Return the model's reply to each question; `how` says in what form they are asked."""
+    form = TEMPLATES[how.template](tokenizer)
     replies = []
     for number, part in enumerate(parts(questions, BATCH)):
-        done = generate(model, [form.prompt(question, mode) for question in part], max_new_tokens,
-                        temperature, top_p=top_p, seed=seed + number, eos_id=tokenizer.eos_id)
-        replies += [form.read(tokens, mode) for tokens in done.tokens]
+        prompts = [form.prompt(question, how.mode) for question in part]
+        done = generate(model, prompts, how.max_new_tokens, how.temperature, top_p=how.top_p,
+                        seed=how.seed + number, eos_id=tokenizer.eos_id)
+        replies += [form.read(tokens, how.mode) for tokens in done.tokens]
     return replies
 
 
 def mark(task: Task, problems: Sequence[Problem], replies: Sequence[Reply]) -> Marks:
-    """The marks of replies, one to each problem."""
+    """Return the marks of replies, one to each problem."""
     right = [accuracy(task, p, r) for p, r in zip(problems, replies, strict=True)]
     return Marks(fmean(right), fmean(map(well_formed, replies)),
                  fmean(reply.thought is not None for reply in replies),
@@ -55,14 +78,16 @@ def mark(task: Task, problems: Sequence[Problem], replies: Sequence[Reply]) -> M
 
 
 def examine(model: Transformer, tokenizer: Tokenizer, task: Task, count: int,
-            **how) -> Marks:
-    """The marks on the first `count` held-out problems; how: as in `ask`."""
+            how: Asking) -> Marks:
+    """Return the marks on the first `count` held-out problems."""
     problems = task.some(count, "held-out", seed=0)
-    return mark(task, problems, ask(model, tokenizer, [p.question for p in problems], **how))
+    return mark(task, problems, ask(model, tokenizer, [p.question for p in problems], how))
 
 
 def pass_at(k: int, right: int, samples: int) -> float:
-    """Chance that one of k replies is right, drawn from `samples` of which `right` are.
+    """Return the probability that at least one of k replies is right.
+
+    The k replies are drawn, without replacement, from `samples` of which `right` are right.
 
     >>> pass_at(1, 1, 4), pass_at(2, 1, 4)
     (0.25, 0.5)
@@ -71,10 +96,10 @@ def pass_at(k: int, right: int, samples: int) -> float:
 
 
 def pass_curve(model: Transformer, tokenizer: Tokenizer, task: Task, count: int, samples: int,
-               **how) -> dict[int, float]:
-    """pass@k over `count` held-out problems for k = 1, 2, 4, .. up to `samples`."""
+               how: Asking) -> dict[int, float]:
+    """Return pass@k over `count` held-out problems for k = 1, 2, 4, .. up to `samples`."""
     problems = [p for p in task.some(count, "held-out", seed=0) for _ in range(samples)]
-    replies = ask(model, tokenizer, [p.question for p in problems], **how)
+    replies = ask(model, tokenizer, [p.question for p in problems], how)
     right = [accuracy(task, p, r) for p, r in zip(problems, replies, strict=True)]
     each = [int(sum(part)) for part in parts(right, samples)]
     ks = [2 ** i for i in range(samples.bit_length())]

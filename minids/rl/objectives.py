@@ -1,4 +1,27 @@
-"""The GRPO objective and its variants."""
+"""The GRPO objective and its variants, for tokens that a sampler drew.
+
+A reply's advantage A is its reward less the mean reward of its group: no critic is trained. The
+loss of token t of reply i is
+
+    -M_i min(r_t A_i, clip(r_t, 1 - clip_low, 1 + clip_high) A_i) + beta KL_t,
+    r_t = pi(o_t) / pi_old(o_t)
+
+where pi_old is the distribution that the sampler drew from, KL compares pi with a reference model
+by the estimator k3 = pi_ref/pi - log(pi_ref/pi) - 1 (DeepSeekMath, arXiv 2402.03300, section 4.1),
+and M is 1. The variants in OBJECTIVES change some of it:
+
+    r1           R1 and V3: A over the group's standard deviation; clip at 10; the reference is
+                 replaced every 400 steps (Nature 645:633, Methods)
+    v3.2         A without it; KL times r, which makes its gradient unbiased; M is 0 for a bad reply
+                 that the policy has moved away from; routing and sampling mask as in sampling; a
+                 length penalty (arXiv 2512.02556, section 3.1)
+    speciale     v3.2 with a weaker length penalty; the paper does not say how weak
+    deepseekmath clip at 0.2, beta 0.04 (arXiv 2402.03300)
+    dapo         a higher upper clip; every token of the batch has the same weight; no KL (arXiv
+                 2503.14476)
+    dr-grpo      no standard deviation; divides by a constant, not by a reply's length (arXiv
+                 2503.20783)
+"""
 
 import math
 from dataclasses import dataclass
@@ -9,6 +32,7 @@ from torch import Tensor
 
 from minids.base.fields import Settings, option, require
 
+# Fields of ObjectiveArgs, and of GrpoArgs where the variant concerns the reward or the reference.
 OBJECTIVES = {
     "r1": dict(clip_low=10.0, clip_high=10.0, reference_every=400),
     "deepseekmath": dict(clip_low=0.2, clip_high=0.2, kl_beta=0.04),
@@ -26,20 +50,20 @@ OBJECTIVES = {
 class ObjectiveArgs(Settings):
     """The settings of the loss."""
 
-    objective: str = option("r1", "the loss's settings by name", tuple(OBJECTIVES))
+    objective: str = option("r1", "variant of the objective; the other flags of the loss override"
+                                  " its settings", tuple(OBJECTIVES))
     advantage: str = option("std", "reward less the group's mean (mean), over its standard"
                                    " deviation (std)", ("std", "mean"))
     clip_low: float = option(0.2, "the ratio counts down to 1 - clip_low", low=0)
     clip_high: float = option(0.2, "the ratio counts up to 1 + clip_high", low=0)
     clip_both: float = option(0.0, "largest ratio of a bad reply too, above 1; 0: none", low=0)
-    kl: str = option("k3", "estimator of the KL, or the same times the ratio",
-                     ("k3", "unbiased"))
+    kl: str = option("k3", "estimator of the KL: k3, or k3 times the ratio", ("k3", "unbiased"))
     kl_beta: float = option(0.02, "weight of the KL; 0: no reference model", low=0)
     off_policy_delta: float = option(0.0, "leave out a bad reply whose mean log(pi_old / pi) is"
                                           " above this, nats; 0: none", low=0)
-    normalise: str = option("sequence", "what a token's loss is divided by: its reply's length and"
-                                        " their number, all tokens, or the longest length",
-                            ("sequence", "tokens", "constant"))
+    normalise: str = option("sequence", "divide a token's loss by its reply's length and the number"
+                                        " of replies, by the number of tokens, or by the longest"
+                                        " length", ("sequence", "tokens", "constant"))
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,10 +71,12 @@ class ObjectiveArgs(Settings):
 
 
 def advantages(rewards: Tensor, kind: str) -> Tensor:
-    """How much better than its group each reply is: (Q, G) -> (Q, G)
+    """Return how much better each reply is than its group.
 
+    rewards: (Q, G), one row per question
     kind: "mean", R - mean R (V3.2 section 3.1), or "std", the same over the group's standard
-        deviation (DeepSeekMath section 4.1.2). Exactly 0 where all rewards of a group are equal.
+        deviation (DeepSeekMath section 4.1.2)
+    Returns (Q, G), exactly 0 where all rewards of a group are equal.
     """
     centred = rewards - rewards.mean(1, keepdim=True)
     if kind == "std":
@@ -60,7 +86,7 @@ def advantages(rewards: Tensor, kind: str) -> Tensor:
 
 
 class Objective(NamedTuple):
-    """The loss of some tokens, and what one wants to know about them.
+    """The loss of some tokens, and statistics about them.
 
     loss: scalar, with gradient; kl: mean over tokens, nats; clipped, left_out: shares of tokens
     """
@@ -73,17 +99,19 @@ class Objective(NamedTuple):
 
 def objective(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage: Tensor,
               reply: Tensor, weight: Tensor, args: ObjectiveArgs) -> Objective:
-    """The GRPO loss of M tokens, see the head of this file.
+    """Return the GRPO loss of M tokens.
 
-    logp: (M,) log pi, with gradient; old_logp: (M,) what it was drawn with
-    ref_logp: (M,) log pi_ref; None without KL
-    advantage: (M,) that of the token's reply; reply: (M,) int64, which reply it is of
-    weight: (M,) of each token in the sum, see `token_weights`
+    logp: (M,) log pi, with gradient
+    old_logp: (M,) log pi_old
+    ref_logp: (M,) log pi_ref; None for no KL
+    advantage: (M,) that of the token's reply
+    reply: (M,) int64, number of the token's reply
+    weight: (M,) the token's weight in the sum, see `token_weights`
     """
     ratio = (logp - old_logp).exp()  # (M,)
     bounded = ratio.clamp(1 - args.clip_low, 1 + args.clip_high)
     gain = torch.minimum(ratio * advantage, bounded * advantage)
-    clipped = (ratio * advantage > bounded * advantage)
+    clipped = ratio * advantage > bounded * advantage
     if args.clip_both:
         limit = torch.where(advantage < 0, args.clip_both * advantage, -math.inf)
         clipped, gain = clipped | (gain < limit), torch.maximum(gain, limit)
@@ -94,26 +122,26 @@ def objective(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
     loss = -on_policy * gain
     kl = torch.zeros_like(logp)
     if ref_logp is not None:
-        further = ref_logp - logp
-        kl = further.exp() - further - 1
+        log_ratio = ref_logp - logp
+        kl = log_ratio.exp() - log_ratio - 1
         loss = loss + args.kl_beta * (kl * ratio if args.kl == "unbiased" else kl)
     return Objective((weight * loss).sum(), kl.mean().item(), clipped.float().mean().item(),
                      1 - on_policy.mean().item())
 
 
 def mean_by_reply(values: Tensor, reply: Tensor) -> Tensor:
-    """The mean over a token's reply, at each token: (M,), (M,) -> (M,)"""
+    """Return, for each token, the mean over its reply: (M,), (M,) -> (M,)"""
     sums = torch.zeros(int(reply.max()) + 1, 2, dtype=values.dtype, device=values.device)
     sums.index_add_(0, reply, torch.stack([values, torch.ones_like(values)], dim=1))
     return (sums[:, 0] / sums[:, 1].clamp(min=1))[reply]
 
 
 def token_weights(lengths: Tensor, normalise: str, longest: int) -> Tensor:
-    """What a token of each of B replies weighs in the loss: (B,) -> (B,)
+    """Return the weight in the loss of a token of each reply: (B,) -> (B,)
 
-    lengths: tokens of each reply; longest: what a reply may have at most
-    normalise: "sequence", 1 / (B length): every reply weighs the same (DeepSeekMath); "tokens",
-        one over all tokens (DAPO); "constant", 1 / (B longest) (Dr. GRPO)
+    lengths: (B,) tokens of each reply; longest: maximum length, tokens
+    normalise: "sequence", 1 / (B length): each reply has the same weight (DeepSeekMath); "tokens",
+        1 / (all tokens) (DAPO); "constant", 1 / (B longest) (Dr. GRPO)
     """
     batch = len(lengths)
     return {"sequence": 1.0 / (batch * lengths.clamp(min=1)),

@@ -1,4 +1,7 @@
-"""Rewards by rule."""
+"""Rewards by rule: accuracy, format and language (R1, arXiv 2501.12948, section 2.2.2).
+
+A reward is a pure function of a problem and a reply. No model judges, so there is none to fool.
+"""
 
 import unicodedata
 
@@ -7,24 +10,24 @@ from minids.text.tasks import Problem, Task
 
 
 def accuracy(task: Task, problem: Problem, reply: Reply) -> float:
-    """1 for a right answer in a reply that ends, else 0."""
+    """Return 1.0 for a right answer in a reply that ends, else 0.0."""
     return float(reply.answer is not None and reply.ended and task.right(problem, reply.answer))
 
 
 def well_formed(reply: Reply) -> float:
-    """1 for a reply of one thought, or none, and one answer, that ends; else 0."""
+    """Return 1.0 for a reply of at most one thought and one answer that ends, else 0.0."""
     return float(reply.answer is not None and reply.ended and bool(reply.answer.strip()))
 
 
 def scripts(text: str) -> set[str]:
-    """The scripts that a text's letters are of: LATIN, CJK, GREEK .."""
+    """Return the scripts of a text's letters: LATIN, CJK, GREEK .."""
     return {unicodedata.name(c, "UNKNOWN").split()[0] for c in text if c.isalpha()}
 
 
 def consistency(question: str, thought: str) -> float:
-    """Share of a thought's words that are in the question's script (R1's language consistency).
+    """Return the share of a thought's words in the question's script (R1's language consistency).
 
-    Words without letters count as consistent; a broken character does not.
+    Words without letters count as consistent; a word with a broken character does not.
     """
     known = scripts(question) or {"LATIN"}
     words = thought.split()

@@ -1,18 +1,19 @@
-"""Conversations as tokens: DeepSeek's turns, thinking or not, and replies read back.
+"""Conversations as tokens, thinking or not, in DeepSeek's template; and replies read back.
 
     BOS system <｜User｜> question <｜Assistant｜> <think> thought </think> answer EOS
     BOS system <｜User｜> question <｜Assistant｜> </think> answer EOS
 
-The same model answers in both ways, and the prompt's last token decides (DeepSeek-V3.1's hybrid
-template): <think> makes it think, </think> makes it answer at once; left out, the model chooses. In
-the history every reply is without its thought, and the closing tag stays. Each tag is one id,
-placed by number: no text of a user can become one (`minids.text.tokenizer`).
+One model answers in both ways, and the last token of the prompt decides which (DeepSeek-V3.1's
+hybrid template): after <think> it thinks, after </think> it answers at once, and with neither the
+model chooses. Earlier replies stand in the history without their thoughts but with the closing tag.
+Each tag is a single id that is inserted as a number, so no text of a user can turn into one
+(`minids.tokenizer`).
 
-A base model knows no tags. R1-Zero asked it in plain text (arXiv 2501.12948, section 2.2.1); ours
-is asked in the form of the worked examples that it has read:
+A base model has never seen a tag. R1-Zero asked it in plain text (arXiv 2501.12948, section 2.2.1);
+we ask it in the form of the worked examples that it was trained on:
 
     3*7+5: 3*7=1+5=6 = 6        with a thought
-    3*7+5 = 6                   without
+    3*7+5 = 6                   without one
 """
 
 from typing import NamedTuple
@@ -24,10 +25,12 @@ MODES = ("think", "direct", "free")
 
 
 class Reply(NamedTuple):
-    """What a model answered.
+    """A model's reply, taken apart.
 
-    thought: None if it did not think; answer: None where the form is broken
-    ended: whether it ended by itself; tokens: its length, EOS and a forced tag counted
+    thought: None if the model did not think
+    answer: None if the reply is malformed
+    ended: whether the model ended it with EOS
+    tokens: its length, with EOS and a tag that the prompt forced
     """
 
     thought: str | None
@@ -37,7 +40,7 @@ class Reply(NamedTuple):
 
 
 class Chat:
-    """DeepSeek's template; raises `ValueError` for a tokenizer without its tags."""
+    """DeepSeek's template. Raises `ValueError` for a tokenizer without its tags."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = t = tokenizer
@@ -47,35 +50,36 @@ class Chat:
         self.forced = {"think": [t.think_id], "direct": [t.end_think_id], "free": []}
 
     def prompt(self, messages: str | list[dict], mode: str = "think") -> list[int]:
-        """The ids that the model goes on from.
+        """Return the ids of a prompt, which the model continues.
 
-        messages: a question, or {"role": .., "content": ..} with the roles system (first, if at
-            all), user and assistant by turns, a user's last
+        messages: a question, or [{"role": .., "content": ..}, ..]: optionally a system message,
+            then user and assistant in turn, ending with the user
         mode: "think", "direct" or "free"
+        Raises `ValueError` for another mode, and for messages that are not of this form.
         """
         if mode not in MODES:
             raise ValueError(f"mode = {mode!r} is not valid: {nearest(mode, MODES)}it must be one "
                              f"of {', '.join(MODES)}")
         messages = checked(messages)
         if messages[-1]["role"] != "user":
-            raise ValueError("messages: the last one must be a user's, for the model to answer")
+            raise ValueError("messages: the last one must be the user's, for the model to answer")
         return self.turns(messages)[0] + self.forced[mode]
 
     def sample(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        """A whole conversation to learn from, and which of its tokens are to be learnt.
+        """Return the ids of a whole conversation and its loss mask.
 
-        messages: as above, but an assistant's last; an assistant's may have a "thought". Learnt
-            are the assistant's tokens, its tags and EOS among them, of the last turn, and of those
-            before it that had no thought: the others stand there without theirs, which nobody
-            would have said.
+        messages: as in `prompt`, but ending with the assistant, whose messages may have a "thought"
+        The loss covers the assistant's tokens, tags and EOS included: those of its last message,
+        and those of earlier ones that had no thought. An earlier message that had one stands in
+        the history without it, and no model should learn to answer like that.
         """
         messages = checked(messages)
         if messages[-1]["role"] != "assistant":
-            raise ValueError("messages: the last one must be an assistant's, to learn from")
+            raise ValueError("messages: the last one must be the assistant's, to learn from")
         return self.turns(messages)
 
     def turns(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
-        """The ids of all turns, and whether each is to be learnt."""
+        """Return the ids of all turns, and their loss mask."""
         t = self.tokenizer
         ids, learnt = [t.bos_id], [False]
         for message in messages:
@@ -94,36 +98,35 @@ class Chat:
         return ids, learnt
 
     def read(self, ids: list[int], mode: str = "free") -> Reply:
-        """What the model wrote after a prompt of that mode."""
+        """Return the reply that the model generated after a prompt of this mode."""
         t, size = self.tokenizer, len(ids) + len(self.forced[mode])
         ids, ended = ended_by(self.forced[mode] + ids, t.eos_id)
         if ids[:1] == [t.end_think_id]:
-            thought, answer = None, ids[1:]
-        elif ids[:1] == [t.think_id] and t.end_think_id in ids:
-            end = ids.index(t.end_think_id)
-            thought, answer = text_of(t, ids[1:end]), ids[end + 1:]
-            if thought is None:
-                return Reply(None, None, ended, size)
-        else:
-            thought = text_of(t, ids[1:]) if ids[:1] == [t.think_id] else None
-            return Reply(thought, None, ended, size)
-        return Reply(thought, text_of(t, answer), ended, size)
+            return Reply(None, text_of(t, ids[1:]), ended, size)
+        if ids[:1] != [t.think_id]:
+            return Reply(None, None, ended, size)
+        if t.end_think_id not in ids:
+            return Reply(text_of(t, ids[1:]), None, ended, size)
+        end = ids.index(t.end_think_id)
+        thought = text_of(t, ids[1:end])
+        answer = None if thought is None else text_of(t, ids[end + 1:])
+        return Reply(thought, answer, ended, size)
 
 
 class Plain:
-    """The form of worked examples, for a model that knows no tags."""
+    """The form of worked examples, for a base model."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
         self.forced = {"think": ":", "direct": " =", "free": ""}
 
     def prompt(self, question: str, mode: str = "think") -> list[int]:
-        """The ids that the model goes on from."""
+        """Return the ids of a prompt, which the model continues."""
         t = self.tokenizer
         return [t.bos_id, *t.encode(question), *t.encode(self.forced[mode])]
 
     def read(self, ids: list[int], mode: str = "free") -> Reply:
-        """What the model wrote after a prompt of that mode."""
+        """Return the reply that the model generated after a prompt of this mode."""
         t = self.tokenizer
         size, (ids, ended) = len(ids), ended_by(ids, t.eos_id)
         text = text_of(t, ids)
@@ -142,7 +145,7 @@ TEMPLATES = {"chat": Chat, "plain": Plain}
 
 
 def checked(messages: str | list[dict]) -> list[dict]:
-    """The messages, after a look at roles, order and types; a text is one question."""
+    """Return the messages after checking roles, order and types; a string is one question."""
     if isinstance(messages, str):
         return [dict(role="user", content=messages)]
     if not messages:
@@ -152,24 +155,24 @@ def checked(messages: str | list[dict]) -> list[dict]:
         wanted = ("user", "assistant")[i % 2]
         if message.get("role") != wanted:
             raise ValueError(f"messages: role {message.get('role')!r} is not valid at turn {i + 1}:"
-                             f" it must be {wanted!r} (user and assistant by turns)")
+                             f" it must be {wanted!r} (user and assistant in turn)")
     for message in messages:
         for name in ("content", "thought"):
             text = message.get(name, "" if name == "thought" else None)
             if not isinstance(text, str | None) or (name == "content" and text is None):
-                raise ValueError(f"messages: {name} = {text!r} is not valid: it must be a text")
+                raise ValueError(f"messages: {name} = {text!r} is not valid: it must be a string")
     if not body:
-        raise ValueError("messages: there is a system's only")
+        raise ValueError("messages: there is only a system message")
     return messages
 
 
 def ended_by(ids: list[int], eos_id: int) -> tuple[list[int], bool]:
-    """The ids up to EOS, and whether there is one."""
+    """Return the ids before EOS, and whether there is an EOS."""
     return (ids[:ids.index(eos_id)], True) if eos_id in ids else (ids, False)
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str | None:
-    """The text of the ids; None if one of them is special or in no vocabulary."""
+    """Return the text of the ids, or None if one is special or outside the vocabulary."""
     special = set(tokenizer.special.values())
     if any(token in special or not 0 <= token < tokenizer.vocab_size for token in ids):
         return None

@@ -1,84 +1,89 @@
-"""Answers read safely: arithmetic is parsed, never run."""
+"""Read arithmetic in answers safely: it is parsed and never executed.
+
+A model's answer is untrusted input. The parser knows four operations and parentheses, limits the
+number of characters, digits and levels, and refuses everything else, so that a hostile answer costs
+microseconds and earns no reward.
+"""
 
 import re
 from fractions import Fraction
 
-LONGEST_ANSWER, LONGEST_NUMBER, DEEPEST = 200, 9, 30  # characters, digits, brackets in brackets
-RULER = re.compile(r"\s*(?:(\d+)|([-+*/()]))", re.ASCII)
+LONGEST_ANSWER, LONGEST_NUMBER, DEEPEST = 200, 9, 30  # characters, digits, nested parentheses
+TOKEN = re.compile(r"\s*(?:(\d+)|([-+*/()]))", re.ASCII)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?", re.ASCII)
 
 
 def last_number(text: str) -> Fraction | None:
-    """The last number in a text, 1,234.5 as 1234.5; None if there is none."""
+    """Return the last number in a text, 1,234.5 as 1234.5, or None if it contains none."""
     found = NUMBER.findall(text[-LONGEST_ANSWER:])
     return Fraction(found[-1].replace(",", "")) if found else None
 
 
 def parse_expression(text: str) -> tuple[Fraction, list[int]] | None:
-    """The value of an expression and the numbers in it; None if it is none.
+    """Return the value of an arithmetic expression and the numbers in it, or None if it is invalid.
 
-    "(4*7)+2" gives 30 and [4, 7, 2]. Known are whole numbers, + - * /, brackets and a sign before
-    a term; refused are more than LONGEST_ANSWER characters, LONGEST_NUMBER digits or DEEPEST
-    levels, and a division by zero.
+    "(4*7)+2" gives 30 and [4, 7, 2]. An expression consists of whole numbers, + - * /, parentheses
+    and signs before a term. Invalid are more than LONGEST_ANSWER characters, LONGEST_NUMBER digits
+    or DEEPEST levels, and a division by zero.
     """
     if len(text) > LONGEST_ANSWER:
         return None
-    words, at = [], 0
+    tokens, at = [], 0
     text = text.rstrip(" ")
     while at < len(text):
-        match = RULER.match(text, at)
+        match = TOKEN.match(text, at)
         if match is None or len(match[1] or "") > LONGEST_NUMBER:
             return None
-        words.append(match[1] or match[2])
+        tokens.append(match[1] or match[2])
         at = match.end()
     try:
-        reader = Reader(words)
-        value = reader.sum(0)
-        return (value, reader.numbers) if reader.at == len(words) else None
+        parser = Parser(tokens)
+        value = parser.sum(0)
+        return (value, parser.numbers) if parser.at == len(tokens) else None
     except (ValueError, ZeroDivisionError):
         return None
 
 
-class Reader:
-    """Reads an expression by descending: sums of products of terms. ValueError where it is none."""
+class Parser:
+    """Recursive descent: sums of products of terms. Raises `ValueError` for invalid syntax."""
 
-    def __init__(self, words: list[str]):
-        self.words, self.at, self.numbers = words, 0, []
+    def __init__(self, tokens: list[str]):
+        self.tokens, self.at, self.numbers = tokens, 0, []
 
-    def next_is(self, *signs: str) -> str:
-        """Take the next word if it is one of these; else nothing."""
-        if self.at < len(self.words) and self.words[self.at] in signs:
+    def accept(self, *signs: str) -> str:
+        """Consume and return the next token if it is one of `signs`, else return ''."""
+        if self.at < len(self.tokens) and self.tokens[self.at] in signs:
             self.at += 1
-            return self.words[self.at - 1]
+            return self.tokens[self.at - 1]
         return ""
 
     def sum(self, depth: int) -> Fraction:
         """product + product - .."""
         value = self.product(depth)
-        while sign := self.next_is("+", "-"):
+        while sign := self.accept("+", "-"):
             value = value + self.product(depth) if sign == "+" else value - self.product(depth)
         return value
 
     def product(self, depth: int) -> Fraction:
         """term * term / .."""
         value = self.term(depth)
-        while sign := self.next_is("*", "/"):
+        while sign := self.accept("*", "/"):
             value = value * self.term(depth) if sign == "*" else value / self.term(depth)
         return value
 
     def term(self, depth: int) -> Fraction:
-        """A number, a sum in brackets, or either with a sign"""
+        """A number, a sum in parentheses, or either after a minus sign."""
         if depth > DEEPEST:
-            raise ValueError("too deep")
-        if self.next_is("-"):
+            raise ValueError("nested too deeply")
+        if self.accept("-"):
             return -self.term(depth + 1)
-        if self.next_is("("):
+        if self.accept("("):
             value = self.sum(depth + 1)
-            if not self.next_is(")"):
-                raise ValueError("a bracket is open")
+            if not self.accept(")"):
+                raise ValueError("missing )")
             return value
-        if self.at == len(self.words) or not self.words[self.at].isdecimal():
-            raise ValueError("a number is missing")
-        self.numbers.append(int(self.words[self.at]))
+        if self.at == len(self.tokens) or not self.tokens[self.at].isdecimal():
+            raise ValueError("missing number")
+        self.numbers.append(int(self.tokens[self.at]))
         self.at += 1
         return Fraction(self.numbers[-1])

@@ -1,17 +1,12 @@
-"""Tasks whose answers a rule can check, and the rewards for them (R1, arXiv 2501.12948, 2.2.2).
+"""Tasks whose answers a rule can check (R1, arXiv 2501.12948, section 2.2.2).
 
     calculator:6      3*7+5-2*4..., six operations from left to right, each result modulo 10
     countdown:3       4,7,2>30: reach the target with each of three numbers once
-    gsm8k             8,792 questions in words, from the hub (needs a network and `datasets`)
+    gsm8k             8,792 word problems from the hub (needs a network and `datasets`)
     jsonl:PATH        your own: lines with "question" and "answer"
 
-Problems are drawn from a seed, without end. Whether a problem belongs to training or is held out
-is decided by a hash of its question, so that no held-out problem is ever seen, whatever the seed.
-
-A reward is a pure function of a problem and a reply: accuracy and format apart, by rule, nothing
-learnt. Answers are read, never run: `parse_expression` knows four operations and brackets, takes
-so many characters, digits and levels and no more, and refuses the rest, so that a hostile answer
-costs microseconds and earns 0.
+A seed generates an endless stream of problems. A hash of its question decides whether a problem
+belongs to training or is held out, so that no seed ever trains on a held-out problem.
 """
 
 import random
@@ -29,10 +24,7 @@ HELD_OUT = 10  # one question in this many, by its hash
 
 
 class Problem(NamedTuple):
-    """One problem.
-
-    question: what is asked; thought: it worked out in steps; answer: a right answer
-    """
+    """A question, its solution in steps, and a right answer."""
 
     question: str
     thought: str
@@ -40,15 +32,16 @@ class Problem(NamedTuple):
 
 
 def plain_text(question: str, thought: str | None, answer: str) -> str:
-    """A worked example as a document, or one with its answer only."""
+    """Return a worked example as a document, or without the thought if that is None."""
     return f"{question}: {thought} = {answer}" if thought is not None else f"{question} = {answer}"
 
 
 class Task:
-    """Problems of one kind. A kind has a name, `draw`, and `right` where answers are not unique.
+    """Problems of one kind; a subclass defines `draw`, and `right` if answers are not unique.
 
-    level: how hard; what it counts says the kind
-    worked: share of the examples that a base model reads that are worked out in steps
+    kind: its name in a task's specification, such as the "calculator" of "calculator:6"
+    level: how hard its problems are, out of `levels`; each kind says what it counts
+    worked: share of a base model's examples that are worked out in steps
     """
 
     kind, levels, level, worked = "", range(1), 0, 0.4
@@ -62,17 +55,18 @@ class Task:
 
     @property
     def name(self) -> str:
-        """What `open_task` makes the same task from."""
+        """The specification that `open_task` turns into the same task."""
         return f"{self.kind}:{self.level}"
 
     def draw(self, rng: random.Random) -> Problem:
-        """One problem, of either side of the split."""
+        """Return one problem, from either side of the split."""
         raise NotImplementedError
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
-        """Problems without end.
+        """Yield problems without end.
 
-        split: "train" or "held-out"; seed: decides which, and their order
+        split: "train" or "held-out"
+        seed: decides which problems come, and in what order
         """
         rng = random.Random(f"{self.name} {split} {seed}")
         while True:
@@ -81,26 +75,26 @@ class Task:
                 yield problem
 
     def some(self, count: int, split: str, seed: int) -> list[Problem]:
-        """The first `count` of `problems`."""
+        """Return the first `count` of `problems`."""
         return list(islice(self.problems(split, seed), count))
 
     def right(self, problem: Problem, answer: str) -> bool:
-        """Whether this answer is right."""
+        """Return whether an answer is right."""
         return answer.strip() == problem.answer
 
 
 class Calculator(Task):
-    """A pocket calculator without precedence: from left to right, and every result modulo 10.
+    """A pocket calculator without precedence: from left to right, every result modulo 10.
 
-    A product is by neither 0 nor 5, so that the last operations alone do not tell the result: the
-    best guess from the last two is right in one case of six. level: operations
+    No factor is 0 or 5, so that the last operations alone do not reveal the result: the best guess
+    from the last two is right in one case out of six. level: operations
     """
 
     kind, levels, level = "calculator", range(1, 33), 6
     DIGITS = {"+": "0123456789", "-": "0123456789", "*": "12346789"}
 
     def draw(self, rng: random.Random) -> Problem:
-        """The thought restates each operation with its result: 3*7=1+5=6."""
+        """Return a problem whose thought states the result of each operation: 3*7=1+5=6."""
         value = rng.randrange(10)
         question = thought = str(value)
         for _ in range(self.level):
@@ -113,9 +107,9 @@ class Calculator(Task):
 
 
 class Countdown(Task):
-    """Reach a target with each of some numbers once, by +, - and *: 4,7,2>30 is (4*7)+2.
+    """Reach a target with +, - and *, using each number once: 4,7,2>30 has the answer (4*7)+2.
 
-    The thought tries chains, a result after each operation, until one reaches the target:
+    The thought tries chains of operations until one reaches the target:
     7-2=5*4=20;4*7=28+2=30. level: numbers
     """
 
@@ -123,7 +117,7 @@ class Countdown(Task):
     TRIES, LARGEST = 4, 99
 
     def draw(self, rng: random.Random) -> Problem:
-        """A right chain at a random place among wrong ones."""
+        """Return a problem whose thought tries up to three wrong chains before the right one."""
         numbers = [rng.randrange(1, 10) for _ in range(self.level)]
         chains = [self.chain(numbers, rng) for _ in range(rng.randrange(1, self.TRIES + 1))]
         steps, target = chains.pop()
@@ -133,8 +127,10 @@ class Countdown(Task):
         return Problem(question, ";".join(map(running, [*wrong, steps])), bracketed(steps))
 
     def chain(self, numbers: list[int], rng: random.Random) -> tuple[list, int]:
-        """The numbers in some order with operations between: [(sign, number, result), ..]; every
-        result is from 0 to LARGEST. The second thing is the last result."""
+        """Return a random chain, [(sign, number, result), ..], and its last result.
+
+        Every result is between 0 and LARGEST.
+        """
         while True:
             first, *rest = rng.sample(numbers, len(numbers))
             value, steps = first, [("", first, first)]
@@ -146,7 +142,7 @@ class Countdown(Task):
                 return steps, value
 
     def right(self, problem: Problem, answer: str) -> bool:
-        """Any expression counts that has the target's value and each number once."""
+        """Accept any expression that equals the target and uses each number once."""
         numbers, _, target = problem.question.partition(">")
         found = parse_expression(answer)
         return (found is not None and found[0] == int(target)
@@ -154,10 +150,11 @@ class Countdown(Task):
 
 
 class Questions(Task):
-    """Questions in words with a number, or a word, for an answer.
+    """Questions in words whose answer is a number or a word.
 
-    rows: (question, answer) of each side of the split; an answer may end in "#### 42", after the
-    way to it, as GSM8K's do
+    train, test: (question, solution) of each side of the split; as in GSM8K, a solution may be
+        worked out and end in "#### 42"
+    Raises `ValueError` for a side without questions.
     """
 
     kind = "questions"
@@ -171,11 +168,11 @@ class Questions(Task):
 
     @property
     def name(self) -> str:
-        """As it was asked for."""
+        """The specification that it was opened with."""
         return self._name
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
-        """All questions of a side in a random order, then again in another."""
+        """Yield all questions of a side in a random order, then again in another."""
         rng = random.Random(f"{self.name} {split} {seed}")
         while True:
             rows = self.sides[split]
@@ -184,7 +181,7 @@ class Questions(Task):
                 yield Problem(question, thought.strip(), answer.strip())
 
     def right(self, problem: Problem, answer: str) -> bool:
-        """The last number of the answer, boxed or not, is the right one; or the words are."""
+        """Compare the last number of the answer, boxed or not; or its words if there is none."""
         expected = last_number(problem.answer)
         if expected is None:
             return answer.strip().casefold() == problem.answer.casefold()
@@ -192,7 +189,7 @@ class Questions(Task):
 
 
 def open_task(spec: str) -> Task:
-    """The task that `spec` names, see above; `ValueError` naming what is valid."""
+    """Return the task that `spec` names (see above); raises `ValueError` for any other."""
     kind, _, rest = spec.partition(":")
     for known in (Calculator, Countdown):
         if kind == known.kind and (not rest or rest.isdecimal()):
@@ -207,8 +204,8 @@ def open_task(spec: str) -> Task:
 
 
 def open_gsm8k() -> Questions:
-    """GSM8K (Cobbe et al., arXiv 2110.14168) from the hub, split as published."""
-    from datasets import load_dataset  # on first use: whoever calculates does without
+    """Return GSM8K (Cobbe et al., arXiv 2110.14168) from the hub, split as published."""
+    from datasets import load_dataset  # only GSM8K needs it
     sides = load_dataset("openai/gsm8k", "main")
     train, test = ([(row["question"], row["answer"]) for row in sides[side]]
                    for side in ("train", "test"))
@@ -216,17 +213,20 @@ def open_gsm8k() -> Questions:
 
 
 def open_questions(spec: str, path: Path) -> Questions:
-    """Lines {"question": .., "answer": ..}, split by hash; `ValueError` naming a wrong line."""
+    """Return a file's lines {"question": .., "answer": ..} as a task, split by hash.
+
+    Raises `ValueError` naming the first line that is not valid.
+    """
     sides: tuple[list, list] = [], []
     if not path.is_file():
-        raise ValueError(f"task = {spec!r} is not valid: {path} is no file")
+        raise ValueError(f"task = {spec!r} is not valid: there is no file {path}")
     try:
         for number, row in read_jsonl(path):
             match row:
                 case {"question": str(question), "answer": str(answer)}:
                     sides[held_out(question.encode(), HELD_OUT)].append((question, answer))
                 case _:
-                    raise ValueError(f"{path} line {number} is no object with the texts "
+                    raise ValueError(f"{path} line {number} must be an object with the strings "
                                      '"question" and "answer"')
     except ValueError as error:
         raise ValueError(f"task = {spec!r} is not valid: {error}") from None
@@ -234,18 +234,18 @@ def open_questions(spec: str, path: Path) -> Questions:
 
 
 def apply(sign: str, a: int, b: int) -> int:
-    """a + b, a - b or a * b"""
+    """Return a + b, a - b or a * b."""
     return a + b if sign == "+" else a - b if sign == "-" else a * b
 
 
 def running(steps: list) -> str:
-    """A chain as a pocket calculator's tape: 4*7=28+2=30"""
+    """Return a chain as a pocket calculator's tape: 4*7=28+2=30"""
     first, *rest = steps
     return f"{first[1]}" + "".join(f"{sign}{number}={result}" for sign, number, result in rest)
 
 
 def bracketed(steps: list) -> str:
-    """A chain as an expression: (4*7)+2"""
+    """Return a chain as an expression: (4*7)+2"""
     text = str(steps[0][1])
     for i, (sign, number, _) in enumerate(steps[1:]):
         text = f"{text if i == 0 else f'({text})'}{sign}{number}"

@@ -317,7 +317,7 @@ def test_a_wrong_mode_is_one_line(mode, told):
 
 @pytest.mark.parametrize("messages, told", [
     ([], "messages: there are none"),
-    ([said("system", "s")], "messages: there is a system's only"),
+    ([said("system", "s")], "messages: there is only a system message"),
     ([said("tool", "x")], "messages: role 'tool' is not valid at turn 1: it must be 'user'"),
     ([dict(content="x")], "messages: role None is not valid at turn 1: it must be 'user'"),
     ([user(), user()], "messages: role 'user' is not valid at turn 2: it must be 'assistant'"),
@@ -326,12 +326,12 @@ def test_a_wrong_mode_is_one_line(mode, told):
     ([user(), said("system", "s")], "messages: role 'system' is not valid at turn 2: "),
     ([said("system", "s"), said("system", "s"), user()], "messages: role 'system' is not valid"),
     ([said("user\n", "x")], "messages: role 'user\\n' is not valid at turn 1: "),
-    ([user(7)], "messages: content = 7 is not valid: it must be a text"),
+    ([user(7)], "messages: content = 7 is not valid: it must be a string"),
     ([user(["a\nb"])], "messages: content = ['a\\nb'] is not valid: "),
     ([dict(role="user")], "messages: content = None is not valid: "),
     ([said("system", None), user()], "messages: content = None is not valid: "),
     ([user(b"x")], "messages: content = b'x' is not valid: "),
-    ([user(), assistant(thought=7)], "messages: thought = 7 is not valid: it must be a text")],
+    ([user(), assistant(thought=7)], "messages: thought = 7 is not valid: it must be a string")],
     ids=str)
 def test_wrong_messages_are_one_line(messages, told):
     for ask in (Chat(BYTES).prompt, Chat(BYTES).sample):
@@ -340,8 +340,9 @@ def test_wrong_messages_are_one_line(messages, told):
 
 def test_who_speaks_last_decides_what_it_is_good_for():
     chat, asked, answered = Chat(BYTES), [user()], [user(), assistant()]
-    assert complaint(chat.prompt, answered).startswith("messages: the last one must be a user's")
-    assert complaint(chat.sample, asked).startswith("messages: the last one must be an assistant's")
+    told = "messages: the last one must be the"
+    assert complaint(chat.prompt, answered).startswith(f"{told} user's")
+    assert complaint(chat.sample, asked).startswith(f"{told} assistant's")
     assert chat.prompt(asked) and chat.sample(answered)
 
 

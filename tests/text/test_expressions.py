@@ -55,21 +55,21 @@ def samples(count: int) -> list[tuple]:
     return found
 
 
-class FromTheRight(expressions.Reader):
+class FromTheRight(expressions.Parser):
     """Wrong: 5-3-1 as 5-(3-1)."""
 
     def sum(self, depth: int) -> Fraction:
         value = self.product(depth)
-        sign = self.next_is("+", "-")
+        sign = self.accept("+", "-")
         return SIGNS[sign](value, self.sum(depth)) if sign else value
 
 
-class Flat(expressions.Reader):
+class Flat(expressions.Parser):
     """Wrong: 1+2*3 as (1+2)*3."""
 
     def sum(self, depth: int) -> Fraction:
         value = self.term(depth)
-        while sign := self.next_is(*"+-*/"):
+        while sign := self.accept(*"+-*/"):
             term = self.term(depth)
             value = value / term if sign == "/" else SIGNS[sign](value, term)
         return value
@@ -82,7 +82,7 @@ def test_expressions_are_read_as_they_were_built(monkeypatch):
     for text, expected in cases:
         assert parse_expression(text) == expected, text
     for wrong in (FromTheRight, Flat):
-        monkeypatch.setattr(expressions, "Reader", wrong)
+        monkeypatch.setattr(expressions, "Parser", wrong)
         assert any(parse_expression(text) != expected for text, expected in cases), wrong
 
 

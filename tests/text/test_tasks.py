@@ -393,8 +393,8 @@ def test_a_wrong_name_is_one_line(spec, said):
 
 
 def test_a_missing_file_is_one_line(tmp_path):
-    assert complaint(f"jsonl:{tmp_path}/none") == f"{tmp_path}/none is no file"
-    assert complaint(f"jsonl:{tmp_path}") == f"{tmp_path} is no file"
+    assert complaint(f"jsonl:{tmp_path}/none") == f"there is no file {tmp_path}/none"
+    assert complaint(f"jsonl:{tmp_path}") == f"there is no file {tmp_path}"
 
 
 @pytest.mark.parametrize("line", [
@@ -403,7 +403,7 @@ def test_a_missing_file_is_one_line(tmp_path):
 def test_a_wrong_line_is_told_by_its_number(line, tmp_path):
     path = tmp_path / "own.jsonl"
     assert complaint(write(path, *rows_of(False), line, *rows_of(True))) == (
-        f'{path} line 6 is no object with the texts "question" and "answer"')
+        f'{path} line 6 must be an object with the strings "question" and "answer"')
     write(path, *rows_of(False), "{", *rows_of(True))
     assert complaint(f"jsonl:{path}").startswith(f"{path} line 6 is not JSON: ")
 
