@@ -11,6 +11,8 @@ import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from kill_and_resume import differences
 from minids import grpo as grpo_module
 from minids.base.command_line import run_program
 from minids.grpo import GrpoArgs, Reinforcer
+from minids.rl.examination import Asking, Marks
 from minids.rl.objectives import OBJECTIVES
 from minids.runs.checkpoints import load_weights, newest_checkpoint, resolve
 from minids.runs.open import open_source
@@ -79,18 +82,103 @@ def test_kl_to_itself_is_exactly_zero(base, tmp_path):
 
 @pytest.mark.parametrize("normalise", ["sequence", "tokens", "constant"])
 def test_micro_batches_add_up(base, tmp_path, normalise):
-    found = [gradients(learner(base, tmp_path / str(size), micro_batch=size, normalise=normalise,
-                               reward="shuffled", format_weight=1.0, length_weight=1.0))
-             for size in (16, 3)]
+    found, told = [], []
+    for size in (16, 3):
+        made = learner(base, tmp_path / str(size), micro_batch=size, normalise=normalise,
+                       reward="shuffled", format_weight=1.0, length_weight=1.0, top_p=0.9)
+        made.batch = made.sample(0)
+        with torch.no_grad():
+            made.model.layers[0].attn.wo.weight.mul_(1.1)  # else KL and clipping are 0
+        told.append(made.learn(0))
+        found.append({n: p.grad for n, p in made.model.named_parameters() if p.grad is not None})
+    assert told[0]["kl"] > 0
     for name, grad in found[0].items():
         # FP32 sums in another order: some hundred terms
         torch.testing.assert_close(found[1][name], grad, rtol=1e-4, atol=1e-6)
+    for name, value in told[0].items():  # means over tokens, however they are split
+        assert told[1][name] == pytest.approx(value, rel=1e-4, abs=1e-6)
 
 
 def test_sampler_gap_of_a_fresh_rollout_is_rounding(base, tmp_path):
     made = learner(base, tmp_path / "run", top_p=0.9)
     made.batch = made.sample(0)
     assert made.learn(0)["sampler_gap_max"] < 1e-5
+
+
+def written(made: Reinforcer, number: int, texts: list[str | None]) -> list[list[int]]:
+    """Ids of replies that answer directly with each text, or, for None, without an end."""
+    t = made.tokenizer
+    answers = [p.answer for p, _ in made.asked(number)]
+    return [[t.end_think_id, *t.encode(answer if text == "right" else text or answer),
+             *([t.eos_id] if text is not None else [])]
+            for text, answer in zip(texts, answers, strict=True)]
+
+
+def test_rewards_are_the_weighted_sum_of_what_the_rules_say(base, tmp_path):
+    """Weights are powers of 2, so that each part shows in the sum, and its sign."""
+    made = learner(base, tmp_path / "run", accuracy_weight=1.0, format_weight=0.5,
+                   language_weight=0.25, length_weight=0.125, questions=2, group=4,
+                   max_new_tokens=8)
+    texts = ["right", "x", None, "right", "xyz", "x", "right", None]
+    replies = written(made, 0, texts)
+    batch = made.judge(0, SimpleNamespace(replies=lambda: replies))
+    right, formed = ([float(text in good) for text in texts]
+                     for good in (("right",), ("right", "x", "xyz")))
+    sizes = [len(ids) / 8 for ids in replies]
+    assert batch.parts["accuracy"].tolist() == right and batch.parts["format"].tolist() == formed
+    assert batch.parts["length"].tolist() == sizes and batch.parts["language"].tolist() == [1] * 8
+    expected = [r + 0.5 * f + 0.25 - 0.125 * size
+                for r, f, size in zip(right, formed, sizes, strict=True)]
+    assert batch.rewards.tolist() == [expected[:4], expected[4:]]
+    told = batch.metrics()
+    assert told["reward"] == pytest.approx(fmean(expected)) and told["thinking"] == 0
+    assert told["reward_accuracy"] == 3 / 8 and told["groups_without_signal"] == 0
+    assert told["length"] == fmean(map(len, replies))
+    alike = written(made, 0, ["x"] * 4 + texts[4:])
+    assert made.judge(0, SimpleNamespace(replies=lambda: alike)).metrics()[
+        "groups_without_signal"] == 0.5
+
+
+def test_language_rewards_the_thought(base, tmp_path):
+    made = learner(base, tmp_path / "run", questions=1, group=2, language_weight=1.0)
+    t = made.tokenizer
+    replies = [[t.think_id, *t.encode(thought), t.end_think_id, *t.encode("1"), t.eos_id]
+               for thought in ("one two", "one \u4e8c")]
+    batch = made.judge(0, SimpleNamespace(replies=lambda: replies))
+    assert batch.parts["language"].tolist() == [1.0, 0.5] and batch.metrics()["thinking"] == 1
+
+
+def test_each_rollout_asks_other_questions_each_for_a_whole_group(base, tmp_path):
+    made = learner(base, tmp_path / "run", mode="both")
+    asked = [made.asked(number) for number in (0, 1)]
+    for rollout in asked:
+        groups = [rollout[i:i + 4] for i in range(0, 16, 4)]
+        assert all(len(set(group)) == 1 for group in groups)  # one question, one mode
+        assert [group[0][1] for group in groups] == ["think", "direct"] * 2
+        assert len({problem for problem, _ in rollout}) == 4
+    assert not {p for p, _ in asked[0]} & {p for p, _ in asked[1]}
+    assert made.asked(0) == asked[0]
+
+
+def test_marks_are_taken_now_and_then_and_the_best_has_the_least_error(base, tmp_path,
+                                                                       monkeypatch):
+    right, asked = {"think": 0.75, "direct": 0.25, "free": 0.5}, []
+    monkeypatch.setattr(grpo_module, "examine", lambda model, tokenizer, task, count, how: (
+        asked.append((count, how)), Marks(right[how.mode], 1.0, 0.5, 9.0))[1])
+    made = learner(base, tmp_path / "run", eval_every=2)
+    found = []
+    for made.step in range(1, 5):
+        found.append(made.measure({}, last=False))
+    assert found == [None, 0.5, None, 0.5]
+    assert asked == [(8, Asking("free", "chat", 12))] * 2  # in the mode of training
+    made.step, record = 5, {}
+    assert made.measure(record, last=True) == 0.25  # at the end in all modes
+    assert {mode: record[mode]["accuracy"] for mode in record} == right
+    both = learner(base, tmp_path / "both", eval_every=0, mode="both")
+    both.step, record = 4, {}
+    assert both.measure(record, last=False) is None and record == {}
+    both.args = replace(both.args, eval_every=4)
+    assert both.measure(record, last=False) == 0.25 and list(record) == ["think", "direct"]
 
 
 def test_one_part_of_a_rollout_a_step(base, tmp_path):
@@ -173,7 +261,14 @@ def test_every_objective_runs_and_logs_what_people_ask_for(base, tmp_path, objec
               "groups_without_signal", "sampler_gap", "sampler_gap_max", "grad_norm", "lr"}
     assert len(lines) == 2 and all(wanted <= line.keys() for line in lines)
     assert {"accuracy", "form", "thinking", "tokens"} <= lines[-1]["free"].keys()
-    assert (lines[0]["kl"] == 0) and "free" in lines[1]
+    assert (lines[0]["kl"] == 0) and "free" in lines[1] and "free" not in lines[0]
+    weights = json.loads((tmp_path / "run/config.json").read_text())["grpo"]
+    for line in lines:
+        total = sum(weights[f"{name}_weight"] * line[f"reward_{name}"]
+                    for name in ("accuracy", "format", "language"))
+        assert line["reward"] == pytest.approx(
+            total - weights["length_weight"] * line["reward_length"], abs=1e-6)
+        assert 0 < line["reward_length"] <= 1 and line["entropy"] > 0
 
 
 @pytest.mark.parametrize("step", [2, 3])  # between two rollouts, and in the middle of one

@@ -17,9 +17,11 @@ from minids.base.command_line import run_program
 from minids.hf import save_hf
 from minids.model.objective import Packed
 from minids.model.transformer import positions_in, same_sample
+from minids.rl.examination import Asking, Marks
 from minids.runs.checkpoints import load_weights, resolve
+from minids.runs.open import open_model, open_source
 from minids.runs.settings import TrainArgs
-from minids.sft import PRESETS, Rows, SftArgs, conversation
+from minids.sft import PRESETS, FineTuner, Rows, SftArgs, conversation, open_conversations
 from minids.text.chat import Chat
 from minids.text.tasks import open_task
 from minids.tokenizer import Tokenizer
@@ -133,6 +135,73 @@ def as_flags(options: dict) -> list[str]:
             for word in ("--" + name.replace("_", "-"), str(value))]
 
 
+def tuner(base: Path, out: Path, **changed) -> FineTuner:
+    args = SftArgs.for_preset(**SMALL | dict(from_run=str(base), out=str(out)) | changed)
+    source = open_source(base)
+    made = FineTuner(args, source.args, out, source.tokenizer)
+    made.begin_from(source)
+    return made
+
+
+def test_a_step_learns_each_token_of_the_reply_from_those_before_it(base, tmp_path):
+    """The loss, from the logits of one conversation alone."""
+    [messages] = some(1)
+    (tmp_path / "one.jsonl").write_text(json.dumps(dict(messages=messages)))
+    made = tuner(base, tmp_path / "run", data=f"jsonl:{tmp_path}/one.jsonl", batch_size=1)
+    made.step = 1
+    metrics, _ = made.accumulate()
+    ids, learnt = Chat(made.tokenizer).sample(messages)
+    row, learnt = torch.tensor(ids), torch.tensor(learnt)
+
+    def nats(seen: torch.Tensor, wanted: torch.Tensor, counted: torch.Tensor) -> float:
+        logits = made.model(seen[None])[0].float()
+        return torch.nn.functional.cross_entropy(logits[counted], wanted[counted]).item()
+
+    expected = nats(row[:-1], row[1:], learnt[1:])
+    assert metrics["main"] == pytest.approx(expected, abs=1e-5)  # FP32
+    assert metrics["learnt"] == sum(learnt) and metrics["loss"] > metrics["main"]
+    # Wrong variants: the token before is learnt; the whole conversation is.
+    assert abs(nats(row[1:], row[:-1], learnt[1:]) - expected) > 1e-3
+    assert abs(nats(row[:-1], row[1:], torch.ones(len(ids) - 1).bool()) - expected) > 1e-3
+    assert any(p.grad is not None and p.grad.any() for p in made.model.parameters())
+
+
+@pytest.mark.parametrize("think", [0.0, 0.4, 1.0])
+def test_a_share_of_the_answers_has_a_thought(think):
+    found = open_conversations(SftArgs(examples=1000, think=think))
+    share = sum("thought" in messages[-1] for messages in found) / len(found)
+    assert abs(share - think) < 0.05  # three standard deviations
+    assert share in (0, 1) or 0 < think < 1
+    other = open_conversations(SftArgs(examples=1000, think=think, seed=1))
+    assert [m[0] for m in other] != [m[0] for m in found]
+
+
+def test_marks_are_taken_now_and_then_and_the_best_has_the_least_error(base, tmp_path,
+                                                                       monkeypatch):
+    right, asked = {"think": 0.75, "direct": 0.25, "free": 1.0}, []
+    monkeypatch.setattr(sft_module, "examine", lambda model, tokenizer, task, count, how: (
+        asked.append((count, how)), Marks(right[how.mode], 1.0, 0.5, 9.0))[1])
+    made = tuner(base, tmp_path / "run", eval_every=3)
+    found = []
+    for made.step in range(1, 7):
+        found.append(made.measure({}, last=False))
+    assert found == [None, None, 0.5, None, None, 0.5]
+    assert asked[:3] == [(4, Asking(mode, max_new_tokens=8)) for mode in right]
+    made.step, record = 7, {}
+    assert made.measure(record, last=True) == 0.5 and record["free"]["accuracy"] == 1.0
+    rarely = tuner(base, tmp_path / "rarely", eval_every=0)
+    rarely.step = 6
+    assert rarely.measure({}, last=False) is None and rarely.measure({}, last=True) == 0.5
+    untold = tuner(base, tmp_path / "untold", data=conversations_file(tmp_path))
+    assert untold.measure({}, last=True) is None  # no task to measure
+
+
+def conversations_file(folder: Path) -> str:
+    path = folder / "talk.jsonl"
+    path.write_text("".join(json.dumps(dict(messages=m)) + "\n" for m in some()))
+    return f"jsonl:{path}"
+
+
 def test_a_resumed_run_ends_with_the_same_bytes(base, tmp_path):
     run, again = tmp_path / "run", tmp_path / "again"
     status, out, err = run_sft("--from", str(base), "--out", str(run), *as_flags(SMALL))
@@ -171,7 +240,6 @@ def test_conversations_from_a_file(base, tmp_path):
 
 
 def test_from_a_hugging_face_folder(base, tmp_path):
-    from minids.runs.open import open_model
     run = open_model(base)
     save_hf(run.model, tmp_path / "hf")
     run.tokenizer.save_hf(tmp_path / "hf")

@@ -1,0 +1,44 @@
+"""`minids.solve`: the table of a model that comes with minids, and mistakes in one line."""
+
+import contextlib
+import io
+import sys
+from pathlib import Path
+
+import pytest
+
+from minids import solve as solve_module
+from minids.base.command_line import run_program
+from minids.rl.examination import Asking, examine
+from minids.runs.open import open_model
+from minids.solve import SolveArgs, report
+from minids.text.tasks import open_task
+
+TRAINED = Path(__file__).parent.parent / "data/r1/rl"
+
+
+def test_the_table_has_the_marks_of_each_mode(capsys):
+    args = SolveArgs(run=str(TRAINED), problems=6, samples=2, temperature=1.0, max_new_tokens=40,
+                     show=1, threads=1)
+    rows = [line.split() for line in report(args).splitlines()]
+    run = open_model(TRAINED)
+    for mode, *told in rows[1:]:
+        marks = examine(run.model, run.tokenizer, open_task("calculator"), 6,
+                        Asking(mode, max_new_tokens=40, temperature=1.0))
+        assert told == [*(f"{share:.3f}" for share in marks[:3]), f"{marks.tokens:.1f}"]
+    assert [row[0] for row in rows] == ["mode", "think", "direct", "free"]
+    printed = capsys.readouterr().out
+    assert printed.count("right is") == 3 and "think: pass@1 " in printed and "pass@2" in printed
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--samples", "2"], "samples = 2 is not valid: it must be 1 at temperature 0"),
+    (["--problems", "0"], "problems = 0 is not valid"),
+    (["--mode", "thinking"], "mode"), (["--task", "sudoku"], "task = 'sudoku' is not valid"),
+    (["--run", "nowhere"], "nowhere")])
+def test_mistakes_are_one_line(flags, named, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["minids.solve", "--run", str(TRAINED), *flags])
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        run_program("minids.solve", solve_module.main)
+    assert end.value.code == 2 and named in err.getvalue() and err.getvalue().count("\n") == 1
