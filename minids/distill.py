@@ -17,7 +17,7 @@ it with the counts. With --from it also fine-tunes a student on it, with the fla
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class CorpusArgs(Settings):
     longest: int = option(48, "maximum length of a reply, tokens; longer ones are rejected", low=1)
     direct: float = option(0.25, "share of the corpus that answers without a thought; below 1",
                            low=0)
-    draws: int = option(0, "seed of problems and replies", low=0)
+    draws: int = option(0, "seed of problems and replies", low=0, high=2 ** 32 - 1)
     on: str = option("auto", "the teacher's device: auto, cpu or cuda")
 
     def __post_init__(self):
@@ -90,42 +90,27 @@ def sift(args: CorpusArgs) -> tuple[list[list[dict]], Verdict]:
     Their thoughts and answers are the teacher's; those without a thought have the task's answer.
     """
     task, run = open_task(args.about), open_model(args.teacher, pick_device(args.on))
-    kept, counts = [], dict.fromkeys(Verdict._fields, 0)
+    kept, counts = [], Counter()
     problems = task.some(args.problems, "train", args.draws)
     with tqdm(total=len(problems), unit="problem", desc="answers", disable=None) as bar:
         for number, part in enumerate(parts(problems, BATCH)):
-            for problem, reply in good_replies(args, run, task, part, number, counts):
-                kept.append([dict(role="user", content=problem.question),
-                             dict(role="assistant", thought=reply.thought, content=reply.answer)])
+            left = part
+            for attempt in range(args.tries):
+                how = Asking("think", args.template, args.longest, args.temperature, args.top_p,
+                             args.draws * 1_000_003 + number * args.tries + attempt)
+                replies = ask(run.model, run.tokenizer, [p.question for p in left], how)
+                found = [(p, r, verdict(task, p, r)) for p, r in zip(left, replies, strict=True)]
+                counts.update(name for _, _, name in found)
+                kept += [[dict(role="user", content=p.question),
+                          dict(role="assistant", thought=r.thought, content=r.answer)]
+                         for p, r, name in found if name == "kept"]
+                left = [p for p, _, name in found if name != "kept"]
             bar.update(len(part))
     without = round(len(kept) * args.direct / (1 - args.direct))
     kept += [conversation(problem, think=False)
              for problem in task.some(without, "train", args.draws + 1)]
     random.Random(args.draws).shuffle(kept)
-    return kept, Verdict(**counts)
-
-
-def good_replies(args: CorpusArgs, run, task: Task, problems: list[Problem], number: int,
-                 counts: dict[str, int]) -> Iterator[tuple[Problem, Reply]]:
-    """Yield problems with their first good reply, and count every reply.
-
-    number: of this part of the problems, for the seed
-    """
-    left = list(problems)
-    for attempt in range(args.tries):
-        how = Asking("think", args.template, args.longest, args.temperature, args.top_p,
-                     args.draws * 1_000_003 + number * args.tries + attempt)
-        replies = ask(run.model, run.tokenizer, [p.question for p in left], how)
-        again = []
-        for problem, reply in zip(left, replies, strict=True):
-            found = verdict(task, problem, reply)
-            counts[found] += 1
-            if found == "kept":
-                yield problem, reply
-            else:
-                again.append(problem)
-        if not (left := again):
-            return
+    return kept, Verdict(*(counts[name] for name in Verdict._fields))
 
 
 def write_corpus(args: CorpusArgs) -> Verdict:

@@ -89,10 +89,11 @@ class R1Args(Settings):
     out: str = option("runs/r1", "run folder; a run that is there continues")
     controls: bool = option(False, "run the controls too")
     problems: int = option(400, "held-out problems that the table is measured on", low=1)
-    seed: int = option(0, "decides weights, data and samples", low=0)
+    seed: int = option(0, "decides weights, data and samples", low=0,
+                      high=2 ** 32 - 1)
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(1, "CPU threads; with two, a busy neighbour slows everything down",
-                          low=0)
+                          low=0, high=1024)
 
 
 class Pipeline:

@@ -39,9 +39,9 @@ class SolveArgs(Settings):
                           above=0, high=1)
     samples: int = option(1, "replies to each problem; more than one also give pass@k", low=1)
     show: int = option(0, "number of replies to print", low=0)
-    seed: int = option(0, "decides the samples", low=0)
+    seed: int = option(0, "decides the samples", low=0, high=2 ** 32 - 1)
     device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0)
+    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
 
     def __post_init__(self):
         super().__post_init__()

@@ -1,1 +1,1 @@
-"""Reinforcement learning: rollouts."""
+"""Reinforcement learning: rollouts, objectives, rewards, examination."""

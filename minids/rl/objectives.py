@@ -8,19 +8,7 @@ loss of token t of reply i is
 
 where pi_old is the distribution that the sampler drew from, KL compares pi with a reference model
 by the estimator k3 = pi_ref/pi - log(pi_ref/pi) - 1 (DeepSeekMath, arXiv 2402.03300, section 4.1),
-and M is 1. The variants in OBJECTIVES change some of it:
-
-    r1           R1 and V3: A over the group's standard deviation; clip at 10; the reference is
-                 replaced every 400 steps (Nature 645:633, Methods)
-    v3.2         A without it; KL times r, which makes its gradient unbiased; M is 0 for a bad reply
-                 that the policy has moved away from; routing and sampling mask as in sampling; a
-                 length penalty (arXiv 2512.02556, section 3.1)
-    speciale     v3.2 with a weaker length penalty; the paper does not say how weak
-    deepseekmath clip at 0.2, beta 0.04 (arXiv 2402.03300)
-    dapo         a higher upper clip; every token of the batch has the same weight; no KL (arXiv
-                 2503.14476)
-    dr-grpo      no standard deviation; divides by a constant, not by a reply's length (arXiv
-                 2503.20783)
+and M is 1. OBJECTIVES has the variants of the papers.
 """
 
 import math
@@ -32,15 +20,22 @@ from torch import Tensor
 
 from minids.base.fields import Settings, option, require
 
-# Fields of ObjectiveArgs, and of GrpoArgs where the variant concerns the reward or the reference.
+# Fields of ObjectiveArgs, and of GrpoArgs where a variant concerns the reward or the reference.
 OBJECTIVES = {
+    # R1 and V3 (Nature 645:633, Methods)
     "r1": dict(clip_low=10.0, clip_high=10.0, reference_every=400),
+    # arXiv 2402.03300
     "deepseekmath": dict(clip_low=0.2, clip_high=0.2, kl_beta=0.04),
+    # A without the standard deviation; KL times r, which makes its gradient unbiased; M is 0 for a
+    # bad reply that the policy has moved away from; a length penalty (arXiv 2512.02556, 3.1)
     "v3.2": dict(advantage="mean", kl="unbiased", off_policy_delta=0.1, length_weight=0.1,
                  clip_low=0.2, clip_high=0.2),
+    # V3.2 with a weaker length penalty; the paper does not say how weak
     "speciale": dict(advantage="mean", kl="unbiased", off_policy_delta=0.1, length_weight=0.01,
                      clip_low=0.2, clip_high=0.2),
+    # a higher upper clip, the same weight for every token of the batch, no KL (arXiv 2503.14476)
     "dapo": dict(clip_low=0.2, clip_high=0.28, normalise="tokens", kl_beta=0.0),
+    # no standard deviation; a constant instead of the reply's length (arXiv 2503.20783)
     "dr-grpo": dict(advantage="mean", clip_low=0.2, clip_high=0.2, normalise="constant",
                     kl_beta=0.0),
 }

@@ -120,26 +120,28 @@ class Countdown(Task):
         """Return a problem whose thought tries up to three wrong chains before the right one."""
         numbers = [rng.randrange(1, 10) for _ in range(self.level)]
         chains = [self.chain(numbers, rng) for _ in range(rng.randrange(1, self.TRIES + 1))]
-        steps, target = chains.pop()
-        wrong = [work for work, end in chains if end != target]
+        tape, answer, target = chains.pop()
+        wrong = [work for work, _, end in chains if end != target]
         order = rng.sample(numbers, len(numbers))
         question = f"{','.join(map(str, order))}>{target}"
-        return Problem(question, ";".join(map(running, [*wrong, steps])), bracketed(steps))
+        return Problem(question, ";".join([*wrong, tape]), answer)
 
-    def chain(self, numbers: list[int], rng: random.Random) -> tuple[list, int]:
-        """Return a random chain, [(sign, number, result), ..], and its last result.
+    def chain(self, numbers: list[int], rng: random.Random) -> tuple[str, str, int]:
+        """Return a random chain: its tape 4*7=28+2=30, expression (4*7)+2, and result 30.
 
-        Every result is between 0 and LARGEST.
+        Every result on the way is between 0 and LARGEST.
         """
         while True:
             first, *rest = rng.sample(numbers, len(numbers))
-            value, steps = first, [("", first, first)]
+            tape, text, value, results = str(first), str(first), first, []
             for number in rest:
                 sign = rng.choice("+-*")
                 value = apply(sign, value, number)
-                steps.append((sign, number, value))
-            if all(0 <= result <= self.LARGEST for _, _, result in steps) and value > 0:
-                return steps, value
+                tape += f"{sign}{number}={value}"
+                text = f"{f'({text})' if results else text}{sign}{number}"
+                results.append(value)
+            if all(0 <= result <= self.LARGEST for result in results) and value > 0:
+                return tape, text, value
 
     def right(self, problem: Problem, answer: str) -> bool:
         """Accept any expression that equals the target and uses each number once."""
@@ -236,17 +238,3 @@ def open_questions(spec: str, path: Path) -> Questions:
 def apply(sign: str, a: int, b: int) -> int:
     """Return a + b, a - b or a * b."""
     return a + b if sign == "+" else a - b if sign == "-" else a * b
-
-
-def running(steps: list) -> str:
-    """Return a chain as a pocket calculator's tape: 4*7=28+2=30"""
-    first, *rest = steps
-    return f"{first[1]}" + "".join(f"{sign}{number}={result}" for sign, number, result in rest)
-
-
-def bracketed(steps: list) -> str:
-    """Return a chain as an expression: (4*7)+2"""
-    text = str(steps[0][1])
-    for i, (sign, number, _) in enumerate(steps[1:]):
-        text = f"{text if i == 0 else f'({text})'}{sign}{number}"
-    return text
