@@ -49,7 +49,7 @@ class CorpusArgs(Settings):
     tries: int = option(1, "replies to each problem; the first good one is accepted", low=1)
     template: str = option("chat", "form of the prompt", tuple(TEMPLATES))
     temperature: float = option(1.0, "divides the logits; R1 recommends 0.6 to its users", low=0)
-    top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability",
+    top_p: float = option(1.0, "draw from the likeliest tokens that add up to this probability",
                           above=0, high=1)
     longest: int = option(48, "maximum length of a reply, tokens; longer ones are rejected", low=1)
     direct: float = option(0.25, "share of the corpus that answers without a thought; below 1",

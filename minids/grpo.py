@@ -68,8 +68,8 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
                                      " jsonl:PATH")
     template: str = option("chat", "chat, or plain: text without tags, for a base model (R1-Zero)",
                            tuple(TEMPLATES))
-    mode: str = option("free", "who decides whether to think: the model (free), or the prompt:"
-                               " think, direct, or both in turn", (*MODES, "both"))
+    mode: str = option("free", "free: the model decides whether to think; think, direct, or both in"
+                               " turn: the prompt does", (*MODES, "both"))
     steps: int = option(40, "optimizer steps", low=1)
     questions: int = option(16, "questions in a rollout", low=1)
     group: int = option(16, "replies to each question, judged by comparison", low=2)
@@ -78,10 +78,9 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
     max_new_tokens: int = option(48, "maximum length of a reply, tokens", low=1)
     temperature: float = option(1.0, "divides the logits in sampling", above=0)
     top_k: int = option(0, "draw from this many likeliest tokens; 0: all", low=0)
-    top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability",
+    top_p: float = option(1.0, "draw from the likeliest tokens that add up to this probability",
                           above=0, high=1)
-    reference_every: int = option(0, "steps after which the reference becomes the current model;"
-                                     " 0: never", low=0)
+    reference_every: int = option(0, "steps between renewals of the reference; 0: none", low=0)
     keep_routing: bool = option(True, "train with the experts that sampling chose")
     keep_mask: bool = option(True, "train with the tokens that top-k and top-p left")
     accuracy_weight: float = option(1.0, "reward of a right answer", low=0)
@@ -136,9 +135,13 @@ class Reinforcer(Learner):
     program = "grpo"
 
     def __init__(self, args: GrpoArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
-        self.template = TEMPLATES[args.template](tokenizer)
-        self.task = open_task(args.task)
-        check_lengths(args, model_args, self.task, self.template)
+        self.template, self.task = TEMPLATES[args.template](tokenizer), open_task(args.task)
+        longest = max(len(self.template.prompt(p.question)) for p in self.task.some(64, "train", 0))
+        room = model_args.max_seq_len - longest
+        if args.max_new_tokens > room:
+            raise ValueError(f"max_new_tokens = {args.max_new_tokens} is not valid: it must be at "
+                             f"most {room}: max_seq_len is {model_args.max_seq_len}, and the "
+                             f"questions have up to {longest} tokens")
         super().__init__(args, model_args, run, tokenizer)
         self.reference = Transformer(model_args).to(self.device).requires_grad_(False)
         self.batch: Batch | None = None
@@ -172,15 +175,22 @@ class Reinforcer(Learner):
         return self.judge(number, rollout)
 
     def judge(self, number: int, rollout: Rollout) -> Batch:
-        """Return rollout `number` with its rewards."""
+        """Return rollout `number` with its rewards; raises `ValueError` if one is NaN or Inf."""
         args = self.args
         problems, modes = zip(*self.asked(number), strict=True)
         replies = [self.template.read(ids, mode)
                    for ids, mode in zip(rollout.replies(), modes, strict=True)]
+        weights = dict(accuracy=args.accuracy_weight, format=args.format_weight,
+                       language=args.language_weight, length=-args.length_weight)
         parts = {name: torch.tensor([self.reward(name, p, r) for p, r in
                                      zip(problems, replies, strict=True)], dtype=torch.float32)
-                 for name in ("accuracy", "format", "language", "length")}
-        rewards = self.total(parts)
+                 for name in weights}
+        rewards = sum(weights[name] * part for name, part in parts.items())  # (B,)
+        if not rewards.isfinite().all():
+            bad = int((~rewards.isfinite()).nonzero()[0])
+            raise ValueError(f"step {self.step}: the reward of reply {bad + 1} is "
+                             f"{rewards[bad].item()}; the rewards of task {args.task!r} must be "
+                             "finite numbers")
         if args.reward == "shuffled":
             order = random.Random(number).sample(range(len(rewards)), len(rewards))
             rewards = rewards[order]
@@ -195,19 +205,6 @@ class Reinforcer(Learner):
         if name == "language":
             return consistency(problem.question, reply.thought or "")
         return reply.tokens / self.args.max_new_tokens
-
-    def total(self, parts: dict[str, Tensor]) -> Tensor:
-        """Return the weighted sum of the parts, (B,); raises `ValueError` for NaN or Inf."""
-        args = self.args
-        rewards = (args.accuracy_weight * parts["accuracy"] + args.format_weight * parts["format"]
-                   + args.language_weight * parts["language"]
-                   - args.length_weight * parts["length"])
-        if not rewards.isfinite().all():
-            bad = int((~rewards.isfinite()).nonzero()[0])
-            raise ValueError(f"step {self.step}: the reward of reply {bad + 1} is "
-                             f"{rewards[bad].item()}; the rewards of task {args.task!r} must be "
-                             "finite numbers")
-        return rewards
 
     def learn(self, part: int) -> dict:
         """Compute the gradients of one part of the rollout, in micro-batches; returns metrics."""
@@ -246,7 +243,6 @@ class Reinforcer(Learner):
         return means | dict(sampler_gap_max=worst)
 
     def after_update(self, loads: None) -> None:
-        """Renew the reference every `reference_every` steps."""
         every = self.args.reference_every
         if every and self.step % every == 0:
             self.renew_reference()
@@ -256,18 +252,15 @@ class Reinforcer(Learner):
         self.reference.load_state_dict(self.model.state_dict())
 
     def begin_from(self, source: Source) -> None:
-        """Take over weights, for the model and for the reference."""
         super().begin_from(source)
         self.renew_reference()
 
     def more_state(self) -> dict:
-        """Return the reference's weights, and the rollout if it has more steps to serve."""
-        begun = self.batch is not None and self.step % self.args.updates
+        begun = self.batch is not None and self.step % self.args.updates  # has steps to serve
         return dict(reference={n: w.cpu() for n, w in self.reference.state_dict().items()},
                     rollout=self.batch.rollout._asdict() if begun else None)
 
     def restore_more(self, state: dict) -> None:
-        """Restore what `more_state` returned."""
         self.reference.load_state_dict(state["reference"])
         if state["rollout"] is not None:
             rollout = Rollout(**state["rollout"]).to(self.device)
@@ -289,26 +282,14 @@ class Reinforcer(Learner):
         return 1 - max(record[mode]["accuracy"] for mode in modes)
 
     def brief(self, record: dict) -> str:
-        """Return what the progress bar says beside the count."""
         return f"reward {record['reward']:.3f}, {record['length']:.0f} tokens"
 
     def line(self, record: dict) -> str:
-        """Return what a log file shows in place of a progress bar."""
         marks = ", ".join(f"{mode} {record[mode]['accuracy']:.3f}" for mode in MODES
                           if mode in record)
         return (f"step {record['step']}/{self.args.steps}: reward {record['reward']:.3f}, "
                 f"thinking {record['thinking']:.2f}, {record['length']:.1f} tokens, "
                 f"KL {record['kl']:.3f}, held out {marks}")
-
-
-def check_lengths(args: GrpoArgs, model_args: ModelArgs, task, template) -> None:
-    """Refuse replies longer than the context leaves room for."""
-    prompt = max(len(template.prompt(p.question, "think")) for p in task.some(64, "train", 0))
-    room = model_args.max_seq_len - prompt
-    if args.max_new_tokens > room:
-        raise ValueError(f"max_new_tokens = {args.max_new_tokens} is not valid: it must be at most "
-                         f"{room}: max_seq_len is {model_args.max_seq_len}, and the questions "
-                         f"have up to {prompt} tokens")
 
 
 def grpo(args: GrpoArgs) -> Path:

@@ -271,16 +271,14 @@ def r1(args: R1Args) -> dict[str, dict]:
 
 def check_same(run: Path, args: R1Args) -> None:
     """Raise `ValueError` if the run folder belongs to another preset or seed."""
-    given = dict(preset=args.preset, seed=args.seed)
-    path = run / "r1.json"
-    if not path.exists():
-        run.mkdir(parents=True, exist_ok=True)
-        write_json(path, given)
-    stored = read_json(path)
+    file, given = run / "r1.json", dict(preset=args.preset, seed=args.seed)
+    stored = read_json(file) if file.exists() else given
     for name, value in given.items():
         if stored.get(name) != value:
             raise ValueError(f"{name} = {value!r} is not valid: the run in {run} has "
                              f"{stored.get(name)!r}; name another folder with --out")
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(file, given)
 
 
 def main() -> None:

@@ -203,11 +203,9 @@ class FineTuner(Learner):
         return 1 - (record["think"]["accuracy"] + record["direct"]["accuracy"]) / 2
 
     def brief(self, record: dict) -> str:
-        """Return what the progress bar says beside the count."""
         return f"loss {record['loss']:.3f}"
 
     def line(self, record: dict) -> str:
-        """Return what a log file shows in place of a progress bar."""
         marks = "".join(f", {mode} {record[mode]['accuracy']:.3f}"
                         for mode in MODES if mode in record)
         return f"step {record['step']}/{self.args.steps}: loss {record['loss']:.3f}{marks}"

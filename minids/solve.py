@@ -35,7 +35,7 @@ class SolveArgs(Settings):
     problems: int = option(400, "held-out problems", low=1)
     max_new_tokens: int = option(64, "maximum length of a reply, tokens", low=1)
     temperature: float = option(0.0, "divides the logits; 0 takes the likeliest token", low=0)
-    top_p: float = option(1.0, "draw from the likeliest tokens that together have this probability",
+    top_p: float = option(1.0, "draw from the likeliest tokens that add up to this probability",
                           above=0, high=1)
     samples: int = option(1, "replies to each problem; more than one also give pass@k", low=1)
     show: int = option(0, "number of replies to print", low=0)

@@ -35,7 +35,7 @@ SMALL = dict(questions=4, group=4, max_new_tokens=12, eval_problems=8, eval_ever
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    """A model that has learnt the form of a reply, and not how to calculate."""
+    """A model that has learnt the form of a reply but not how to calculate."""
     home = tmp_path_factory.mktemp("grpo")
     with contextlib.redirect_stdout(io.StringIO()):
         train(TrainArgs.for_preset("micro", out=str(home / "base"), steps=10, eval_every=0,
@@ -106,7 +106,7 @@ def test_sampler_gap_of_a_fresh_rollout_is_rounding(base, tmp_path):
 
 
 def written(made: Reinforcer, number: int, texts: list[str | None]) -> list[list[int]]:
-    """Ids of replies that answer directly with each text, or, for None, without an end."""
+    """Return ids of replies that answer directly with each text; None leaves out EOS."""
     t = made.tokenizer
     answers = [p.answer for p, _ in made.asked(number)]
     return [[t.end_think_id, *t.encode(answer if text == "right" else text or answer),
@@ -182,7 +182,7 @@ def test_marks_are_taken_now_and_then_and_the_best_has_the_least_error(base, tmp
 
 
 def test_one_part_of_a_rollout_a_step(base, tmp_path):
-    """Each of `updates` steps learns from other questions; a wrong one would see all each time."""
+    """Each of the `updates` steps learns from its own questions; a wrong one would see all."""
     made = learner(base, tmp_path / "run", updates=4, clip_low=0.2, clip_high=0.2)
     made.batch = made.sample(0)
     seen = []
@@ -194,7 +194,7 @@ def test_one_part_of_a_rollout_a_step(base, tmp_path):
 
 
 class Recorder:
-    """A rollout that notes which replies it is asked for."""
+    """A rollout that records which replies it is asked for."""
 
     def __init__(self, rollout, part, seen: list):
         self.rollout, self._part, self.seen = rollout, part, seen
@@ -287,7 +287,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(base, tmp_path, step):
 
 
 def test_the_check_of_a_resumed_run_notices_a_new_rollout(base, tmp_path, monkeypatch):
-    """Wrong variant: in the middle of a rollout another one is drawn."""
+    """Wrong variant: a new rollout is drawn in the middle of one."""
     def restore_more(self, state: dict) -> None:
         self.model.load_state_dict(load_weights(resolve(self.run)))
         self.reference.load_state_dict(state["reference"])

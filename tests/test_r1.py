@@ -38,7 +38,7 @@ BRIEF = dict(
 
 
 def shorten(patch: pytest.MonkeyPatch) -> None:
-    """Make the pipeline a few steps long, with teachers that are right by decree."""
+    """Make the pipeline a few steps long, with teachers that are always right."""
     patch.setitem(PRESETS, "tiny", BRIEF)
     patch.setattr(distill_module, "verdict", lambda *_: "kept")
     patch.setattr(distill_module, "ask", lambda model, tokenizer, questions, *_, **__: [

@@ -1,4 +1,4 @@
-"""Fine-tuning: what is learnt, who sees whom, and runs that end with equal bytes."""
+"""Fine-tuning: the loss mask, packed samples, and runs that end with equal bytes."""
 
 import contextlib
 import io
@@ -73,7 +73,7 @@ def test_packed_samples_are_as_if_alone():
 
 
 def test_the_loss_of_packed_samples_is_the_mean_of_those_alone():
-    """Main and MTP: over the targets that count, each sample with its own past only."""
+    """Main and MTP loss: over the loss mask, each sample with its own past only."""
     model, lengths = scrambled(LITTLE), [6, 9, 5]
     tokens, samples = pieces(lengths)
     targets = tokens.roll(-1, dims=1)

@@ -130,14 +130,14 @@ class Plain:
         t = self.tokenizer
         size, (ids, ended) = len(ids), ended_by(ids, t.eos_id)
         text = text_of(t, ids)
-        if text is None:
-            return Reply(None, None, ended, size)
-        text = self.forced[mode] + text
+        text = "" if text is None else self.forced[mode] + text
         if text.startswith(" ="):
             return Reply(None, text[2:].strip(), ended, size)
-        thought, equals, answer = text.removeprefix(":").rpartition(" = ")
-        if not text.startswith(":") or not equals:
-            return Reply(text[1:] if text.startswith(":") else None, None, ended, size)
+        if not text.startswith(":"):
+            return Reply(None, None, ended, size)
+        thought, equals, answer = text[1:].rpartition(" = ")
+        if not equals:
+            return Reply(text[1:], None, ended, size)
         return Reply(thought.strip(), answer.strip(), ended, size)
 
 
@@ -147,7 +147,7 @@ TEMPLATES = {"chat": Chat, "plain": Plain}
 def checked(messages: str | list[dict]) -> list[dict]:
     """Return the messages after checking roles, order and types; a string is one question."""
     if isinstance(messages, str):
-        return [dict(role="user", content=messages)]
+        messages = [dict(role="user", content=messages)]
     if not messages:
         raise ValueError("messages: there are none")
     body = messages[1:] if messages[0].get("role") == "system" else messages
@@ -157,9 +157,8 @@ def checked(messages: str | list[dict]) -> list[dict]:
             raise ValueError(f"messages: role {message.get('role')!r} is not valid at turn {i + 1}:"
                              f" it must be {wanted!r} (user and assistant in turn)")
     for message in messages:
-        for name in ("content", "thought"):
-            text = message.get(name, "" if name == "thought" else None)
-            if not isinstance(text, str | None) or (name == "content" and text is None):
+        for name, valid in (("content", str), ("thought", str | None)):
+            if not isinstance(text := message.get(name), valid):
                 raise ValueError(f"messages: {name} = {text!r} is not valid: it must be a string")
     if not body:
         raise ValueError("messages: there is only a system message")

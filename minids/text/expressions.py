@@ -1,8 +1,7 @@
 """Read arithmetic in answers safely: it is parsed and never executed.
 
 A model's answer is untrusted input. The parser knows four operations and parentheses, limits the
-number of characters, digits and levels, and refuses everything else, so that a hostile answer costs
-microseconds and earns no reward.
+number of characters, digits and levels, and refuses everything else within microseconds.
 """
 
 import re

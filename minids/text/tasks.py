@@ -41,6 +41,7 @@ class Task:
 
     kind: its name in a task's specification, such as the "calculator" of "calculator:6"
     level: how hard its problems are, out of `levels`; each kind says what it counts
+    name: the specification that `open_task` turns into the same task
     worked: share of a base model's examples that are worked out in steps
     """
 
@@ -49,14 +50,10 @@ class Task:
     def __init__(self, level: int | None = None):
         if level is not None:
             self.level = level
+        self.name = f"{self.kind}:{self.level}"
         if self.level not in self.levels:
-            raise ValueError(f"task = '{self.kind}:{self.level}' is not valid: the level must be "
-                             f"from {self.levels[0]} to {self.levels[-1]}")
-
-    @property
-    def name(self) -> str:
-        """The specification that `open_task` turns into the same task."""
-        return f"{self.kind}:{self.level}"
+            raise ValueError(f"task = {self.name!r} is not valid: the level must be from "
+                             f"{self.levels[0]} to {self.levels[-1]}")
 
     def draw(self, rng: random.Random) -> Problem:
         """Return one problem, from either side of the split."""
@@ -163,15 +160,10 @@ class Questions(Task):
 
     def __init__(self, name: str, train: list[tuple[str, str]], test: list[tuple[str, str]]):
         super().__init__()
-        self._name, self.sides = name, {"train": train, "held-out": test}
+        self.name, self.sides = name, {"train": train, "held-out": test}
         for side, rows in self.sides.items():
             if not rows:
                 raise ValueError(f"task = {name!r} is not valid: it has no {side} questions")
-
-    @property
-    def name(self) -> str:
-        """The specification that it was opened with."""
-        return self._name
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """Yield all questions of a side in a random order, then again in another."""
@@ -196,22 +188,16 @@ def open_task(spec: str) -> Task:
     for known in (Calculator, Countdown):
         if kind == known.kind and (not rest or rest.isdecimal()):
             return known(int(rest) if rest else None)
-    if spec == "gsm8k":
-        return open_gsm8k()
+    if spec == "gsm8k":  # Cobbe et al., arXiv 2110.14168; split as published
+        from datasets import load_dataset  # nothing else needs it
+        sides = load_dataset("openai/gsm8k", "main")
+        return Questions(spec, *([(row["question"], row["answer"]) for row in sides[side]]
+                                 for side in ("train", "test")))
     if kind == "jsonl" and rest:
         return open_questions(spec, Path(rest))
     valid = ["calculator", "countdown", "gsm8k", "jsonl"]
     raise ValueError(f"task = {spec!r} is not valid: {nearest(kind, valid)}valid are "
                      "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k and jsonl:PATH")
-
-
-def open_gsm8k() -> Questions:
-    """Return GSM8K (Cobbe et al., arXiv 2110.14168) from the hub, split as published."""
-    from datasets import load_dataset  # only GSM8K needs it
-    sides = load_dataset("openai/gsm8k", "main")
-    train, test = ([(row["question"], row["answer"]) for row in sides[side]]
-                   for side in ("train", "test"))
-    return Questions("gsm8k", train, test)
 
 
 def open_questions(spec: str, path: Path) -> Questions:

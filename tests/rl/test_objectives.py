@@ -46,8 +46,8 @@ def test_the_loss_of_four_replies_is_the_one_on_paper(normalise, loss):
 
 
 def test_kl_of_four_replies_is_the_one_on_paper():
-    """The reference finds the first token twice as likely: k3 = 2 - log 2 - 1, in one of four
-    replies; with the ratio, 1.5 times that."""
+    """The first token is twice as likely under the reference: k3 = 2 - log 2 - 1, in one of four
+    replies; times the ratio, 1.5 times that."""
     ref = RATIO.log() + torch.tensor([math.log(2), 0, 0, 0, 0, 0], dtype=torch.float64)
     k3 = 1 - math.log(2)
     assert paper_loss(ref).loss.item() == pytest.approx(0.0125 + 0.1 * k3 / 4, abs=1e-12)
@@ -66,8 +66,8 @@ def test_bounds_on_paper():
 
 
 def test_replies_left_behind_count_no_more():
-    """Bad replies' mean log(old / new): log 2 / 2 and -log 2 / 2. Above 0.3 is the first alone:
-    its -0.45 is left out, and its KL is not."""
+    """Bad replies' mean log(old / new): log 2 / 2 and -log 2 / 2. Only the first is above 0.3:
+    its -0.45 is left out, its KL is not."""
     found = paper_loss(off_policy_delta=0.3)
     assert found.loss.item() == pytest.approx(-(0.6 + 0.55 - 0.75) / 4)
     assert found.left_out == pytest.approx(2 / 6)
@@ -90,8 +90,8 @@ def test_the_gradient_of_a_fresh_rollout_is_the_policy_gradient():
 
 
 def test_unbiased_kl_has_the_gradient_of_the_kl():
-    """Over a whole distribution, drawn from an old one, the mean of each estimator's gradient: the
-    one with the ratio is the gradient of KL(pi, ref); the plain one is not (V3.2 section 3.1)."""
+    """The mean of each estimator's gradient over a whole distribution, drawn from an old one: with
+    the ratio it is the gradient of KL(pi, ref); without it is not (V3.2 section 3.1)."""
     torch.manual_seed(0)
     logits, old, ref = (torch.randn(7, dtype=torch.float64) for _ in range(3))
 

@@ -1,4 +1,4 @@
-"""Rewards are those of the form and the answer, and nothing that a model writes breaks them.
+"""Rewards follow form and answer, and nothing that a model generates breaks them.
 
 A wrong variant of what a check looks at fails the same check.
 """
@@ -31,7 +31,7 @@ def spelt(letters: str) -> list[int]:
 
 
 def expected(letters: str, mode: str) -> tuple[float, float]:
-    """Accuracy and form of a reply to SEVEN, by one regular expression."""
+    """Return accuracy and form of a reply to SEVEN, from one regular expression."""
     match = re.match("(?:T[^A-Z]*)?C([^A-Z]*)E", FORCED[mode] + letters)
     answer = match[1].strip() if match else ""
     return float(answer == "7"), float(answer != "")
@@ -49,7 +49,7 @@ def rewards(letters: str, mode: str, accuracy=accuracy) -> tuple[float, float]:
 
 
 def unfinished(task: Task, problem: Problem, reply: Reply) -> float:
-    """Wrong: a reply that was cut counts."""
+    """Wrong: a truncated reply counts."""
     return float(reply.answer is not None and task.right(problem, reply.answer))
 
 
@@ -110,18 +110,18 @@ CONSISTENT = [
 
 
 def only_letters(question: str, thought: str) -> float:
-    """Wrong: what is no letter is not looked at, broken or not."""
+    """Wrong: broken characters are ignored."""
     return consistency(question, thought.replace("\ufffd", ""))
 
 
 def only_ascii(question: str, thought: str) -> float:
-    """Wrong: every question is English and no word has an accent."""
+    """Wrong: assumes English questions and words without accents."""
     found = thought.split()
     return sum(map(str.isascii, found)) / len(found) if found else 1.0
 
 
 def no_words(question: str, thought: str) -> float:
-    """Wrong: a share of the letters, of which there may be none."""
+    """Wrong: a share of the letters, and there may be none."""
     letters = [c for c in thought if c.isalpha()]
     known = rewards_module.scripts(question)
     return sum(rewards_module.scripts(c) <= known for c in letters) / max(len(letters), 1)

@@ -61,7 +61,7 @@ def test_the_tags_have_the_lowest_ids():
 
 
 def joined(t: Tokenizer, text: str) -> list[int]:
-    """Wrong: the user's text goes into a template of strings, whose tags then become ids."""
+    """Wrong: the user's text is inserted into a string template whose tags then become ids."""
     bos, _, asks, answers, think = SPECIAL[:5]
     parts = re.split(f"({'|'.join(map(re.escape, SPECIAL))})", bos + asks + text + answers + think)
     return [i for part in parts
@@ -96,7 +96,7 @@ def test_no_text_of_a_conversation_becomes_a_tag(t):
 
 
 class Remembering(Chat):
-    """Wrong: each turn as if it were the last, with its thought, and learnt."""
+    """Wrong: each turn as if it were the last, with its thought, and in the loss mask."""
 
     def turns(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         ids, learnt = [self.tokenizer.bos_id], [False]
@@ -150,7 +150,7 @@ def test_messages_are_left_as_they_were():
 
 
 def random_text(rng: random.Random) -> str:
-    """Any characters but surrogates, which UTF-8 cannot hold, and what looks like a form."""
+    """Return random text: any characters that UTF-8 can encode, and what looks like a tag."""
     def piece() -> str:
         if rng.random() < 0.3:
             return rng.choice([*SPECIAL[:6], " = ", ":", " ", "6"])
@@ -164,7 +164,7 @@ def after_assistant(ids: list[int], t: Tokenizer) -> list[int]:
 
 
 def by_text(t: Tokenizer, ids: list[int]) -> tuple[str | None, str]:
-    """Wrong: the tags are looked for in the text, where anybody may have written them."""
+    """Wrong: looks for the tags in the text, where anybody may have written them."""
     thought, _, answer = t.decode(ids[:-1]).partition("</think>")
     return (thought.removeprefix("<think>") if ids[0] == t.think_id else None), answer
 
@@ -243,7 +243,7 @@ MODES = {"think": ":", "direct": " =", "free": ""}
 @both
 @pytest.mark.parametrize("name", ["calculator", "countdown"])
 def test_a_plain_prompt_begins_the_worked_example(t, name):
-    """As the base model read it: the same tokens, though the prompt is encoded piece by piece."""
+    """The same tokens as in training, although the prompt is encoded piece by piece."""
     plain = Plain(t)
     for p in open_task(name).some(100, "train", 0):
         for mode, thought in (("think", p.thought), ("direct", None), ("free", None)):

@@ -17,7 +17,7 @@ SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
 def tree(rng: random.Random, depth: int) -> tuple[Fraction, str, list[int], str]:
-    """A random expression: its value, text, numbers and outermost sign (n for a number).
+    """Return a random expression: its value, text, numbers and outermost sign (n for a number).
 
     The value comes from the tree. Brackets are where the tree is not what precedence makes of the
     text, and here and there where it is.
@@ -43,7 +43,7 @@ def tree(rng: random.Random, depth: int) -> tuple[Fraction, str, list[int], str]
 
 
 def samples(count: int) -> list[tuple]:
-    """(text, (value, numbers)) as the parser should have it."""
+    """Return (text, (value, numbers)) as the parser should read it."""
     rng, found = random.Random(0), []
     while len(found) < count:
         try:

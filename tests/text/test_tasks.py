@@ -35,7 +35,7 @@ def drawn(task: Task, count: int, seed: int = 0) -> list[Problem]:
 
 
 def right_tape(problem: Problem, level: int) -> bool:
-    """Whether every step and the answer are the last digits of results in whole numbers."""
+    """Return whether every step and the answer are the last digits of exact results."""
     steps = re.findall(r"([-+*])(\d)=(\d)", problem.thought)
     exact, question, tape = int(problem.question[0]), problem.question[0], problem.question[0]
     for sign, digit, _ in steps:
@@ -47,7 +47,7 @@ def right_tape(problem: Problem, level: int) -> bool:
 
 
 class Precedence(Calculator):
-    """Wrong: products before sums."""
+    """Wrong: multiplies before it adds."""
 
     def draw(self, rng: random.Random) -> Problem:
         problem = super().draw(rng)
@@ -55,7 +55,7 @@ class Precedence(Calculator):
 
 
 class Slip(Calculator):
-    """Wrong: the first step, though the answer is right."""
+    """Wrong: an error in the first step, although the answer is right."""
 
     def draw(self, rng: random.Random) -> Problem:
         problem = super().draw(rng)
@@ -63,7 +63,7 @@ class Slip(Calculator):
 
 
 class OneMore(Calculator):
-    """Wrong: an operation more than the level says."""
+    """Wrong: one operation more than the level says."""
 
     def draw(self, rng: random.Random) -> Problem:
         return Calculator(self.level + 1).draw(rng)
@@ -80,13 +80,13 @@ def test_a_wrong_calculator_is_caught(wrong):
 
 
 class AnyProduct(Calculator):
-    """Wrong: a product by 0 or 5 leaves one or two results."""
+    """Wrong: factors 0 and 5, whose products have one or two possible last digits."""
 
     DIGITS = dict.fromkeys("+-*", "0123456789")
 
 
 def best_guess(task: Task) -> float:
-    """How often the answer is the most frequent one after the same two last operations.
+    """Return how often the answer is the most frequent one after the same last two operations.
 
     Half of the draws say which that is, the other half whether it is right: on the same draws,
     some 30 for each of 784 endings, a guess is by 0.06 too good.
@@ -105,13 +105,13 @@ def test_the_last_two_operations_do_not_tell_the_result():
 
 
 def split_up(problem: Problem) -> tuple[list[int], int]:
-    """The numbers, sorted, and the target."""
+    """Return the sorted numbers and the target."""
     numbers, target = problem.question.split(">")
     return sorted(map(int, numbers.split(","))), int(target)
 
 
 def right_answer(problem: Problem) -> bool:
-    """Whether Python says that the answer has the target's value, with each number once."""
+    """Return whether Python evaluates the answer to the target, with each number used once."""
     numbers, target = split_up(problem)
     assert re.fullmatch(r"[\d()*+-]+", problem.answer)
     return (eval(problem.answer) == target
@@ -119,8 +119,8 @@ def right_answer(problem: Problem) -> bool:
 
 
 def right_chains(problem: Problem) -> bool:
-    """Whether each chain is right arithmetic with each number once, and the last one, and no
-    other, reaches the target."""
+    """Return whether each chain is correct arithmetic with each number once, and only the last one
+    reaches the target."""
     numbers, target = split_up(problem)
     ends = []
     for chain in problem.thought.split(";"):
@@ -146,7 +146,7 @@ class Bare(Countdown):
 
 
 class Backwards(Countdown):
-    """Wrong: goes on after the chain that reaches the target."""
+    """Wrong: continues after the chain that reaches the target."""
 
     def draw(self, rng: random.Random) -> Problem:
         problem = super().draw(rng)
@@ -154,7 +154,7 @@ class Backwards(Countdown):
 
 
 class Miscounting(Countdown):
-    """Wrong: a chain's second number stands there as another."""
+    """Wrong: one number in a chain is replaced by another."""
 
     def draw(self, rng: random.Random) -> Problem:
         problem = super().draw(rng)
@@ -197,7 +197,7 @@ def verdicts(task: Countdown, cases: dict) -> list[bool]:
 
 
 class ByValue(Countdown):
-    """Wrong: whatever the numbers."""
+    """Wrong: accepts any numbers."""
 
     def right(self, problem: Problem, answer: str) -> bool:
         found = parse_expression(answer)
@@ -205,7 +205,7 @@ class ByValue(Countdown):
 
 
 class BySet(Countdown):
-    """Wrong: however often."""
+    """Wrong: accepts a number used any number of times."""
 
     def right(self, problem: Problem, answer: str) -> bool:
         found = parse_expression(answer)
@@ -214,7 +214,7 @@ class BySet(Countdown):
 
 
 class Literal(Countdown):
-    """Wrong: only the answer that the task has itself."""
+    """Wrong: accepts only the task's own answer."""
 
     right = Task.right
 
@@ -226,7 +226,7 @@ def test_any_right_expression_counts_and_no_other():
 
 
 class Unhashed:
-    """Wrong: the two sides are told apart by their seeds only."""
+    """Wrong: only the seeds distinguish the two sides."""
 
     def problems(self, split: str, seed: int):
         rng = random.Random(f"{self.name} {split} {seed}")
@@ -338,14 +338,14 @@ def test_gsm8k_is_split_as_published(monkeypatch):
 
 
 def rows_of(side: bool, count: int = 5) -> list[dict]:
-    """Questions that the hash puts on this side."""
+    """Return questions that the hash puts on this side."""
     return [row for i in range(1000)
             if held_out((row := dict(question=f"Was ist {i}+1?", answer=str(i + 1)))
                         ["question"].encode(), HELD_OUT) == side][:count]
 
 
 def write(path, *lines: str | dict) -> str:
-    """The name of the task that reads these lines."""
+    """Write the lines and return the name of the task that reads them."""
     path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n"
                             for line in lines), "utf-8")
     return f"jsonl:{path}"
