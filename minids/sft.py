@@ -82,7 +82,7 @@ class Rows:
 
     tokens, targets: (R, S) int64
     samples: (R, S) int64, number of the conversation that a token belongs to
-    learnt: (R, S) bool, the loss mask, by position of the token whose target is learnt
+    loss_mask: (R, S) bool, whether a token's target counts in the loss
     The padding at the end of a row is a sample of its own, outside the loss mask.
     """
 
@@ -90,19 +90,19 @@ class Rows:
         rows: list[list[tuple]] = []
         size = seq_len + 1
         for number, messages in enumerate(conversations):
-            ids, learnt = chat.sample(messages)
+            ids, mask = chat.sample(messages)
             if len(ids) > seq_len:
                 raise ValueError(f"seq_len = {seq_len} is not valid: conversation {number + 1} has "
                                  f"{len(ids)} tokens")
             if not rows or len(rows[-1]) + len(ids) > size:
                 rows.append([])
-            rows[-1] += [(token, number, learn) for token, learn in zip(ids, learnt, strict=True)]
+            rows[-1] += [(token, number, counts) for token, counts in zip(ids, mask, strict=True)]
         padding = (chat.tokenizer.eos_id, len(conversations), False)
         table = torch.tensor([row + [padding] * (size - len(row)) for row in rows])  # (R, S + 1, 3)
-        tokens, samples, learnt = table.unbind(-1)
+        tokens, samples, mask = table.unbind(-1)
         self.tokens, self.targets = tokens[:, :-1], tokens[:, 1:]
         self.samples = samples[:, :-1]
-        self.learnt = learnt[:, 1:].bool() & (samples[:, 1:] == self.samples)
+        self.loss_mask = mask[:, 1:].bool() & (samples[:, 1:] == self.samples)
 
     def batch(self, step: int, size: int, seed: int) -> tuple[Tensor, Tensor, Packed]:
         """Return the tokens, targets and packing of the `size` rows of a step, counted from 1.
@@ -115,7 +115,7 @@ class Rows:
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
             chosen.append(torch.randperm(len(self.tokens), generator=generator)[at])
         at = torch.stack(chosen)
-        return self.tokens[at], self.targets[at], Packed(self.samples[at], self.learnt[at])
+        return self.tokens[at], self.targets[at], Packed(self.samples[at], self.loss_mask[at])
 
 
 def conversation(problem: Problem, think: bool) -> list[dict]:
@@ -187,7 +187,7 @@ class FineTuner(Learner):
                                      args.mtp_weight, args.balance_weight, packed=packed)
         losses.total.backward()
         return dict(loss=losses.total.item(), main=losses.main.item(),
-                    learnt=int(packed.learnt.sum())), None
+                    learnt=int(packed.loss_mask.sum())), None
 
     def measure(self, record: dict, last: bool) -> float | None:
         """Mark the model on held-out problems in each mode; the best checkpoint has the lowest
@@ -220,7 +220,7 @@ def sft(args: SftArgs) -> Path:
     source = source_of(args)
     tuner = FineTuner(args, source.args, Path(args.out), source.tokenizer)
     print(f"sft     {args.data}: {len(tuner.rows.tokens):,} rows of {args.seq_len} tokens, "
-          f"{int(tuner.rows.learnt.sum()):,} tokens in the loss mask; run {args.out}, on "
+          f"{int(tuner.rows.loss_mask.sum()):,} tokens in the loss mask; run {args.out}, on "
           f"{tuner.device}", flush=True)
     run_learner(tuner, source)
     return tuner.run

@@ -100,7 +100,7 @@ def test_rows_hold_every_conversation_once_and_learn_replies_only(chat):
         # The row's last token may be a target only.
         seen = rows.tokens[mine].tolist()
         assert seen == ids[:len(seen)] and len(seen) >= len(ids) - 1
-        assert rows.targets[mine & rows.learnt].tolist() == [
+        assert rows.targets[mine & rows.loss_mask].tolist() == [
             t for t, learn in zip(ids, learnt, strict=True) if learn]
     assert rows.tokens.shape[1] == 96
 
