@@ -117,6 +117,12 @@ def test_yarn_has_the_published_frequencies():
     torch.testing.assert_close(ramp[11:23], blended)  # FP32 division on both sides
 
 
+def test_the_softmax_is_sharpened_from_any_stretch_on():
+    scales = [softmax_scale(replace(V3, rope_factor=factor)) for factor in (1.0, 1.5, 2.0, 4.0)]
+    assert scales == sorted(set(scales))
+    assert scales[1] / scales[0] == pytest.approx((0.1 * V3.mscale * math.log(1.5) + 1) ** 2)
+
+
 def test_a_ramp_without_width_is_a_step():
     """With so short an original context both ends of the ramp fall on pair 0: no 0 / 0."""
     args = replace(V3, original_seq_len=6)
