@@ -46,6 +46,8 @@ class EvaluateArgs(Settings):
     fp8: bool = option(False, "products of linear layers and experts in FP8")
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
+    bodies: str = option("auto", "which bodies of the model's functions run: the fastest, or off:"
+                                 " the plain definitions", ("auto", "off"))
 
 
 def draft_table(run, text: Tensor, seq_len: int, batch_size: int, max_tokens: int | None) -> str:
@@ -71,7 +73,7 @@ def main() -> None:
     """Run the command line."""
     [given] = parse("minids.evaluate", __doc__, EvaluateArgs)
     args = EvaluateArgs(**given)
-    prepare_cpu(args.threads)
+    prepare_cpu(args.threads, args.bodies)
     run = open_model(args.run, pick_device(args.device))
     # A Hugging Face folder does not say what its model was trained on.
     train = run.config.get("train") or {"data": "pystdlib",

@@ -33,7 +33,7 @@ from minids.infer.decoding import last_states, new_cache, prefill, right_pad
 from minids.infer.sampling import Sampler
 from minids.infer.speculative import speculative_rounds
 from minids.model.transformer import Transformer
-from minids.runs.device import pick_device
+from minids.runs.device import pick_device, prepare_cpu
 from minids.runs.open import open_model
 from minids.text.tokenizer import Tokenizer
 
@@ -201,6 +201,8 @@ class GenerateArgs(Settings):
     speculative: int = option(0, "tokens that the MTP modules draft for each pass; 0: none", low=0)
     device: str = option("cpu", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
+    bodies: str = option("auto", "which bodies of the model's functions run: the fastest, or off:"
+                                 " the plain definitions", ("auto", "off"))
 
 
 def write_samples(args: GenerateArgs, stream) -> None:
@@ -228,8 +230,7 @@ def main() -> None:
     """The command line."""
     [given] = parse("minids.generate", __doc__, GenerateArgs)
     args = GenerateArgs(**given)
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    prepare_cpu(args.threads, args.bodies)
     write_samples(args, sys.stdout)
 
 

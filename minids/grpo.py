@@ -297,7 +297,7 @@ def grpo(args: GrpoArgs) -> Path:
 
     Raises `ValueError` for settings that do not fit, before anything is written.
     """
-    prepare_cpu(args.threads)
+    prepare_cpu(args.threads, args.bodies)
     source = source_of(args)
     learner = Reinforcer(args, source.args, Path(args.out), source.tokenizer)
     print(f"grpo    {args.task}, {args.questions} questions with {args.group} replies each, "

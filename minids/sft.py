@@ -216,7 +216,7 @@ def sft(args: SftArgs) -> Path:
 
     Raises `ValueError` for settings that do not fit, before anything is written.
     """
-    prepare_cpu(args.threads)
+    prepare_cpu(args.threads, args.bodies)
     source = source_of(args)
     tuner = FineTuner(args, source.args, Path(args.out), source.tokenizer)
     print(f"sft     {args.data}: {len(tuner.rows.tokens):,} rows of {args.seq_len} tokens, "

@@ -359,7 +359,7 @@ def train(args: TrainArgs, model: dict | None = None) -> Path:
     Raises `ValueError` for settings that do not fit, before anything is written, and for a NaN or
     Inf loss; `Stopped` after a signal, with the state saved.
     """
-    prepare_cpu(args.threads)
+    prepare_cpu(args.threads, args.bodies)
     run = Path(args.out) if args.out else free_folder(Path("runs") / args.preset)
     source, model = source_of(args), model or {}
     if resumes(args):

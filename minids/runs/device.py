@@ -11,6 +11,7 @@ import torch
 from minids.base.fields import nearest
 from minids.config import ModelArgs
 from minids.costs import count_parameters
+from minids.kernels.registry import use
 
 
 def pick_device(name: str) -> torch.device:
@@ -37,8 +38,9 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able else torch.float32
 
 
-def prepare_cpu(threads: int) -> None:
-    """Tune the allocator and set torch's threads; 0 leaves torch's choice."""
+def prepare_cpu(threads: int, bodies: str = "auto") -> None:
+    """Tune the allocator, set torch's threads (0: its own choice) and which bodies run."""
+    use(bodies)
     tune_allocator()
     if threads:
         torch.set_num_threads(threads)

@@ -43,10 +43,12 @@ class LearnArgs(Settings):
     seed: int = option(0, "decides weights, data order and samples", low=0, high=2 ** 32 - 1)
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
+    bodies: str = option("auto", "which bodies of the model's functions run: the fastest, or off:"
+                                 " the plain definitions", ("auto", "off"))
 
     fp8: ClassVar[bool] = False  # pre-training alone has the flag
-    may_change: ClassVar[set[str]] = {"out", "resume", "steps", "device", "threads", "save_every",
-                                      "keep_last", "lr", "muon_lr", "clip"}
+    may_change: ClassVar[set[str]] = {"out", "resume", "steps", "device", "threads", "bodies",
+                                      "save_every", "keep_last", "lr", "muon_lr", "clip"}
 
     def __post_init__(self):
         super().__post_init__()
