@@ -95,7 +95,7 @@ def folder_of(path: str | Path) -> Path:
     Raises `ValueError` if there is nothing to open.
     """
     path = Path(path)
-    return path.resolve() if hf.is_hf_folder(path) else resolve(path).resolve().parent.parent
+    return path.resolve() if hf.is_hf_folder(path) else resolve(path).absolute().parent.parent
 
 
 def open_run(run: Path, path: Path) -> Source:
