@@ -21,8 +21,8 @@ from minids.apply.fp8 import use_fp8
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option
 from minids.base.tables import format_table
-from minids.generate import generate
 from minids.infer.drafts import draft_agreement, kinds_of_tokens
+from minids.infer.generation import generate
 from minids.infer.selections import compare_selections, selection_table
 from minids.infer.validation import evaluate, windows
 from minids.runs.device import pick_device, prepare_cpu

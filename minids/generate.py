@@ -6,165 +6,22 @@
     python -m minids.generate --run runs/tiny --prompt "class" --samples 4 --seed 7
     python -m minids.generate --run runs/tiny --speculative 1 --temperature 0
 
-The prompt goes through the model at once, in attention's naive form; each further token then goes
-through alone, in the absorbed form, and finds what came before in the latent cache (V2, arXiv
-2405.04434, section 2.1). Prompts of unequal length share a batch (`minids.infer.decoding`).
-
 `minids.infer.sampling` describes how tokens are drawn. With --speculative D the model's own MTP
 modules draft D tokens ahead, and the model accepts those that it might have written: the text comes
 from the same distribution, and is identical at temperature 0, in fewer passes
 (`minids.infer.speculative`).
-
-Simplified: a batch runs until its last sequence is done, finished ones included.
 """
 
 import codecs
 import sys
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option
-from minids.infer.decoding import last_states, new_cache, prefill, right_pad
-from minids.infer.sampling import Sampler
-from minids.infer.speculative import speculative_rounds
-from minids.model.transformer import Transformer
+from minids.infer.generation import check_arguments, generate
 from minids.runs.device import pick_device, prepare_cpu
 from minids.runs.open import open_model
 from minids.text.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Generation:
-    """The result of `generate`.
-
-    tokens: the new tokens of each prompt, its EOS included where the sequence ended by itself
-    steps: passes through the model, prefill included
-    seconds: wall-clock time, prefill included
-    prompt_tokens: tokens of all prompts, without padding
-    drafts: tokens drafted in each round
-    passed: for each prompt, how many drafts were accepted in each round after the first
-    """
-
-    tokens: list[list[int]]
-    steps: int
-    seconds: float
-    prompt_tokens: int
-    drafts: int
-    passed: list[list[int]]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Return new tokens of all sequences per second, prefill included."""
-        return sum(map(len, self.tokens)) / self.seconds
-
-    @property
-    def tokens_per_pass(self) -> float:
-        """Return the tokens per sequence that one pass yields, 1 without drafts."""
-        rounds = [passed for row in self.passed for passed in row]
-        return 1 + sum(rounds) / max(len(rounds), 1)
-
-    @property
-    def acceptance(self) -> list[float]:
-        """Return the acceptance rate by position of the draft.
-
-        A draft counts once all before it were accepted.
-        """
-        rounds = [passed for row in self.passed for passed in row]
-        reached = [sum(passed >= k for passed in rounds) for k in range(self.drafts + 1)]
-        return [b / max(a, 1) for a, b in zip(reached, reached[1:], strict=False)]
-
-
-@torch.inference_mode()
-def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
-             temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-             eos_id: int | None = None, speculative: int = 0,
-             on_token: Callable[[int, int], None] | None = None) -> Generation:
-    """Continue each prompt.
-
-    prompts: token ids, at least one each; their lengths may differ
-    max_new_tokens: for each prompt at most
-    temperature: divides the logits; 0 always takes the most likely token
-    top_k: draw from the k most likely tokens only; 0: from all
-    top_p: draw from the fewest tokens that together have this probability; 1: from all
-    seed: decides the draws, together with a prompt's position in the batch
-    eos_id: the token that ends a sequence; None: none does
-    speculative: tokens that the MTP modules draft before each pass; 0: plain decoding
-    on_token: called with sequence and token as soon as there is one
-
-    Raises `ValueError` naming the argument that is not valid.
-    """
-    check_arguments(model.args, prompts, max_new_tokens, temperature, top_k, top_p, speculative)
-    start = time.perf_counter()
-    device = model.head.weight.device
-    text = right_pad(prompts, device)  # (B, S), (B,)
-    generator = torch.Generator(device).manual_seed(seed)
-    sampler = Sampler(temperature, top_k, top_p, generator)
-    if speculative:
-        rounds = speculative_rounds(model, *text, max_new_tokens, speculative, sampler)
-    else:
-        rounds = plain_rounds(model, *text, max_new_tokens, sampler)
-    rows, passed, running = [[] for _ in prompts], [[] for _ in prompts], set(range(len(prompts)))
-    for steps, new in enumerate(rounds, start=1):
-        for row in sorted(running):
-            passed[row] += [len(new[row]) - 1] if steps > 1 else []
-            for token in new[row]:
-                rows[row].append(token)
-                if on_token is not None:
-                    on_token(row, token)
-                if token == eos_id or len(rows[row]) == max_new_tokens:
-                    running.remove(row)
-                    break
-        if not running:
-            break
-    return Generation(rows, steps, time.perf_counter() - start, sum(map(len, prompts)),
-                      speculative, passed)
-
-
-def plain_rounds(model: Transformer, tokens: Tensor, lengths: Tensor, new_tokens: int,
-                 sampler: Sampler) -> Iterator[list[list[int]]]:
-    """Generate text, one token of every sequence at a time, without end.
-
-    tokens, lengths: prompts as `right_pad` returns them; new_tokens: what the cache has room for
-    """
-    cache = new_cache(model, len(tokens), tokens.size(1) + new_tokens)
-    logits = model.head(last_states(prefill(model, cache, tokens, lengths).states, lengths))
-    while True:
-        tokens = sampler.sample(logits)  # (B,)
-        yield tokens.unsqueeze(1).tolist()
-        logits = model(tokens.unsqueeze(1), cache, absorbed=True)[:, -1]  # (B, V)
-
-
-def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, speculative) -> None:
-    """Raise the one-line `ValueError` for the first argument of `generate` that is not valid."""
-    rules = [("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-             ("temperature", temperature, temperature >= 0, "0 or more"),
-             ("top_k", top_k, top_k >= 0, "0 or more"),
-             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-             ("speculative", speculative, speculative >= 0, "0 or more"),
-             ("speculative", speculative, speculative == 0 or args.n_mtp_layers > 0,
-              "0: this model has no MTP module to draft with")]
-    for name, value, holds, valid in rules:
-        if not holds:
-            raise ValueError(f"{name} = {value!r} is not valid: it must be {valid}")
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise ValueError("prompts: one is empty, or there are none: each needs at least one token")
-    for prompt in prompts:
-        for token in (min(prompt), max(prompt)):
-            if not 0 <= token < args.vocab_size:
-                raise ValueError(f"prompts: token {token} is not valid: the model's tokens are "
-                                 f"0 to {args.vocab_size - 1}")
-    longest = max(map(len, prompts))
-    # Drafts may reach beyond the last token, and further modules look further back.
-    extra = speculative and speculative + args.n_mtp_layers - 1
-    if longest + max_new_tokens + extra > args.max_seq_len:
-        drafts = f" and {extra} of drafts" if extra else ""
-        raise ValueError(f"prompts: {longest} tokens and max_new_tokens = {max_new_tokens}{drafts} "
-                         f"are too many together: max_seq_len is {args.max_seq_len}")
 
 
 class Writer:

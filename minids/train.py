@@ -39,7 +39,7 @@ from minids.base.command_line import parse, run_program
 from minids.base.files import write_whole
 from minids.config import ModelArgs
 from minids.costs import count_parameters, flops_per_token
-from minids.generate import generate
+from minids.infer.generation import generate
 from minids.infer.validation import Evaluation, evaluate, parse_share, windows
 from minids.model.moe import max_violation
 from minids.model.objective import Packed

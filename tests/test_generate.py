@@ -72,7 +72,7 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(name, monkeypatch):
     model = scrambled(MODELS[name])
     assert equals_uncached(model, PROMPTS)
     # wrong: the padding counts as text
-    monkeypatch.setattr(module, "right_pad", lambda *inputs: (
+    monkeypatch.setattr("minids.infer.generation.right_pad", lambda *inputs: (
         right_pad(*inputs)[0], right_pad(*inputs)[1] * 0 + 5))
     assert equals_uncached(model, PROMPTS[::3])
     assert not equals_uncached(model, PROMPTS)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampler:
-    """Settings and generator of the draws; `minids.generate.generate` explains each."""
+    """Settings and generator of the draws; `minids.infer.generation.generate` explains each."""
 
     temperature: float = 0.0
     top_k: int = 0

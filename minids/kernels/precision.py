@@ -25,6 +25,9 @@ def without_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def plain_inference(x: Tensor) -> bool:
-    """Return whether x meets a CPU's products in its own type and no gradient is wanted."""
-    return (not torch.is_grad_enabled() and x.device.type == "cpu"
+    """Return whether this is decoding, where x meets a CPU's products in its own type.
+
+    Only inference mode counts: without gradients alone, a forward pass gives the bits of training.
+    """
+    return (torch.is_inference_mode_enabled() and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from minids.apply.folded import fold
 from minids.costs import drafting
-from minids.generate import Generation, generate
+from minids.infer.generation import Generation, generate
 from minids.infer.validation import windows
 from minids.lab.bench_setup import Bench
 from minids.lab.timing import round_robin

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from minids.config import ModelArgs
-from minids.generate import generate
 from minids.hf import config_from_args, save_hf
+from minids.infer.generation import generate
 from minids.infer.sampling import Sampler
 from minids.lab.bench_setup import DTYPES, Bench, BenchArgs, Stepper, minids_loss
 from minids.lab.timing import RATIOS, Memory, in_turn, seconds, watch_memory

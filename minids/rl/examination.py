@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
-from minids.generate import generate
+from minids.infer.generation import generate
 from minids.model.transformer import Transformer
 from minids.rl.rewards import accuracy, well_formed
 from minids.text.chat import TEMPLATES, Reply
 from minids.text.tasks import Problem, Task
-from minids.tokenizer import Tokenizer
+from minids.text.tokenizer import Tokenizer
 
 BATCH = 512  # prompts that are decoded together
 

@@ -71,21 +71,22 @@ def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     cache = new_cache(model, len(text), text.size(1) + max_new_tokens)
     columns, logps, masks, passes = [], [], [], []
     running = torch.ones(len(text), dtype=torch.bool, device=text.device)
-    found = prefill(model, cache, text, lengths)
-    states = last_states(found.states, lengths)  # (B, D)
-    while True:
-        passes.append(found.routings)
-        probs = sampler.distribution(model.head(states))  # (B, V)
-        token = sampler.draw(probs)  # (B,)
-        columns.append(token)
-        logps.append(probs.gather(1, token[:, None]).squeeze(1).log())
-        if sampler.cuts:
-            masks.append(probs > 0)
-        running &= token != eos_id
-        if len(columns) == max_new_tokens or not running.any():
-            break
-        found = model.hidden(token[:, None], cache, absorbed=True)
-        states = found.states[:, -1]
+    with torch.inference_mode():
+        found = prefill(model, cache, text, lengths)
+        states = last_states(found.states, lengths)  # (B, D)
+        while True:
+            passes.append(found.routings)
+            probs = sampler.distribution(model.head(states))  # (B, V)
+            token = sampler.draw(probs)  # (B,)
+            columns.append(token)
+            logps.append(probs.gather(1, token[:, None]).squeeze(1).log())
+            if sampler.cuts:
+                masks.append(probs > 0)
+            running &= token != eos_id
+            if len(columns) == max_new_tokens or not running.any():
+                break
+            found = model.hidden(token[:, None], cache, absorbed=True)
+            states = found.states[:, -1]
     layers = [block.layer for block in model.layers if block.is_moe]
     routes = dict(zip(layers, zip(*passes, strict=True), strict=True))
     return align(text, lengths, torch.stack(columns, 1), torch.stack(logps, 1),

@@ -5,6 +5,7 @@ goes on to the model.
 """
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -95,7 +96,9 @@ def folder_of(path: str | Path) -> Path:
     Raises `ValueError` if there is nothing to open.
     """
     path = Path(path)
-    return path.resolve() if hf.is_hf_folder(path) else resolve(path).absolute().parent.parent
+    if hf.is_hf_folder(path):
+        return Path(os.path.abspath(path))
+    return Path(os.path.abspath(resolve(path))).parent.parent  # links are not followed
 
 
 def open_run(run: Path, path: Path) -> Source:

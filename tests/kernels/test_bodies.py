@@ -181,7 +181,7 @@ def outcome(function: Callable, case: Case) -> tuple[list[Tensor], Counter]:
     """Return a call's output and the gradients of what learns, and what ran."""
     torch.manual_seed(0)
     arguments = case.call()
-    with torch.set_grad_enabled(case.learns), recorded() as record:
+    with torch.inference_mode(not case.learns), recorded() as record:
         out = function(*arguments)
     out = out[0] if isinstance(out, tuple) else out
     if not case.learns:
