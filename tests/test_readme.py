@@ -12,6 +12,7 @@ import re
 import runpy
 import shlex
 import shutil
+import subprocess
 import sys
 import warnings
 from dataclasses import replace
@@ -180,8 +181,14 @@ class Said(NamedTuple):
 
 
 def run_here(folder: Path, command: str, extra: str = "") -> Said:
-    """Run `python ..` of a page, made small, in a folder, as the program of this process."""
+    """Run `python ..` of a page, made small, in a folder, as the program of this process.
+
+    What reads the hub gets a process of its own: the hub's address is read when it is imported.
+    """
     _, *words = shlex.split(f"{command} {extra}")
+    if re.search("hf:|gsm8k", command):
+        done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
+        return Said(done.returncode, done.stdout, done.stderr)
     name = words.pop(1) if words[0] == "-m" else ""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), \

@@ -44,16 +44,16 @@ def bodies(*candidates: Callable):
         name = f"{plain.__module__.rpartition('.')[2]}.{plain.__qualname__}"
 
         @functools.wraps(plain)
-        def pick(*args):
+        def pick(*args, **named):
             chosen = plain
             if _setting == "auto":
                 for candidate in candidates:
-                    if candidate.when(*args):
+                    if candidate.when(*args, **named):
                         chosen = candidate
                         break
             if _record is not None:
                 _record[name, chosen.__name__ if chosen is not plain else "plain"] += 1
-            return chosen(*args)
+            return chosen(*args, **named)
 
         pick.plain, pick.bodies = plain, candidates
         REGISTRY[name] = pick

@@ -4,6 +4,7 @@ The test walks the registry: a body without an example here fails, and so does o
 lets the call fall back to the plain definition. A body broken on purpose turns its test red.
 """
 
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from minids.apply.folded import fold
 from minids.kernels import indexer
 from minids.kernels.registry import REGISTRY, bodies, body, recorded, using
 from minids.model.cache import LatentCache
-from minids.model.mla import causal
+from minids.model.mla import attention, causal
 from minids.model.moe import sort_by_expert
 
 # Largest difference, relative to the largest value. FP64, FP32: sums in another order. BF16: both
@@ -282,3 +283,15 @@ def test_with_bodies_off_no_body_runs():
             fold(model, cache)
             model(tokens[:, :1], cache, absorbed=True)
     assert {chosen for _, chosen in record} == {"plain"}
+
+
+def test_a_body_takes_what_its_plain_definition_takes():
+    """By name too: a caller may name its arguments."""
+    for name, function in REGISTRY.items():
+        wanted = list(inspect.signature(function.plain).parameters)
+        wanted = wanted[1:] if wanted[0] == "self" else wanted
+        for one in function.bodies:
+            for part in (one, one.when):
+                assert list(inspect.signature(part).parameters)[-len(wanted):] == wanted, name
+    q = torch.randn(1, 3, 2, 4)
+    assert attention(q, k=q, v=q, visible=None, scale=0.5).shape == q.shape
