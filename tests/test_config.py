@@ -122,6 +122,22 @@ def test_valid_corners_are_accepted():
     replace(ModelArgs(), n_expert_groups=8, n_limited_groups=2, gate_bias=False)  # groups of one
     replace(ModelArgs(), n_routed_experts=0, n_activated_experts=9)  # dense: experts unread
     assert replace(ModelArgs(), rope_theta=50000).rope_theta == 50000.0  # an int is a float too
+    replace(ModelArgs(), moe_inter_dim=1, n_expert_groups=1, n_activated_experts=8)
+    replace(ModelArgs(), n_routed_experts=0, moe_inter_dim=0)  # dense: no expert's width is read
+    replace(ModelArgs(), n_dense_layers=4)  # as many as there are
+
+
+def test_the_indexers_width():
+    """A power of two where there is a Hadamard transform; at least the rotated part."""
+    sparse = replace(ModelArgs(), index_n_heads=4)
+    replace(sparse, index_head_dim=24)  # without the transform any width
+    replace(sparse, index_head_dim=16)  # exactly the rotated part
+    for width in (16, 32, 64):
+        replace(sparse, index_head_dim=width, index_hadamard=True)
+    for width in (17, 24, 48, 63):
+        with pytest.raises(ValueError, match=f"index_head_dim = {width} .* power of two"):
+            replace(sparse, index_head_dim=width, index_hadamard=True)
+    replace(ModelArgs(), index_head_dim=8)  # no indexer: the width is not read
 
 
 def test_settings_are_frozen():
