@@ -11,6 +11,7 @@ from small_models import LITTLE, random_tokens
 from minids.base.files import write_json
 from minids.hf import save_hf
 from minids.model.transformer import Transformer
+from minids.runs import open as opening
 from minids.runs.checkpoints import save_checkpoint
 from minids.runs.open import folder_of, open_model, open_source, read_config, resumes, source_of
 from minids.runs.settings import LearnArgs, TrainArgs
@@ -49,6 +50,20 @@ def test_a_run_is_its_newest_checkpoint_and_its_hugging_face_export(run, tmp_pat
     assert opened.checkpoint == checkpoints[1] and not opened.model.training
     assert folder_of(checkpoints[0]) == folder_of(run) == run.resolve()
     assert folder_of(tmp_path / "hf") == (tmp_path / "hf").resolve()
+
+
+def test_a_hugging_face_folder_is_fp32_on_a_cpu_and_as_stored_on_a_gpu(run, tmp_path, monkeypatch):
+    opened = open_model(run)
+    save_hf(opened.model, tmp_path / "hf", dtype=torch.bfloat16)
+    opened.tokenizer.save_hf(tmp_path / "hf")
+    assert open_model(tmp_path / "hf").model.head.weight.dtype == torch.float32
+    asked = []
+    monkeypatch.setattr(opening.hf, "read_model", lambda folder, *how: asked.append(how))
+    for device in ("cpu", torch.device("cuda", 0)):
+        open_model(tmp_path / "hf", device)
+        open_model(tmp_path / "hf", device, torch.float64)
+    assert [dtype for dtype, _ in asked] == [torch.float32, torch.float64,
+                                             torch.bfloat16, torch.float64]
 
 
 def test_a_source_has_all_but_the_weights(run, monkeypatch):

@@ -8,8 +8,10 @@ import pytest
 
 from minids.base.files import write_json
 from minids.config import ModelArgs
+from minids.runs import resume
 from minids.runs.resume import free_folder, newest_run, stored_run
 from minids.runs.settings import LearnArgs, TrainArgs
+from minids.sft import SftArgs
 
 
 def make_run(folder: Path, program: str = "train", age: int = 0, **changes) -> Path:
@@ -81,3 +83,18 @@ def test_the_newest_run(tmp_path, monkeypatch):
         newest_run("train", "small")
     args, _ = stored_run("train", TrainArgs, dict(resume=True))
     assert args.out == "runs/new"
+
+
+def test_a_run_after_another_is_named_after_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for given in ({}, dict(from_run=""), dict(out="new"), dict(out="new", resume=True)):
+        with pytest.raises(ValueError, match="^from = '' is not valid: name the run to begin with"):
+            resume.settings("sft", SftArgs, given, "-sft")
+    monkeypatch.setattr(resume, "folder_of", Path)  # what it begins with is checked elsewhere
+
+    def out(**given) -> str:
+        return resume.settings("sft", SftArgs, dict(from_run="runs/base") | given, "-sft").out
+
+    assert out() == "runs/base-sft" and out(out="new") == "new"
+    Path("runs/base-sft").mkdir(parents=True)
+    assert out() == "runs/base-sft-2"
