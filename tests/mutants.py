@@ -37,7 +37,8 @@ ALSO = {name: tests.split() for name, tests in {
     "checkpoints": "train generate", "distill": "r1", "fields": "config train",
     "folded": "generate speculative", "fp8": "fp8 bodies", "kernels": "moe mla transformer",
     "layers": "transformer", "learner": "train", "mla": "transformer parity_hf",
-    "moe": "transformer parity_hf", "objective": "transformer mtp sft", "optimizers": "train",
+    "generation": "generate speculative", "moe": "transformer parity_hf",
+    "objective": "transformer mtp sft", "optimizers": "train",
     "recompute": "transformer train", "rl": "grpo", "grpo": "r1", "rope": "mla", "sft": "r1",
     "solve": "r1", "sampling": "speculative generate rollout", "text": "train",
     "tokenizer": "tokenizer", "transformer": "parity_hf mtp sft"}.items()}

@@ -52,6 +52,8 @@ def test_greedy_text_is_that_of_plain_decoding(shape, depth, drafts):
     plain = generate(model, PROMPTS, 24)
     done = generate(model, PROMPTS, 24, speculative=drafts)
     assert done.tokens == plain.tokens
+    assert plain.passed == [[0] * (plain.steps - 1)] * len(PROMPTS)  # the prompts' pass is none
+    assert max(map(len, done.passed)) == done.steps - 1
     passed = [n for row in done.passed for n in row]
     assert 0 in passed and drafts in passed  # both branches were taken
     assert done.steps < plain.steps
