@@ -4,16 +4,23 @@ import json
 import math
 import sys
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import scrambled
+import training_runs
+from small_models import LITTLE, scrambled
+from training_runs import read_records, run_train
 
 from minids import ModelArgs, Transformer
+from minids import evaluate as module
 from minids.base.command_line import run_program
 from minids.evaluate import main
+from minids.infer.validation import evaluate
 from minids.runs.checkpoints import save_checkpoint
 from minids.tokenizer import Tokenizer
+
+home = training_runs.home
 
 
 def test_the_program(tmp_path, capsys, monkeypatch):
@@ -68,3 +75,49 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     results.append(call(*words))
     assert [status for status, *_ in results] == [0, 0, 0]
     assert len({out for _, out, _ in results}) == 3
+
+
+def evaluate_here(monkeypatch, *words) -> None:
+    """The program, in this process."""
+    monkeypatch.setattr(sys, "argv", ["minids.evaluate", *map(str, words), "--threads", "1"])
+    main()
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_documents_are_as_separate_as_in_training(home, tmp_path, monkeypatch, separate):
+    """The program measures what the run itself recorded at its end."""
+    (tmp_path / "texts").mkdir()
+    for i in range(60):
+        (tmp_path / f"texts/{i}.txt").write_text(f"item {i} is one of a row of short items.\n")
+    run = tmp_path / "run"
+    said = run_train("--preset", "nano", "--tokenizer", str(home / "tokenizer"), "--data",
+                     f"text:{tmp_path / 'texts'}", "--separate", str(separate), "--steps", "2",
+                     "--seq-len", "32", "--batch-size", "4", "--lr", "0.01", "--warmup-steps", "1",
+                     "--threads", "1", "--dtype", "fp32", "--device", "cpu", "--out", str(run))
+    assert said.status == 0, said.err
+    found = []
+    monkeypatch.setattr(module, "evaluate", lambda *inputs: found.append(inputs) or evaluate(
+        *inputs))
+    evaluate_here(monkeypatch, "--run", run, "--device", "cpu", "--batch-size", 4)
+    recorded = read_records(run)[-1]["valid_bpb"]
+    [inputs] = found
+    assert evaluate(*inputs).bits_per_byte == pytest.approx(recorded, rel=1e-6)
+    wrong = evaluate(*inputs[:-1], None if separate else Tokenizer.load(home / "tokenizer").bos_id).bits_per_byte
+    assert wrong != pytest.approx(recorded, rel=1e-5)
+
+
+@pytest.mark.parametrize("index_n_heads, flags, k", [
+    (0, [], 8), (0, ["--seq-len", 7], 1), (0, ["--index-topk", 3], 3),
+    (6, [], 5), (6, ["--index-topk", 3], 3)], ids=str)
+def test_k_is_the_flags_the_models_or_an_eighth_of_a_window(monkeypatch, index_n_heads, flags, k):
+    tokenizer, found = Tokenizer.load(), []
+    args = replace(LITTLE, index_n_heads=index_n_heads, index_head_dim=16, index_topk=5)
+    run = SimpleNamespace(model=SimpleNamespace(args=args), tokenizer=tokenizer, checkpoint="run",
+                          config={"train": {"data": "no matter", "seq_len": 64}})
+    monkeypatch.setattr(module, "open_model", lambda *_: run)
+    monkeypatch.setattr(module, "open_data", lambda *_: SimpleNamespace(
+        valid=torch.zeros(9), name="text"))
+    monkeypatch.setattr(module, "compare_selections", lambda *inputs: found.append(inputs[-2]))
+    monkeypatch.setattr(module, "selection_table", lambda rows, told: found.append(told))
+    evaluate_here(monkeypatch, "--device", "cpu", "--selections", *flags)
+    assert found == [k, k]
