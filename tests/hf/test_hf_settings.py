@@ -77,6 +77,30 @@ def test_a_return_without_what_only_we_know_is_another_model():
     assert args_from_config(config) == replace(V32, original_seq_len=LITTLE.max_seq_len)
 
 
+@pytest.mark.parametrize("own", [["index_fp8"], "index_fp8", {"dim": 8}, {"unknown": 1},
+                                 {"index_fp8": True, "dim": 8}], ids=str)
+def test_our_own_key_holds_our_own_fields_alone(own):
+    config = config_from_args(LITTLE)
+    assert args_from_config(config | {hf.settings.OWN_KEY: {}}).dim == LITTLE.dim
+    with pytest.raises(ValueError, match="is not valid: it must be an object whose fields are"):
+        args_from_config(config | {hf.settings.OWN_KEY: own})
+
+
+@pytest.mark.parametrize("theirs, ours, default", [
+    ("rms_norm_eps", "norm_eps", 1e-6), ("initializer_range", "init_std", 0.02),
+    ("num_nextn_predict_layers", "n_mtp_layers", 0), ("rope_theta", "rope_theta", 10000.0),
+    ("beta_fast", "beta_fast", 32.0), ("beta_slow", "beta_slow", 1.0)])
+def test_an_absent_field_has_transformers_default(theirs, ours, default):
+    other = dict(norm_eps=1e-5, init_std=0.01, n_mtp_layers=1, rope_theta=500.0, beta_fast=16.0,
+                 beta_slow=2.0)
+    args = replace(LITTLE, original_seq_len=12, **other)
+    config = config_from_args(args)
+    assert args_from_config(config) == args
+    for fields in (config, config["rope_scaling"]):
+        fields.pop(theirs, None)
+    assert args_from_config(config) == replace(args, **{ours: default})
+
+
 @pytest.mark.parametrize("preset", [*RELEASED, "tiny"])
 def test_transformers_reads_the_same_rotations(preset):
     def same(config: dict) -> bool:

@@ -26,6 +26,7 @@ from small_models import LITTLE, scrambled
 from minids import hf
 from minids.hf import config_from_args, load_hf, save_hf
 from minids.hf.names import CONFIG, INDEX, WEIGHTS
+from minids.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 
@@ -132,6 +133,33 @@ def test_a_bad_argument_of_save_is_named(tmp_path):
     with pytest.raises(ValueError, match="file is not valid: it is a file"):
         save_hf(model, tmp_path / "file", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_no_shared_experts_are_an_empty_layer():
+    args = replace(LITTLE, n_shared_experts=0)
+    model = scrambled(args)
+    added = {name: tuple(tensor.shape) for name, tensor in hf.writing.complete(model).items()
+             if name not in model.state_dict()}
+    experts = "ffn.shared_experts.{}.weight"
+    shapes = {"w1": (0, args.dim), "w2": (args.dim, 0), "w3": (0, args.dim)}
+    assert added == {f"{block}.{experts.format(part)}": shape for part, shape in shapes.items()
+                     for block in ("layers.1", "mtp.0.block")}
+
+
+def test_begin_and_end_are_the_given_tokenizers(tmp_path):
+    model, tokenizer = scrambled(replace(LITTLE, vocab_size=300)), Tokenizer.open("bytes")
+
+    def ends(given) -> tuple:
+        config = hf.writing.saved_config(model, None, given, None)
+        return config["bos_token_id"], config["eos_token_id"]
+
+    assert ends(None) == (None, None)  # absent, transformers would assume V3's
+    assert ends(tokenizer) == (tokenizer.bos_id, tokenizer.eos_id) != (None, None)
+    for stored, found in ((dict(bos_token_id=7, eos_token_id=9, pad_token_id=4), (7, 9)),
+                          (dict(eos_token_id=[9, 8]), (None, [9, 8]))):
+        (tmp_path / CONFIG).write_text(json.dumps(stored))
+        assert ends(tmp_path) == found
+        assert "pad_token_id" not in hf.writing.saved_config(model, None, tmp_path, None)
 
 
 def test_other_files_are_never_lost(tmp_path):
