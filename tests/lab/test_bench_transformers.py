@@ -6,6 +6,7 @@ do different work, since a ratio of two different works would mean nothing.
 
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from minids.config import ModelArgs
 from minids.lab import bench_transformers as beside
 from minids.lab.bench_setup import Stepper
-from minids.lab.timing import process_memory
+from minids.lab.timing import RATIOS, Memory, Timing, process_memory
 from minids.model.transformer import Transformer
 
 NANO = replace(ModelArgs.preset("nano"), n_mtp_layers=0)
@@ -177,6 +178,62 @@ def test_trial_finds_the_fastest(monkeypatch):
     found = beside.trial(None, beside.TRAIN_SETTINGS, None, "cpu", "work")
     assert found == beside.TRAIN_SETTINGS[1]
     assert chosen == beside.TRAIN_SETTINGS * (beside.TRIAL_ROUNDS + 1)
+
+
+@pytest.fixture
+def nothing_runs(monkeypatch) -> SimpleNamespace:
+    """A benchmark of two precisions in which nothing is computed: a work takes 1 or 2 seconds."""
+    setting = beside.Setting("sdpa", "eager")
+    stubs = dict(
+        fastest_training=lambda *_: setting, fastest_decoding=lambda *_: setting,
+        to_transformers=lambda *_: None, choose=lambda *_: None, Stepper=lambda *_: None,
+        first_losses=lambda *_: [8.25, 8.5], decoders=lambda *_: (None, None, None),
+        decode_minids=lambda model, prompts, new: [[0] * new] * len(prompts),
+        roll_out_minids=lambda model, prompts, new: [[0] * new] * len(prompts),
+        decode_transformers=lambda model, prompts, new, sample=False: [[0] * new] * len(prompts),
+        check_same_function=lambda *_: None, equal_tokens=lambda *_: 0.5,
+        in_turn=lambda *_: Timing([1.0], [2.0]),
+        in_fresh_process=lambda measure, settings, args, dtype, which: (
+            Memory(2**20, 7 * 2**20) if which else Memory(2**20, 5 * 2**20)))
+    for name, stub in stubs.items():
+        monkeypatch.setattr(beside, name, stub)
+    return SimpleNamespace(
+        settings=SimpleNamespace(dtypes=["bf16", "fp32"], decode_batch=3, new_tokens=4, pairs=1,
+                                 device="cpu"),
+        args=NANO, model=lambda: None, batches=lambda count: [None] * count,
+        prompts=lambda count: [[1, 2]] * count,
+        time_steps=lambda *_: Timing([1.0], [2.0]).cells(10))
+
+
+def test_a_table_has_a_row_for_each_setting(nothing_runs):
+    def rows(table) -> list[list[str]]:
+        head, *body = table(nothing_runs)
+        assert all(len(row) == len(head) for row in body)
+        return body
+
+    both = ["bf16", "fp32"]
+    trained = rows(beside.train_table)
+    assert [row[0] for row in trained] == [f"{dtype}, sdpa + eager" for dtype in both]
+    assert [row[-2:] for row in trained] == [["8.25000", "8.50000"]] * 2
+    decoded = rows(beside.decode_table)
+    assert [row[0] for row in decoded] == [
+        f"{dtype}, batch {batch}, sdpa + eager" for dtype in both for batch in (1, 3)]
+    assert [row[-1] for row in decoded] == ["50.0%"] * 4
+    assert [row[1:-1] for row in decoded[:2]] == [
+        Timing([1.0], [2.0]).cells(4), Timing([1.0], [2.0]).cells(12)]  # tokens of the batch
+    sampled = rows(beside.rollout_table)
+    assert [row[0] for row in sampled] == [f"{dtype}, batch 3, sdpa + eager" for dtype in both]
+    assert [row[1:] for row in sampled] == [Timing([1.0], [2.0]).cells(12)] * 2
+    memory = rows(beside.memory_table)
+    assert [row[0] for row in memory] == [f"{dtype} {work}, sdpa + eager" for dtype in both
+                                          for work in ("training", "decoding, batch 3")]
+    assert all(row[1:] == ["4", "6", "1.50", "5", "7", "1.40"] for row in memory)
+
+
+def test_one_batch_size_is_one_row(nothing_runs):
+    nothing_runs.settings.decode_batch = 1
+    assert len(beside.decode_table(nothing_runs)) == 1 + 2
+    assert beside.decode_table(nothing_runs)[0][-1 - len(RATIOS):-1] == RATIOS
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
