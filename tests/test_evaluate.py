@@ -87,7 +87,7 @@ def evaluate_here(monkeypatch, *words) -> None:
 def test_documents_are_as_separate_as_in_training(home, tmp_path, monkeypatch, separate):
     """The program measures what the run itself recorded at its end."""
     (tmp_path / "texts").mkdir()
-    for i in range(60):
+    for i in range(200):
         (tmp_path / f"texts/{i}.txt").write_text(f"item {i} is one of a row of short items.\n")
     run = tmp_path / "run"
     said = run_train("--preset", "nano", "--tokenizer", str(home / "tokenizer"), "--data",
@@ -102,7 +102,8 @@ def test_documents_are_as_separate_as_in_training(home, tmp_path, monkeypatch, s
     recorded = read_records(run)[-1]["valid_bpb"]
     [inputs] = found
     assert evaluate(*inputs).bits_per_byte == pytest.approx(recorded, rel=1e-6)
-    wrong = evaluate(*inputs[:-1], None if separate else Tokenizer.load(home / "tokenizer").bos_id).bits_per_byte
+    other = None if separate else Tokenizer.load(home / "tokenizer").bos_id
+    wrong = evaluate(*inputs[:-1], other).bits_per_byte
     assert wrong != pytest.approx(recorded, rel=1e-5)
 
 
