@@ -82,7 +82,7 @@ PRESETS = {
 
 @dataclass(frozen=True)
 class R1Args(Settings):
-    """What to run, and where."""
+    """Stages, folder and device."""
 
     preset: str = option("tiny", "task and settings of all stages: tiny calculates, countdown"
                                  " searches and takes longer", tuple(PRESETS))

@@ -205,7 +205,7 @@ def differences(ours: Transformer, theirs: PreTrainedModel) -> tuple[float, floa
 
 
 def same_tokens(ours: Transformer, theirs: PreTrainedModel) -> int:
-    """How many of the greedily generated tokens are equal, up to the first that is not."""
+    """Return how many of the greedily generated tokens are equal, up to the first that is not."""
     prompt = random_tokens(ours.args, 1, 9)
     mine = generate(ours, prompt.tolist(), NEW).tokens[0]
     theirs.generation_config.eos_token_id = None

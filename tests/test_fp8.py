@@ -203,14 +203,14 @@ def exact_products(x, w, dy) -> dict:
 
 
 def rounding(x: torch.Tensor, scale: torch.Tensor, rows: int = 1) -> torch.Tensor:
-    """How far rounding may move each number: half of the last of four binary digits, 2^-4 of it;
+    """Bound how far rounding may move each number: half of the last of four binary digits, 2^-4 of it;
     below the smallest normal number half of the smallest step, 2^-10 scales."""
     scale = scale.repeat_interleave(rows, 0)[:len(x)].repeat_interleave(128, 1)[:, :x.size(1)]
     return x.abs().double() * 2 ** -4 + scale.double() * 2 ** -10
 
 
 def bound(a, b, e_a, e_b) -> torch.Tensor:
-    """How far A B^T may be off if A is off by e_a and B by e_b."""
+    """Return how far A B^T may be off if A is off by e_a and B by e_b."""
     a, b = a.abs().double(), b.abs().double()
     return e_a @ b.T + a @ e_b.T + e_a @ e_b.T
 

@@ -49,7 +49,7 @@ def uncached(model: Transformer, prompt: list[int], count: int) -> list[int]:
 
 
 def equals_uncached(model: Transformer, prompts: list[list[int]], count: int = 12) -> bool:
-    """Whether a batch gives each prompt what it gets alone and without a cache."""
+    """Return whether a batch gives each prompt what it gets alone and without a cache."""
     expected = [uncached(model, prompt, count) for prompt in prompts]
     return generate(model, prompts, count).tokens == expected
 
@@ -79,7 +79,7 @@ def test_a_batch_of_unequal_prompts_equals_each_alone(name, monkeypatch):
 
 
 def folded_gap(args: ModelArgs, batch: int, uneven: bool) -> float:
-    """How far decoding with folded weights is from the absorbed form, cache included."""
+    """Return how far decoding with folded weights is from the absorbed form, cache included."""
     model, tokens = scrambled(args), random_tokens(args, batch, 12)
     caches = [LatentCache(args, batch, 12, dtype=torch.float64) for _ in range(2)]
     with torch.inference_mode():

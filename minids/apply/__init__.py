@@ -1,1 +1,1 @@
-"""What is done to a model from outside: the FP8 recipe, recomputation, weights for decoding."""
+"""Applied to a model from outside: the FP8 recipe, recomputation, weights for decoding."""

@@ -26,7 +26,7 @@ from minids.costs.memory import Sharding
 
 @dataclass(frozen=True)
 class CostArgs(Settings):
-    """What to count."""
+    """Model, hardware and prices."""
 
     preset: str = option("v3", "model: " + ", ".join(ModelArgs.presets()))
     seq_len: int = option(0, "context, tokens; 0: the trained one, before YaRN stretches it", low=0)

@@ -14,7 +14,7 @@ from minids.costs.parameters import block_parts, mtp_join
 
 @dataclass(frozen=True)
 class Sharding(Settings):
-    """How training is spread over GPUs, and bytes per element; the default is V3's recipe.
+    """Layout of training over GPUs, and bytes per element; the default is V3's recipe.
 
     The GPUs form `pipeline` ranks. The GPUs of a rank see different tokens; groups of
     expert_parallel share each layer's routed experts and replicate the rest (V3 section 3).

@@ -32,7 +32,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class HfArgs(Settings):
-    """What to read and what to write"""
+    """Input and output"""
 
     run: str = option("", "run folder, or one of its checkpoint folders, to export")
     folder: str = option("", "Hugging Face folder to describe, or with --out to convert")

@@ -1,4 +1,4 @@
-"""How often the MTP modules' drafts agree with the model, by depth and kind of text.
+"""Measure how often the MTP modules' drafts agree with the model, by depth and kind of text.
 
 Over held-out text a draft (V3 section 5.4.3) is compared with the model's own prediction from the
 same true text, so a module cannot profit from the repetitions that a model falls into when it
@@ -21,7 +21,7 @@ KIND = {tokenize.COMMENT: "comments", tokenize.STRING: "strings", tokenize.NUMBE
 
 
 class Agreement(NamedTuple):
-    """How drafts of one kind of text fare: their number, and the shares that are accepted.
+    """Acceptance of drafts of one kind of text: their number, and the shares accepted.
 
     greedy: the module's likeliest token is the model's
     sampled: probability of acceptance at temperature 1

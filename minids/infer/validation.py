@@ -17,7 +17,7 @@ from minids.model.moe import max_violation
 
 
 class Evaluation(NamedTuple):
-    """What one pass over validation text measures.
+    """The measurements of one pass over validation text.
 
     bits_per_byte: of all targets, special tokens included
     loads: (n MoE layers, E) int64, tokens sent to each expert, without the MTP modules

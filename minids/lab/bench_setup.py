@@ -1,4 +1,4 @@
-"""What all tables of `minids.lab.bench` share: settings, models, text, and one training step."""
+"""Settings, models, text and one training step, for all tables of `minids.lab.bench`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ LEARNING_RATE = 1e-3  # of the timed steps
 
 @dataclass(frozen=True)
 class BenchArgs(Settings):
-    """What to measure."""
+    """Tables, models and sizes."""
 
     preset: str = option("tiny", "model: " + ", ".join(ModelArgs.presets()))
     what: str = option("all", "table to make; all: " + ", ".join(DEFAULT_TABLES),

@@ -1,4 +1,4 @@
-"""What notebooks share: tables displayed as tables, and exercises that check themselves.
+"""Helpers of the notebooks: tables displayed as tables, and exercises that check themselves.
 
     review(square, [((3,), 9, "multiply the number by itself")])
 

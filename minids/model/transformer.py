@@ -46,7 +46,7 @@ class Block(nn.Module):
 
 
 class Hidden(NamedTuple):
-    """What the layers make of a batch.
+    """The output of the layers for a batch.
 
     states: (B, S, D), what the head reads
     routings: of each MoE layer; indexer: the loss of each indexer, nats per query, where they learn

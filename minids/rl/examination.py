@@ -23,7 +23,7 @@ BATCH = 512  # prompts that are decoded together
 
 @dataclass(frozen=True)
 class Asking:
-    """How questions are put to a model.
+    """Settings of an examination.
 
     mode: think, direct or free, see `minids.text.chat`; template: chat or plain
     max_new_tokens: maximum length of a reply

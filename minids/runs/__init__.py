@@ -1,1 +1,1 @@
-"""What every program that learns shares: checkpoints, the learner, the optimizers."""
+"""Shared by every program that learns: checkpoints, the learner, the optimizers."""

@@ -47,7 +47,7 @@ class Corpus:
 
     @property
     def streams(self) -> bool:
-        """Whether the training text is streamed, because it is too large to tokenise first."""
+        """Return whether the training text is streamed: it is too large to tokenise first."""
         return isinstance(self.train, HubDocuments)
 
 

@@ -24,7 +24,7 @@ def write_json_in_place(path: Path, obj) -> None:
 
 
 def keeps_old_json(path: Path, write) -> bool:
-    """Whether a write that the disk refuses leaves the file before it and nothing else."""
+    """Return whether a write that the disk refuses leaves the file before it and nothing else."""
     write_json(path, {"lr": 1.0})
     with pytest.raises(OSError):
         write(path, {"lr": [0] * 100_000})

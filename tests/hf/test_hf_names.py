@@ -15,7 +15,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Initializing zero-element tensor
 
 
 def released_numbers(preset: str) -> dict[str, int]:
-    """How many numbers of each precision a released FP8 checkpoint has, by our tables."""
+    """Return how many numbers of each precision a released FP8 checkpoint has, by our tables."""
     args, sizes = ModelArgs.preset(preset), {"F8": 0, "BF16": 0, "F32": 0}
     state = hf.names.skeleton(args).state_dict()
     shapes = hf.names.shapes(args)

@@ -83,7 +83,7 @@ def test_the_longest_sequence_fits():
 
 
 def wrong_texts(monkeypatch, where, name, wrong, args=NARROW, drafts=2) -> int:
-    """How many of the texts differ from plain decoding's with a part replaced."""
+    """Return how many of the texts differ from plain decoding's with a part replaced."""
     model = agreeing(args)
     plain = generate(model, PROMPTS, 24).tokens
     monkeypatch.setattr(where, name, wrong)

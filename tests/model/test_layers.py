@@ -160,7 +160,7 @@ def swiglu(x, mlp):
 
 
 def mlp_error(forward) -> float:
-    """How far a feed-forward layer (x, mlp) -> y is from SwiGLU, in FP64."""
+    """Return how far a feed-forward layer (x, mlp) -> y is from SwiGLU, in FP64."""
     torch.manual_seed(0)
     mlp = MLP(8, 12).double()
     for parameter in mlp.parameters():

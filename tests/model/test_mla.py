@@ -115,7 +115,7 @@ class RopeFirst(MLA):
 
 
 def layer_error(attn: MLA) -> float:
-    """How far an attention layer is from the reference, over a batch of two sequences."""
+    """Return how far an attention layer is from the reference, over a batch of two sequences."""
     torch.manual_seed(0)
     h = torch.randn(2, 9, attn.args.dim, dtype=torch.float64)
     context = Transformer(attn.args).context(torch.zeros(2, 9, dtype=torch.int64))
@@ -156,7 +156,7 @@ class NoPosition(MLA):
 
 
 def form_gap(model: Transformer) -> float:
-    """How far the logits of the two forms lie apart."""
+    """Return how far the logits of the two forms lie apart."""
     tokens = random_tokens(model.args, 3, 20)
     naive = copy.deepcopy(model)(tokens)  # a wrong class may leave its scale behind
     return gap(model(tokens, absorbed=True), naive)
@@ -183,7 +183,7 @@ def test_the_forms_have_the_same_gradients():
 
 
 def leak(forward, args: ModelArgs = ARGS, length: int = 12) -> float:
-    """How much the logits before position p move when all tokens from p on are exchanged."""
+    """Return how much the logits before position p move when all tokens from p on are exchanged."""
     tokens = random_tokens(args, 2, length)
     logits, worst = forward(tokens), 0.0
     for p in (1, length // 2, length - 1):
@@ -250,7 +250,7 @@ def test_a_leaky_mask_is_caught(monkeypatch):
 
 
 def decode_gap(model: Transformer, sizes: list[int], absorbed: bool) -> float:
-    """How far the logits of tokens fed in pieces are from those of the whole."""
+    """Return how far the logits of tokens fed in pieces are from those of the whole."""
     tokens = random_tokens(model.args, 2, sum(sizes))
     cache = LatentCache(model.args, 2, sum(sizes), dtype=torch.float64)
     parts = [model(part, cache, absorbed) for part in tokens.split(sizes, dim=1)]
@@ -301,7 +301,7 @@ def test_a_wrong_chunk_is_caught(wrong):
 
 def padding_gap(model: Transformer, lengths: list[int], steps: int, absorbed: bool,
                 truncated: bool = True) -> float:
-    """How far a batch of unequal prompts, padded on the right, is from each prompt alone.
+    """Return how far a batch of unequal prompts, padded on the right, is from each prompt alone.
 
     steps: tokens fed one by one after the prompts; truncated: whether the cache is told of it
     """

@@ -188,7 +188,7 @@ def test_negative_biases_leave_the_groups_alone():
 
 
 def bias_in_weights(gate: Gate) -> float:
-    """How far the weights of chosen experts are from a function of their scores alone."""
+    """Return how far the weights of chosen experts are from a function of their scores alone."""
     weights, routing = gate(hidden(gate.args))
     scores = routing.scores.gather(-1, routing.indices)
     return gap(weights, scores / scores.sum(-1, keepdim=True) * gate.args.route_scale)
@@ -243,7 +243,7 @@ def one_token_at_a_time(layer: MoE, x: torch.Tensor) -> torch.Tensor:
 
 
 def layer_error(layer: MoE, dtype: torch.dtype = torch.float64, shape=(2, 40)) -> float:
-    """How far a layer's output and gradients are from one token at a time in FP64."""
+    """Return how far a layer's output and gradients are from one token at a time in FP64."""
     results = []
     for forward, precision in ((layer.__class__.__call__, dtype),
                                (one_token_at_a_time, torch.float64)):
@@ -309,7 +309,7 @@ def test_a_wrong_layer_is_caught(wrong):
 
 
 def renumbering_gap(layer: MoE, order: list[int], parts: set[str]) -> float:
-    """How much the output moves when `parts` of a layer have their experts renumbered."""
+    """Return how much the output moves when `parts` of a layer have their experts renumbered."""
     x, other = hidden(layer.args), copy.deepcopy(layer)
     tensors = {"gate": other.gate.weight, "bias": other.gate.bias, "w1": other.experts.w1,
                "w2": other.experts.w2, "w3": other.experts.w3}
@@ -502,7 +502,7 @@ def test_a_gpu_trains_under_autocast():
 
 
 def update_is_right(update) -> bool:
-    """Whether update(bias, load, speed) moves each bias by exactly `speed` against its load."""
+    """Return whether an update moves each bias by exactly `speed` against its load."""
     bias = torch.tensor([0.5, -0.5, 0.0, 1.0, 0.0])
     expected = bias + 0.01 * torch.tensor([-1.0, 1.0, 0.0, -1.0, 1.0])
     update(bias, torch.tensor([10, 0, 5, 6, 4]), 0.01)
@@ -555,7 +555,7 @@ def loop_balance(scores, k: int) -> torch.Tensor:
 
 
 def balance_errors(loss) -> tuple[float, float]:
-    """How far a balance loss of (routing, args) is from the loops: its value, its gradient."""
+    """Return how far a balance loss is from the loops: its value, its gradient."""
     gate, x = gate_of(V3_LIKE), hidden(V3_LIKE, 2, 8)
 
     def results(value):
@@ -621,7 +621,7 @@ def loop_expert_balance(routing: Routing) -> torch.Tensor:
 
 
 def expert_balance_errors(loss) -> tuple[float, float]:
-    """How far a loss of (routing, args) is from the loops on V2's gate: its value, its gradient."""
+    """Return how far a loss is from the loops on V2's gate: its value, its gradient."""
     gate, x = gate_of(V2_LIKE), hidden(V2_LIKE, 2, 8)
 
     def results(value):

@@ -68,7 +68,7 @@ def explicit(model: Transformer, tokens, targets, reading: Reading) -> tuple:
 
 
 def loss_error(args, reading: Reading) -> float:
-    """How far the model's MTP loss is from the explicit one under a reading."""
+    """Return how far the model's MTP loss is from the explicit one under a reading."""
     model, (tokens, targets) = scrambled(args), text(args)
     return gap(model.loss(tokens, targets).mtp, explicit(model, tokens, targets, reading)[0])
 
@@ -151,7 +151,7 @@ def test_an_embedding_one_token_off_is_caught(off):
 
 
 def joined_error(module: MTPModule) -> float:
-    """How far a module is from M [enorm(embedding) ; hnorm(hidden)], block, norm."""
+    """Return how far a module is from M [enorm(embedding) ; hnorm(hidden)], block, norm."""
     model = scrambled(ONE)
     torch.manual_seed(0)
     hidden, embedding = torch.randn(2, 2, 6, ONE.dim, dtype=torch.float64)

@@ -46,7 +46,7 @@ def turned_back(x, rotation):
 
 
 def rotation_error(rotate) -> float:
-    """How far rotate(x, rotation) is from the literal rotation."""
+    """Return how far rotate(x, rotation) is from the literal rotation."""
     torch.manual_seed(0)
     x = torch.randn(2, 40, 3, 64, dtype=torch.float64)
     return gap(rotate(x, rotations(torch.arange(40)[None], SHORT)), literal_rotation(x, 10000.0))
@@ -63,7 +63,7 @@ def test_another_layout_or_direction_is_caught(wrong):
 
 
 def score_drift(rotate_q, rotate_k) -> float:
-    """How much the score of two tokens changes when both move by the same distance."""
+    """Return how much the score of two tokens changes when both move by the same distance."""
     torch.manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 64, dtype=torch.float64)
 
@@ -151,7 +151,7 @@ def test_softmax_scale_has_the_published_values():
 
 
 def stretches(frequencies, scale, args: ModelArgs) -> bool:
-    """Whether YaRN does anything to a model of these settings."""
+    """Return whether YaRN does anything to a model of these settings."""
     plain = 1.0 / args.rope_theta ** (torch.arange(0, 64, 2) / 64)
     return not torch.allclose(frequencies(args), plain) or scale(args) != 192 ** -0.5
 

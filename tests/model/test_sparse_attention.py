@@ -342,7 +342,7 @@ def test_the_hadamard_turn_changes_no_score_before_rounding(monkeypatch):
 
 
 def is_e4m3(x: torch.Tensor) -> bool:
-    """Whether each row is E4M3 numbers times one power of two."""
+    """Return whether each row is E4M3 numbers times one power of two."""
     largest = x.abs().amax(-1, keepdim=True)
     exponents = torch.arange(-40, 40, dtype=x.dtype)
     fits = torch.zeros_like(largest, dtype=torch.bool)
@@ -439,7 +439,7 @@ def literal_loss(attn: MLA, x: torch.Tensor, stage: str) -> torch.Tensor:
 
 
 def loss_gaps(args: ModelArgs, stage: str) -> tuple[float, float]:
-    """How far the loss, and its gradients, are from the literal ones; relative."""
+    """Return how far the loss, and its gradients, are from the literal ones; relative."""
     torch.manual_seed(5)
     attn = scrambled(args).layers[1].attn
     x = torch.randn(2, 9, args.dim, dtype=torch.float64)

@@ -47,7 +47,7 @@ def test_the_main_loss_is_the_cross_entropy_of_the_logits():
 
 
 def initial_surprise(args: ModelArgs) -> float:
-    """How far the first losses, main and MTP, are from guessing evenly, nats."""
+    """Return how far the first losses, main and MTP, are from guessing evenly, nats."""
     torch.manual_seed(0)
     losses = Transformer(args).loss(*batch(args, 4, 64))
     even = math.log(args.vocab_size)

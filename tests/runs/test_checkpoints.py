@@ -147,7 +147,7 @@ def draw() -> list:
 
 
 def resumes(tmp_path, get_state) -> bool:
-    """Whether a state that went through a checkpoint repeats the draws that followed it."""
+    """Return whether a state that went through a checkpoint repeats the draws that followed it."""
     draw()
     random.gauss(0, 1)  # gauss makes two and keeps one: the kept one is state too
     np.random.standard_normal()

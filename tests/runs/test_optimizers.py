@@ -88,7 +88,7 @@ def test_muon_equals_torchs_unchanged():
 # A stack of experts.
 
 def stack_apart(shape: tuple) -> float:
-    """How far a stack's step is from the steps of its matrices one by one."""
+    """Return how far a stack's step is from the steps of its matrices one by one."""
     start = normal(4, *shape)
     grad = normal(4, *shape, seed=1) * torch.tensor([1e-3, 1.0, 30.0, 0.1]).view(-1, 1, 1)
 
@@ -151,7 +151,7 @@ def matrix_of(values: list[float], rows: int, cols: int, seed: int = 0) -> tuple
 
 
 def is_orthogonalised(function, values: list[float], rows: int, cols: int) -> bool:
-    """Whether all singular values end between 0.6 and 1.3, on the singular vectors they had."""
+    """Return whether all singular values end between 0.6 and 1.3, on their singular vectors."""
     u, x, v = matrix_of(values, rows, cols)
     y = function(x[None])[0]
     if y.shape != x.shape or not y.isfinite().all():
