@@ -203,7 +203,7 @@ def exact_products(x, w, dy) -> dict:
 
 
 def rounding(x: torch.Tensor, scale: torch.Tensor, rows: int = 1) -> torch.Tensor:
-    """Bound how far rounding may move each number: half of the last of four binary digits, 2^-4 of it;
+    """Bound how far rounding may move a number: half the last of four binary digits, 2^-4 of it;
     below the smallest normal number half of the smallest step, 2^-10 scales."""
     scale = scale.repeat_interleave(rows, 0)[:len(x)].repeat_interleave(128, 1)[:, :x.size(1)]
     return x.abs().double() * 2 ** -4 + scale.double() * 2 ** -10
