@@ -16,7 +16,8 @@ from torch import Tensor
 
 from minids import ModelArgs, Transformer
 from minids.apply.folded import fold
-from minids.kernels import indexer
+from minids.kernels import attention as kernel
+from minids.kernels import few_tokens, indexer
 from minids.kernels.registry import REGISTRY, bodies, body, recorded, using
 from minids.model.cache import LatentCache
 from minids.model.mla import attention, causal
@@ -270,6 +271,42 @@ def test_a_fallback_in_silence_is_noticed(key):
     REGISTRY.update(before)
     with pytest.raises(AssertionError):
         check(without, *key, CASES[key][0])
+
+
+@pytest.mark.parametrize("rows, width, wanted", [
+    (1, 8, [False]), (1, 1024, [False]), (1, 1025, [True]), (2, 8, []), (32, 8, [])], ids=str)
+def test_which_product_multiplies_few_rows(monkeypatch, rows, width, wanted):
+    """One row: torch's own, for a large matrix oneDNN's; several rows: the weights come first."""
+    product, seen = torch.nn.functional.linear, []
+
+    def recording(x: Tensor, weight: Tensor) -> Tensor:
+        seen.append(torch.backends.mkldnn.enabled)
+        return product(x, weight)
+
+    monkeypatch.setattr(few_tokens.F, "linear", recording)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
+    few_tokens.linear(torch.zeros(1, rows, width, dtype=BF16), torch.zeros(512, width, dtype=BF16))
+    assert seen == wanted and torch.backends.mkldnn.enabled
+
+
+@pytest.mark.parametrize("dtype, inside", [(BF16, False), (F32, True)])
+def test_onednn_is_left_as_it_was(monkeypatch, dtype, inside):
+    for before in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "enabled", before)
+        with few_tokens.own_products(torch.zeros(1, dtype=dtype)):
+            assert torch.backends.mkldnn.enabled == (before and inside)
+        assert torch.backends.mkldnn.enabled == before
+
+
+@pytest.mark.parametrize("batch, dtype, fused", [
+    (15, F32, True), (16, F32, False), (15, BF16, True), (16, BF16, True)])
+def test_many_sequences_take_two_products_except_in_bf16(monkeypatch, batch, dtype, fused):
+    attend, calls = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(kernel.F, "scaled_dot_product_attention",
+                        lambda *inputs, **how: calls.append(1) or attend(*inputs, **how))
+    kernel.one_key_for_all_heads(torch.zeros(batch, 1, 2, 4, dtype=dtype),
+                                 torch.zeros(batch, 3, 4, dtype=dtype), None, 1.0)
+    assert bool(calls) == fused
 
 
 def test_with_bodies_off_no_body_runs():

@@ -372,6 +372,11 @@ def test_every_body_of_the_grouped_product_agrees(body, dtype, error, counts, sp
     assert product_gap(body, counts, spare, dtype) < error
 
 
+def test_rows_past_the_last_experts_have_a_place_in_the_result():
+    x, weight = torch.randn(9, 3), torch.randn(2, 4, 3)
+    assert grouped_loop(x, weight, torch.tensor([2, 4])).shape == (9, 4)
+
+
 def next_expert(x, weight, counts):
     return grouped_loop(x, weight.roll(1, 0), counts)
 
@@ -426,6 +431,13 @@ def test_sorting_gives_each_pair_its_own_slot_with_its_expert(n_tokens, k, n_exp
         assert len(source) == n_tokens * k + n_experts * (align - 1)
     else:
         assert torch.equal(counts, load) and len(source) == n_tokens * k
+
+
+def test_slots_are_aligned_from_32_pairs_an_expert_on():
+    for n_tokens, aligned in ((63, False), (64, True)):  # of 2 experts each, among 4
+        source, _, counts = sort_by_expert(random_indices(n_tokens, 2, 4, seed=0), 4)
+        assert len(source) == 2 * n_tokens + 4 * 31 * aligned
+        assert bool((counts % 32 == 0).all()) == aligned
 
 
 def test_sorting_example_of_the_docstring():

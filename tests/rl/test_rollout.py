@@ -101,6 +101,18 @@ def test_text_is_aligned_from_position_0():
         assert reply[-1] == EOS or len(reply) == 20
 
 
+def test_a_part_is_cut_to_its_longest_reply():
+    found = sampled(scrambled(LITTLE))
+    lengths = [len(p) + len(r) for p, r in zip(PROMPTS, found.replies(), strict=True)]
+    assert len(set(lengths)) > 1
+    for rows in (slice(None), slice(1, 2), slice(0, 3)):
+        part = found.part(rows)
+        assert part.tokens.size(1) == max(lengths[rows])
+        assert {t.size(1) for t in (part.written, part.logp, *part.routes.values())} == {
+            max(lengths[rows]) - 1}
+        assert part.replies() == found.replies()[rows]
+
+
 def test_tokens_after_the_end_count_nowhere():
     found = sampled(scrambled(LITTLE), new=40)
     assert any(reply[-1] == EOS and len(reply) < 20 for reply in found.replies())
