@@ -125,32 +125,62 @@ def module_states(model: Transformer, text: list[int], depth: int) -> torch.Tens
     return states[0]
 
 
+def rounds_of(model: Transformer, drafts: int, monkeypatch) -> list[tuple[list, list, bool]]:
+    """Each sequence's text, the drafts for it, and whether it goes on, round by round."""
+    rounds, draft = [], speculative.draft
+
+    def recorded(text, *inputs):
+        proposed = draft(text, *inputs)
+        known = [text.slots[row, :end + 1].tolist() for row, end in enumerate(text.end.tolist())]
+        goes_on = (text.end < text.last).tolist()
+        rounds.extend(zip(known, proposed[0].tolist(), goes_on, strict=True))
+        return proposed
+
+    monkeypatch.setattr(speculative, "draft", recorded)
+    generate(model, PROMPTS, 12, speculative=drafts)
+    return rounds
+
+
+@pytest.mark.parametrize("kind", [agreeing, scrambled])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@torch.no_grad()
+def test_further_drafts_go_on_from_the_last_modules_own_state(kind, depth, monkeypatch):
+    model = kind(replace(NARROW, n_mtp_layers=depth))
+    rounds = [found[:2] for found in rounds_of(model, depth + 2, monkeypatch) if found[2]]
+    assert len(rounds) > 10
+    for known, drafts in rounds:
+        text = known + drafts[:depth - 1]
+        states = module_states(model, text, depth - 1)[None, :-1]
+        for k in range(depth, depth + 3):
+            tokens = torch.tensor([text[depth:]])
+            out = model.mtp[-1](states, model.embed(tokens), model.context(tokens))[0][:, -1:]
+            assert model.head(out).argmax() == drafts[k - 1], k
+            states, text = torch.cat([states, out], dim=1), [*text, drafts[k - 1]]
+
+
 @pytest.mark.parametrize("shape", ["folded", "not folded"])
 @pytest.mark.parametrize("depth", [1, 2, 3])
 def test_drafts_are_what_the_modules_learnt(shape, depth, monkeypatch):
     """Draft k is the choice of module k, as in training, after the text and the drafts before."""
     model = agreeing(replace(SHAPES[shape], n_mtp_layers=depth))
-    rounds = []
-
-    def recorded(text, *inputs):
-        proposed = draft(text, *inputs)
-        known = [text.slots[row, :end + 1].tolist()
-                 for row, end in enumerate(text.end.tolist())]
-        rounds.append((known, proposed[0].tolist()))
-        return proposed
-
-    draft = speculative.draft
-    monkeypatch.setattr(speculative, "draft", recorded)
-    generate(model, PROMPTS, 12, speculative=depth)
-    checked = 0
+    rounds, checked = rounds_of(model, depth, monkeypatch), 0
     with torch.no_grad():
-        for known, proposed in rounds:
-            for text, drafts in zip(known, proposed, strict=True):
-                for k, token in enumerate(drafts, start=1):
-                    state = module_states(model, text + drafts[:k - 1], k)[-1]
-                    assert model.head(state).argmax() == token
-                    checked += 1
-    assert checked == len(rounds) * len(PROMPTS) * depth > 25
+        for text, drafts, _ in rounds:
+            for k, token in enumerate(drafts, start=1):
+                state = module_states(model, text + drafts[:k - 1], k)[-1]
+                assert model.head(state).argmax() == token
+                checked += 1
+    assert checked == len(rounds) * depth > 25
+
+
+def test_a_window_does_not_begin_before_the_text():
+    states = torch.arange(8).view(2, 4, 1)
+    window = speculative.Window(states, start=torch.tensor([-1, 2]), at=torch.tensor([2, 3]))
+    assert window.start.tolist() == [0, 2] and window.at.tolist() == [1, 3]
+    assert window.states.flatten(1).tolist() == [[1, 2, 3, 3], [4, 5, 6, 7]]
+    assert window.last_states(2).flatten(1).tolist() == [[1, 2], [6, 7]]
+    assert window.last_states(3).flatten(1).tolist() == [[1, 1, 2], [5, 6, 7]]
+    assert window.last_states(0).shape == (2, 0, 1)
 
 
 @pytest.mark.parametrize("shape", ["folded", "dense"])
