@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minids.infer.decoding import last_states, new_cache, prefill, right_pad
+from minids.infer.decoding import last_states, new_cache, next_token, prefill, right_pad
 from minids.infer.sampling import Sampler
 from minids.infer.speculative import speculative_rounds
 from minids.model.transformer import Transformer
@@ -118,7 +118,7 @@ def plain_rounds(model: Transformer, tokens: Tensor, lengths: Tensor, new_tokens
     while True:
         tokens = sampler.sample(logits)  # (B,)
         yield tokens.unsqueeze(1).tolist()
-        logits = model(tokens.unsqueeze(1), cache, absorbed=True)[:, -1]  # (B, V)
+        logits = model.head(next_token(model, cache, tokens).states[:, -1])  # (B, V)
 
 
 def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, speculative) -> None:

@@ -27,8 +27,15 @@ FEW = 4  # tokens that every expert computes whom one of them chose; a row more 
 PADDING = 2  # most rows that a pair may cost in a batched product; measured, 2 to 128 tokens
 
 
-@body(lambda x, weight: x.dtype == torch.bfloat16 and plain_inference(x)
-      and x.shape[:-1].numel() <= FEW_ROWS)
+def is_few_rows(x: Tensor, weight: Tensor) -> bool:
+    """Return whether x has few rows in BF16; one row only where oneDNN would multiply it."""
+    if x.dtype != torch.bfloat16 or not plain_inference(x):
+        return False
+    rows = x.numel() // x.size(-1)
+    return 1 < rows <= FEW_ROWS or rows == 1 and torch.backends.mkldnn.enabled
+
+
+@body(is_few_rows)
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Multiply few rows in BF16: (.., I), (O, I) -> (.., O)
 
@@ -39,7 +46,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     rows = x.flatten(0, -2)
     if len(rows) > 1:
         return (weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
-    if weight.numel() > SMALL or not torch.backends.mkldnn.enabled:
+    if weight.numel() > SMALL:
         return F.linear(x, weight)
     with own_products(x):
         return F.linear(x, weight)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minids.infer.decoding import last_states, new_cache, prefill, right_pad
+from minids.infer.decoding import last_states, new_cache, next_token, prefill, right_pad
 from minids.infer.sampling import Sampler
 from minids.model.moe import Routing
 from minids.model.transformer import Transformer
@@ -85,7 +85,7 @@ def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
             running &= token != eos_id
             if len(columns) == max_new_tokens or not running.any():
                 break
-            found = model.hidden(token[:, None], cache, absorbed=True)
+            found = next_token(model, cache, token)
             states = found.states[:, -1]
     layers = [block.layer for block in model.layers if block.is_moe]
     routes = dict(zip(layers, zip(*passes, strict=True), strict=True))
