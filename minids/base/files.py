@@ -94,18 +94,21 @@ def discard(path: Path) -> None:
     shutil.rmtree(doomed)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, Any]]:
-    """Yield the number and the value of each line of a JSONL file, skipping blank lines.
+def read_jsonl(path: Path, skip_blank: bool = False) -> Iterator[tuple[int, Any]]:
+    """Yield the number and the value of each line of a JSONL file, as they are asked for.
 
     Only a line feed ends a line: U+2028 and U+0085 may stand inside a string. A byte order mark
-    at the start is ignored. Lines are read as they are asked for.
+    at the start is ignored.
 
-    Raises `ValueError` naming the file and the line if a line is not UTF-8 or not JSON.
+    Raises `ValueError` naming file and line if a line is not UTF-8, not JSON, or blank, unless
+    `skip_blank` skips it.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
-                continue
+                if skip_blank:
+                    continue
+                raise ValueError(f"{path} line {number} is blank")
             try:
                 value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:

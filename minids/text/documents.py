@@ -70,7 +70,7 @@ def read_documents(path: Path) -> Iterator[str]:
 def read_rows(path: Path) -> Iterator[str]:
     """Yield the text column of a JSONL file; the first row decides which column that is."""
     column = None
-    for number, row in read_jsonl(path):
+    for number, row in read_jsonl(path, skip_blank=True):
         if not isinstance(row, dict):
             raise ValueError(f"{path} line {number} must be a JSON object")
         column = column or text_column({k: isinstance(v, str) for k, v in row.items()}, path)

@@ -1,10 +1,13 @@
 """The one reader of JSONL files, each property beside the reader it replaces, which fails it."""
 
 import json
+import re
+from functools import partial
 
 import pytest
 
 from minids.base.files import read_jsonl
+from minids.sft import read_conversations
 
 
 def old_reader(path):
@@ -36,7 +39,28 @@ EXPECTED = {
 def test_separators_marks_and_blank_lines(name, tmp_path):
     path = tmp_path / name
     path.write_bytes(FILES[name])
-    assert keeps(read_jsonl, path) and not keeps(old_reader, path)
+    assert keeps(partial(read_jsonl, skip_blank=True), path) and not keeps(old_reader, path)
+
+
+@pytest.mark.parametrize("content, line, values", [
+    (b"1\n\n2\n", 2, [1, 2]), (b"1\n2\n \t\r\n3\n", 3, [1, 2, 3]), (b"\n1\n", 1, [1]),
+    (b"1\n\n", 2, [1]), (b"1\n ", 2, [1])])
+def test_a_blank_line_is_refused_unless_skipped(content, line, values, tmp_path):
+    path = tmp_path / "blank.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        list(read_jsonl(path))
+    assert str(error.value) == f"{path} line {line} is blank"
+    assert [value for _, value in read_jsonl(path, skip_blank=True)] == values
+
+
+def test_conversations_refuse_a_blank_line(tmp_path):
+    path, row = tmp_path / "talk.jsonl", json.dumps({"messages": [{"role": "user"}]})
+    path.write_text(f"{row}\n{row}\n")
+    assert len(read_conversations(path)) == 2
+    path.write_text(f"{row}\n\n{row}\n")
+    with pytest.raises(ValueError, match=re.escape(f"not valid: {path} line 2 is blank")):
+        read_conversations(path)
 
 
 def test_the_last_line_needs_no_end_and_windows_ends_are_fine(tmp_path):

@@ -120,7 +120,7 @@ BAD_FILES = {
     "empty.txt": b"", "blank.md": b" \n\n", "binary.txt": b"ab\0cd", "latin.py": b"caf\xe9 \n",
     "cut.txt": "é".encode()[:1], "bad.jsonl": b'{"text": "a"}\n{"text": \n',
     "list.jsonl": b"[1]\n", "columns.jsonl": b'{"title": "a", "body": "b", "n": 1}\n',
-    "later.jsonl": b'{"text": "a"}\n{"body": "b"}\n', "bad.parquet": b"not parquet",
+    "later.jsonl": b'{"text": "a"}\n\n{"body": "b"}\n', "bad.parquet": b"not parquet",
     "data.csv": b"a,b\n", "one.txt": b"x",
 }
 BAD_SPECS = {
@@ -134,7 +134,7 @@ BAD_SPECS = {
     "text:HERE/cut.txt": "cut short", "text:HERE/bad.jsonl": "bad.jsonl line 2 is not JSON",
     "text:HERE/list.jsonl": "must be a JSON object",
     "text:HERE/columns.jsonl": "its columns are title, body, n (not text)",
-    "text:HERE/later.jsonl": "line 2 has no 'text', only ['body']",
+    "text:HERE/later.jsonl": "line 3 has no 'text', only ['body']",
     "text:HERE/bad.parquet": "not a parquet file", "text:HERE/two.parquet": "columns are a, b, n",
     "text:HERE/data.csv": "a file .csv is not read", "text:HERE/one.txt": "too short",
 }

@@ -408,11 +408,11 @@ def test_a_wrong_line_is_told_by_its_number(line, tmp_path):
     assert complaint(f"jsonl:{path}").startswith(f"{path} line 6 is not JSON: ")
 
 
-def test_a_line_separator_and_a_blank_line_do_no_harm(tmp_path):
-    rows = [*rows_of(False), "", *rows_of(True)]
-    spec = write(tmp_path / "own.jsonl", *rows, '{"question": "a\u2028b", "answer": "c"}')
-    asked = sum(map(len, open_task(spec).sides.values()))
-    assert asked == 5 + 5 + 1
+def test_a_line_separator_does_no_harm_and_a_blank_line_is_told_by_its_number(tmp_path):
+    path, rows = tmp_path / "own.jsonl", [*rows_of(False), *rows_of(True)]
+    spec = write(path, *rows, '{"question": "a\u2028b", "answer": "c"}')
+    assert sum(map(len, open_task(spec).sides.values())) == 5 + 5 + 1
+    assert complaint(write(path, *rows[:5], "", *rows[5:])) == f"{path} line 6 is blank"
 
 
 @pytest.mark.parametrize("side, missing", [(False, "held-out"), (True, "train")])
