@@ -15,8 +15,7 @@ from minids.costs.bill import (
     plan,
     training_bill,
 )
-from minids.costs.cache import cache_bytes_per_token
-from minids.costs.drafts import drafting
+from minids.costs.decoding import cache_bytes_per_token, drafting
 from minids.costs.flops import attention_flops, flops_per_token, pair_flops
 from minids.costs.parameters import count_parameters
 

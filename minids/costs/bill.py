@@ -5,6 +5,7 @@ Source: DeepSeek-V3 (arXiv 2412.19437) table 1 for V3's GPU-hours.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from minids.base.fields import Settings, option
 from minids.config import ModelArgs
@@ -28,8 +29,7 @@ class Rental(Settings):
     mfu: float = option(0.39, "share of the peak that training reaches", above=0, high=1)
 
 
-@dataclass(frozen=True)
-class Bill:
+class Bill(NamedTuple):
     """Time and money.
 
     gpu_hours: GPU-hours of the work; gpus: how many share it; price: USD per GPU-hour
@@ -57,14 +57,6 @@ def training_bill(work: float, tokens: float, gpus: int, rental: Rental) -> Bill
     """
     hours = tokens * work / (rental.gpu_peak * 1e12 * rental.mfu * 3600)
     return Bill(hours, gpus, rental.gpu_price)
-
-
-def teraflops(work: float, tokens: float, gpu_hours: float) -> float:
-    """Return the speed of one GPU, TFLOPS; divided by the peak it is the MFU.
-
-    work: training FLOPs per token; tokens: trained on in gpu_hours
-    """
-    return work * tokens / (gpu_hours * 3600) / 1e12
 
 
 @dataclass(frozen=True)
@@ -98,8 +90,7 @@ def api_price(prompt_tokens: int, cached_tokens: int, output_tokens: int, prices
             + cached_tokens * prices.cached_price + output_tokens * prices.output_price) / 1e6
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """A training run on rented GPUs.
 
     fits: whether `memory` fits into a GPU; it is without workspace, so leave some room
@@ -126,10 +117,8 @@ def layouts(args: ModelArgs, gpus: int, given: dict) -> Iterator[Sharding]:
     """
     most_ranks, most_shares = len(pipeline_pieces(args)), max(args.n_routed_experts, 1)
     plain = [dict(pipeline=ranks, expert_parallel=shares, zero=zero, dualpipe=False)
-             for zero in (1, 3)
-             for ranks in range(1, min(gpus, most_ranks) + 1) if gpus % ranks == 0
-             for shares in range(1, min(gpus // ranks, most_shares) + 1)
-             if gpus // ranks % shares == 0]
+             for zero in (1, 3) for ranks in range(1, most_ranks + 1)
+             for shares in range(1, most_shares + 1) if gpus % (ranks * shares) == 0]
     for choice in [{}, *plain]:
         try:
             sharding = Sharding(**choice | {"gpus": gpus} | given)
@@ -146,14 +135,12 @@ def choose_sharding(args: ModelArgs, gpus: int, rental: Rental,
     given: fields of Sharding that are fixed
     Raises ValueError if no valid layout has them.
     """
-    given, best = given or {}, None
+    given, needs = given or {}, {}
     for sharding in layouts(args, gpus, given):
-        need = training_memory(args, sharding).total
-        if need <= rental.gpu_memory * 1e9:
+        needs[sharding] = training_memory(args, sharding).total
+        if needs[sharding] <= rental.gpu_memory * 1e9:
             return sharding
-        if best is None or need < best[0]:
-            best = need, sharding
-    if best is None:
+    if not needs:
         one = dict(gpus=gpus, pipeline=1, expert_parallel=1, dualpipe=False)
         Sharding(**one | given).check(args)  # says what is wrong with them
-    return best[1]
+    return min(needs, key=needs.get)

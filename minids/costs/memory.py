@@ -85,17 +85,15 @@ def pipeline_pieces(args: ModelArgs) -> list[Piece]:
     Gate biases are not trained and not counted.
     """
     table = args.vocab_size * args.dim
+    names = [f"layer {n}" for n in range(args.n_layers)]
+    names += [f"MTP {n + 1}" for n in range(args.n_mtp_layers)]
     pieces = [Piece("embedding", table, 0)]
-    for layer in range(args.n_layers + args.n_mtp_layers):
+    for layer, name in enumerate(names):
         parts = block_parts(args, layer, args.n_routed_experts)
         experts = parts.get("routed_experts", 0)
         biases = args.n_routed_experts * args.gate_bias * args.is_moe_layer(layer)
-        own = sum(parts.values()) - experts - biases
-        if layer < args.n_layers:
-            pieces.append(Piece(f"layer {layer}", own, experts, layer))
-        else:
-            name = f"MTP {layer - args.n_layers + 1}"
-            pieces.append(Piece(name, own + mtp_join(args), experts, layer))
+        join = mtp_join(args) if layer >= args.n_layers else 0
+        pieces.append(Piece(name, sum(parts.values()) - experts - biases + join, experts, layer))
     return [*pieces, Piece("head", table + args.dim, 0)]
 
 
@@ -126,8 +124,7 @@ def saved_bytes(args: ModelArgs, layer: int, sharding: Sharding, recompute: str)
                                         + 4 * hidden + 2 * visits)
 
 
-@dataclass(frozen=True)
-class Memory:
+class Memory(NamedTuple):
     """Memory that training takes on one GPU, bytes.
 
     rank: pipeline rank, from 0; holds: the pieces of the model on that rank, in words
@@ -144,7 +141,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """Return the sum of weights, gradients, optimizer and activations, bytes."""
+        """Return the sum of the four, bytes."""
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
@@ -186,20 +183,16 @@ def rank_memory(args: ModelArgs, sharding: Sharding, rank: int) -> Memory:
         weights += max(p.own + p.experts // sharding.expert_parallel for p in pieces)
     state = sharding.master_bytes + 2 * sharding.moment_bytes
     ends = [dict.fromkeys((stage[0].name, stage[-1].name)) for stage in stages]
-    return Memory(
-        rank, " and ".join(map(" to ".join, ends)), own + experts,
-        sharding.weight_bytes * weights, sharding.grad_bytes * sharding.share(2, own, experts),
-        state * sharding.share(1, own, experts), activation_bytes(args, sharding, rank, pieces))
 
-
-def activation_bytes(args: ModelArgs, sharding: Sharding, rank: int, pieces: list[Piece]) -> int:
-    """Return the activations on one GPU: all micro-batches in flight and one recomputed block."""
     layers = [piece.layer for piece in pieces if piece.layer is not None]
     saved = sum(saved_bytes(args, layer, sharding, sharding.recompute) for layer in layers)
-    if sharding.dualpipe:
+    if sharding.dualpipe:  # of the micro-batches in flight
         saved = saved * (sharding.pipeline + 1) // 2
     else:
         saved *= sharding.pipeline - rank
-    if sharding.recompute == "block":
+    if sharding.recompute == "block":  # the block at work is whole
         saved += max((saved_bytes(args, layer, sharding, "none") for layer in layers), default=0)
-    return sharding.micro_batch_tokens * saved
+    return Memory(
+        rank, " and ".join(map(" to ".join, ends)), own + experts,
+        sharding.weight_bytes * weights, sharding.grad_bytes * sharding.share(2, own, experts),
+        state * sharding.share(1, own, experts), sharding.micro_batch_tokens * saved)

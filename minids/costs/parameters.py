@@ -6,6 +6,7 @@ Source: DeepSeek-V3 (arXiv 2412.19437) sections 2 and 4.2 for the shapes, DeepSe
 (arXiv 2512.02556) section 2 for the indexer.
 """
 
+import math
 from dataclasses import dataclass
 
 from minids.config import ModelArgs
@@ -52,51 +53,49 @@ class ParameterCount:
         return self.active_without_embedding - self.active_parts["head"]
 
 
-def attention_matrices(args: ModelArgs) -> Shapes:
-    """Return the matrices of one MLA layer (V3 equations 1 to 11)."""
-    query_width = args.n_heads * args.qk_head_dim
-    queries = {"wq": (query_width, args.dim)}
-    if args.q_lora_rank:
-        queries = {"wq_a": (args.q_lora_rank, args.dim), "wq_b": (query_width, args.q_lora_rank)}
-    return queries | {
-        "wkv_a": (args.kv_lora_rank + args.qk_rope_head_dim, args.dim),
-        "wkv_b": (args.n_heads * (args.qk_nope_head_dim + args.v_head_dim), args.kv_lora_rank),
-        "wo": (args.dim, args.n_heads * args.v_head_dim)}
-
-
-def indexer_matrices(args: ModelArgs) -> Shapes:
-    """Return the matrices of one layer's lightning indexer (V3.2 equation 1), if it has one."""
-    if not args.has_indexer:
-        return {}
-    return {"wq_b": (args.index_n_heads * args.index_head_dim, args.q_lora_rank or args.dim),
-            "wk": (args.index_head_dim, args.dim), "weights_proj": (args.index_n_heads, args.dim)}
-
-
 def mlp_matrices(args: ModelArgs, width: int) -> Shapes:
     """Return the matrices of a SwiGLU layer with `width` hidden units."""
     return {"w1": (width, args.dim), "w2": (args.dim, width), "w3": (width, args.dim)}
 
 
-def size(shapes: Shapes) -> int:
-    """Return the number of parameters in some matrices."""
-    return sum(rows * columns for rows, columns in shapes.values())
-
-
-def block_parts(args: ModelArgs, layer: int, n_routed: int) -> dict[str, int]:
-    """Return the parameters of block `layer` by part, counting `n_routed` of its routed experts.
+def block_matrices(args: ModelArgs, layer: int) -> dict[str, Shapes]:
+    """Return the matrices of block `layer` by part; of the routed experts, those of one.
 
     layer: index of the block; MTP modules continue from n_layers
     """
-    latent_norms = args.q_lora_rank + args.kv_lora_rank
-    k_norm = 2 * args.index_head_dim if args.has_indexer else 0  # a LayerNorm: weight and bias
-    parts = {"attention": size(attention_matrices(args)) + latent_norms, "norms": 2 * args.dim,
-             "indexer": size(indexer_matrices(args)) + k_norm}
+    query_width = args.n_heads * args.qk_head_dim
+    queries = {"wq": (query_width, args.dim)}
+    if args.q_lora_rank:
+        queries = {"wq_a": (args.q_lora_rank, args.dim), "wq_b": (query_width, args.q_lora_rank)}
+    attention = queries | {  # V3 equations 1 to 11
+        "wkv_a": (args.kv_lora_rank + args.qk_rope_head_dim, args.dim),
+        "wkv_b": (args.n_heads * (args.qk_nope_head_dim + args.v_head_dim), args.kv_lora_rank),
+        "wo": (args.dim, args.n_heads * args.v_head_dim)}
+    parts = {"attention": attention, "indexer": {}}
+    if args.has_indexer:  # V3.2 equation 1
+        parts["indexer"] = {
+            "wq_b": (args.index_n_heads * args.index_head_dim, args.q_lora_rank or args.dim),
+            "wk": (args.index_head_dim, args.dim), "weights_proj": (args.index_n_heads, args.dim)}
     if not args.is_moe_layer(layer):
-        return parts | {"dense_ffn": size(mlp_matrices(args, args.inter_dim))}
-    expert = size(mlp_matrices(args, args.moe_inter_dim))
-    gate = args.n_routed_experts * (args.dim + args.gate_bias)
-    return parts | {"routed_experts": n_routed * expert,
-                    "shared_experts": args.n_shared_experts * expert, "gate": gate}
+        return parts | {"dense_ffn": mlp_matrices(args, args.inter_dim)}
+    return parts | {
+        "routed_experts": mlp_matrices(args, args.moe_inter_dim),
+        "shared_experts": mlp_matrices(args, args.n_shared_experts * args.moe_inter_dim),
+        "gate": {"gate": (args.n_routed_experts, args.dim)}}
+
+
+def block_parts(args: ModelArgs, layer: int, n_routed: int) -> dict[str, int]:
+    """Return the parameters of block `layer` by part, counting `n_routed` of its routed experts."""
+    parts = {part: sum(map(math.prod, shapes.values()))
+             for part, shapes in block_matrices(args, layer).items()}
+    parts["attention"] += args.q_lora_rank + args.kv_lora_rank  # norms of the latents
+    parts["norms"] = 2 * args.dim
+    if args.has_indexer:
+        parts["indexer"] += 2 * args.index_head_dim  # a LayerNorm: weight and bias
+    if args.is_moe_layer(layer):
+        parts["routed_experts"] *= n_routed
+        parts["gate"] += args.n_routed_experts * args.gate_bias
+    return parts
 
 
 def model_parts(args: ModelArgs, n_routed: int) -> dict[str, int]:
@@ -128,57 +127,28 @@ def count_parameters(args: ModelArgs) -> ParameterCount:
                           mtp=mtp, mtp_stored=mtp + copies)
 
 
-@dataclass(frozen=True)
-class Stored:
-    """Contents of a checkpoint in the released FP8 format.
-
-    elements: F8_E4M3, BF16 and F32 -> elements stored in that type; F32 includes the scales
-    scales: one FP32 scale per 128 x 128 block of each FP8 matrix
-    """
-
-    elements: dict[str, int]
-    scales: int
-
-    @property
-    def total(self) -> int:
-        """Return the number of elements stored; for "v3" 684,531,386,000."""
-        return sum(self.elements.values())
-
-    @property
-    def bytes(self) -> int:
-        """Return the size of the tensors, bytes."""
-        return sum(DTYPE_BYTES[dtype] * count for dtype, count in self.elements.items())
-
-
-def fp8_matrices(args: ModelArgs, layer: int) -> list[tuple[int, int]]:
-    """Return (out, in) of each FP8 matrix of block `layer`: all but the gate and weights_proj."""
-    indexer = indexer_matrices(args)
-    indexer.pop("weights_proj", None)
-    shapes = [*attention_matrices(args).values(), *indexer.values()]
-    if not args.is_moe_layer(layer):
-        return shapes + [*mlp_matrices(args, args.inter_dim).values()]
-    shared = mlp_matrices(args, args.n_shared_experts * args.moe_inter_dim)
-    expert = mlp_matrices(args, args.moe_inter_dim)
-    return shapes + [*shared.values()] + [*expert.values()] * args.n_routed_experts
-
-
 def scale_blocks(rows: int, columns: int) -> int:
     """Return the scales of an FP8 matrix; a partial block has its own (576 rows make 5 blocks)."""
     return -(-rows // BLOCK) * -(-columns // BLOCK)
 
 
-def stored_elements(args: ModelArgs) -> Stored:
+def stored_elements(args: ModelArgs) -> tuple[dict[str, int], int]:
     """Count what a checkpoint stores in V3's format, MTP modules and their copies included.
 
-    Embedding, head, gate weights, norms, eh_proj and the indexer's weights_proj are BF16, gate
-    biases and scales FP32, all other matrices FP8. The type of the indexer's k_norm is not
-    documented; it is counted with the other norms, which changes no total.
+    Returns type -> elements stored in it, and how many of them are scales. All matrices are FP8,
+    with an FP32 scale per 128 x 128 block, except embedding, head, gate weights, eh_proj and the
+    indexer's weights_proj: these and the norms are BF16, gate biases FP32. The type of the
+    indexer's k_norm is not documented; it is counted with the other norms, which changes no total.
+    For "v3" 684,531,386,000 in all.
     """
-    blocks = range(args.n_layers + args.n_mtp_layers)
-    shapes = [shape for layer in blocks for shape in fp8_matrices(args, layer)]
-    fp8 = sum(rows * columns for rows, columns in shapes)
-    scales = sum(scale_blocks(*shape) for shape in shapes)
-    biases = args.gate_bias * args.n_routed_experts * sum(map(args.is_moe_layer, blocks))
+    fp8 = scales = biases = 0
+    for layer in range(args.n_layers + args.n_mtp_layers):
+        biases += args.is_moe_layer(layer) * args.gate_bias * args.n_routed_experts
+        for part, shapes in block_matrices(args, layer).items():
+            copies = args.n_routed_experts if part == "routed_experts" else 1
+            for name in shapes.keys() - {"gate", "weights_proj"}:
+                fp8 += copies * math.prod(shapes[name])
+                scales += copies * scale_blocks(*shapes[name])
     count = count_parameters(args)
     bf16 = count.total + count.mtp_stored - fp8 - biases
-    return Stored({"F8_E4M3": fp8, "BF16": bf16, "F32": biases + scales}, scales)
+    return {"F8_E4M3": fp8, "BF16": bf16, "F32": biases + scales}, scales

@@ -3,14 +3,14 @@
 from pathlib import Path
 
 from minids.plots import style
-from minids.plots.panels import lines, name_axes, note
 
 PARTS = {  # part of a ParameterCount -> its label and colour
     "embedding": ("embedding", style.SKY), "head": ("head", style.BLUE),
     "attention": ("attention", style.ORANGE), "indexer": ("lightning indexer", style.BLACK),
-    "dense_ffn": ("dense feed-forward", style.PINK), "gate": ("gate", style.RED),
-    "routed_experts": ("routed experts", style.GREEN), "norms": ("norms", style.GREY),
-    "shared_experts": ("shared experts", style.YELLOW)}
+    "dense_ffn": ("dense feed-forward", style.PINK),
+    "routed_experts": ("routed experts", style.GREEN),
+    "shared_experts": ("shared experts", style.YELLOW), "gate": ("gate", style.RED),
+    "norms": ("norms", style.GREY)}
 
 
 def short(count: float) -> str:
@@ -29,15 +29,14 @@ def parameter_map(counts: dict, path: str | Path | None = None):
     Left: both totals, on a log scale. Middle and right: the parts of each total, percent.
     """
     figure = style.new_figure(10.5, 1.5 + 0.42 * len(counts))
-    axes = figure.subplots(1, 3, sharey=True, width_ratios=[1.1, 1, 1])
-    draw_totals(axes[0], counts)
-    draw_shares(axes[1], {name: count.parts for name, count in counts.items()})
-    draw_shares(axes[2], {name: count.active_parts for name, count in counts.items()})
-    axes[0].invert_yaxis()  # the first model on top
-    for ax, title in zip(axes, ("How many", "All parameters", "Those that one token meets"),
-                         strict=True):
+    totals, *shares = figure.subplots(1, 3, sharey=True, width_ratios=[1.1, 1, 1])
+    draw_totals(totals, counts)
+    for ax, title, field in zip(shares, ("All parameters", "Those that one token meets"),
+                                ("parts", "active_parts"), strict=True):
+        draw_shares(ax, {name: getattr(count, field) for name, count in counts.items()})
         ax.set_title(title)
-    handles, labels = axes[1].get_legend_handles_labels()
+    totals.invert_yaxis()  # the first model on top
+    handles, labels = shares[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=1,
                   columnspacing=1.4)
     return style.finish(figure, path)
@@ -52,29 +51,25 @@ def draw_totals(ax, counts: dict) -> None:
     ax.plot(active, names, "o", markersize=8, color=style.ORANGE, label="active")
     ax.plot(total, names, "s", color=style.BLUE, label="total")
     for name, low, high in zip(names, active, total, strict=True):
-        note(ax, short(low), (low, name), (-7, 0), ha="right", va="center")
-        note(ax, short(high), (high, name), (7, 0), va="center")
-    ax.set_xscale("log")
+        style.note(ax, short(low), (low, name), (-7, 0), ha="right", va="center")
+        style.note(ax, short(high), (high, name), (7, 0), va="center")
     room = max(4, (max(total) / min(active)) ** 0.3)  # for the numbers at both ends
-    ax.set_xlim(min(active) / room, max(total) * room)
+    ax.set(xscale="log", xlim=(min(active) / room, max(total) * room), title="How many",
+           xlabel="parameters (count, log scale)")
     ax.xaxis.set_major_formatter(lambda count, _: short(count))
-    ax.set_xlabel("parameters (count, log scale)")
     ax.legend(loc="lower right", bbox_to_anchor=(1.02, 1), borderaxespad=0.3, ncols=2,
               handletextpad=0, columnspacing=0.8)
 
 
 def draw_shares(ax, parts_by_model: dict[str, dict[str, int]]) -> None:
     """Draw stacked bars that add up to 100 percent for each model."""
-    names = list(parts_by_model)
-    left = [0.0] * len(names)
-    for part in next(iter(parts_by_model.values())):
+    left = [0.0] * len(parts_by_model)
+    for part, (label, colour) in PARTS.items():
         shares = [100 * parts[part] / sum(parts.values()) for parts in parts_by_model.values()]
         if any(shares):  # the legend names no part that none of the models has
-            ax.barh(names, shares, left=left, height=0.68, color=PARTS[part][1],
-                    label=PARTS[part][0])
+            ax.barh(list(parts_by_model), shares, left=left, height=0.68, color=colour, label=label)
         left = [a + b for a, b in zip(left, shares, strict=True)]
-    ax.set_xlim(0, 100)
-    ax.set_xlabel("share (percent)")
+    ax.set(xlim=(0, 100), xlabel="share (percent)")
     ax.grid(axis="y", visible=False)
 
 
@@ -85,20 +80,17 @@ def compression_curve(rows: list[dict], path: str | Path | None = None):
     rows: one dict per tokenizer: vocab_size (entries), bytes_per_token (of text that it was not
         trained on), bits_per_byte (of a model that reads through it)
     """
-    from matplotlib.ticker import FixedLocator
     rows = sorted(rows, key=lambda row: row["vocab_size"])
     sizes = [row["vocab_size"] for row in rows]
-    figure = style.new_figure(7.0, 4.6)
-    upper, lower = figure.subplots(2, 1, sharex=True)
-    lines(upper, sizes, {"": [row["bytes_per_token"] for row in rows]}, [style.BLUE], 5)
-    lines(lower, sizes, {"": [row["bits_per_byte"] for row in rows]}, [style.GREEN], 5)
-    name_axes(upper, "", "compression\n(bytes per token)")
-    name_axes(lower, "vocabulary (entries, log scale)", "loss\n(bits per byte)", (2, 0))
+    upper, lower = style.new_figure(7.0, 4.6).subplots(2, 1, sharex=True)
+    style.lines(upper, sizes, {"": [row["bytes_per_token"] for row in rows]}, [style.BLUE], 5)
+    style.lines(lower, sizes, {"": [row["bits_per_byte"] for row in rows]}, [style.GREEN], 5)
+    style.name_axes(upper, "", "compression\n(bytes per token)")
+    style.name_axes(lower, "vocabulary (entries, log scale)", "loss\n(bits per byte)", (2, 0))
     for ax in (upper, lower):
         ax.margins(y=0.15)
-    lower.xaxis.set_major_locator(FixedLocator(sizes))
-    lower.xaxis.set_major_formatter(lambda size, _: f"{size:,.0f}")
-    return style.finish(figure, path)
+    lower.set_xticks(sizes, [f"{size:,}" for size in sizes])
+    return style.finish(lower.figure, path)
 
 
 @style.house_style()
@@ -112,13 +104,12 @@ def curves(panels: list[dict], x: list[float], xlabel: str, path: str | Path | N
     crowded = max(len(panel["lines"]) for panel in panels) > 4  # the legend stands beside the panel
     figure = style.new_figure(0.6 + (4.4 + 2.2 * crowded) * len(panels), 3.6)
     for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        lines(ax, x, panel["lines"])
+        style.lines(ax, x, panel["lines"])
         for label, height in panel.get("levels", {}).items():
             ax.axhline(height, color=style.GREY, linewidth=1.2)
-            note(ax, label, (x[0], height), (2, 3))
-        name_axes(ax, xlabel, panel["ylabel"], (2, 10))
-        ax.xaxis.set_major_formatter(
-            lambda n, _: f"{n / 1024:.0f}K" if n >= 1024 else f"{n:.0f}")
+            style.note(ax, label, (x[0], height), (2, 3))
+        style.name_axes(ax, xlabel, panel["ylabel"], (2, 10))
+        ax.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:.0f}K" if n >= 1024 else f"{n:.0f}")
         ax.set_title(panel["title"])
         ax.legend(**dict(loc="center left", bbox_to_anchor=(1.02, 0.5)) if crowded else {})
     return style.finish(figure, path)
@@ -133,21 +124,16 @@ def bill_figure(shares: dict[str, float], tokens: list[float], bills: dict[str, 
     tokens: of pre-training; bills: model -> USD at each
     paid: tokens and USD of a run as published
     """
-    figure = style.new_figure(9.0, 3.6)
-    left, right = figure.subplots(1, 2)
-    names = list(shares)[::-1]
-    left.barh(names, [shares[name] for name in names], color=style.BLUE, height=0.55)
-    for name in names:
-        left.annotate(f"{shares[name]:.2f}", (shares[name], name), xytext=(4, 0),
-                      textcoords="offset points", va="center", fontsize=9)
-    left.set_xlim(0, 1.15)
-    left.set_xlabel("right answers, thinking (share)")
-    left.set_title("distilled, and by reward alone")
+    left, right = style.new_figure(9.0, 3.6).subplots(1, 2)
+    bars = left.barh([*shares][::-1], [*shares.values()][::-1], color=style.BLUE, height=0.55)
+    left.bar_label(bars, fmt="{:.2f}", padding=4, fontsize=9)
+    left.set(xlim=(0, 1.15), xlabel="right answers, thinking (share)",
+             title="distilled, and by reward alone")
     left.grid(axis="y", visible=False)
-    lines(right, tokens, bills, [(style.SKY, ":"), (style.ORANGE, "--"), (style.GREEN, "-")])
+    style.lines(right, tokens, bills, [(style.SKY, ":"), (style.ORANGE, "--"), (style.GREEN, "-")])
     right.plot(*paid, "o", color=style.BLACK, label="V3 as published")
-    name_axes(right, "pre-training (tokens)", "cost (USD)", (10, 10))
+    style.name_axes(right, "pre-training (tokens)", "cost (USD)", (10, 10))
     right.yaxis.set_major_formatter(lambda usd, _: f"{usd:,.0f}")
     right.set_title("pre-training on H800 at 2 USD an hour")
     right.legend()
-    return style.finish(figure, path)
+    return style.finish(left.figure, path)

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from minids.plots import style
-from minids.plots.panels import heat_map, lines, name_axes, note, series, training_losses
 
 
 @style.house_style()
@@ -18,43 +17,34 @@ def yarn_figure(wavelengths: dict[str, list], low: int, high: int, contexts: dic
         too has the same line there
     trained: length that the model of `losses` was trained on, tokens
     """
-    figure = style.new_figure(10.5, 4.0)
-    left, right = figure.subplots(1, 2)
+    left, right = style.new_figure(10.5, 4.0).subplots(1, 2)
     dashes = [(style.BLUE, "-"), (style.RED, "--"), (style.ORANGE, "-"), (style.BLACK, ":")]
     styles = dict(zip(dict.fromkeys([*losses, *wavelengths]), dashes, strict=False))
-    draw_regions(left, low, high, max(map(len, wavelengths.values())) - 1)
-    for label, length in contexts.items():
-        left.axhline(length, color=style.GREY, linewidth=1.2)
-        note(left, label, (-0.5, length), (0, 3))
-    for label, turns in wavelengths.items():
-        lines(left, range(len(turns)), {label: turns}, [styles[label]], 3)
-    name_axes(left, "rotary pair (number)", "wavelength (tokens, log scale)", (0, 10))
-    left.set_ylim(bottom=min(map(min, wavelengths.values())) / 8)  # room for the regions' names
-    for label, row in losses.items():
-        positions, means = means_of_parts(row, 16)
-        lines(right, positions, {label: means}, [styles[label]])
-    right.axvline(trained, color=style.GREY, linewidth=1.2)
-    note(right, "trained length", (trained, 0), (4, 5), ("data", "axes fraction"))
-    name_axes(right, "position (tokens)", "loss (nats per token)")
-    figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=len(losses))
-    return style.finish(figure, path)
-
-
-def means_of_parts(row: list[float], size: int) -> tuple[list[float], list[float]]:
-    """Return the middles of parts of `size` neighbours, and the mean of each part."""
-    starts = range(0, len(row), size)
-    parts = [row[start:start + size] for start in starts]
-    middles = [start + (len(part) - 1) / 2 for start, part in zip(starts, parts, strict=True)]
-    return middles, [sum(part) / len(part) for part in parts]
-
-
-def draw_regions(ax, low: int, high: int, last: int) -> None:
-    """Draw the three regions that YaRN cuts the rotary pairs into; last: the last pair."""
-    ax.axvspan(low + 0.5, high - 0.5, color=style.YELLOW, alpha=0.25, linewidth=0)
+    last = max(map(len, wavelengths.values())) - 1
+    left.axvspan(low + 0.5, high - 0.5, color=style.YELLOW, alpha=0.25, linewidth=0)
     for name, first, end in [("left alone", 0, low), ("mixed", low + 1, high - 1),
                              ("divided", high, last)]:
-        note(ax, f"{name}\n{first}-{end}", ((first + end) / 2, 0.02), ha="center",
-             coords=("data", "axes fraction"))
+        style.note(left, f"{name}\n{first}-{end}", ((first + end) / 2, 0.02), ha="center",
+                   coords=("data", "axes fraction"))
+    for label, length in contexts.items():
+        left.axhline(length, color=style.GREY, linewidth=1.2)
+        style.note(left, label, (-0.5, length), (0, 3))
+    for label, turns in wavelengths.items():
+        style.lines(left, range(len(turns)), {label: turns}, [styles[label]], 3)
+    style.name_axes(left, "rotary pair (number)", "wavelength (tokens, log scale)", (0, 10))
+    left.set_ylim(bottom=min(map(min, wavelengths.values())) / 8)  # room for the regions' names
+
+    for label, row in losses.items():  # means of 16 neighbours, at their middle
+        parts = [row[i:i + 16] for i in range(0, len(row), 16)]
+        middles = [16 * n + (len(part) - 1) / 2 for n, part in enumerate(parts)]
+        means = [sum(part) / len(part) for part in parts]
+        style.lines(right, middles, {label: means}, [styles[label]])
+    right.axvline(trained, color=style.GREY, linewidth=1.2)
+    style.note(right, "trained length", (trained, 0), (4, 5), ("data", "axes fraction"))
+    style.name_axes(right, "position (tokens)", "loss (nats per token)")
+    left.figure.legend(*right.get_legend_handles_labels(), loc="outside lower center",
+                       ncols=len(losses))
+    return style.finish(left.figure, path)
 
 
 @style.house_style()
@@ -65,10 +55,9 @@ def moe_figure(tokens: list[int], losses: dict[str, list], kinds: list[str], vis
     tokens: seen after each step; losses: label -> loss at each step, nats per token
     kinds: names; visits: for each kind the share of its tokens that visit each expert, percent
     """
-    figure = style.new_figure(9.8, 3.6)
-    left, right = figure.subplots(1, 2, width_ratios=[1, 1.15])
-    training_losses(left, tokens, losses, (style.GREEN, style.BLUE))
-    picture = heat_map(right, visits)
+    left, right = style.new_figure(9.8, 3.6).subplots(1, 2, width_ratios=[1, 1.15])
+    style.training_losses(left, tokens, losses, (style.GREEN, style.BLUE))
+    picture = style.heat_map(right, visits)
     picture.set_clim(0)
     middle = max(map(max, visits)) / 2
     for n, row in enumerate(visits):
@@ -78,8 +67,8 @@ def moe_figure(tokens: list[int], losses: dict[str, list], kinds: list[str], vis
     right.set_yticks(range(len(kinds)), kinds)
     right.set_xticks(range(len(visits[0])))
     right.set_xlabel("expert (number)")
-    figure.colorbar(picture, ax=right, label="tokens that visit (percent)")
-    return style.finish(figure, path)
+    left.figure.colorbar(picture, ax=right, label="tokens that visit (percent)")
+    return style.finish(left.figure, path)
 
 
 @style.house_style()
@@ -96,19 +85,19 @@ def balance_figure(shares: dict[str, list[list]], max_vio: dict[str, list],
     norm = TwoSlopeNorm(1, 0, 4)  # white is the even share, whatever the busiest expert gets
     maps = [figure.add_subplot(grid[0, n]) for n in range(len(shares))]
     for ax, (label, rows) in zip(maps, shares.items(), strict=True):
-        picture = heat_map(ax, [*zip(*rows, strict=True)], 1, "RdBu_r", norm)
+        picture = style.heat_map(ax, [*zip(*rows, strict=True)], 1, "RdBu_r", norm)
         ax.set_title(label)
         ax.tick_params(left=ax is maps[0], labelleft=ax is maps[0])
     maps[0].set_ylabel("expert (number)")
     maps[0].yaxis.get_major_locator().set_params(integer=True)
-    bar = figure.colorbar(picture, ax=maps, extend="max", ticks=range(5))
-    bar.set_label("load (times the even share)")
+    figure.colorbar(picture, ax=maps, extend="max", ticks=range(5),
+                    label="load (times the even share)")
     below = figure.add_subplot(grid[1, :])
     colours = style.BLACK, style.ORANGE, style.BLUE, style.GREEN
     for (label, row), colour in zip(max_vio.items(), colours, strict=True):
-        series(below, [*range(1, len(row) + 1)], row, colour, label)
+        style.series(below, [*range(1, len(row) + 1)], row, colour, label)
     below.set_ylim(bottom=0)
-    name_axes(below, "step", "MaxVio (times the mean)")
+    style.name_axes(below, "step", "MaxVio (times the mean)")
     below.legend()
     return style.finish(figure, path)
 
@@ -121,24 +110,22 @@ def mtp_figure(kinds: dict[str, tuple[float, float]], tokens_a_pass: dict[str, l
     kinds: label -> shares of drafts that are accepted, greedily and at temperature 1, percent
     tokens_a_pass: label -> tokens that one pass yields with 0, 1, 2, .. drafts
     """
-    figure = style.new_figure(9.8, 3.8)
-    left, right = figure.subplots(1, 2, width_ratios=[1.3, 1])
+    left, right = style.new_figure(9.8, 3.8).subplots(1, 2, width_ratios=[1.3, 1])
     greedy, sampled = zip(*kinds.values(), strict=True)
     heights = range(len(kinds))
     left.barh([y - 0.2 for y in heights], greedy, 0.38, color=style.BLUE, label="greedy")
     left.barh([y + 0.2 for y in heights], sampled, 0.38, color=style.ORANGE, label="temperature 1")
     left.set_yticks(heights, kinds)
     left.invert_yaxis()
-    left.set_xlim(0, 100)
-    left.set_xlabel("drafts that pass on held-out text (percent)")
+    left.set(xlim=(0, 100), xlabel="drafts that pass on held-out text (percent)")
     left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     drafts = range(len(next(iter(tokens_a_pass.values()))))
-    lines(right, drafts, tokens_a_pass, (style.BLUE, style.ORANGE), 6)
-    lines(right, drafts, {"all pass": [n + 1 for n in drafts]}, [(style.GREY, ":")])
+    style.lines(right, drafts, tokens_a_pass, (style.BLUE, style.ORANGE), 6)
+    style.lines(right, drafts, {"all pass": [n + 1 for n in drafts]}, [(style.GREY, ":")])
     right.set_xticks(drafts)
-    name_axes(right, "drafts a pass (count)", "tokens a pass (count)")
+    style.name_axes(right, "drafts a pass (count)", "tokens a pass (count)")
     right.legend()
-    return style.finish(figure, path)
+    return style.finish(left.figure, path)
 
 
 @style.house_style()
@@ -149,16 +136,16 @@ def fp8_figure(factors: list[float], outliers: dict[str, list], lengths: list[in
     factors: sizes of outliers; outliers: label -> error of a product at each, percent
     lengths: of sums; sums: label -> largest error at each, percent
     """
-    figure = style.new_figure(9.8, 3.8)
-    left, right = figure.subplots(1, 2)
-    lines(left, factors, outliers, (style.RED, style.ORANGE, style.BLUE), 3)
-    name_axes(left, "size of the outliers (ratio, log scale)",
-              "error of the product\n(percent, log scale)", (10, 10))
+    left, right = style.new_figure(9.8, 3.8).subplots(1, 2)
+    style.lines(left, factors, outliers, (style.RED, style.ORANGE, style.BLUE), 3)
+    style.name_axes(left, "size of the outliers (ratio, log scale)",
+                    "error of the product\n(percent, log scale)", (10, 10))
     left.legend(title="one scale for a")
-    lines(right, lengths, sums, (style.RED, style.BLUE), 3)
-    name_axes(right, "length of the sum (count, log scale)", "largest error (percent)", (2, 0))
+    style.lines(right, lengths, sums, (style.RED, style.BLUE), 3)
+    style.name_axes(right, "length of the sum (count, log scale)", "largest error (percent)",
+                    (2, 0))
     right.legend()
-    return style.finish(figure, path)
+    return style.finish(left.figure, path)
 
 
 @style.house_style()
@@ -172,21 +159,20 @@ def dsa_figure(ks: list[int], held: dict[str, list], attention: list[list], chos
     chosen: for each query, positions of the indexer's tokens
     lengths: contexts, tokens; flops: label -> FLOPs of one token's attention at each
     """
-    figure = style.new_figure(12.5, 3.9)
-    left, middle, right = figure.subplots(1, 3, width_ratios=[1, 1.35, 1])
-    lines(left, ks, held, (style.BLACK, style.BLUE, style.ORANGE, style.GREY), 3)
-    name_axes(left, "tokens chosen, k (count, log scale)", "attention's weight on them (share)",
-              (2, 0))
+    left, middle, right = style.new_figure(12.5, 3.9).subplots(1, 3, width_ratios=[1, 1.35, 1])
+    style.lines(left, ks, held, (style.BLACK, style.BLUE, style.ORANGE, style.GREY), 3)
+    style.name_axes(left, "tokens chosen, k (count, log scale)",
+                    "attention's weight on them (share)", (2, 0))
     left.legend(loc="center right")
     last = first + len(attention[0])
-    heat_map(middle, [[weight ** 0.5 for weight in row] for row in attention], first)
+    style.heat_map(middle, [[weight ** 0.5 for weight in row] for row in attention], first)
     marks = [(token, n) for n, row in enumerate(chosen) for token in row if first <= token < last]
     middle.scatter(*zip(*marks, strict=True), marker="s", s=26, facecolors="none",
                    edgecolors=style.RED, linewidth=0.9)
-    name_axes(middle, "token looked at (position)", "question (number)")
+    style.name_axes(middle, "token looked at (position)", "question (number)")
     giga = {label: [count / 1e9 for count in row] for label, row in flops.items()}
-    lines(right, lengths, giga, (style.RED, style.BLUE), 3)
-    name_axes(right, "context (tokens, log scale)", "attention of one token\n(GFLOPs, log scale)",
-              (2, 10))
+    style.lines(right, lengths, giga, (style.RED, style.BLUE), 3)
+    style.name_axes(right, "context (tokens, log scale)",
+                    "attention of one token\n(GFLOPs, log scale)", (2, 10))
     right.legend()
-    return style.finish(figure, path)
+    return style.finish(left.figure, path)

@@ -4,7 +4,6 @@ from itertools import cycle
 from pathlib import Path
 
 from minids.plots import style
-from minids.plots.panels import lines, name_axes, series, training_losses
 
 
 def column(metrics: list[dict], name: str) -> tuple[list, list]:
@@ -31,13 +30,13 @@ def loss_curve(metrics: list[dict], path: str | Path | None = None):
     if any(row.get("max_vio") for row in metrics):
         panels.append((draw_balance, 1.8))
     heights = [height for _, height in panels]
-    figure = style.new_figure(7.0, 0.5 + sum(heights))
-    axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    axes = style.new_figure(7.0, 0.5 + sum(heights)).subplots(
+        len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for ax, (draw, _) in zip(axes, panels, strict=True):
         draw(ax, metrics)
     axes[-1].set_xlabel("step")
     axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    return style.finish(figure, path)
+    return style.finish(axes[-1].figure, path)
 
 
 def draw_losses(ax, metrics: list[dict]) -> None:
@@ -46,7 +45,7 @@ def draw_losses(ax, metrics: list[dict]) -> None:
                                 ("main", "next token", style.BLUE)]:
         steps, values = column(metrics, name)
         if any(values):
-            series(ax, steps, values, colour, label)
+            style.series(ax, steps, values, colour, label)
     ax.set_ylabel("training loss\n(nats per token)")
     ax.legend(reverse=True)
 
@@ -54,7 +53,7 @@ def draw_losses(ax, metrics: list[dict]) -> None:
 def draw_validation(ax, metrics: list[dict]) -> None:
     """Draw the validation loss, with its last value written out."""
     steps, values = column(metrics, "valid_bpb")
-    lines(ax, steps, {f"last: {values[-1]:.3f}": values}, [style.GREEN], 4)
+    style.lines(ax, steps, {f"last: {values[-1]:.3f}": values}, [style.GREEN], 4)
     ax.set_ylabel("validation\n(bits per byte)")
     ax.legend(loc="upper right")
 
@@ -69,9 +68,8 @@ def draw_balance(ax, metrics: list[dict]) -> None:
     for i, layer in enumerate(layers):
         label = {0: "first MoE layer", last: "last"}.get(i, "_between") if last else "MoE layer"
         shade = matplotlib.colormaps["viridis"](0.85 * i / max(1, last))
-        series(ax, steps, layer, shade, label)
-    ax.set_ylabel("MaxVio\n(largest / mean load - 1)")
-    ax.set_ylim(bottom=0)
+        style.series(ax, steps, layer, shade, label)
+    ax.set(ylabel="MaxVio\n(largest / mean load - 1)", ylim=(0, None))
     ax.legend(ncols=2)
 
 
@@ -83,17 +81,15 @@ def ablation_figure(tokens: list[int], losses: dict[str, list], costs: dict[str,
     tokens: seen after each step; losses: label -> loss at each step, nats per token
     costs: label -> bits per byte above the unchanged model, one per seed
     """
-    figure = style.new_figure(10.2, 3.8)
-    left, right = figure.subplots(1, 2)
-    training_losses(left, tokens, losses, (style.BLUE, style.RED, style.GREEN))
+    left, right = style.new_figure(10.2, 3.8).subplots(1, 2)
+    style.training_losses(left, tokens, losses, (style.BLUE, style.RED, style.GREEN))
     left.locator_params(axis="x", nbins=5)
     for height, row in enumerate(costs.values()):
         right.plot(row, [height] * len(row), "o", color=style.BLUE, markersize=6, alpha=0.8)
     right.axvline(0, color=style.GREY, linewidth=1.2)
     right.set_yticks(range(len(costs)), costs)
-    right.set_ylim(len(costs) - 0.5, -0.5)
-    right.set_xlabel("above the whole model (bits per byte)")
-    return style.finish(figure, path)
+    right.set(ylim=(len(costs) - 0.5, -0.5), xlabel="above the whole model (bits per byte)")
+    return style.finish(left.figure, path)
 
 
 @style.house_style()
@@ -112,9 +108,9 @@ def grpo_figure(runs: dict[str, list[dict]], path: str | Path | None = None):
     for ax, (name, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for (label, metrics), dash in zip(runs.items(), cycle(style.DASHES), strict=False):
             steps, values = column(metrics, name)
-            lines(ax, steps, {label: values}, [dash])
+            style.lines(ax, steps, {label: values}, [dash])
         ax.set_title(title)
-        name_axes(ax, "step", unit)
+        style.name_axes(ax, "step", unit)
         ax.set_ylim(bottom=0, top=1.05 if "share" in unit else None)
     if len(runs) > 1:
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center",
@@ -131,15 +127,14 @@ def cold_start_figure(steps: list[int], accuracy: dict[str, list[float]], form: 
     accuracy: mode ("think", "direct", "free") -> share of right answers at each
     form: share of well-formed replies when the model may choose
     """
-    figure = style.new_figure(8.6, 3.4)
-    left, right = figure.subplots(1, 2, sharex=True, sharey=True)
+    left, right = style.new_figure(8.6, 3.4).subplots(1, 2, sharex=True, sharey=True)
     names = {"think": "made to think", "direct": "made to answer", "free": "left to choose"}
-    lines(left, steps, {"": form}, [style.BLACK], 4)
-    lines(right, steps, {names[mode]: row for mode, row in accuracy.items()}, size=4)
+    style.lines(left, steps, {"": form}, [style.BLACK], 4)
+    style.lines(right, steps, {names[mode]: row for mode, row in accuracy.items()}, size=4)
     left.set_title("well-formed replies, left to choose")
     right.set_title("right answers to held-out questions")
     right.legend()
     for ax in (left, right):
-        name_axes(ax, "step", "replies (share)")
+        style.name_axes(ax, "step", "replies (share)")
         ax.set_ylim(0, 1.05)
-    return style.finish(figure, path)
+    return style.finish(left.figure, path)

@@ -1,4 +1,4 @@
-"""The one style of every figure, and how a figure becomes a file or a notebook's picture.
+"""The one style of every figure, what is drawn into a panel, and how a figure becomes a picture.
 
 No window is opened and no backend is chosen: the figures do not pass through pyplot, so that they
 look the same on a server and on a laptop. matplotlib is imported where it is used.
@@ -10,6 +10,7 @@ share a panel differ in lightness or dash as well.
 
 import contextlib
 from io import BytesIO
+from itertools import cycle
 from pathlib import Path
 
 from minids.base.files import write_whole
@@ -53,9 +54,8 @@ def png(figure) -> bytes:
 
 
 def finish(figure, path: str | Path | None):
-    """Fix the figure's ticks and layout, save it if there is a path, and return it.
+    """Fix the figure's ticks and layout, save it as a PNG file if there is a path, and return it.
 
-    path: PNG file to write; its folder is made if need be
     Left to itself matplotlib makes the ticks at the first drawing, in the style of that moment,
     and moves the panels a little at every one.
     """
@@ -66,3 +66,62 @@ def finish(figure, path: str | Path | None):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, png(figure))
     return figure
+
+
+def name_axes(ax, xlabel: str, ylabel: str, log: tuple[int, int] = (0, 0)) -> None:
+    """Name both axes, with their units; log: base of each axis if it is logarithmic, else 0."""
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    for base, scale in zip(log, (ax.set_xscale, ax.set_yscale), strict=True):
+        if base:
+            scale("log", base=base)
+
+
+def lines(ax, x: list, rows: dict[str, list], styles=DASHES, size: float = 0) -> None:
+    """Draw one line per label.
+
+    x: common values; rows: label -> values at x; size: of the points, 0 for none
+    styles: colour, or colour and dash, of each line in turn, repeated if there are more lines
+    """
+    for (name, row), style in zip(rows.items(), cycle(styles), strict=False):
+        colour, dash = (style, "-") if isinstance(style, str) else style
+        ax.plot(x, row, color=colour, linestyle=dash, marker="o" if size else "",
+                markersize=size, label=name)
+
+
+def series(ax, steps: list, values: list[float], colour, name: str) -> None:
+    """Draw a noisy series: each step pale, the mean of its neighbourhood strong.
+
+    The mean stands at the middle of its window, where it does not lag behind a falling loss, and
+    only where the window is whole.
+    """
+    reach = len(values) // 80
+    middles = range(reach, len(values) - reach)
+    means = [sum(values[i - reach:i + reach + 1]) / (2 * reach + 1) for i in middles]
+    ax.plot(steps, values, color=colour, alpha=0.35, linewidth=0.8, label="_each step")
+    ax.plot([steps[i] for i in middles], means, color=colour, label=name)
+
+
+def training_losses(ax, tokens: list[int], losses: dict[str, list], colours: tuple) -> None:
+    """Draw training losses over the tokens seen after each step."""
+    for (name, row), colour in zip(losses.items(), colours, strict=True):
+        series(ax, tokens, row, colour, name)
+    name_axes(ax, "tokens seen (count)", "training loss\n(nats per token)")
+    ax.legend()
+
+
+def heat_map(ax, rows: list[list], first: float = 0, cmap: str = "viridis", norm=None):
+    """Draw a number per cell as a colour, and return the picture.
+
+    rows: from the top; first: the first column's number; norm: matplotlib's map to 0..1
+    """
+    ax.grid(visible=False)
+    extent = (first - 0.5, first + len(rows[0]) - 0.5, len(rows) - 0.5, -0.5)
+    return ax.imshow(rows, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest",
+                     extent=extent)
+
+
+def note(ax, text: str, at: tuple, offset: tuple = (0, 0), coords="data", ha: str = "left",
+         va: str = "baseline") -> None:
+    """Write a small text beside a point; offset: from the point, points (1/72 inch)."""
+    ax.annotate(text, at, xytext=offset, xycoords=coords, textcoords="offset points", ha=ha, va=va,
+                fontsize=8.5)

@@ -7,8 +7,7 @@ import pytest
 
 from minids import ModelArgs
 from minids.base.tables import format_table
-from minids.costs.__main__ import main
-from minids.costs.report import scaled
+from minids.costs.__main__ import main, scaled
 
 
 def printed(capsys, *argv: str) -> str:

@@ -9,9 +9,9 @@ from cost_shapes import NANO, SHAPES, V3, V32
 from minids import ModelArgs, Transformer
 from minids.costs import parameters
 from minids.costs.parameters import (
+    block_matrices,
     block_parts,
     count_parameters,
-    fp8_matrices,
     scale_blocks,
     stored_elements,
 )
@@ -145,8 +145,8 @@ def test_one_token_meets_all_only_if_it_visits_every_expert():
 
 def hub_of(args) -> tuple:
     """Return elements by dtype, scales and total of the released FP8 checkpoint."""
-    stored = stored_elements(args)
-    return *stored.elements.values(), stored.scales, stored.total
+    elements, scales = stored_elements(args)
+    return *elements.values(), scales, sum(elements.values())
 
 
 V3_HUB = 680_571_043_840, 3_918_786_560, 41_555_600, 41_540_496, 684_531_386_000
@@ -154,21 +154,20 @@ V3_HUB = 680_571_043_840, 3_918_786_560, 41_555_600, 41_540_496, 684_531_386_000
 
 def test_released_checkpoint_of_v3(monkeypatch):
     assert hub_of(V3) == V3_HUB
-    assert list(stored_elements(V3).elements) == ["F8_E4M3", "BF16", "F32"]
-    assert stored_elements(V3).bytes == 680_571_043_840 + 2 * 3_918_786_560 + 4 * 41_555_600
-    layer = [shape for i in (0, 3) for shape in fp8_matrices(V3, i)]
-    assert [sum(scale_blocks(*shape) for shape in shapes) for shapes in (
-        layer[:5], layer[5:8], layer[-3:])] == [11_448, 24_192, 2_688]
+    assert list(stored_elements(V3)[0]) == ["F8_E4M3", "BF16", "F32"]
+    dense, moe = (block_matrices(V3, layer) for layer in (0, 3))
+    assert [sum(scale_blocks(*shape) for shape in shapes.values()) for shapes in (
+        dense["attention"], dense["dense_ffn"], moe["routed_experts"])] == [11_448, 24_192, 2_688]
     monkeypatch.setattr(parameters, "scale_blocks", lambda r, c: r // 128 * (c // 128))  # floor
     assert hub_of(V3) != V3_HUB
 
 
 def test_released_checkpoint_of_v32(monkeypatch):
-    assert stored_elements(V32).total == 685_396_921_376
-    assert stored_elements(V32).scales == 41_540_496 + 62 * 824
+    *_, scales, total = hub_of(V32)
+    assert (scales, total) == (41_540_496 + 62 * 824, 685_396_921_376)
     no_copies = replace(count_parameters(V32), mtp_stored=count_parameters(V32).mtp)
     monkeypatch.setattr(parameters, "count_parameters", lambda args: no_copies)  # wrong variant
-    assert stored_elements(V32).total == 685_396_921_376 - 1_853_358_080
+    assert hub_of(V32)[-1] == 685_396_921_376 - 1_853_358_080
 
 
 def stored_by_the_built_model(args) -> tuple:
@@ -190,7 +189,7 @@ def stored_by_the_built_model(args) -> tuple:
 @pytest.mark.parametrize("name", [*SHAPES, "tiny", "small", "v2-lite", "v3.2"])
 def test_stored_elements_equal_those_of_the_built_model(name):
     args = SHAPES.get(name) or ModelArgs.preset(name)
-    stored = stored_elements(args)
+    elements, counted = stored_elements(args)
     fp8, scales, biases = stored_by_the_built_model(args)
-    assert (stored.elements["F8_E4M3"], stored.scales) == (fp8, scales)
-    assert stored.elements["F32"] == scales + biases
+    assert (elements["F8_E4M3"], counted) == (fp8, scales)
+    assert elements["F32"] == scales + biases

@@ -14,7 +14,6 @@ from matplotlib.image import imread
 from minids import ModelArgs, plots
 from minids.costs import count_parameters
 from minids.plots.counts import PARTS, short
-from minids.plots.model import means_of_parts
 from minids.plots.style import png
 
 COUNTS = {name: count_parameters(ModelArgs.preset(name)) for name in ("tiny", "v2-lite", "v3")}
@@ -296,7 +295,8 @@ def test_yarn_figure_has_one_line_style_a_label():
 
 
 def test_a_last_part_that_is_shorter_has_its_own_mean():
-    assert means_of_parts([1.0, 3.0, 8.0], 2) == ([0.5, 2.0], [2.0, 8.0])
+    losses = {"short": [1.0, 3.0] * 8 + [8.0, 9.0]}
+    assert shows(plots.yarn_figure(**YARN | dict(losses=losses)), 1, [7.5, 16.5], [2.0, 8.5])
 
 
 def test_yarn_figure_is_readable():
