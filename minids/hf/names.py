@@ -1,4 +1,4 @@
-"""Names of files and tensors in a Hugging Face folder. `NAMES` serves both directions.
+"""Names of files and tensors in a Hugging Face folder; the tables serve both directions.
 
 A folder holds `config.json` and the weights, in `model.safetensors` or in shards that
 `model.safetensors.index.json` lists. Each expert's matrices are separate tensors there and slices
@@ -9,7 +9,6 @@ among the other weights, with copies of embedding and head, as released. Any oth
 modules in `mtp.safetensors`, which the index does not list and transformers does not read.
 """
 
-import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -21,13 +20,11 @@ from minids.model.transformer import Transformer
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX, MTP = "model.safetensors.index.json", "mtp.safetensors"
 
-# Ours -> theirs: whole names, then names inside block N (after "layers.N." and "model.layers.N."),
-# then those of MTP module K, which is layer n_layers + K there.
+# Ours -> theirs, outside the blocks.
+OUTSIDE = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
+           "head.weight": "lm_head.weight"}
+# Inside block N, after "layers.N." and "model.layers.N."; MTP module K is layer n_layers + K there.
 NAMES = {
-    "embed.weight": "model.embed_tokens.weight",
-    "norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-
     "attn_norm.weight": "input_layernorm.weight",
     "attn.wq.weight": "self_attn.q_proj.weight",
     "attn.wq_a.weight": "self_attn.q_a_proj.weight",
@@ -55,48 +52,40 @@ NAMES = {
     "ffn.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
     "ffn.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
 
-    "mtp.enorm.weight": "enorm.weight",
-    "mtp.hnorm.weight": "hnorm.weight",
-    "mtp.eh_proj.weight": "eh_proj.weight",
-    "mtp.norm.weight": "shared_head.norm.weight",
+    "enorm.weight": "enorm.weight",
+    "hnorm.weight": "hnorm.weight",
+    "eh_proj.weight": "eh_proj.weight",
+    "norm.weight": "shared_head.norm.weight",
 }
-MTP_COPIES = {  # theirs, inside a released MTP layer -> ours
-    "embed_tokens.weight": "embed.weight",
-    "shared_head.head.weight": "head.weight",
-}
-# Not in the model: copies in an MTP layer, and tables of angles in some older files.
-SPARE = re.compile(r"model\.layers\.(\d+)\.(embed_tokens|shared_head\.head)\.weight"
-                   r"|.*rotary_emb\.inv_freq")
 WIDE = ("embed_tokens", "head", "mlp.gate", "eh_proj", "weights_proj")  # matrices never in FP8
-
-
-def hf_name(args: ModelArgs, name: str) -> str:
-    """Return the released name of one of our tensors; {e} stands for an expert's number.
-
-    For example, in a model of 61 layers "mtp.0.block.attn.wo.weight" is
-    "model.layers.61.self_attn.o_proj.weight".
-    """
-    if name in NAMES:
-        return NAMES[name]
-    kind, number, inside = name.split(".", 2)
-    layer = int(number)
-    if kind == "mtp":
-        layer += args.n_layers
-        inside = inside.removeprefix("block.") if inside.startswith("block.") else f"mtp.{inside}"
-    return f"model.layers.{layer}.{NAMES[inside]}"
 
 
 def to_hf(args: ModelArgs, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield our tensors under their released names, stacked experts one by one, as views.
 
+    In a model of 61 layers, "mtp.0.block.attn.wo.weight" becomes
+    "model.layers.61.self_attn.o_proj.weight".
+
     tensors: our name -> tensor, as in `state_dict()`; may be gradients
     """
     for name, tensor in tensors.items():
-        theirs = hf_name(args, name)
+        if name in OUTSIDE:
+            yield OUTSIDE[name], tensor
+            continue
+        kind, number, inside = name.split(".", 2)
+        layer = int(number) + (args.n_layers if kind == "mtp" else 0)
+        theirs = f"model.layers.{layer}.{NAMES[inside.removeprefix('block.')]}"
         if "{e}" in theirs:
             yield from ((theirs.replace("{e}", str(e)), own) for e, own in enumerate(tensor))
         else:
             yield theirs, tensor
+
+
+def copies(args: ModelArgs) -> dict[str, str]:
+    """Return the copies that released MTP layers have of embedding and head: theirs -> ours."""
+    return {f"model.layers.{args.n_layers + k}.{theirs}": ours for k in range(args.n_mtp_layers)
+            for theirs, ours in (("embed_tokens.weight", "embed.weight"),
+                                 ("shared_head.head.weight", "head.weight"))}
 
 
 def skeleton(args: ModelArgs) -> Transformer:
@@ -107,8 +96,7 @@ def skeleton(args: ModelArgs) -> Transformer:
 
 def shapes(args: ModelArgs) -> dict[str, list[int]]:
     """Return released name -> shape of every tensor of a model of these settings."""
-    return {name: list(tensor.shape)
-            for name, tensor in to_hf(args, skeleton(args).state_dict())}
+    return {name: list(t.shape) for name, t in to_hf(args, skeleton(args).state_dict())}
 
 
 def own_dtype(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -1,7 +1,6 @@
-"""Read a Hugging Face folder: check everything by the headers, then load one tensor at a time.
+"""Read a Hugging Face folder: check all by the headers, then load one tensor at a time.
 
-All names, shapes and settings are checked from the files' headers before any weight is read, so a
-model is loaded whole or not at all. Each tensor then goes straight into the model's memory: the
+A model is so loaded whole or not at all. Each tensor goes straight into the model's memory: the
 peak is the model and the largest tensor. FP8 weights are multiplied by their block scales (V3,
 arXiv 2412.19437, section 3.3.2; `weight_scale_inv` in the files, FP32 or UE8M0).
 """
@@ -21,7 +20,7 @@ from minids.base.fields import nearest
 from minids.base.files import read_json
 from minids.config import ModelArgs
 from minids.fp8 import BLOCK, dequantize
-from minids.hf.names import CONFIG, INDEX, MTP, SPARE, WEIGHTS, own_dtype, shapes, skeleton, to_hf
+from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, own_dtype, shapes, skeleton, to_hf
 from minids.hf.settings import args_from_config, check_quantization
 from minids.model.transformer import Transformer
 
@@ -39,17 +38,11 @@ class Header(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A checked folder.
-
-    args: its settings, with the MTP modules that the files have
-    headers: released name -> header of everything in the files
-    shapes: released name -> shape of every tensor of the model
-    """
+    """A checked folder: settings with the MTP modules that the files have, headers by name."""
 
     folder: Path
     args: ModelArgs
     headers: dict[str, Header]
-    shapes: dict[str, list[int]]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,14 +52,6 @@ class Source(NamedTuple):
     def is_fp8(self, name: str) -> bool:
         """Return whether a weight is stored in FP8."""
         return name in self.headers and self.headers[name].dtype == "F8_E4M3"
-
-    def is_spare(self, name: str) -> bool:
-        """Return whether a tensor of the files is one that the model does without."""
-        spare = SPARE.fullmatch(name)
-        empty = "shared_experts" in name and 0 in self.headers[name].shape
-        scale = name.endswith("_scale_inv") and self.is_fp8(name.removesuffix("_scale_inv"))
-        copy = spare and spare[1]
-        return empty or scale or bool(spare) and (not copy or int(copy) >= self.args.n_layers)
 
 
 def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32,
@@ -83,10 +68,7 @@ def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32,
 
 
 def inspect(folder: str | Path) -> Source:
-    """Read the settings and the files' headers, and check them against each other.
-
-    Raises `ValueError` naming the file and the wrong field or tensor.
-    """
+    """Read settings and headers, and check them; raises `ValueError` as `load_hf` does."""
     folder = checked_folder(Path(folder))
     config = read_json(folder / CONFIG)
     try:
@@ -97,9 +79,8 @@ def inspect(folder: str | Path) -> Source:
     headers = read_headers(folder)
     if not any(name.startswith(f"model.layers.{args.n_layers}.") for name in headers):
         args = replace(args, n_mtp_layers=0)
-    source = Source(folder, args, headers, shapes(args))
-    check_names(source)
-    check_shapes(source, has_fp8)
+    source = Source(folder, args, headers)
+    check_tensors(source, has_fp8)
     return source
 
 
@@ -151,11 +132,10 @@ def read_header(file: Path) -> dict[str, Header]:
 
 def read_shard_headers(folder: Path) -> dict[str, Header]:
     """Return the headers of all shards, which must hold exactly what the index lists."""
-    index = folder / INDEX
-    listed = read_json(index).get("weight_map")
+    listed = read_json(folder / INDEX).get("weight_map")
     if not isinstance(listed, dict) or not all(
             isinstance(file, str) and Path(file).name == file for file in listed.values()):
-        raise ValueError(f"{index}: weight_map is not a table of tensors and files beside it")
+        raise ValueError(f"{folder / INDEX}: weight_map is no table of tensors and files beside it")
     found = {}
     for shard in sorted(set(listed.values())):
         headers = read_header(folder / shard)
@@ -168,40 +148,35 @@ def read_shard_headers(folder: Path) -> dict[str, Header]:
     return found
 
 
-def check_names(source: Source) -> None:
-    """Raise `ValueError` unless exactly the tensors of the model are there, with their scales."""
-    headers, args = source.headers, source.args
-    missing = [name for name in source.shapes if name not in headers]
-    missing += [f"{name}_scale_inv" for name in source.shapes
-                if source.is_fp8(name) and f"{name}_scale_inv" not in headers]
-    extra = [name for name in headers if name not in source.shapes and not source.is_spare(name)]
-    whole = source.folder / WEIGHTS
-    for names, problem in ((missing, "is missing"), (extra, "is extra")):
-        if names:
-            file = headers[names[0]].file if names is extra else (
-                whole if whole.is_file() else source.folder / INDEX)
-            more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
-            raise ValueError(f"{file}: tensor {names[0]} {problem}{more}, by {CONFIG} "
-                             f"({args.n_layers} layers, {args.n_routed_experts} experts, "
-                             f"{args.n_mtp_layers} MTP)")
-
-
-def check_shapes(source: Source, has_fp8: bool) -> None:
-    """Raise `ValueError` unless every tensor has the model's shape in a precision that we read."""
-    def expect(name: str, shape: list[int], dtypes: list[str]) -> None:
-        header = source.headers[name]
+def check_tensors(source: Source, has_fp8: bool) -> None:
+    """Raise `ValueError` unless exactly the model's tensors are there, in a form that we read."""
+    args, headers, expected = source.args, source.headers, {}
+    for name, shape in shapes(args).items():
+        narrow = ["F8_E4M3"] if has_fp8 and len(shape) == 2 else []
+        expected[name] = shape, [*WIDE_DTYPES, *narrow]
+        if source.is_fp8(name):
+            blocks = [-(-size // BLOCK) for size in shape]
+            expected[f"{name}_scale_inv"] = blocks, ["F32", "F8_E8M0"]
+    # Spare are copies in an MTP layer, empty shared experts, and tables of angles in older files.
+    known = expected.keys() | copies(args).keys()
+    extra = [name for name, header in headers.items() if name not in known
+             and not ("shared_experts" in name and 0 in header.shape)
+             and not name.endswith("rotary_emb.inv_freq")]
+    missing = [name for name in expected if name not in headers]
+    if names := missing or extra:
+        index = source.folder / (WEIGHTS if (source.folder / WEIGHTS).is_file() else INDEX)
+        file, problem = (index, "missing") if missing else (headers[names[0]].file, "extra")
+        more = f", and {len(names) - 1} more like it" if len(names) > 1 else ""
+        raise ValueError(f"{file}: tensor {names[0]} is {problem}{more}, by {CONFIG} "
+                         f"({args.n_layers} layers, {args.n_routed_experts} experts, "
+                         f"{args.n_mtp_layers} MTP)")
+    for name, (shape, dtypes) in expected.items():
+        header = headers[name]
         for what, found, valid in (("shape", header.shape, [shape]),
                                    ("dtype", header.dtype, dtypes)):
             if found not in valid:
                 raise ValueError(f"{header.file}: tensor {name} has {what} {found}, and {CONFIG} "
                                  f"asks for {' or '.join(map(str, valid))}")
-
-    for name, shape in source.shapes.items():
-        narrow = ["F8_E4M3"] if has_fp8 and len(shape) == 2 else []
-        expect(name, shape, [*WIDE_DTYPES, *narrow])
-        if source.is_fp8(name):
-            blocks = [-(-size // BLOCK) for size in shape]
-            expect(f"{name}_scale_inv", blocks, ["F32", "F8_E8M0"])
 
 
 def read_model(source: Source, dtype: torch.dtype, device: torch.device | str) -> Transformer:

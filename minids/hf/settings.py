@@ -9,7 +9,7 @@ from what the other fields imply.
 import re
 from dataclasses import replace
 
-from minids.base.fields import nearest
+from minids.base.fields import nearest, require
 from minids.config import ModelArgs
 from minids.fp8 import BLOCK
 
@@ -38,7 +38,7 @@ NULL_IS_ZERO = ("q_lora_rank", "n_shared_experts")
 CLASSES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
            "deepseek_v32": "DeepseekV32ForCausalLM"}
 ALIASES = {"kimi_k2": "deepseek_v3"}  # the same class under another model_type
-# Fields with few valid values. An absent field means the first value.
+# Fields with few valid values. An absent field has the first, which is also what we write.
 FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
          "moe_layer_freq": (1,), "rope_interleave": (True,), "tie_word_embeddings": (False,)}
 V2_GATE = {"scoring_func": ("softmax",), "norm_topk_prob": (False,),
@@ -64,15 +64,11 @@ def args_from_config(config: dict) -> ModelArgs:
     theirs = FIELDS | {ours: f"rope_scaling.{name}" for ours, name in ROPE_FIELDS.items()}
     try:
         args = ModelArgs(**found)
+        check_expressible(args, model_type)
     except ValueError as error:  # its message has our names
         pattern = r"\b(" + "|".join(theirs) + r")\b"
         raise ValueError(re.sub(pattern, lambda m: theirs[m[0]], str(error))) from None
-    if model_type == "deepseek_v2":
-        demand("hidden_size", args.dim, args.dim % args.n_heads == 0,
-               f"a multiple of num_attention_heads = {args.n_heads} (DeepseekV2Config's own rule)")
-    if OWN_KEY not in config:
-        return args
-    own = config[OWN_KEY]
+    own = config.get(OWN_KEY, {})
     demand(OWN_KEY, own, isinstance(own, dict) and set(own) <= set(OWN_FIELDS),
            f"an object whose fields are among {', '.join(OWN_FIELDS)}")
     full = replace(args, **own)
@@ -87,7 +83,7 @@ def config_from_args(args: ModelArgs) -> dict:
     A sigmoid gate without a bias is saved as one with a bias of zero, and read back as such.
     Raises `ValueError` naming a setting that no class of transformers can express.
     """
-    check_expressible(args)
+    check_expressible(args, model_type_of(args))
     config = released_fields(args)
     back = args_from_config(config)
     own = {name: getattr(args, name) for name in OWN_FIELDS
@@ -102,7 +98,7 @@ def demand(name: str, value, holds: bool, valid: str) -> None:
 
 
 def demand_each(given: dict, valid: dict[str, tuple], where: str = "", note: str = "") -> None:
-    """Demand one of the valid values of each field; an absent field has the first."""
+    """Demand one of the valid values of each field."""
     for name, values in valid.items():
         value = given.get(name, values[0])
         demand(where + name, value, value in values, " or ".join(map(repr, values)) + note)
@@ -115,13 +111,17 @@ def read_type(config: dict) -> str:
         raise ValueError(f"model_type = {given!r} is not valid: {nearest(str(given), known)}"
                          f"valid are {', '.join(known)}")
     model_type = ALIASES.get(given, given)
-    demand_each(config, {"architectures": ([CLASSES[model_type]],)} | FIXED)
-    demand_each(config, V2_GATE if model_type == "deepseek_v2" else V3_GATE,
-                note=f" in a {CLASSES[model_type]}")
+    demand_each(config, fixed_fields(model_type), note=f" where model_type = {model_type!r}")
     heads, key_heads = map(config.get, ("num_attention_heads", "num_key_value_heads"))
     demand("num_key_value_heads", key_heads, key_heads in (None, heads),
            f"num_attention_heads = {heads}, or absent: the latent is expanded for every head")
     return model_type
+
+
+def fixed_fields(model_type: str) -> dict[str, tuple]:
+    """Return the valid values of the fields in which a class never varies, or little."""
+    gate = V2_GATE if model_type == "deepseek_v2" else V3_GATE
+    return {"architectures": ([CLASSES[model_type]],)} | FIXED | gate
 
 
 def read_fields(config: dict, model_type: str) -> dict:
@@ -136,18 +136,17 @@ def read_fields(config: dict, model_type: str) -> dict:
     found["score_func"] = "sigmoid" if found["gate_bias"] else "softmax"
     if model_type == "deepseek_v32":
         found |= {name: read_field(config, name) for name in INDEX_FIELDS}
-        for name in ("index_n_heads", "q_lora_rank"):
-            demand(name, found[name], found[name] != 0, "at least 1 in a DeepseekV32ForCausalLM")
+        demand("index_n_heads", found["index_n_heads"], found["index_n_heads"] != 0,
+               "at least 1 in a DeepseekV32ForCausalLM")
     return found
 
 
 def read_field(config: dict, name: str, where: str = ""):
     """Return a field or its default. Raises `ValueError` if there is neither."""
-    if config.get(name) is None and name in NULL_IS_ZERO and name in config:
-        return 0
-    if name not in config and name not in DEFAULTS:
+    given = DEFAULTS | config
+    if name not in given:
         raise ValueError(f"{where}{name} is missing")
-    return config.get(name, DEFAULTS.get(name))
+    return 0 if given[name] is None and name in NULL_IS_ZERO else given[name]
 
 
 def read_rope(config: dict) -> dict:
@@ -165,8 +164,8 @@ def read_rope(config: dict) -> dict:
     found = {ours: read_field(rope, theirs, f"{where}.") for ours, theirs in ROPE_FIELDS.items()}
     # Unequal values would scale the rotated vectors; ours have the softmax scale corrected alone.
     both = found["mscale"], rope.get("mscale_all_dim")
-    demand(f"{where}.mscale", both[0], both[0] == both[1] and both[0] != 0,
-           f"equal to mscale_all_dim = {both[1]!r}, and not 0")
+    demand(f"{where}.mscale", both[0], both[0] == both[1],
+           f"equal to mscale_all_dim = {both[1]!r}")
     start = found["original_seq_len"]
     demand("max_position_embeddings", length,
            not (type(length) is type(start) is int) or length > start,
@@ -191,33 +190,27 @@ def model_type_of(args: ModelArgs) -> str:
     return "deepseek_v2" if args.has_moe and args.score_func == "softmax" else "deepseek_v3"
 
 
-def check_expressible(args: ModelArgs) -> None:
-    """Raise `ValueError` naming the first setting for which transformers has no class."""
-    model_type = model_type_of(args)
-    v2, name = model_type == "deepseek_v2", CLASSES[model_type]
-    rules = [
-        ("q_lora_rank", not args.has_indexer or args.q_lora_rank, f"at least 1 in a {name}"),
-        ("score_func", v2 or not args.has_moe or args.score_func == "sigmoid",
-         f"'sigmoid' in a {name}"),
-        ("gate_bias", not (v2 and args.gate_bias), f"False in a {name}"),
-        ("gate_bias", v2 or not args.has_moe or args.gate_bias or args.n_expert_groups == 1,
-         f"True in a {name} with groups: it scores a group by its best two"),
-        ("n_routed_experts", v2 or args.n_routed_experts != 1, f"0, or at least 2 in a {name}"),
-        ("dim", not v2 or args.dim % args.n_heads == 0,
-         f"a multiple of n_heads = {args.n_heads} in a {name}"),
-        ("mscale", not args.yarn or args.mscale != 0, "other than 0 where YaRN is on")]
-    for field, holds, valid in rules:
-        if not holds:
-            raise ValueError(f"{field} = {getattr(args, field)!r} cannot be saved for transformers:"
-                             f" it must be {valid}")
+def check_expressible(args: ModelArgs, model_type: str) -> None:
+    """Raise `ValueError` naming the first setting that this class of transformers cannot have."""
+    v2, v3_gate = model_type == "deepseek_v2", model_type != "deepseek_v2" and args.has_moe
+    for field, holds, valid in (
+            ("q_lora_rank", not args.has_indexer or args.q_lora_rank > 0, "at least 1"),
+            ("score_func", not v3_gate or args.score_func == "sigmoid", "'sigmoid'"),
+            ("gate_bias", not (v2 and args.gate_bias), "False"),
+            ("gate_bias", not v3_gate or args.gate_bias or args.n_expert_groups == 1,
+             "True where n_expert_groups > 1 (a group's score is that of its best two)"),
+            ("n_routed_experts", v2 or args.n_routed_experts != 1, "0, or at least 2"),
+            ("dim", not v2 or args.dim % args.n_heads == 0,
+             f"a multiple of n_heads = {args.n_heads}"),
+            ("mscale", not args.yarn or args.mscale != 0, "other than 0 where YaRN is on")):
+        require(args, field, holds, f"{valid}, in a {CLASSES[model_type]}")
 
 
 def released_fields(args: ModelArgs) -> dict:
     """Return config.json without our own key."""
     model_type = model_type_of(args)
-    fixed = FIXED | (V2_GATE if model_type == "deepseek_v2" else V3_GATE)
     config = {"architectures": [CLASSES[model_type]], "model_type": model_type}
-    config |= {name: values[0] for name, values in fixed.items()}
+    config |= {name: values[0] for name, values in fixed_fields(model_type).items()}
     config |= {theirs: getattr(args, ours) for ours, theirs in FIELDS.items()}
     config |= {"num_key_value_heads": args.n_heads, "q_lora_rank": args.q_lora_rank or None}
     if model_type == "deepseek_v2" and args.n_expert_groups > 1:

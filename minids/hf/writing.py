@@ -22,7 +22,7 @@ from tqdm import tqdm
 from minids.base.files import flush, publish, read_json
 from minids.config import ModelArgs
 from minids.fp8 import quantize_weight
-from minids.hf.names import CONFIG, INDEX, MTP, MTP_COPIES, WEIGHTS, goes_to_fp8, own_dtype, to_hf
+from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, goes_to_fp8, own_dtype, to_hf
 from minids.hf.reading import aside_of
 from minids.hf.settings import FP8_CONFIG, QUANTIZE, config_from_args, demand, model_type_of
 from minids.model.transformer import Transformer
@@ -34,6 +34,7 @@ TOKENIZER_FILE = re.compile(
     r"tokenizer\w*\.(json|model)|tokenization_\w+\.py|special_tokens_map\.json|vocab\.json"
     r"|generation_config\.json|chat_template\.jinja|tiktoken\.model|merges\.txt")
 RELEASED_LAYERS = 61  # V3's: transformers takes layer 61 for an MTP module
+FORMAT = {"format": "pt"}  # transformers demands it
 
 
 def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
@@ -41,10 +42,10 @@ def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
             tokenizer: Tokenizer | Path | None = None, quantize: str | None = None) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` and `load_hf` read.
 
-    folder: created if absent. One that holds files is refused unless `overwrite` is set; then the
-        model in it is replaced, and its tokenizer if one is given, and all other files stay. A
-        save killed at any moment leaves the old folder whole, or the new one; between two renames
-        the old one is FOLDER.replaced.
+    folder: one that holds files is refused unless `overwrite` is set; then the model in it is
+        replaced, and its tokenizer if one is given, and all other files stay. A save killed at any
+        moment leaves the old folder whole, or the new one; between two renames the old one is
+        FOLDER.replaced.
     dtype: of the weights; None: the model's own. The gates' biases are at least FP32.
     shard_bytes: largest file, bytes; that much is held in memory while it is written
     tokenizer: saved with the model; or a folder whose tokenizer files are copied unchanged
@@ -69,7 +70,7 @@ def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
 
 def saved_config(model: Transformer, dtype: torch.dtype | None,
                  tokenizer: Tokenizer | Path | None, quantize: str | None) -> dict:
-    """Return the config.json of a save: the model's settings and those of these files."""
+    """Return the config.json of a save."""
     demand("quantize", quantize, quantize in (None, *QUANTIZE), f"None, {' or '.join(QUANTIZE)}")
     dtype = dtype or model.head.weight.dtype
     config = config_from_args(model.args) | {"torch_dtype": str(dtype).removeprefix("torch.")}
@@ -120,8 +121,11 @@ def replacing(folder: Path, replaced: Sequence[re.Pattern]) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)  # left by a killed save
         temp.mkdir()
         yield temp
-        if folder.exists():
-            carry_over(folder, temp, replaced)
+        if folder.exists():  # all other files go along, as hard links where possible
+            gone = [path.name for path in folder.iterdir() if (temp / path.name).exists()
+                    or not path.is_dir() and any(p.fullmatch(path.name) for p in replaced)]
+            shutil.copytree(folder, temp, symlinks=True, dirs_exist_ok=True, copy_function=link,
+                            ignore=lambda where, names: gone if Path(where) == folder else [])
         for path in (*temp.iterdir(), temp):
             flush(path)
         publish(temp, folder)
@@ -136,14 +140,6 @@ def replacing(folder: Path, replaced: Sequence[re.Pattern]) -> Iterator[Path]:
             os.rename(aside, folder)
         for left in (temp, aside):  # this save's own: `check_target` found none
             shutil.rmtree(left, ignore_errors=True)
-
-
-def carry_over(old: Path, new: Path, replaced: Sequence[re.Pattern]) -> None:
-    """Give the new folder all other files of the old one, as hard links where possible."""
-    gone = [path.name for path in old.iterdir() if (new / path.name).exists() or not path.is_dir()
-            and any(pattern.fullmatch(path.name) for pattern in replaced)]
-    shutil.copytree(old, new, symlinks=True, dirs_exist_ok=True, copy_function=link,
-                    ignore=lambda folder, names: gone if Path(folder) == old else [])
 
 
 def link(path: str | Path, new: str | Path) -> None:
@@ -161,22 +157,17 @@ def write_weights(model: Transformer, folder: Path, dtype: torch.dtype | None, s
     mtp = {name: state.pop(name) for name in list(state) if name.startswith("mtp.")}
     main, more = to_hf(args, state), to_hf(args, mtp)
     if mtp and mtp_among_others(args):
-        main, mtp = chain(main, more, mtp_copies(args, state)), {}
+        main = chain(main, more, ((theirs, state[ours]) for theirs, ours in copies(args).items()))
+        mtp = {}
     write_shards(folder, stored(main, dtype, quantize), shard_bytes)
     if mtp:
-        write_file(folder / MTP, dict(stored(more, dtype, quantize)))
+        save_file(dict(stored(more, dtype, quantize)), folder / MTP, FORMAT)
 
 
 def mtp_among_others(args: ModelArgs) -> bool:
     """Return whether transformers ignores this model's MTP layer among the other weights."""
     return (args.n_layers == RELEASED_LAYERS and args.n_mtp_layers == 1
             and model_type_of(args) != "deepseek_v2")
-
-
-def mtp_copies(args: ModelArgs, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the copies of embedding and head that a released MTP layer has."""
-    for theirs, ours in MTP_COPIES.items():
-        yield f"model.layers.{args.n_layers}.{theirs}", state[ours]
 
 
 def complete(model: Transformer) -> dict[str, Tensor]:
@@ -215,7 +206,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int
     """Write one file, or shards of at most `limit` bytes and their index."""
     shard_of, total, count = {}, 0, 0
     for count, shard in enumerate(grouped(tensors, limit), start=1):
-        write_file(folder / f"part-{count}", shard)
+        save_file(shard, folder / f"part-{count}", FORMAT)
         shard_of |= dict.fromkeys(shard, count)
         total += sum(tensor.nbytes for tensor in shard.values())
         shard.clear()  # or two would be in memory while the next one fills
@@ -240,8 +231,3 @@ def grouped(tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[
         shard[name] = tensor
         size += tensor.nbytes
     yield shard
-
-
-def write_file(file: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file, marked as PyTorch's, which transformers demands."""
-    save_file(tensors, file, metadata={"format": "pt"})

@@ -19,7 +19,7 @@ def released_numbers(preset: str) -> dict[str, int]:
     args, sizes = ModelArgs.preset(preset), {"F8": 0, "BF16": 0, "F32": 0}
     state = hf.names.skeleton(args).state_dict()
     shapes = hf.names.shapes(args)
-    shapes |= {name: list(tensor.shape) for name, tensor in hf.writing.mtp_copies(args, state)}
+    shapes |= {name: list(state[ours].shape) for name, ours in hf.names.copies(args).items()}
     assert hf.writing.mtp_among_others(args)
     for name, shape in shapes.items():
         if hf.names.goes_to_fp8(name, shape):
