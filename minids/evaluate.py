@@ -9,8 +9,8 @@
 Bits per byte does not depend on the vocabulary, so models with different tokenizers can be compared
 (`minids.infer.validation`). --selections compares dense attention with ways of selecting k tokens,
 the indexer's among them (`minids.infer.selections`). --drafts measures how well the MTP modules
-predict what the model will say, by depth and kind of text (`minids.infer.drafts`); the last row has
-the drafts for the model's own output.
+predict what the model will say, by depth and kind of text; the last row has the drafts for the
+model's own output.
 """
 
 from dataclasses import dataclass
@@ -21,10 +21,9 @@ from minids.apply.fp8 import use_fp8
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option
 from minids.base.tables import format_table
-from minids.infer.drafts import draft_agreement, kinds_of_tokens
 from minids.infer.generation import generate
 from minids.infer.selections import compare_selections, selection_table
-from minids.infer.validation import evaluate, windows
+from minids.infer.validation import draft_agreement, evaluate, kinds_of_tokens, windows
 from minids.runs.device import pick_device, prepare_cpu
 from minids.runs.open import open_model
 from minids.text.loaders import open_data

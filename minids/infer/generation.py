@@ -52,10 +52,7 @@ class Generation:
 
     @property
     def acceptance(self) -> list[float]:
-        """Return the acceptance rate by position of the draft.
-
-        A draft counts once all before it were accepted.
-        """
+        """Return the acceptance rate by position, of drafts before which all were accepted."""
         rounds = [passed for row in self.passed for passed in row]
         reached = [sum(passed >= k for passed in rounds) for k in range(self.drafts + 1)]
         return [b / max(a, 1) for a, b in zip(reached, reached[1:], strict=False)]
@@ -77,15 +74,12 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     eos_id: the token that ends a sequence; None: none does
     speculative: tokens that the MTP modules draft before each pass; 0: plain decoding
     on_token: called with sequence and token as soon as there is one
-
     Raises `ValueError` naming the argument that is not valid.
     """
     check_arguments(model.args, prompts, max_new_tokens, temperature, top_k, top_p, speculative)
-    start = time.perf_counter()
-    device = model.head.weight.device
+    start, device = time.perf_counter(), model.head.weight.device
     text = right_pad(prompts, device)  # (B, S), (B,)
-    generator = torch.Generator(device).manual_seed(seed)
-    sampler = Sampler(temperature, top_k, top_p, generator)
+    sampler = Sampler(temperature, top_k, top_p, torch.Generator(device).manual_seed(seed))
     if speculative:
         rounds = speculative_rounds(model, *text, max_new_tokens, speculative, sampler)
     else:
@@ -123,14 +117,14 @@ def plain_rounds(model: Transformer, tokens: Tensor, lengths: Tensor, new_tokens
 
 def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, speculative) -> None:
     """Raise the one-line `ValueError` for the first argument of `generate` that is not valid."""
-    rules = [("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-             ("temperature", temperature, temperature >= 0, "0 or more"),
-             ("top_k", top_k, top_k >= 0, "0 or more"),
-             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
-             ("speculative", speculative, speculative >= 0, "0 or more"),
-             ("speculative", speculative, speculative == 0 or args.n_mtp_layers > 0,
-              "0: this model has no MTP module to draft with")]
-    for name, value, holds, valid in rules:
+    for name, value, holds, valid in (
+            ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
+            ("temperature", temperature, temperature >= 0, "0 or more"),
+            ("top_k", top_k, top_k >= 0, "0 or more"),
+            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
+            ("speculative", speculative, speculative >= 0, "0 or more"),
+            ("speculative", speculative, speculative == 0 or args.n_mtp_layers > 0,
+             "0: this model has no MTP module to draft with")):
         if not holds:
             raise ValueError(f"{name} = {value!r} is not valid: it must be {valid}")
     if not prompts or not all(len(prompt) for prompt in prompts):

@@ -2,8 +2,7 @@
 
 A pass over two tokens costs the model little more than a pass over one, since most of the time goes
 into reading weights. So the modules draft D tokens, the model reads the newest token and the drafts
-behind it, and `Sampler.verify` keeps those that the model might have written itself. The text has
-exactly the distribution of plain decoding; at temperature 0 it is the same text.
+behind it, and `Sampler.verify` keeps those that the model might have written itself.
 
     slots        .. n        n+1      n+2         n is the newest token of the text
     model reads     token n  draft 1  draft 2     and has its own opinion of n+1, n+2 and n+3
@@ -48,7 +47,9 @@ def speculative_rounds(model: Transformer, tokens: Tensor, lengths: Tensor, new_
     fold(model, text.ahead)
     depth = len(model.mtp)
     while True:
-        states = text.read(drafts + 1)  # (B, D + 1, dim)
+        text.cache.truncate(text.end)
+        read = take(text.slots, text.end, drafts + 1)
+        states = model.hidden(read, text.cache, absorbed=True).states  # (B, D + 1, dim)
         passed, token = sampler.verify(ahead, q, sampler.distribution(model.head(states)))
         yield [[*row[:n], last] for row, n, last in
                zip(ahead.tolist(), passed.tolist(), token.tolist(), strict=True)]
@@ -62,6 +63,13 @@ def speculative_rounds(model: Transformer, tokens: Tensor, lengths: Tensor, new_
         ahead, q = draft(text, window, drafts, sampler)
 
 
+def take(values: Tensor, start: Tensor, count: int) -> Tensor:
+    """Return `count` neighbouring columns of each row from `start` (B,) on, clamped to its ends."""
+    columns = start[:, None] + torch.arange(count, device=start.device)
+    row = torch.arange(len(values), device=start.device)[:, None]
+    return values[row, columns.clamp(0, values.size(1) - 1)]
+
+
 class Window:
     """States of the model, at the same number of neighbouring slots of each sequence.
 
@@ -73,16 +81,13 @@ class Window:
     """
 
     def __init__(self, states: Tensor, start: Tensor, at: Tensor):
-        self.row = torch.arange(len(states), device=states.device)
         shift = (-start).clamp(min=0)
-        columns = torch.arange(states.size(1), device=states.device) + shift[:, None]
-        self.states = states[self.row[:, None], columns.clamp(max=states.size(1) - 1)]
+        self.states = take(states, shift, states.size(1))
         self.start, self.at = start + shift, at - shift
 
     def last_states(self, count: int) -> Tensor:
         """Return those at the `count` slots up to `at`, (B, count, D)."""
-        columns = self.at[:, None] - count + 1 + torch.arange(count, device=self.at.device)
-        return self.states[self.row[:, None], columns.clamp(min=0)]
+        return take(self.states, self.at - count + 1, count)
 
 
 class Text:
@@ -99,28 +104,17 @@ class Text:
         room = length + new_tokens + drafts
         self.slots = tokens.new_zeros(batch, room + drafts + len(model.mtp))
         self.slots[:, :length] = tokens
-        self.row = torch.arange(batch, device=tokens.device)
         self.cache = new_cache(model, batch, room)
         self.ahead = new_cache(model, batch, room, mtp=True)
-
-    def read(self, count: int) -> Tensor:
-        """Return the model's states of each newest token and those behind, (B, count, D)."""
-        self.cache.truncate(self.end)
-        return self.model.hidden(self.get(self.end, count), self.cache, absorbed=True).states
 
     def module(self, k: int, states: Tensor, tokens: Tensor) -> Tensor:
         """Run MTP module k, counted from 0, on states (B, S, D) and the tokens it embeds (B, S)."""
         context = self.model.context(tokens, self.ahead, absorbed=self.ahead.folded is not None)
         return self.model.mtp[k](states, self.model.embed(tokens), context)[0]
 
-    def get(self, start: Tensor, count: int) -> Tensor:
-        """Return the tokens from a slot of each sequence on: (B,) -> (B, count)"""
-        columns = start[:, None] + torch.arange(count, device=start.device)
-        return self.slots[self.row[:, None], columns]
-
     def put(self, slot: Tensor, token: Tensor) -> None:
         """Write a token of each sequence: (B,), (B,)"""
-        self.slots[self.row, slot] = token
+        self.slots.scatter_(1, slot[:, None], token[:, None])
 
 
 def draft(text: Text, window: Window, drafts: int, sampler: Sampler) -> tuple[Tensor, Tensor]:
@@ -133,13 +127,12 @@ def draft(text: Text, window: Window, drafts: int, sampler: Sampler) -> tuple[Te
     text.ahead.truncate(window.start)
     for k in range(1, drafts + 1):
         if k <= depth:
-            states = text.module(k - 1, states, text.get(window.start + k, width))
-            state = states[text.row, window.at]  # (B, D)
+            states = text.module(k - 1, states, take(text.slots, window.start + k, width))
+            state = take(states, window.at, 1)  # (B, 1, D)
         else:  # the last module, one position further
             text.ahead.truncate(window.start + window.at + k - depth)
-            newest = text.get(text.end + k - 1, 1)
-            state = text.module(depth - 1, state.unsqueeze(1), newest).squeeze(1)
-        probs += [sampler.distribution(model.head(state))]
+            state = text.module(depth - 1, state, take(text.slots, text.end + k - 1, 1))
+        probs += [sampler.distribution(model.head(state.squeeze(1)))]
         tokens += [sampler.draw(probs[-1])]
         text.put(text.end + k, tokens[-1])
     return torch.stack(tokens, dim=1), torch.stack(probs, dim=1)
