@@ -34,11 +34,8 @@ NAMES = {
     "attn.kv_norm.weight": "self_attn.kv_a_layernorm.weight",
     "attn.wkv_b.weight": "self_attn.kv_b_proj.weight",
     "attn.wo.weight": "self_attn.o_proj.weight",
-    "attn.indexer.wq_b.weight": "self_attn.indexer.wq_b.weight",
-    "attn.indexer.wk.weight": "self_attn.indexer.wk.weight",
-    "attn.indexer.k_norm.weight": "self_attn.indexer.k_norm.weight",
-    "attn.indexer.k_norm.bias": "self_attn.indexer.k_norm.bias",
-    "attn.indexer.weights_proj.weight": "self_attn.indexer.weights_proj.weight",
+    **{f"attn.indexer.{same}": f"self_attn.indexer.{same}" for same in (
+        "wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")},
     "ffn_norm.weight": "post_attention_layernorm.weight",
     "ffn.w1.weight": "mlp.gate_proj.weight",
     "ffn.w2.weight": "mlp.down_proj.weight",
@@ -51,10 +48,8 @@ NAMES = {
     "ffn.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
     "ffn.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
     "ffn.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
-
-    "enorm.weight": "enorm.weight",
-    "hnorm.weight": "hnorm.weight",
-    "eh_proj.weight": "eh_proj.weight",
+    # of MTP modules
+    **{same: same for same in ("enorm.weight", "hnorm.weight", "eh_proj.weight")},
     "norm.weight": "shared_head.norm.weight",
 }
 WIDE = ("embed_tokens", "head", "mlp.gate", "eh_proj", "weights_proj")  # matrices never in FP8
@@ -63,10 +58,8 @@ WIDE = ("embed_tokens", "head", "mlp.gate", "eh_proj", "weights_proj")  # matric
 def to_hf(args: ModelArgs, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Yield our tensors under their released names, stacked experts one by one, as views.
 
-    In a model of 61 layers, "mtp.0.block.attn.wo.weight" becomes
-    "model.layers.61.self_attn.o_proj.weight".
-
-    tensors: our name -> tensor, as in `state_dict()`; may be gradients
+    tensors: our name -> tensor, as in `state_dict()`; may be gradients. In a model of 61 layers
+        "mtp.0.block.attn.wo.weight" becomes "model.layers.61.self_attn.o_proj.weight".
     """
     for name, tensor in tensors.items():
         if name in OUTSIDE:

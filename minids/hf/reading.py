@@ -103,17 +103,30 @@ def aside_of(folder: Path) -> Path:
 
 
 def read_headers(folder: Path) -> dict[str, Header]:
-    """Return the headers of every file of the model, in the files' order."""
-    if (folder / WEIGHTS).is_file():
-        found = read_header(folder / WEIGHTS)
-    elif (folder / INDEX).is_file():
-        found = read_shard_headers(folder)
-    else:
-        raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
-    more = read_header(folder / MTP) if (folder / MTP).is_file() else {}
-    if twice := found.keys() & more.keys():
-        raise ValueError(f"{folder / MTP}: {min(twice)} is in another file too")
-    return found | more
+    """Return the headers of all files of the model; shards must hold what the index lists."""
+    files, index = {WEIGHTS: None}, folder / INDEX
+    if not (folder / WEIGHTS).is_file():
+        if not index.is_file():
+            raise ValueError(f"{folder} has neither {WEIGHTS} nor {INDEX}")
+        listed = read_json(index).get("weight_map")
+        if not isinstance(listed, dict) or not all(
+                isinstance(file, str) and Path(file).name == file for file in listed.values()):
+            raise ValueError(f"{index}: weight_map is not a table of tensors and files beside it")
+        files = {shard: {name for name, file in listed.items() if file == shard}
+                 for shard in sorted(set(listed.values()))}
+    if (folder / MTP).is_file():
+        files.setdefault(MTP)
+    found = {}
+    for file, names in files.items():
+        headers = read_header(folder / file)
+        for name in sorted((names or headers.keys()) ^ headers.keys()):
+            problem = "is missing, and the index lists it" if name in names else (
+                "is not one that the index lists there")
+            raise ValueError(f"{folder / file}: tensor {name} {problem}")
+        if twice := found.keys() & headers.keys():
+            raise ValueError(f"{folder / file}: {min(twice)} is in another file too")
+        found |= headers
+    return found
 
 
 def read_header(file: Path) -> dict[str, Header]:
@@ -128,24 +141,6 @@ def read_header(file: Path) -> dict[str, Header]:
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a whole safetensors file, {file.stat().st_size:,} bytes: "
                          f"{error}") from None
-
-
-def read_shard_headers(folder: Path) -> dict[str, Header]:
-    """Return the headers of all shards, which must hold exactly what the index lists."""
-    listed = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(listed, dict) or not all(
-            isinstance(file, str) and Path(file).name == file for file in listed.values()):
-        raise ValueError(f"{folder / INDEX}: weight_map is no table of tensors and files beside it")
-    found = {}
-    for shard in sorted(set(listed.values())):
-        headers = read_header(folder / shard)
-        expected = {name for name, file in listed.items() if file == shard}
-        for name in sorted(expected ^ headers.keys()):
-            problem = "is missing, and the index lists it" if name in expected else (
-                "is not one that the index lists there")
-            raise ValueError(f"{folder / shard}: tensor {name} {problem}")
-        found |= headers
-    return found
 
 
 def check_tensors(source: Source, has_fp8: bool) -> None:
