@@ -7,9 +7,8 @@
     python -m minids.generate --run runs/tiny --speculative 1 --temperature 0
 
 `minids.infer.sampling` describes how tokens are drawn. With --speculative D the model's own MTP
-modules draft D tokens ahead, and the model accepts those that it might have written: the text comes
-from the same distribution, and is identical at temperature 0, in fewer passes
-(`minids.infer.speculative`).
+modules draft D tokens ahead, and the model accepts those that it might have written: in fewer
+passes the text comes from the same distribution, and is identical at temperature 0.
 """
 
 import codecs
@@ -34,8 +33,8 @@ class Writer:
     def write(self, token: int) -> None:
         """Print the characters that this token completes; EOS prints nothing."""
         if token != self.tokenizer.eos_id:
-            print(self.decoder.decode(self.tokenizer.decode_bytes([token])), end="",
-                  file=self.stream, flush=True)
+            text = self.decoder.decode(self.tokenizer.decode_bytes([token]))
+            print(text, end="", file=self.stream, flush=True)
 
     def close(self) -> None:
         """End the text; an incomplete character prints as U+FFFD."""
@@ -67,14 +66,13 @@ def write_samples(args: GenerateArgs, stream) -> None:
     run = open_model(args.run, pick_device(args.device))
     tokenizer = run.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
-    check_arguments(run.model.args, [prompt], args.max_new_tokens, args.temperature, args.top_k,
-                    args.top_p, args.speculative)  # before anything is printed
+    how = args.max_new_tokens, args.temperature, args.top_k, args.top_p
+    check_arguments(run.model.args, [prompt], *how, args.speculative)  # before anything is printed
     for sample_number in range(args.samples):
         writer = Writer(tokenizer, stream)
         print(args.prompt, end="", file=stream, flush=True)
-        done = generate(run.model, [prompt], args.max_new_tokens, args.temperature, args.top_k,
-                        args.top_p, args.seed + sample_number, tokenizer.eos_id, args.speculative,
-                        on_token=lambda row, token, writer=writer: writer.write(token))
+        done = generate(run.model, [prompt], *how, args.seed + sample_number, tokenizer.eos_id,
+                        args.speculative, lambda row, token, write=writer.write: write(token))
         writer.close()
         drafted = (f"{done.tokens_per_pass:.2f} tokens per pass, drafts accepted: "
                    + " ".join(f"{share:.0%}" for share in done.acceptance) + ", ")
@@ -84,7 +82,7 @@ def write_samples(args: GenerateArgs, stream) -> None:
 
 
 def main() -> None:
-    """The command line."""
+    """Run the command line."""
     [given] = parse("minids.generate", __doc__, GenerateArgs)
     args = GenerateArgs(**given)
     prepare_cpu(args.threads, args.bodies)

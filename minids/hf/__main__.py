@@ -6,13 +6,14 @@
     python -m minids.hf --run runs/tiny --out tiny-fp8 --quantize fp8
     python -m minids.hf --folder DeepSeek-V3 --out V3-bf16 --dtype bf16       # FP8 made BF16
 
-The folder is read by `transformers` and by every program of this package that takes --run. Its
-settings, names and weights are checked by the files' headers before any weight is read, and it is
-written whole or not at all: an interrupted save leaves the old folder or the new one.
+The folder is read by `transformers` and by every program of this package that takes --run. It is
+checked by its headers before any weight is read, and written whole or not at all: an interrupted
+save leaves the old folder or the new one.
 
 Simplified: one process holds the whole model.
 """
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,38 +54,32 @@ class HfArgs(Settings):
 
 
 def describe(folder: str | Path) -> str:
-    """Return what a folder holds, from its headers alone, checked as for loading.
-
-    Raises `ValueError` as `load_hf` does.
-    """
+    """Return what a folder holds, from its headers alone; raises `ValueError` as `load_hf` does."""
     source = inspect(folder)
-    args, count = source.args, count_parameters(source.args)
-    sizes = {}
+    args, count, sizes = source.args, count_parameters(source.args), Counter()
     for header in source.headers.values():
-        sizes[header.dtype] = sizes.get(header.dtype, 0) + torch.Size(header.shape).numel()
+        sizes[header.dtype] += torch.Size(header.shape).numel()
     context = f"YaRN, {args.rope_factor:g} times {args.original_seq_len:,}"
     names = [path.name for path in tokenizer_files(source.folder)]
-    lines = [f"{source.folder}: {CLASSES[model_type_of(args)]}, {args.n_layers} layers, "
-             f"{args.max_seq_len:,} positions ({context if args.yarn else 'no YaRN'})",
-             f"MTP modules: {args.n_mtp_layers}; FP8: {'yes' if 'F8_E4M3' in sizes else 'no'}; "
-             f"tokenizer: {', '.join(names) or 'none'}"]
     rows = [("parameters", "total", "active"), ("main model", count.total, count.active),
-            ("MTP modules", count.mtp, ""), ("", "", ""), ("values stored", "", "")]
-    rows += [(dtype, size, "") for dtype, size in sorted(sizes.items())]
-    return "\n".join([*lines, "", format_table(rows)])
+            ("MTP modules", count.mtp, ""), ("", "", ""), ("values stored", "", ""),
+            *((dtype, size, "") for dtype, size in sorted(sizes.items()))]
+    return (f"{source.folder}: {CLASSES[model_type_of(args)]}, {args.n_layers} layers, "
+            f"{args.max_seq_len:,} positions ({context if args.yarn else 'no YaRN'})\n"
+            f"MTP modules: {args.n_mtp_layers}; FP8: {'yes' if 'F8_E4M3' in sizes else 'no'}; "
+            f"tokenizer: {', '.join(names) or 'none'}\n\n{format_table(rows)}")
 
 
 def convert(args: HfArgs) -> str:
     """Read --run or --folder, write it to --out, and return the description of the result."""
     check_target(Path(args.out).resolve(), args.overwrite)
+    dtype = DTYPES.get(args.dtype)
     if args.run:
-        run = open_model(args.run)
-        model, tokenizer = run.model, run.tokenizer
+        model, tokenizer, *_ = open_model(args.run)
     else:
         source = inspect(args.folder)
-        model = read_model(source, DTYPES.get(args.dtype, source.dtype), "cpu")
-        tokenizer = source.folder
-    save_hf(model, args.out, args.overwrite, DTYPES.get(args.dtype), args.shard_bytes, tokenizer,
+        model, tokenizer = read_model(source, dtype or source.dtype, "cpu"), source.folder
+    save_hf(model, args.out, args.overwrite, dtype, args.shard_bytes, tokenizer,
             args.quantize or None)
     return describe(args.out)
 

@@ -166,11 +166,10 @@ def check_tensors(source: Source, has_fp8: bool) -> None:
                          f"({args.n_layers} layers, {args.n_routed_experts} experts, "
                          f"{args.n_mtp_layers} MTP)")
     for name, (shape, dtypes) in expected.items():
-        header = headers[name]
-        for what, found, valid in (("shape", header.shape, [shape]),
-                                   ("dtype", header.dtype, dtypes)):
+        file, dtype, stored_shape = headers[name]
+        for what, found, valid in ("shape", stored_shape, [shape]), ("dtype", dtype, dtypes):
             if found not in valid:
-                raise ValueError(f"{header.file}: tensor {name} has {what} {found}, and {CONFIG} "
+                raise ValueError(f"{file}: tensor {name} has {what} {found}, and {CONFIG} "
                                  f"asks for {' or '.join(map(str, valid))}")
 
 

@@ -1,9 +1,8 @@
 """Translate between `config.json` of a Hugging Face folder and `ModelArgs`.
 
-The classes are DeepseekV2ForCausalLM, DeepseekV3ForCausalLM (V3, R1, V3.1, Moonlight, Kimi K2) and
-DeepseekV32ForCausalLM. Settings that no released configuration can express (YaRN's where YaRN is
-off, the indexer's Hadamard transform and FP8 rounding) go under the key "minids", if they differ
-from what the other fields imply.
+DeepseekV3ForCausalLM is V3, R1, V3.1, Moonlight, Kimi K2. Settings that no released configuration
+can express (YaRN's where YaRN is off, the indexer's Hadamard transform and FP8 rounding) go under
+the key "minids", if they differ from what the other fields imply.
 """
 
 import re
@@ -28,7 +27,7 @@ FIELDS = {  # ours -> theirs
 }
 ROPE_FIELDS = {"rope_factor": "factor", "original_seq_len": "original_max_position_embeddings",
                "beta_fast": "beta_fast", "beta_slow": "beta_slow", "mscale": "mscale"}
-INDEX_FIELDS = ("index_n_heads", "index_head_dim", "index_topk")
+INDEX_FIELDS = {name: name for name in ("index_n_heads", "index_head_dim", "index_topk")}
 OWN_KEY = "minids"
 OWN_FIELDS = (*ROPE_FIELDS, *INDEX_FIELDS, "n_dense_layers", "index_hadamard", "index_fp8")
 DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "num_nextn_predict_layers": 0,
@@ -61,11 +60,11 @@ def args_from_config(config: dict) -> ModelArgs:
     """
     model_type = read_type(config)
     found = read_fields(config, model_type) | read_rope(config)
-    theirs = FIELDS | {ours: f"rope_scaling.{name}" for ours, name in ROPE_FIELDS.items()}
     try:
         args = ModelArgs(**found)
         check_expressible(args, model_type)
     except ValueError as error:  # its message has our names
+        theirs = FIELDS | {ours: f"rope_scaling.{name}" for ours, name in ROPE_FIELDS.items()}
         pattern = r"\b(" + "|".join(theirs) + r")\b"
         raise ValueError(re.sub(pattern, lambda m: theirs[m[0]], str(error))) from None
     own = config.get(OWN_KEY, {})
@@ -126,51 +125,46 @@ def fixed_fields(model_type: str) -> dict[str, tuple]:
 
 def read_fields(config: dict, model_type: str) -> dict:
     """Return the fields of ModelArgs, except those of the rotation."""
-    greedy = model_type == "deepseek_v2" and config.get("topk_method", "greedy") == "greedy"
-    given = config | ({"n_group": 1, "topk_group": 1} if greedy else {})  # it ignores the groups
-    found = {ours: read_field(given, theirs) for ours, theirs in FIELDS.items()}
+    if model_type == "deepseek_v2" and config.get("topk_method", "greedy") == "greedy":
+        config = config | {"n_group": 1, "topk_group": 1}  # it ignores the groups
+    found = read(config, FIELDS | (INDEX_FIELDS if model_type == "deepseek_v32" else {}))
     dense, layers = found["n_dense_layers"], found["n_layers"]
     if type(dense) is type(layers) is int:
         found["n_dense_layers"] = min(dense, layers)  # a larger one: all layers are dense
-    found["gate_bias"] = model_type != "deepseek_v2"
-    found["score_func"] = "sigmoid" if found["gate_bias"] else "softmax"
-    if model_type == "deepseek_v32":
-        found |= {name: read_field(config, name) for name in INDEX_FIELDS}
-        demand("index_n_heads", found["index_n_heads"], found["index_n_heads"] != 0,
-               "at least 1 in a DeepseekV32ForCausalLM")
-    return found
+    demand("index_n_heads", 0, found.get("index_n_heads") != 0, f"at least 1 in a {model_type}")
+    v2 = model_type == "deepseek_v2"
+    return found | {"gate_bias": not v2, "score_func": "softmax" if v2 else "sigmoid"}
 
 
-def read_field(config: dict, name: str, where: str = ""):
-    """Return a field or its default. Raises `ValueError` if there is neither."""
-    given = DEFAULTS | config
-    if name not in given:
-        raise ValueError(f"{where}{name} is missing")
-    return 0 if given[name] is None and name in NULL_IS_ZERO else given[name]
+def read(given: dict, names: dict[str, str], where: str = "") -> dict:
+    """Return our name -> value or default. Raises `ValueError` for a field that has neither."""
+    given = DEFAULTS | given
+    for name in names.values():
+        if name not in given:
+            raise ValueError(f"{where}{name} is missing")
+    return {ours: 0 if given[theirs] is None and theirs in NULL_IS_ZERO else given[theirs]
+            for ours, theirs in names.items()}
 
 
 def read_rope(config: dict) -> dict:
     """Return the fields of ModelArgs that describe the rotation: its base, and YaRN's."""
     where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope = config.get(where) or {}
+    rope, length = config.get(where) or {}, config["max_position_embeddings"]
     demand(where, rope, isinstance(rope, dict), "an object, null or absent")
-    theta = rope.get("rope_theta", read_field(config, "rope_theta"))
     kind = rope.get("rope_type", rope.get("type", "default"))
-    length = read_field(config, "max_position_embeddings")
     demand(f"{where}.type", kind, kind in ("default", "yarn"), "'yarn', or there is no scaling")
     demand_each(rope, FIXED_ROPE, f"{where}.")
+    found = read(config | rope, {"rope_theta": "rope_theta"})
     if kind == "default":
-        return {"rope_theta": theta, "original_seq_len": length}
-    found = {ours: read_field(rope, theirs, f"{where}.") for ours, theirs in ROPE_FIELDS.items()}
+        return found | {"original_seq_len": length}
+    found |= read(rope, ROPE_FIELDS, f"{where}.")
     # Unequal values would scale the rotated vectors; ours have the softmax scale corrected alone.
-    both = found["mscale"], rope.get("mscale_all_dim")
-    demand(f"{where}.mscale", both[0], both[0] == both[1],
-           f"equal to mscale_all_dim = {both[1]!r}")
-    start = found["original_seq_len"]
+    weight, other, start = found["mscale"], rope.get("mscale_all_dim"), found["original_seq_len"]
+    demand(f"{where}.mscale", weight, weight == other, f"equal to mscale_all_dim = {other!r}")
     demand("max_position_embeddings", length,
            not (type(length) is type(start) is int) or length > start,
            f"above {where}.original_max_position_embeddings = {start}, where YaRN is on")
-    return {"rope_theta": theta} | found
+    return found
 
 
 def check_quantization(config: dict) -> bool:

@@ -72,8 +72,8 @@ def saved_config(model: Transformer, dtype: torch.dtype | None,
                  tokenizer: Tokenizer | Path | None, quantize: str | None) -> dict:
     """Return the config.json of a save."""
     demand("quantize", quantize, quantize in (None, *QUANTIZE), f"None, {' or '.join(QUANTIZE)}")
-    dtype = dtype or model.head.weight.dtype
-    config = config_from_args(model.args) | {"torch_dtype": str(dtype).removeprefix("torch.")}
+    config = config_from_args(model.args)
+    config["torch_dtype"] = str(dtype or model.head.weight.dtype).removeprefix("torch.")
     ends = {"bos_token_id": None, "eos_token_id": None}  # if absent, transformers assumes V3's
     if isinstance(tokenizer, Tokenizer):
         ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
@@ -96,8 +96,7 @@ def check_target(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"out = {folder} is not valid: it holds files already; name another "
                          "folder, or give --overwrite to replace the model in it")
-    aside = aside_of(folder)
-    if aside.exists():
+    if (aside := aside_of(folder)).exists():
         raise ValueError(f"{aside} is in the way: an interrupted save has left it, or it is yours; "
                          f"rename it to {folder.name} or remove it")
 
@@ -112,7 +111,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
 def replacing(folder: Path, replaced: Sequence[re.Pattern]) -> Iterator[Path]:
     """Yield a new folder to fill, which then takes this folder's name.
 
-    replaced: names of the files that are removed with the old folder; all others are carried over
+    replaced: names of files that go with the old folder; all others are carried over
     """
     temp, aside = folder.with_name(f".tmp_{folder.name}"), aside_of(folder)
     try:
@@ -121,7 +120,7 @@ def replacing(folder: Path, replaced: Sequence[re.Pattern]) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)  # left by a killed save
         temp.mkdir()
         yield temp
-        if folder.exists():  # all other files go along, as hard links where possible
+        if folder.exists():
             gone = [path.name for path in folder.iterdir() if (temp / path.name).exists()
                     or not path.is_dir() and any(p.fullmatch(path.name) for p in replaced)]
             shutil.copytree(folder, temp, symlinks=True, dirs_exist_ok=True, copy_function=link,
@@ -176,22 +175,20 @@ def complete(model: Transformer) -> dict[str, Tensor]:
     args, state = model.args, dict(model.state_dict())
     empty = {"w1": (0, args.dim), "w2": (args.dim, 0), "w3": (0, args.dim)}
     for name in [name for name in state if name.endswith("ffn.gate.weight")]:
-        prefix, gate = name.removesuffix("gate.weight"), state[name]
+        ffn, gate = name.removesuffix("gate.weight"), state[name]
         if args.score_func == "sigmoid" and not args.gate_bias:
-            bias = f"{prefix}gate.bias"
+            bias = f"{ffn}gate.bias"
             state[bias] = gate.new_zeros(len(gate), dtype=own_dtype(bias, gate.dtype))
         if not args.n_shared_experts:
-            state |= {f"{prefix}shared_experts.{part}.weight": gate.new_zeros(shape)
+            state |= {f"{ffn}shared_experts.{part}.weight": gate.new_zeros(shape)
                       for part, shape in empty.items()}
     return state
 
 
 def stored(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None,
            quantize: str | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a file stores for each tensor: itself in `dtype`, or FP8 and its scales.
-
-    Each is contiguous in CPU memory of its own: safetensors refuses shared memory.
-    """
+    """Yield what a file stores for each tensor: itself in `dtype`, or FP8 and its scales; in CPU
+    memory of its own, since safetensors refuses shared memory."""
     for name, tensor in tqdm(tensors, desc="save", unit="tensor", disable=None, delay=1):
         if quantize is not None and goes_to_fp8(name, tensor.shape):
             q, scale = quantize_weight(tensor, ue8m0=quantize == "fp8-ue8m0")

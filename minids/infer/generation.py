@@ -2,14 +2,13 @@
 
 The prompt goes through the model at once, in attention's naive form; each further token then goes
 through alone, in the absorbed form, and finds what came before in the latent cache (V2, arXiv
-2405.04434, section 2.1). Prompts of unequal length share a batch (`minids.infer.decoding`).
-
-Simplified: a batch runs until its last sequence is done, finished ones included.
+2405.04434, section 2.1). Simplified: finished sequences stay in the batch until the last is done.
 """
 
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -25,11 +24,10 @@ class Generation:
     """The result of `generate`.
 
     tokens: the new tokens of each prompt, its EOS included where the sequence ended by itself
-    steps: passes through the model, prefill included
-    seconds: wall-clock time, prefill included
+    steps, seconds: passes through the model and wall-clock time, prefill included
     prompt_tokens: tokens of all prompts, without padding
-    drafts: tokens drafted in each round
-    passed: for each prompt, how many drafts were accepted in each round after the first
+    drafts: tokens drafted in each round; passed: for each prompt, how many of them were accepted
+        in each round after the first
     """
 
     tokens: list[list[int]]
@@ -65,8 +63,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
              on_token: Callable[[int, int], None] | None = None) -> Generation:
     """Continue each prompt.
 
-    prompts: token ids, at least one each; their lengths may differ
-    max_new_tokens: for each prompt at most
+    prompts: token ids, at least one each; max_new_tokens: at most, for each
     temperature: divides the logits; 0 always takes the most likely token
     top_k: draw from the k most likely tokens only; 0: from all
     top_p: draw from the fewest tokens that together have this probability; 1: from all
@@ -103,7 +100,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
 
 def plain_rounds(model: Transformer, tokens: Tensor, lengths: Tensor, new_tokens: int,
                  sampler: Sampler) -> Iterator[list[list[int]]]:
-    """Generate text, one token of every sequence at a time, without end.
+    """Generate text without end: yield one token of every sequence.
 
     tokens, lengths: prompts as `right_pad` returns them; new_tokens: what the cache has room for
     """
@@ -129,11 +126,10 @@ def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, sp
             raise ValueError(f"{name} = {value!r} is not valid: it must be {valid}")
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompts: one is empty, or there are none: each needs at least one token")
-    for prompt in prompts:
-        for token in (min(prompt), max(prompt)):
-            if not 0 <= token < args.vocab_size:
-                raise ValueError(f"prompts: token {token} is not valid: the model's tokens are "
-                                 f"0 to {args.vocab_size - 1}")
+    for token in chain.from_iterable(prompts):
+        if not 0 <= token < args.vocab_size:
+            raise ValueError(f"prompts: token {token} is not valid: the model's tokens are 0 to "
+                             f"{args.vocab_size - 1}")
     longest = max(map(len, prompts))
     # Drafts may reach beyond the last token, and further modules look further back.
     extra = speculative and speculative + args.n_mtp_layers - 1

@@ -7,8 +7,8 @@ fewest tokens that together have the probability top_p (nucleus sampling, Holtzm
 A drafted token passes with probability min(1, p / q), where p is the model's probability for it and
 q the drafter's; a token that fails is replaced by one drawn from max(p - q, 0), scaled to sum to 1.
 What comes out has exactly the distribution p, whatever q is (Leviathan et al., arXiv 2211.17192,
-theorem in appendix A.1; Chen et al., arXiv 2302.01318). At temperature 0 both distributions are one
-token each, and the rule says: a draft passes if it is the model's own choice.
+theorem in appendix A.1; Chen et al., arXiv 2302.01318). At temperature 0 a draft passes if it is
+the model's own choice.
 """
 
 from dataclasses import dataclass
@@ -39,8 +39,7 @@ class Sampler:
         """
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         if self.temperature == 0:
-            likeliest = logits.max(-1).indices
-            return F.one_hot(likeliest, logits.size(-1)).to(logits.dtype)
+            return F.one_hot(logits.max(-1).indices, logits.size(-1)).to(logits.dtype)
         logits = logits / self.temperature
         if 0 < self.top_k < logits.size(-1):
             least = logits.topk(self.top_k).values[..., -1:]
@@ -63,23 +62,20 @@ class Sampler:
     def draw(self, probs: Tensor) -> Tensor:
         """Draw a token from each row of probabilities: (B, V) -> (B,) int64
 
-        The first whose sum with those before it is above a number drawn from 0 to 1; on a CPU 10 to
-        40 times as quick as torch.multinomial, which draws a number for every token.
+        On a CPU 10 to 40 times as quick as torch.multinomial, which draws a number for every token.
         """
         sums = probs.cumsum(-1, dtype=torch.float64)  # FP32 would lose the unlikely ones
-        number = torch.rand(len(probs), 1, generator=self.generator, dtype=torch.float64,
+        number = torch.rand(len(probs), 1, generator=self.generator, dtype=sums.dtype,
                             device=probs.device)
         # A token of probability 0 has the sum of the one before it, and is never the first above.
         return torch.searchsorted(sums, number * sums[:, -1:], right=True).squeeze(-1)
 
     def verify(self, drafts: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-        """Accept drafts up to the first that fails.
+        """Accept drafts up to the first that fails: how many, (B,), and the token after them, (B,).
 
-        drafts: (B, D) int64, drawn from q
-        q: (B, D, V), the drafter's distributions
+        drafts: (B, D) int64, drawn from q: (B, D, V), the drafter's distributions
         p: (B, D + 1, V), the model's, given the text and the drafts before; the last one is for the
             token that follows when all pass
-        Returns how many are accepted, (B,), and the token that follows them, (B,).
         """
         own = drafts.unsqueeze(-1)  # (B, D, 1)
         ratio = (p[:, :-1].gather(-1, own) / q.gather(-1, own)).squeeze(-1)  # (B, D)

@@ -8,7 +8,6 @@ k at random.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,11 +18,9 @@ from minids.kernels.indexer import few_queries
 from minids.model.mla import MLA, Context, seen_by
 from minids.model.sparse_attention import Selection, attention_mass, select
 
-# Scores of each layer's queries for each token, (B, S, T), from the attention, its input (B, S, D),
-# its query latent and the context of the pass.
-Scores = Callable[[MLA, Tensor, Tensor, Context], Tensor]
-# From the same arguments, the tokens that the queries attend to; None for all.
-Rule = Callable[[MLA, Tensor, Tensor, Context], Selection | None]
+# From a layer's attention, its input (B, S, D), its query latent and the context of the pass:
+Scores = Callable[[MLA, Tensor, Tensor, Context], Tensor]  # of each query for each token, (B, S, T)
+Rule = Callable[[MLA, Tensor, Tensor, Context], Selection | None]  # what queries see; None: all
 
 
 @contextlib.contextmanager
@@ -54,8 +51,7 @@ def best(k: int, scores: Scores) -> Rule:
 
 def indexer_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
     """Return the scores of the layer's indexer."""
-    keys = attn.indexer.keys(x, context.rotation)
-    return attn.indexer.scores(x, c_q, keys, context.rotation)
+    return attn.indexer.scores(x, c_q, attn.indexer.keys(x, context.rotation), context.rotation)
 
 
 def attention_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
@@ -69,17 +65,13 @@ def attention_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Ten
 
 def position_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
     """Return higher scores for later tokens: a sliding window."""
-    batch, length = x.shape[:2]
-    return torch.arange(length, dtype=torch.float32, device=x.device).expand(batch, length, -1)
+    return torch.arange(float(x.size(1)), device=x.device).expand(*x.shape[:2], -1)
 
 
 def random_scores(seed: int = 0) -> Scores:
     """Return a function that draws scores at random, new ones for each query and layer."""
     generator = torch.Generator().manual_seed(seed)
-
-    def scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
-        return torch.rand(len(x), x.size(1), x.size(1), generator=generator).to(x.device)
-    return scores
+    return lambda attn, x, *_: torch.rand(*x.shape[:2], x.size(1), generator=generator).to(x.device)
 
 
 def all_scores(model: torch.nn.Module) -> dict[str, Scores]:
@@ -93,8 +85,7 @@ def all_scores(model: torch.nn.Module) -> dict[str, Scores]:
 def attention_recall(model, tokens: Tensor, k: int) -> dict[str, list[float]]:
     """Return how much of dense attention each way of selecting k tokens holds.
 
-    tokens: (B, S) int64; the model runs with dense attention
-    k: tokens selected for each query
+    tokens: (B, S) int64
     Returns, by the names of `all_scores`, for each layer the share of the probability (the mean
     over heads) on the selected tokens, averaged over the queries that see more than k. "attention"
     is the largest possible share. Raises `ValueError` if no query sees more than k.
@@ -116,36 +107,28 @@ def attention_recall(model, tokens: Tensor, k: int) -> dict[str, list[float]]:
     return held
 
 
-class Row(NamedTuple):
-    """One way of selecting k tokens: its bits per byte, and `attention_recall` of each layer."""
-
-    selection: str
-    bits_per_byte: float
-    recall: list[float]
-
-
 def compare_selections(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: int,
-                       k: int, max_tokens: int | None = None) -> list[Row]:
+                       k: int, max_tokens: int | None = None) -> dict[str, tuple]:
     """Evaluate a model under dense attention, then under every way of selecting k tokens.
 
-    k: tokens selected for each query; the other arguments are those of `evaluate`
-    Recall is measured on one batch of the text. Raises `ValueError` as `attention_recall` does.
+    The other arguments are those of `evaluate`. Returns by name the bits per byte and each layer's
+    `attention_recall`, of one batch of the text; raises `ValueError` as that does.
     """
     batch = windows(tokens, seq_len, batch_size * seq_len)[:, :-1]
     recall = attention_recall(model, batch.to(model.head.weight.device), k)
     rules = {"dense": everything} | {n: best(k, s) for n, s in all_scores(model).items()}
-    rows = []
+    found = {}
     for name, rule in rules.items():
         with selecting(model, rule):
             result = evaluate(model, tokens, n_bytes, seq_len, batch_size, max_tokens)
-        rows += [Row(name, result.bits_per_byte, recall.get(name, [1.0] * model.args.n_layers))]
-    return rows
+        found[name] = result.bits_per_byte, recall.get(name, [1.0] * model.args.n_layers)
+    return found
 
 
-def selection_table(rows: list[Row], k: int) -> str:
-    """Return `compare_selections` as text; the first row is what the others are compared with."""
-    title = f"attention to {k} tokens", "bits/byte", "above dense", "recall of attention by layer"
-    cells = [(row.selection, f"{row.bits_per_byte:.4f}",
-              f"{row.bits_per_byte / rows[0].bits_per_byte - 1:+.2%}",
-              " ".join(f"{share:.3f}" for share in row.recall)) for row in rows]
-    return format_table([title, *cells])
+def selection_table(found: dict[str, tuple], k: int) -> str:
+    """Return `compare_selections` as text."""
+    dense, _ = found["dense"]
+    return format_table([
+        (f"attention to {k} tokens", "bits/byte", "above dense", "recall of attention by layer"),
+        *((name, f"{bits:.4f}", f"{bits / dense - 1:+.2%}", " ".join(f"{x:.3f}" for x in recall))
+          for name, (bits, recall) in found.items())])

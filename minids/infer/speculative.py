@@ -9,12 +9,10 @@ behind it, and `Sampler.verify` keeps those that the model might have written it
     1 passes        token n  draft 1  its own     n+2 is now the newest; the cache goes back to n+1
 
 Draft k comes from module k, which reads the state of module k - 1 at the last position that the
-model has seen, and the embedding of draft k - 1 (V3 section 2.2). Where there are fewer modules
-than drafts, the last one goes on from its own state one position further, as the serving engines do
-with V3's single module; it was not trained to.
-
-Each sequence of a batch keeps its own number of drafts. Those that fail leave stale entries in the
-caches: nobody sees them, and the next pass overwrites them.
+model has seen, and the embedding of draft k - 1 (V3 section 2.2). Beyond the last module, that one
+goes on from its own state one position further, as the serving engines do with V3's single module;
+it was not trained to. Drafts that fail leave stale entries in the caches: nobody sees them, and the
+next pass overwrites them.
 """
 
 from collections.abc import Iterator
@@ -30,12 +28,11 @@ from minids.model.transformer import Transformer
 
 def speculative_rounds(model: Transformer, tokens: Tensor, lengths: Tensor, new_tokens: int,
                        drafts: int, sampler: Sampler) -> Iterator[list[list[int]]]:
-    """Generate text, a pass of the model at a time.
+    """Generate text: yield each sequence's new tokens, one from the prompts, then up to D + 1.
 
-    tokens: (B, S) int64, prompts, and lengths: (B,) int64, as `right_pad` returns them
+    tokens: (B, S) int64, lengths: (B,) int64, prompts as `right_pad` returns them
     new_tokens: of each sequence; one that has them all stands still
     drafts: D, tokens drafted in a round
-    Yields each sequence's new tokens: one each from the prompts, then up to D + 1.
     """
     text = Text(model, tokens, lengths, new_tokens, drafts)
     states = prefill(model, text.cache, tokens, lengths).states  # (B, S, dim)
@@ -71,12 +68,10 @@ def take(values: Tensor, start: Tensor, count: int) -> Tensor:
 
 
 class Window:
-    """States of the model, at the same number of neighbouring slots of each sequence.
+    """States of the model, (B, W, D), at the same number of neighbouring slots of each sequence.
 
-    states: (B, W, D); start: (B,), slot of the first; at: (B,), column of the last one that is
-    followed by a token of the text
-
-    A start before slot 0 is moved there, and the columns with it; what fills the end then stands
+    start: (B,), slot of the first; at: (B,), column of the last that a token of the text follows
+    A start before slot 0 is moved there, and the columns with it; what then fills the end stands
     for no token of the text, and the next pass overwrites it.
     """
 
@@ -93,8 +88,7 @@ class Window:
 class Text:
     """A batch of sequences that grow at their own pace, with the caches of model and modules.
 
-    end: (B,) int64, slot of each sequence's newest token, empty at first
-    last: (B,) int64, slot of the last token that is wanted
+    end: (B,) int64, slot of each newest token, empty at first; last: of the last that is wanted
     """
 
     def __init__(self, model: Transformer, tokens: Tensor, lengths: Tensor, new_tokens: int,
@@ -118,9 +112,9 @@ class Text:
 
 
 def draft(text: Text, window: Window, drafts: int, sampler: Sampler) -> tuple[Tensor, Tensor]:
-    """Return the tokens that the modules expect next, (B, D), and their distributions, (B, D, V).
+    """Put the tokens that the modules expect behind the text's newest one.
 
-    They stand in the text, behind its newest token, where the model finds them.
+    Returns them, (B, D), and their distributions, (B, D, V).
     """
     model, states, tokens, probs = text.model, window.states, [], []
     depth, width = len(model.mtp), window.states.size(1)

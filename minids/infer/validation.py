@@ -5,8 +5,7 @@ Unlike the loss per token it does not depend on the vocabulary, so models with d
 can be compared (V3's table of base models has it as Pile BPB, section 4.4).
 
 A draft of an MTP module (V3 section 5.4.3) is compared with the model's own prediction from the
-same true text, so a module cannot profit from the repetitions that a model falls into when it
-continues its own output.
+same true text, so a module cannot profit from the repetitions of a model's own output.
 """
 
 import ast
@@ -45,12 +44,10 @@ class Evaluation(NamedTuple):
 
 
 def windows(tokens: Tensor, seq_len: int, max_tokens: int | None = None) -> Tensor:
-    """Return consecutive windows of a text, each with the next token: (n, S + 1).
+    """Return consecutive windows of a text, (M,) int64, each with the next token: (n, S + 1).
 
-    tokens: (M,) int64
-    seq_len: S, tokens in a window
+    seq_len: S, tokens in a window; `ValueError` for a text shorter than one
     max_tokens: take at most this many tokens, in windows spread evenly over the text; None: all
-    Raises `ValueError` for a text shorter than a window.
     """
     count = (len(tokens) - 1) // seq_len
     if count < 1:
@@ -66,14 +63,11 @@ def evaluate(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: i
              max_tokens: int | None = None, begin_id: int | None = None) -> Evaluation:
     """Run the model over validation text.
 
-    tokens: (M,) int64, packed documents
-    n_bytes: (vocab_size,) int64, bytes that each token stands for
-    seq_len, batch_size: tokens in a window, windows at a time
-    max_tokens: as for `windows`, which raises `ValueError` for a text shorter than one
+    tokens: (M,) int64, packed documents; seq_len, max_tokens: as for `windows`
+    n_bytes: (vocab_size,) int64, bytes that each token stands for; batch_size: windows at a time
     begin_id: the token that begins a document, if documents must not see each other
     """
-    device = model.head.weight.device
-    nats, size, loads = 0.0, 0, []
+    device, nats, size, loads = model.head.weight.device, 0.0, 0, []
     for batch in windows(tokens, seq_len, max_tokens).split(batch_size):
         inputs = batch[:, :-1].to(device)
         samples = None if begin_id is None else (inputs == begin_id).cumsum(1)
@@ -90,11 +84,11 @@ def evaluate(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: i
 def parse_share(text: str) -> tuple[int, int]:
     """Return how much of a text is Python: (top-level blocks that parse, top-level blocks).
 
-    A block starts at a line without indentation, unless the line continues the block before it
-    (`else:`, a closing bracket, a decorated function). Comments between blocks are ignored, and so
-    is the last block, which the end of the text may have cut.
+    A block starts at a line without indentation, unless that continues the block before (`else:`, a
+    closing bracket, a decorated function). Ignored are comments between blocks, and the last block,
+    which the end of the text may have cut.
     """
-    blocks: list[str] = []
+    blocks = []
     for line in text.splitlines():
         if line.startswith("#"):
             continue
@@ -117,11 +111,7 @@ def parses(block: str) -> bool:
 
 
 class Agreement(NamedTuple):
-    """Acceptance of drafts of one kind of text: their number, and the shares accepted.
-
-    greedy: the module's likeliest token is the model's
-    sampled: probability of acceptance at temperature 1
-    """
+    """The number of drafts of one kind of text, and the shares accepted at temperature 0 and 1."""
 
     tokens: int
     greedy: float
@@ -146,10 +136,7 @@ def kinds_of_python(text: str) -> list[str]:
 
 
 def kinds_of_tokens(tokens: Tensor, tokenizer) -> list[str]:
-    """Return the kind of each token of packed documents: that of its first non-space character.
-
-    tokens: (M,) int64, documents that end with the tokenizer's EOS
-    """
+    """Return the kind of each token of packed documents: that of its first non-space character."""
     special, kinds = set(tokenizer.special.values()), []
     ends = ((tokens == tokenizer.eos_id).nonzero().flatten() + 1).tolist()
     for document in tokens.tensor_split(ends):
