@@ -25,8 +25,7 @@ from minids.hf.settings import args_from_config, check_quantization
 from minids.model.transformer import Transformer
 
 BAND = 8 * BLOCK  # rows of an FP8 matrix that are dequantized at a time
-WIDE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16,
-               "F16": torch.float16}
+WIDE = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Header(NamedTuple):
@@ -47,7 +46,7 @@ class Source(NamedTuple):
     @property
     def dtype(self) -> torch.dtype:
         """The precision of the embedding, in released files that of all that is not FP8."""
-        return WIDE_DTYPES.get(self.headers["model.embed_tokens.weight"].dtype, torch.bfloat16)
+        return WIDE.get(self.headers["model.embed_tokens.weight"].dtype, torch.bfloat16)
 
     def is_fp8(self, name: str) -> bool:
         """Return whether a weight is stored in FP8."""
@@ -58,10 +57,8 @@ def load_hf(folder: str | Path, dtype: torch.dtype = torch.float32,
             device: torch.device | str = "cpu") -> Transformer:
     """Load a released model, or one saved by transformers or `save_hf`.
 
-    folder: holds config.json and the safetensors files. If the configuration promises an MTP
-        module that the files lack, the model has none.
+    folder: holds config.json and the safetensors files; an MTP module that they lack is left out
     dtype: of all weights, except that the gates' biases are at least FP32
-    device: where the weights go
     Raises `ValueError` naming the file and the wrong field or tensor, before any weight is read.
     """
     return read_model(inspect(folder), dtype, device)
@@ -148,7 +145,7 @@ def check_tensors(source: Source, has_fp8: bool) -> None:
     args, headers, expected = source.args, source.headers, {}
     for name, shape in shapes(args).items():
         narrow = ["F8_E4M3"] if has_fp8 and len(shape) == 2 else []
-        expected[name] = shape, [*WIDE_DTYPES, *narrow]
+        expected[name] = shape, [*WIDE, *narrow]
         if source.is_fp8(name):
             blocks = [-(-size // BLOCK) for size in shape]
             expected[f"{name}_scale_inv"] = blocks, ["F32", "F8_E8M0"]
@@ -192,10 +189,9 @@ def read_into(target: Tensor, source: Source, name: str) -> None:
         target.copy_(stored(source, name))
         return
     q, scale = (stored(source, key).to(target.device) for key in (name, f"{name}_scale_inv"))
-    for start in range(0, len(q), BAND):
-        rows = slice(start, start + BAND)
-        blocks = slice(start // BLOCK, (start + BAND) // BLOCK)
-        target[rows].copy_(dequantize(q[rows], scale[blocks]))
+    for own, rows, blocks in zip(target.split(BAND), q.split(BAND), scale.split(BAND // BLOCK),
+                                 strict=True):
+        own.copy_(dequantize(rows, blocks))
 
 
 def stored(source: Source, name: str) -> Tensor:

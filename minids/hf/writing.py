@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 
@@ -28,9 +28,9 @@ from minids.hf.settings import FP8_CONFIG, QUANTIZE, config_from_args, demand, m
 from minids.model.transformer import Transformer
 from minids.text.tokenizer import Tokenizer
 
-OWN_FILE = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors|mtp\.safetensors"
-                      r"|model\.safetensors\.index\.json")
-TOKENIZER_FILE = re.compile(
+OWN_FILE = (r"config\.json|model(-\d+-of-\d+)?\.safetensors|mtp\.safetensors"
+            r"|model\.safetensors\.index\.json")
+TOKENIZER_FILE = (
     r"tokenizer\w*\.(json|model)|tokenization_\w+\.py|special_tokens_map\.json|vocab\.json"
     r"|generation_config\.json|chat_template\.jinja|tiktoken\.model|merges\.txt")
 RELEASED_LAYERS = 61  # V3's: transformers takes layer 61 for an MTP module
@@ -58,7 +58,7 @@ def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
     folder = Path(folder).resolve()
     config = saved_config(model, dtype, tokenizer, quantize)
     check_target(folder, overwrite)
-    with replacing(folder, (OWN_FILE, *([TOKENIZER_FILE] if tokenizer else []))) as temp:
+    with replacing(folder, f"{OWN_FILE}|{TOKENIZER_FILE}" if tokenizer else OWN_FILE) as temp:
         write_weights(model, temp, dtype, shard_bytes, quantize)
         (temp / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
         if isinstance(tokenizer, Tokenizer):
@@ -104,15 +104,13 @@ def check_target(folder: Path, overwrite: bool) -> None:
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files of a folder that make up its tokenizer, with its generation settings."""
     return sorted(path for path in folder.iterdir()
-                  if path.is_file() and TOKENIZER_FILE.fullmatch(path.name))
+                  if path.is_file() and re.fullmatch(TOKENIZER_FILE, path.name))
 
 
 @contextlib.contextmanager
-def replacing(folder: Path, replaced: Sequence[re.Pattern]) -> Iterator[Path]:
-    """Yield a new folder to fill, which then takes this folder's name.
-
-    replaced: names of files that go with the old folder; all others are carried over
-    """
+def replacing(folder: Path, replaced: str) -> Iterator[Path]:
+    """Yield a new folder to fill, which then takes this one's name, and its files that do not match
+    the pattern `replaced`."""
     temp, aside = folder.with_name(f".tmp_{folder.name}"), aside_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +120,7 @@ def replacing(folder: Path, replaced: Sequence[re.Pattern]) -> Iterator[Path]:
         yield temp
         if folder.exists():
             gone = [path.name for path in folder.iterdir() if (temp / path.name).exists()
-                    or not path.is_dir() and any(p.fullmatch(path.name) for p in replaced)]
+                    or not path.is_dir() and re.fullmatch(replaced, path.name)]
             shutil.copytree(folder, temp, symlinks=True, dirs_exist_ok=True, copy_function=link,
                             ignore=lambda where, names: gone if Path(where) == folder else [])
         for path in (*temp.iterdir(), temp):
@@ -207,15 +205,15 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int
         shard_of |= dict.fromkeys(shard, count)
         total += sum(tensor.nbytes for tensor in shard.values())
         shard.clear()  # or two would be in memory while the next one fills
-    files = {n: f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
     if count == 1:
-        files[1] = WEIGHTS
+        os.rename(folder / "part-1", folder / WEIGHTS)
+        return
+    files = {n: f"model-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1)}
     for n, file in files.items():
         os.rename(folder / f"part-{n}", folder / file)
-    if count > 1:
-        index = {"metadata": {"total_size": total},
-                 "weight_map": {name: files[n] for name, n in sorted(shard_of.items())}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+    index = {"metadata": {"total_size": total},
+             "weight_map": {name: files[n] for name, n in sorted(shard_of.items())}}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
 
 def grouped(tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
