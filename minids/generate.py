@@ -26,19 +26,18 @@ from minids.text.tokenizer import Tokenizer
 class Writer:
     """Print one sequence token by token, whole characters only."""
 
-    def __init__(self, tokenizer: Tokenizer, stream):
-        self.tokenizer, self.stream = tokenizer, stream
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
 
     def write(self, token: int) -> None:
         """Print the characters that this token completes; EOS prints nothing."""
         if token != self.tokenizer.eos_id:
             text = self.decoder.decode(self.tokenizer.decode_bytes([token]))
-            print(text, end="", file=self.stream, flush=True)
+            print(text, end="", flush=True)
 
     def close(self) -> None:
         """End the text; an incomplete character prints as U+FFFD."""
-        print(self.decoder.decode(b"", final=True), file=self.stream, flush=True)
+        print(self.decoder.decode(b"", final=True), flush=True)
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class GenerateArgs(Settings):
                                  " the plain definitions", ("auto", "off"))
 
 
-def write_samples(args: GenerateArgs, stream) -> None:
+def write_samples(args: GenerateArgs) -> None:
     """Load the run and print its samples as they come, then a line of statistics on stderr."""
     run = open_model(args.run, pick_device(args.device))
     tokenizer = run.tokenizer
@@ -69,8 +68,8 @@ def write_samples(args: GenerateArgs, stream) -> None:
     how = args.max_new_tokens, args.temperature, args.top_k, args.top_p
     check_arguments(run.model.args, [prompt], *how, args.speculative)  # before anything is printed
     for sample_number in range(args.samples):
-        writer = Writer(tokenizer, stream)
-        print(args.prompt, end="", file=stream, flush=True)
+        writer = Writer(tokenizer)
+        print(args.prompt, end="", flush=True)
         done = generate(run.model, [prompt], *how, args.seed + sample_number, tokenizer.eos_id,
                         args.speculative, lambda row, token, write=writer.write: write(token))
         writer.close()
@@ -86,7 +85,7 @@ def main() -> None:
     [given] = parse("minids.generate", __doc__, GenerateArgs)
     args = GenerateArgs(**given)
     prepare_cpu(args.threads, args.bodies)
-    write_samples(args, sys.stdout)
+    write_samples(args)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Cached decoding against no cache at all, sampling against its distribution, and the program."""
 
+import contextlib
 import io
 import json
 import subprocess
@@ -191,12 +192,11 @@ TEXT = "naïve 漢字 🙂 def f():\n    return 'é'"
 
 def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     """What the writer prints for each token, and at the end."""
-    out, parts = io.StringIO(), []
-    writer = Writer(tokenizer, out)
+    writer, parts = Writer(tokenizer), []
     for call in [*([writer.write, token] for token in tokens), [writer.close]]:
-        before = len(out.getvalue())
-        call[0](*call[1:])
-        parts.append(out.getvalue()[before:])
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            call[0](*call[1:])
+        parts.append(out.getvalue())
     return parts
 
 

@@ -38,11 +38,13 @@ CLASSES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3For
            "deepseek_v32": "DeepseekV32ForCausalLM"}
 ALIASES = {"kimi_k2": "deepseek_v3"}  # the same class under another model_type
 # Fields with few valid values. An absent field has the first, which is also what we write.
-FIXED = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
-         "moe_layer_freq": (1,), "rope_interleave": (True,), "tie_word_embeddings": (False,)}
+COMMON = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
+          "moe_layer_freq": (1,), "rope_interleave": (True,), "tie_word_embeddings": (False,)}
 V2_GATE = {"scoring_func": ("softmax",), "norm_topk_prob": (False,),
            "topk_method": ("greedy", "group_limited_greedy")}
 V3_GATE = {"scoring_func": ("sigmoid",), "norm_topk_prob": (True,), "topk_method": ("noaux_tc",)}
+FIXED = {kind: {"architectures": ([name],)} | COMMON | (V2_GATE if "V2" in name else V3_GATE)
+         for kind, name in CLASSES.items()}  # by model_type
 FIXED_ROPE = {"attention_factor": (None, 1.0), "truncate": (None, True),
               "partial_rotary_factor": (None, 1.0)}
 FP8_CONFIG = {"quant_method": ("fp8",), "weight_block_size": ([BLOCK, BLOCK],),
@@ -110,17 +112,11 @@ def read_type(config: dict) -> str:
         raise ValueError(f"model_type = {given!r} is not valid: {nearest(str(given), known)}"
                          f"valid are {', '.join(known)}")
     model_type = ALIASES.get(given, given)
-    demand_each(config, fixed_fields(model_type), note=f" where model_type = {model_type!r}")
+    demand_each(config, FIXED[model_type], note=f" where model_type = {model_type!r}")
     heads, key_heads = map(config.get, ("num_attention_heads", "num_key_value_heads"))
     demand("num_key_value_heads", key_heads, key_heads in (None, heads),
            f"num_attention_heads = {heads}, or absent: the latent is expanded for every head")
     return model_type
-
-
-def fixed_fields(model_type: str) -> dict[str, tuple]:
-    """Return the valid values of the fields in which a class never varies, or little."""
-    gate = V2_GATE if model_type == "deepseek_v2" else V3_GATE
-    return {"architectures": ([CLASSES[model_type]],)} | FIXED | gate
 
 
 def read_fields(config: dict, model_type: str) -> dict:
@@ -204,7 +200,7 @@ def released_fields(args: ModelArgs) -> dict:
     """Return config.json without our own key."""
     model_type = model_type_of(args)
     config = {"architectures": [CLASSES[model_type]], "model_type": model_type}
-    config |= {name: values[0] for name, values in fixed_fields(model_type).items()}
+    config |= {name: values[0] for name, values in FIXED[model_type].items()}
     config |= {theirs: getattr(args, ours) for ours, theirs in FIELDS.items()}
     config |= {"num_key_value_heads": args.n_heads, "q_lora_rank": args.q_lora_rank or None}
     if model_type == "deepseek_v2" and args.n_expert_groups > 1:

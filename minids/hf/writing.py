@@ -33,7 +33,6 @@ OWN_FILE = (r"config\.json|model(-\d+-of-\d+)?\.safetensors|mtp\.safetensors"
 TOKENIZER_FILE = (
     r"tokenizer\w*\.(json|model)|tokenization_\w+\.py|special_tokens_map\.json|vocab\.json"
     r"|generation_config\.json|chat_template\.jinja|tiktoken\.model|merges\.txt")
-RELEASED_LAYERS = 61  # V3's: transformers takes layer 61 for an MTP module
 FORMAT = {"format": "pt"}  # transformers demands it
 
 
@@ -162,9 +161,8 @@ def write_weights(model: Transformer, folder: Path, dtype: torch.dtype | None, s
 
 
 def mtp_among_others(args: ModelArgs) -> bool:
-    """Return whether transformers ignores this model's MTP layer among the other weights."""
-    return (args.n_layers == RELEASED_LAYERS and args.n_mtp_layers == 1
-            and model_type_of(args) != "deepseek_v2")
+    """Return whether transformers takes this model's MTP layer for one: V3's layer 61 alone."""
+    return (args.n_layers, args.n_mtp_layers) == (61, 1) and model_type_of(args) != "deepseek_v2"
 
 
 def complete(model: Transformer) -> dict[str, Tensor]:
