@@ -20,7 +20,7 @@ from minids.base.files import read_json
 from minids.config import ModelArgs
 from minids.fp8 import BLOCK, dequantize
 from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, own_dtype, shapes, skeleton, to_hf
-from minids.hf.settings import args_from_config, check_quantization
+from minids.hf.settings import args_from_config
 from minids.model.transformer import Transformer
 
 BAND = 8 * BLOCK  # rows of an FP8 matrix that are dequantized at a time
@@ -69,14 +69,13 @@ def inspect(folder: str | Path) -> Source:
     config = read_json(folder / CONFIG)
     try:
         args = args_from_config(config)
-        has_fp8 = check_quantization(config)
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     headers = read_headers(folder)
     if not any(name.startswith(f"model.layers.{args.n_layers}.") for name in headers):
         args = replace(args, n_mtp_layers=0)
     source = Source(folder, args, headers)
-    check_tensors(source, has_fp8)
+    check_tensors(source, config.get("quantization_config") is not None)
     return source
 
 

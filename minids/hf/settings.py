@@ -116,6 +116,10 @@ def read_type(config: dict) -> str:
     heads, key_heads = map(config.get, ("num_attention_heads", "num_key_value_heads"))
     demand("num_key_value_heads", key_heads, key_heads in (None, heads),
            f"num_attention_heads = {heads}, or absent: the latent is expanded for every head")
+    fp8 = config.get("quantization_config")
+    demand("quantization_config", fp8, fp8 is None or isinstance(fp8, dict), "an object, or absent")
+    if fp8 is not None:
+        demand_each(dict.fromkeys(FP8_CONFIG) | fp8, FP8_CONFIG, "quantization_config.")
     return model_type
 
 
@@ -161,16 +165,6 @@ def read_rope(config: dict) -> dict:
            not (type(length) is type(start) is int) or length > start,
            f"above {where}.original_max_position_embeddings = {start}, where YaRN is on")
     return found
-
-
-def check_quantization(config: dict) -> bool:
-    """Return whether weights may be FP8. Raises `ValueError` for a format never released."""
-    given = config.get("quantization_config")
-    if given is None:
-        return False
-    demand("quantization_config", given, isinstance(given, dict), "an object, or absent")
-    demand_each(dict.fromkeys(FP8_CONFIG) | given, FP8_CONFIG, "quantization_config.")
-    return True
 
 
 def model_type_of(args: ModelArgs) -> str:
