@@ -23,6 +23,7 @@ INDEX, MTP = "model.safetensors.index.json", "mtp.safetensors"
 # Ours -> theirs, outside the blocks.
 OUTSIDE = {"embed.weight": "model.embed_tokens.weight", "norm.weight": "model.norm.weight",
            "head.weight": "lm_head.weight"}
+MLP = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 # Inside block N, after "layers.N." and "model.layers.N."; MTP module K is layer n_layers + K there.
 NAMES = {
     "attn_norm.weight": "input_layernorm.weight",
@@ -36,15 +37,11 @@ NAMES = {
     "attn.wkv_b.weight": "self_attn.kv_b_proj.weight",
     **{f"attn.indexer.{same}": f"self_attn.indexer.{same}" for same in (
         "wq_b.weight", "wk.weight", "k_norm.weight", "k_norm.bias", "weights_proj.weight")},
-    "ffn.w1.weight": "mlp.gate_proj.weight", "ffn.w2.weight": "mlp.down_proj.weight",
-    "ffn.w3.weight": "mlp.up_proj.weight",
     "ffn.gate.weight": "mlp.gate.weight", "ffn.gate.bias": "mlp.gate.e_score_correction_bias",
-    "ffn.experts.w1": "mlp.experts.{e}.gate_proj.weight",
-    "ffn.experts.w2": "mlp.experts.{e}.down_proj.weight",
-    "ffn.experts.w3": "mlp.experts.{e}.up_proj.weight",
-    "ffn.shared_experts.w1.weight": "mlp.shared_experts.gate_proj.weight",
-    "ffn.shared_experts.w2.weight": "mlp.shared_experts.down_proj.weight",
-    "ffn.shared_experts.w3.weight": "mlp.shared_experts.up_proj.weight",
+    **{f"ffn.{w}.weight": f"mlp.{proj}.weight" for w, proj in MLP.items()},
+    **{f"ffn.experts.{w}": f"mlp.experts.{{e}}.{proj}.weight" for w, proj in MLP.items()},
+    **{f"ffn.shared_experts.{w}.weight": f"mlp.shared_experts.{proj}.weight"
+       for w, proj in MLP.items()},
     # of MTP modules
     **{same: same for same in ("enorm.weight", "hnorm.weight", "eh_proj.weight")},
     "norm.weight": "shared_head.norm.weight",

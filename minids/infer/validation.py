@@ -14,7 +14,7 @@ import io
 import keyword
 import math
 import tokenize
-from itertools import islice
+from itertools import accumulate, islice
 from typing import NamedTuple
 
 import torch
@@ -121,9 +121,7 @@ class Agreement(NamedTuple):
 def kinds_of_python(text: str) -> list[str]:
     """Return the kind of word that each character belongs to, by Python's own tokenizer."""
     kinds = ["white space" if c.isspace() else "other" for c in text]
-    starts = [0]
-    for line in text.splitlines(keepends=True):
-        starts.append(starts[-1] + len(line))
+    starts = [0, *accumulate(map(len, text.splitlines(keepends=True)))]
     with contextlib.suppress(tokenize.TokenError, SyntaxError):
         for word in tokenize.generate_tokens(io.StringIO(text).readline):
             kind = KINDS.get(word.type)
