@@ -5,10 +5,10 @@
         --from runs/r1/student --out runs/distilled
 
 The teacher answers problems from the training side. A reply that is right, well formed, short
-enough and in the question's language is accepted, at most one per problem; the rest is rejected.
-This is the third stage of R1 (arXiv 2501.12948, section 2.3.3), where the corpus trains the base
-model, and also its distillation (section 2.4), where it trains smaller ones. R1 adds answers
-without reasoning, a quarter of the corpus, so that the model keeps both ways of answering.
+enough and in the question's language is accepted, at most one per problem. This is the third stage
+of R1 (arXiv 2501.12948, section 2.3.3), where the corpus trains the base model, and also its
+distillation (section 2.4), where it trains smaller ones. R1 adds answers without reasoning, a
+quarter of the corpus, so that the model keeps both ways of answering.
 
 Without --from the program only writes the corpus: lines {"messages": [..]}, and CORPUS.json beside
 it with the counts. With --from it also fine-tunes a student on it, with the flags of `minids.sft`.
@@ -20,7 +20,6 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 from tqdm import tqdm
 
@@ -34,7 +33,7 @@ from minids.runs.open import open_model
 from minids.runs.resume import settings
 from minids.sft import SftArgs, conversation, sft
 from minids.text.chat import TEMPLATES, Reply
-from minids.text.tasks import Problem, Task, open_task
+from minids.text.tasks import TASKS, Problem, Task, open_task
 
 
 @dataclass(frozen=True)
@@ -43,17 +42,14 @@ class CorpusArgs(Settings):
 
     teacher: str = option("", "run folder, checkpoint, or Hugging Face folder")
     corpus: str = option("", "file to write, one JSON object per line")
-    about: str = option("calculator", "task: calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or"
-                                      " jsonl:PATH")
+    about: str = option("calculator", f"task: {TASKS}")
     problems: int = option(2048, "problems that the teacher answers, from the training side", low=1)
     tries: int = option(1, "replies to each problem; the first good one is accepted", low=1)
     template: str = option("chat", "form of the prompt", tuple(TEMPLATES))
     temperature: float = option(1.0, "divides the logits; R1 recommends 0.6 to its users", low=0)
-    top_p: float = option(1.0, "draw from the likeliest tokens that add up to this probability",
-                          above=0, high=1)
+    top_p: float = option(1.0, "draw from the fewest tokens of this probability", above=0, high=1)
     longest: int = option(48, "maximum length of a reply, tokens; longer ones are rejected", low=1)
-    direct: float = option(0.25, "share of the corpus that answers without a thought; below 1",
-                           low=0)
+    direct: float = option(0.25, "share of the corpus without a thought, below 1", low=0)
     draws: int = option(0, "seed of problems and replies", low=0, high=2 ** 32 - 1)
     on: str = option("auto", "the teacher's device: auto, cpu or cuda")
 
@@ -66,17 +62,11 @@ class CorpusArgs(Settings):
         require(self, "direct", self.direct < 1, "0 or more and below 1")
 
 
-class Verdict(NamedTuple):
-    """Counts of replies: accepted ("kept"), and rejected by reason."""
-
-    kept: int
-    wrong: int
-    malformed: int
-    other_language: int
+VERDICTS = "kept", "wrong", "malformed", "other_language"  # on a reply: accepted, or why not
 
 
 def verdict(task: Task, problem: Problem, reply: Reply) -> str:
-    """Return the field of `Verdict` that counts a reply; a truncated reply is malformed."""
+    """Return one of `VERDICTS`; a truncated reply is malformed."""
     if not well_formed(reply) or reply.thought is None:
         return "malformed"
     if not accuracy(task, problem, reply):
@@ -84,58 +74,49 @@ def verdict(task: Task, problem: Problem, reply: Reply) -> str:
     return "kept" if consistency(problem.question, reply.thought) == 1 else "other_language"
 
 
-def sift(args: CorpusArgs) -> tuple[list[list[dict]], Verdict]:
-    """Return the accepted conversations, and the counts.
+def sift(args: CorpusArgs) -> tuple[list[list[dict]], Counter]:
+    """Return the accepted conversations, and the number of replies by verdict.
 
     Their thoughts and answers are the teacher's; those without a thought have the task's answer.
     """
     task, run = open_task(args.about), open_model(args.teacher, pick_device(args.on))
-    kept, counts = [], Counter()
-    problems = task.some(args.problems, "train", args.draws)
-    with tqdm(total=len(problems), unit="problem", desc="answers", disable=None) as bar:
-        for number, part in enumerate(parts(problems, BATCH)):
-            left = part
-            for attempt in range(args.tries):
-                how = Asking("think", args.template, args.longest, args.temperature, args.top_p,
-                             args.draws * 1_000_003 + number * args.tries + attempt)
-                replies = ask(run.model, run.tokenizer, [p.question for p in left], how)
-                found = [(p, r, verdict(task, p, r)) for p, r in zip(left, replies, strict=True)]
-                counts.update(name for _, _, name in found)
-                kept += [[dict(role="user", content=p.question),
-                          dict(role="assistant", thought=r.thought, content=r.answer)]
-                         for p, r, name in found if name == "kept"]
-                left = [p for p, _, name in found if name != "kept"]
-            bar.update(len(part))
+    kept, counts = [], Counter(dict.fromkeys(VERDICTS, 0))
+    batches = [*parts(task.some(args.problems, "train", args.draws), BATCH)]
+    for number, left in enumerate(tqdm(batches, unit="batch", desc="answers", disable=None)):
+        for attempt in range(args.tries):
+            how = Asking("think", args.template, args.longest, args.temperature, args.top_p,
+                         args.draws * 1_000_003 + number * args.tries + attempt)
+            replies = ask(run.model, run.tokenizer, [p.question for p in left], how)
+            found = [(p, r, verdict(task, p, r)) for p, r in zip(left, replies, strict=True)]
+            counts.update(name for _, _, name in found)
+            kept += [conversation(p._replace(thought=r.thought, answer=r.answer), think=True)
+                     for p, r, name in found if name == "kept"]
+            left = [p for p, _, name in found if name != "kept"]
     without = round(len(kept) * args.direct / (1 - args.direct))
     kept += [conversation(problem, think=False)
              for problem in task.some(without, "train", args.draws + 1)]
     random.Random(args.draws).shuffle(kept)
-    return kept, Verdict(*(counts[name] for name in Verdict._fields))
+    return kept, counts
 
 
-def write_corpus(args: CorpusArgs) -> Verdict:
-    """Make the corpus and write it, whole or not at all.
+def write_corpus(args: CorpusArgs) -> None:
+    """Make the corpus, write it, whole or not at all, and print the counts.
 
     Raises `ValueError` if no reply was good: there would be nothing to learn from.
     """
     conversations, counts = sift(args)
-    if not counts.kept:
-        raise ValueError(f"teacher = {args.teacher!r} is not valid: none of {sum(counts)} replies "
-                         f"was kept ({counts.wrong} wrong, {counts.malformed} malformed)")
+    kept, wrong, malformed, other_language = counts.values()
+    if not kept:
+        raise ValueError(f"teacher = {args.teacher!r} is not valid: none of {counts.total()} "
+                         f"replies was kept ({wrong} wrong, {malformed} malformed)")
     path = Path(args.corpus)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path.with_name(path.name + ".json"), counts._asdict() | dict(
-        conversations=len(conversations), teacher=args.teacher, task=args.about))
+    write_json(path.with_name(path.name + ".json"), dict(
+        counts, conversations=len(conversations), teacher=args.teacher, task=args.about))
     write_whole(path, "".join(json.dumps(dict(messages=messages), ensure_ascii=False) + "\n"
                               for messages in conversations))
-    return counts
-
-
-def told(counts: Verdict, path: str) -> str:
-    """Return the counts as a line for the terminal."""
-    return (f"corpus  {counts.kept} of {sum(counts)} replies kept: {counts.wrong} wrong, "
-            f"{counts.malformed} malformed or too long, {counts.other_language} in another "
-            f"language; {path}")
+    print(f"corpus  {kept} of {counts.total()} replies kept: {wrong} wrong, {malformed} malformed "
+          f"or too long, {other_language} in another language; {args.corpus}", flush=True)
 
 
 def main() -> None:
@@ -151,7 +132,7 @@ def main() -> None:
                                                               task=args.about), "-distilled")
     prepare_cpu(for_student.get("threads", 0))
     if not Path(args.corpus).exists():
-        print(told(write_corpus(args), args.corpus), flush=True)
+        write_corpus(args)
     elif student is None:
         raise ValueError(f"corpus = {args.corpus!r} is not valid: the file exists already")
     try:

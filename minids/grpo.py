@@ -25,6 +25,7 @@ one ends. The gates' biases are frozen.
 
 import random
 import time
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -38,7 +39,7 @@ from minids.base.fields import option, require
 from minids.config import ModelArgs
 from minids.infer.sampling import Sampler
 from minids.model.transformer import Transformer
-from minids.rl.examination import Asking, examine
+from minids.rl.examination import Asking, examine_modes
 from minids.rl.objectives import OBJECTIVES, ObjectiveArgs, advantages, objective, token_weights
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.rl.rollout import Rollout, log_probs, roll_out
@@ -48,15 +49,14 @@ from minids.runs.open import Source, source_of
 from minids.runs.resume import settings
 from minids.runs.settings import LearnArgs
 from minids.text.chat import MODES, TEMPLATES, Reply
-from minids.text.tasks import Problem, open_task
+from minids.text.tasks import TASKS, Problem, open_task
 from minids.text.tokenizer import Tokenizer
 
 # R1: 32 questions with 16 replies each per step, lr 3e-6, KL 0.001, at most 32,768 tokens; one
 # rollout of 8,192 replies serves 16 steps.
-PRESETS = {"tiny": dict(dtype="fp32"),
-           "r1": dict(steps=10_400, questions=512, group=16, updates=16, lr=3e-6, kl_beta=0.001,
-                      format_weight=1.0, max_new_tokens=32768, mode="think",
-                      eval_every=100, save_every=100)}
+R1 = dict(steps=10_400, questions=512, group=16, updates=16, lr=3e-6, kl_beta=0.001, mode="think",
+          format_weight=1.0, max_new_tokens=32768, eval_every=100, save_every=100)
+PRESETS = {"tiny": dict(dtype="fp32"), "r1": R1}
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,8 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
     """The settings of one reinforcement-learning run."""
 
     preset: str = option("tiny", "tiny, or r1: the paper's", tuple(PRESETS))
-    task: str = option("calculator", "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or"
-                                     " jsonl:PATH")
-    template: str = option("chat", "chat, or plain: text without tags, for a base model (R1-Zero)",
-                           tuple(TEMPLATES))
+    task: str = option("calculator", TASKS)
+    template: str = option("chat", "turns with tags, or plain for a base model", tuple(TEMPLATES))
     mode: str = option("free", "free: the model decides whether to think; think, direct, or both in"
                                " turn: the prompt does", (*MODES, "both"))
     steps: int = option(40, "optimizer steps", low=1)
@@ -78,8 +76,7 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
     max_new_tokens: int = option(48, "maximum length of a reply, tokens", low=1)
     temperature: float = option(1.0, "divides the logits in sampling", above=0)
     top_k: int = option(0, "draw from this many likeliest tokens; 0: all", low=0)
-    top_p: float = option(1.0, "draw from the likeliest tokens that add up to this probability",
-                          above=0, high=1)
+    top_p: float = option(1.0, "draw from the fewest tokens of this probability", above=0, high=1)
     reference_every: int = option(0, "steps between renewals of the reference; 0: none", low=0)
     keep_routing: bool = option(True, "train with the experts that sampling chose")
     keep_mask: bool = option(True, "train with the tokens that top-k and top-p left")
@@ -87,8 +84,7 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
     format_weight: float = option(0.1, "reward of a well-formed reply", low=0)
     language_weight: float = option(0.0, "reward of a thought in the question's language", low=0)
     length_weight: float = option(0.0, "penalty on a reply of the maximum length", low=0)
-    reward: str = option("task", "the task's, or shuffled among a rollout's replies: a control",
-                         ("task", "shuffled"))
+    reward: str = option("task", "the task's, or shuffled: a control", ("task", "shuffled"))
     eval_every: int = option(10, "steps between evaluations; 0: only at the end", low=0)
     eval_problems: int = option(200, "held-out problems in an evaluation", low=1)
     lr: float = option(2e-4, "peak learning rate of AdamW", above=0)
@@ -108,10 +104,9 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
 
 
 class Batch(NamedTuple):
-    """A rollout with its rewards.
+    """A rollout of B replies, group by group, and what they earned.
 
-    replies: B = questions * group of them, group by group
-    parts: (B,) for each kind of reward; rewards: (Q, G), their weighted sum
+    parts: (B,) for each kind of reward; rewards: (questions, group), their weighted sum
     """
 
     rollout: Rollout
@@ -130,7 +125,7 @@ class Batch(NamedTuple):
 
 
 class Reinforcer(Learner):
-    """One reinforcement-learning run: model, reference and questions, and how far it has come."""
+    """One reinforcement-learning run. Its loop: ask, sample, judge, learn; `Learner` updates."""
 
     program = "grpo"
 
@@ -138,10 +133,9 @@ class Reinforcer(Learner):
         self.template, self.task = TEMPLATES[args.template](tokenizer), open_task(args.task)
         longest = max(len(self.template.prompt(p.question)) for p in self.task.some(64, "train", 0))
         room = model_args.max_seq_len - longest
-        if args.max_new_tokens > room:
-            raise ValueError(f"max_new_tokens = {args.max_new_tokens} is not valid: it must be at "
-                             f"most {room}: max_seq_len is {model_args.max_seq_len}, and the "
-                             f"questions have up to {longest} tokens")
+        require(args, "max_new_tokens", args.max_new_tokens <= room,
+                f"at most {room}: max_seq_len is {model_args.max_seq_len}, and the questions have "
+                f"up to {longest} tokens")
         super().__init__(args, model_args, run, tokenizer)
         self.reference = Transformer(model_args).to(self.device).requires_grad_(False)
         self.batch: Batch | None = None
@@ -151,10 +145,9 @@ class Reinforcer(Learner):
         number, part = divmod(self.step - 1, self.args.updates)
         start = time.perf_counter()
         if part == 0:
-            self.batch = self.sample(number)
-        sampled = time.perf_counter() - start
-        metrics = self.learn(part) | self.batch.metrics()
-        return metrics | dict(sampling_s=round(sampled, 3)), None
+            self.batch = self.judge(number, self.sample(number))
+        sampled = dict(sampling_s=round(time.perf_counter() - start, 3))
+        return self.learn(part) | self.batch.metrics() | sampled, None
 
     def asked(self, number: int) -> list[tuple[Problem, str]]:
         """Return the problem and mode of each reply of rollout `number`."""
@@ -163,16 +156,15 @@ class Reinforcer(Learner):
         return [(p, ("think", "direct")[i % 2] if args.mode == "both" else args.mode)
                 for i, p in enumerate(problems) for _ in range(args.group)]
 
-    def sample(self, number: int) -> Batch:
-        """Draw and judge rollout `number`; the same weights always give the same rollout."""
+    def sample(self, number: int) -> Rollout:
+        """Draw rollout `number`; the same weights always give the same one."""
         args = self.args
         prompts = [self.template.prompt(p.question, mode) for p, mode in self.asked(number)]
         generator = torch.Generator(self.device).manual_seed(args.seed * 1_000_003 + number)
+        sampler = Sampler(args.temperature, args.top_k, args.top_p, generator)
+        eos_id = self.tokenizer.eos_id
         with self.autocast():
-            rollout = roll_out(self.model, prompts, args.max_new_tokens,
-                               Sampler(args.temperature, args.top_k, args.top_p, generator),
-                               self.tokenizer.eos_id)
-        return self.judge(number, rollout)
+            return roll_out(self.model, prompts, args.max_new_tokens, sampler, eos_id)
 
     def judge(self, number: int, rollout: Rollout) -> Batch:
         """Return rollout `number` with its rewards; raises `ValueError` if one is NaN or Inf."""
@@ -180,10 +172,10 @@ class Reinforcer(Learner):
         problems, modes = zip(*self.asked(number), strict=True)
         replies = [self.template.read(ids, mode)
                    for ids, mode in zip(rollout.replies(), modes, strict=True)]
+        found = [self.reward(p, r) for p, r in zip(problems, replies, strict=True)]
         weights = dict(accuracy=args.accuracy_weight, format=args.format_weight,
                        language=args.language_weight, length=-args.length_weight)
-        parts = {name: torch.tensor([self.reward(name, p, r) for p, r in
-                                     zip(problems, replies, strict=True)], dtype=torch.float32)
+        parts = {name: torch.tensor([reward[name] for reward in found], dtype=torch.float32)
                  for name in weights}
         rewards = sum(weights[name] * part for name, part in parts.items())  # (B,)
         if not rewards.isfinite().all():
@@ -192,19 +184,14 @@ class Reinforcer(Learner):
                              f"{rewards[bad].item()}; the rewards of task {args.task!r} must be "
                              "finite numbers")
         if args.reward == "shuffled":
-            order = random.Random(number).sample(range(len(rewards)), len(rewards))
-            rewards = rewards[order]
+            rewards = rewards[random.Random(number).sample(range(len(rewards)), len(rewards))]
         return Batch(rollout, replies, parts, rewards.view(args.questions, args.group))
 
-    def reward(self, name: str, problem: Problem, reply: Reply) -> float:
-        """Return one part of a reply's reward, by rule."""
-        if name == "accuracy":
-            return accuracy(self.task, problem, reply)
-        if name == "format":
-            return well_formed(reply)
-        if name == "language":
-            return consistency(problem.question, reply.thought or "")
-        return reply.tokens / self.args.max_new_tokens
+    def reward(self, problem: Problem, reply: Reply) -> dict[str, float]:
+        """Return the parts of a reply's reward, by rule."""
+        return dict(accuracy=accuracy(self.task, problem, reply), format=well_formed(reply),
+                    language=consistency(problem.question, reply.thought or ""),
+                    length=reply.tokens / self.args.max_new_tokens)
 
     def learn(self, part: int) -> dict:
         """Compute the gradients of one part of the rollout, in micro-batches; returns metrics."""
@@ -217,34 +204,30 @@ class Reinforcer(Learner):
         weights = torch.zeros(len(lengths), device=self.device)
         weights[rows] = token_weights(lengths[rows], args.normalise, args.max_new_tokens)
         how = args.temperature, args.keep_routing, args.keep_mask
-        means = dict.fromkeys(("loss", "kl", "clip_fraction", "left_out", "entropy",
-                               "sampler_gap"), 0.0)
-        worst, total = 0.0, int(lengths[rows].sum())
+        metrics, total = defaultdict(float), int(lengths[rows].sum())
         for chosen in rows.split(args.micro_batch):
             some = rollout.part(chosen)
             reply = some.written.nonzero()[:, 0]  # (M,)
+            ref_logp, old_logp = None, some.logp[some.written]
             with self.autocast():
                 logp, entropy = log_probs(self.model, some, *how)  # (M,), (M,)
-                ref_logp = None
                 if args.kl_beta:
                     with torch.no_grad():
                         ref_logp, _ = log_probs(self.reference, some, *how)
-            old_logp = some.logp[some.written]
             found = objective(logp, old_logp, ref_logp, advantage[chosen][reply], reply,
                               weights[chosen][reply], args)
             found.loss.backward()
             gap = (logp.detach() - old_logp).abs()
-            worst = max(worst, gap.max().item())
-            means["loss"] += found.loss.item()
-            for name, value in (("kl", found.kl), ("clip_fraction", found.clipped),
-                                ("left_out", found.left_out), ("entropy", entropy.mean().item()),
-                                ("sampler_gap", gap.mean().item())):
-                means[name] += value * len(reply) / total
-        return means | dict(sampler_gap_max=worst)
+            metrics["loss"] += found.loss.item()
+            means = dict(kl=found.kl, clip_fraction=found.clipped, left_out=found.left_out,
+                         entropy=entropy.mean().item(), sampler_gap=gap.mean().item())
+            for name, value in means.items():
+                metrics[name] += value * len(reply) / total
+            metrics["sampler_gap_max"] = max(metrics["sampler_gap_max"], gap.max().item())
+        return metrics
 
     def after_update(self, loads: None) -> None:
-        every = self.args.reference_every
-        if every and self.step % every == 0:
+        if self.args.reference_every and self.step % self.args.reference_every == 0:
             self.renew_reference()
 
     def renew_reference(self) -> None:
@@ -263,30 +246,28 @@ class Reinforcer(Learner):
     def restore_more(self, state: dict) -> None:
         self.reference.load_state_dict(state["reference"])
         if state["rollout"] is not None:
-            rollout = Rollout(**state["rollout"]).to(self.device)
+            rollout = Rollout(**state["rollout"]).each(lambda values: values.to(self.device))
             self.batch = self.judge(state["step"] // self.args.updates, rollout)
 
     def measure(self, record: dict, last: bool) -> float | None:
         """Mark greedy replies to held-out problems: in the mode of training, at the end in every
         mode. The best checkpoint has the lowest error in its best mode."""
-        every = self.args.eval_every
-        if not (last or (every and self.step % every == 0)):
+        args = self.args
+        if not (last or (args.eval_every and self.step % args.eval_every == 0)):
             return None
-        trained = ("think", "direct") if self.args.mode == "both" else (self.args.mode,)
-        modes = MODES if last else trained
+        trained = ("think", "direct") if args.mode == "both" else (args.mode,)
+        how = Asking(template=args.template, max_new_tokens=args.max_new_tokens)
         with self.autocast():
-            for mode in modes:
-                how = Asking(mode, self.args.template, self.args.max_new_tokens)
-                record[mode] = examine(self.model, self.tokenizer, self.task,
-                                       self.args.eval_problems, how)._asdict()
-        return 1 - max(record[mode]["accuracy"] for mode in modes)
+            found = examine_modes(self.model, self.tokenizer, self.task, args.eval_problems, how,
+                                  MODES if last else trained)
+        record.update(found)
+        return 1 - max(marks["accuracy"] for marks in found.values())
 
     def brief(self, record: dict) -> str:
         return f"reward {record['reward']:.3f}, {record['length']:.0f} tokens"
 
     def line(self, record: dict) -> str:
-        marks = ", ".join(f"{mode} {record[mode]['accuracy']:.3f}" for mode in MODES
-                          if mode in record)
+        marks = ", ".join(f"{m} {record[m]['accuracy']:.3f}" for m in MODES if m in record)
         return (f"step {record['step']}/{self.args.steps}: reward {record['reward']:.3f}, "
                 f"thinking {record['thinking']:.2f}, {record['length']:.1f} tokens, "
                 f"KL {record['kl']:.3f}, held out {marks}")

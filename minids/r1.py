@@ -6,12 +6,11 @@
     python -m minids.r1 --preset countdown        a harder task, ten times as long
     python -m minids.r1 --out runs/r1             continue a run that was stopped
 
-Each stage is a run of its own in the folder:
+Each stage is a run of its own in the folder; a finished one is skipped, an interrupted one goes on:
     base        a model of the family is trained on worked examples and bare answers, as text
     sft         cold start: conversations, most of them answered without a thought
     rl          GRPO on right answers and form; the model itself decides whether to think
-    rejected    base again, fine-tuned on the right replies of the last stage and on answers without
-                a thought
+    rejected    base again, fine-tuned on the right replies of rl and on answers without a thought
     final       GRPO in both modes
     student     a smaller base model, trained on less
     distilled   the student, fine-tuned on the final model's replies
@@ -19,64 +18,93 @@ Each stage is a run of its own in the folder:
 
 With --controls also:
     zero        R1-Zero: GRPO on base, in plain text, without a cold start
-    shuffled    `rl` with the rewards shuffled among the replies
-    direct      base, fine-tuned on bare answers for as many tokens as the model of `rl` went
-                through in all stages
-    early       base before it could calculate, with a short cold start and GRPO: a recipe that
-                plateaus
-
-A finished stage is skipped, an interrupted one continues. Each is also a program of its own:
-`minids.train`, `sft`, `grpo`, `distill`; PRESETS has the settings.
+    shuffled    rl with the rewards shuffled among the replies
+    direct      base, fine-tuned on bare answers for as many tokens as sft and rl saw together
+    early       base before it could calculate, with a short cold start and GRPO: it plateaus
 """
 
-import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from minids import plots
 from minids.base.command_line import Stopped, parse, run_program
 from minids.base.fields import Settings, option
 from minids.base.files import read_json, write_json
 from minids.base.tables import format_table
-from minids.distill import CorpusArgs, told, write_corpus
+from minids.distill import CorpusArgs, write_corpus
 from minids.grpo import GrpoArgs, grpo
-from minids.rl.examination import Asking, examine, pass_curve
+from minids.rl.examination import Asking, examine_modes, pass_curve
 from minids.runs.checkpoints import newest_checkpoint
 from minids.runs.device import prepare_cpu
 from minids.runs.learner import read_metrics
 from minids.runs.open import open_model
-from minids.runs.settings import LearnArgs, TrainArgs
+from minids.runs.settings import TrainArgs
 from minids.sft import SftArgs, sft
 from minids.text.chat import MODES
 from minids.text.tasks import open_task
 from minids.train import train
 
+SETTINGS = {train: TrainArgs, sft: SftArgs, grpo: GrpoArgs}
+
+
+class Stage(NamedTuple):
+    """A run of the pipeline."""
+
+    label: str  # in the table of marks
+    program: Callable
+    template: str  # form of the prompts, also when it is examined
+    before: str = ""  # stage whose weights it begins with
+    teacher: str = ""  # stage whose right replies it learns from; none: examples of the task
+    like: str = ""  # stage whose settings it has; none: its own
+    changed: dict = {}  # settings that differ from those
+
+
+STAGES = {
+    "base": Stage("base", train, "plain"),
+    "sft": Stage("cold start", sft, "chat", "base"),
+    "rl": Stage("reasoning RL", grpo, "chat", "sft"),
+    "rejected": Stage("rejection SFT", sft, "chat", "base", teacher="rl"),
+    "final": Stage("RL, both modes", grpo, "chat", "rejected"),
+    "student": Stage("student's base", train, "plain"),
+    "distilled": Stage("distilled", sft, "chat", "student", teacher="final"),
+    "alone": Stage("student, RL only", grpo, "plain", "student"),
+}
+CONTROLS = {
+    "zero": Stage("R1-Zero", grpo, "plain", "base", like="rl"),
+    "shuffled": Stage("RL, rewards shuffled", grpo, "chat", "sft", like="rl",
+                      changed=dict(reward="shuffled")),
+    "direct": Stage("direct answers only", sft, "chat", "base", like="sft",
+                    changed=dict(think=0.0, examples=65536)),  # for `equal_steps`
+    # after 200 steps, and 60 of its cold start, it cannot calculate
+    "early": Stage("early base", train, "plain", like="base", changed=dict(steps=200)),
+    "early-sft": Stage("early, cold start", sft, "chat", "early", like="sft",
+                       changed=dict(steps=60)),
+    "early-rl": Stage("early, RL", grpo, "chat", "early-sft", like="rl"),
+}
+ALL = STAGES | CONTROLS
+TO_FINAL = "base", "sft", "rl", "rl.jsonl", "rejected", "final"
 SAMPLES = 32  # replies to a problem, for pass@k
-EARLY, EARLY_SFT = 200, 60  # steps of base, and of its cold start, after which it cannot calculate
 
 # For each preset: the model's preset, the fields in which the student differs from it, and for each
-# stage the settings that differ from the program's defaults.
+# stage the settings that differ from the program's defaults; those of the teachers' corpora, and
+# the mode of pass@k.
+SMALLER = dict(dim=48, inter_dim=96, moe_inter_dim=48, n_heads=3)
+LONG = dict(max_new_tokens=120)
 PRESETS = {
     "tiny": dict(
-        task="calculator", model="micro",
-        student=dict(dim=48, inter_dim=96, moe_inter_dim=48, n_heads=3),
-        base={}, sft={}, rl={},
-        rejected={}, final=dict(steps=20, lr=1e-4, mode="both"),
-        studied=dict(steps=250), distilled={}, alone=dict(steps=60),
-        corpus=dict(direct=0.5), curve="free"),
+        task="calculator", model="micro", smaller=SMALLER, corpus=dict(direct=0.5), curve="free",
+        base={}, sft={}, rl={}, rejected={}, final=dict(steps=20, lr=1e-4, mode="both"),
+        student=dict(steps=250), distilled={}, alone=dict(steps=60)),
     "countdown": dict(
-        task="countdown", model="micro",
-        student=dict(dim=48, inter_dim=96, moe_inter_dim=48, n_heads=3),
-        base=dict(steps=1000), sft=dict(examples=8192, max_new_tokens=120),
-        rl=dict(steps=100, max_new_tokens=120),
-        rejected=dict(max_new_tokens=120),
-        final=dict(mode="both", max_new_tokens=120),
-        studied=dict(steps=500), distilled=dict(max_new_tokens=120),
-        alone=dict(steps=100, max_new_tokens=120),
-        corpus=dict(problems=4096, longest=120, direct=0.5), curve="think"),
+        task="countdown", model="micro", smaller=SMALLER, curve="think",
+        corpus=dict(problems=4096, longest=120, direct=0.5), base=dict(steps=1000),
+        sft=dict(examples=8192, **LONG), rl=dict(steps=100, **LONG), rejected=LONG,
+        final=dict(mode="both", **LONG), student=dict(steps=500), distilled=LONG,
+        alone=dict(steps=100, **LONG)),
 }
 
 
@@ -84,107 +112,77 @@ PRESETS = {
 class R1Args(Settings):
     """Stages, folder and device."""
 
-    preset: str = option("tiny", "task and settings of all stages: tiny calculates, countdown"
-                                 " searches and takes longer", tuple(PRESETS))
+    preset: str = option("tiny", "tiny calculates; countdown searches, for longer", tuple(PRESETS))
     out: str = option("runs/r1", "run folder; a run that is there continues")
     controls: bool = option(False, "run the controls too")
     problems: int = option(400, "held-out problems that the table is measured on", low=1)
-    seed: int = option(0, "decides weights, data and samples", low=0,
-                      high=2 ** 32 - 1)
+    seed: int = option(0, "decides weights, data and samples", low=0, high=2 ** 32 - 1)
     device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(1, "CPU threads; with two, a busy neighbour slows everything down",
-                          low=0, high=1024)
+    threads: int = option(1, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
 
 
 class Pipeline:
-    """The stages of one run folder; each is run when it is asked for, unless it is there."""
+    """The stages of one run folder; each is run when it is asked for, unless it is there.
+
+    Raises `ValueError` if the folder belongs to another preset or seed.
+    """
 
     def __init__(self, args: R1Args):
-        self.args, self.run = args, Path(args.out)
-        self.preset = PRESETS[args.preset]
+        self.args, self.run, self.preset = args, Path(args.out), PRESETS[args.preset]
         self.task = open_task(self.preset["task"])
+        given = dict(preset=args.preset, seed=args.seed)
+        stored = self.stored("r1.json") or given
+        for name, value in given.items():
+            if stored.get(name) != value:
+                raise ValueError(f"{name} = {value!r} is not valid: the run in {self.run} has "
+                                 f"{stored.get(name)!r}; name another folder with --out")
+        self.run.mkdir(parents=True, exist_ok=True)
+        write_json(self.run / "r1.json", given)
 
-    def common(self, stage: str) -> dict:
-        """Return the settings that all programs share."""
-        return dict(out=str(self.run / stage), resume=True, seed=self.args.seed,
-                    device=self.args.device, threads=self.args.threads)
+    def stored(self, name: str) -> dict:
+        """Return the object in a JSON file of the run; {} if there is none yet."""
+        return read_json(self.run / name) if (self.run / name).exists() else {}
 
-    def base(self, stage: str, model: dict, given: dict) -> None:
-        """Pre-train on examples of the task; `model` overrides fields of the preset's model."""
-        args = TrainArgs.for_preset(self.preset["model"], data=f"task:{self.task.name}",
-                                    **self.common(stage), **given)
-        self.finish(stage, args, lambda: train(args, model))
-
-    def tune(self, stage: str, before: str, data: str, given: dict) -> None:
-        """Fine-tune the run `before` on `data`, see `SftArgs`."""
-        args = SftArgs.for_preset(from_run=str(self.run / before), task=self.task.name, data=data,
-                                  **self.common(stage), **given)
-        self.finish(stage, args, lambda: sft(args))
-
-    def reinforce(self, stage: str, before: str, given: dict) -> None:
-        """Train the run `before` with GRPO."""
-        args = GrpoArgs.for_preset(from_run=str(self.run / before), task=self.task.name,
-                                   **self.common(stage), **given)
-        self.finish(stage, args, lambda: grpo(args))
-
-    def finish(self, stage: str, args: LearnArgs, program: Callable) -> None:
+    def make(self, name: str, stage: Stage) -> None:
         """Run a stage to its last step, unless it is there."""
-        done = newest_checkpoint(self.run / stage)
-        if done is not None and done.name == f"step_{args.steps:06d}":
-            return
-        print(f"\n{stage}", flush=True)
-        with self.timed(stage):
-            program()
+        args, examples = self.args, f"task:{self.task.name}"
+        given = dict(self.preset[stage.like or name], **stage.changed, out=str(self.run / name),
+                     resume=True, seed=args.seed, device=args.device, threads=args.threads)
+        if stage.before:
+            given |= dict(from_run=str(self.run / stage.before), task=self.task.name)
+        if stage.program is train:
+            given |= dict(name=self.preset["model"], data=examples)
+        elif stage.program is sft:
+            given |= dict(data=self.answers(stage.teacher) if stage.teacher else examples)
+        else:
+            given |= dict(template=stage.template)
+        if name == "direct":
+            given |= dict(steps=self.equal_steps())
+        settings = SETTINGS[stage.program].for_preset(**given)
+        done = newest_checkpoint(self.run / name)
+        if done is None or done.name != f"step_{settings.steps:06d}":
+            print(f"\n{name}", flush=True)
+            model = [self.preset["smaller"]] if name == "student" else []
+            self.timed(name, stage.program, settings, *model)
 
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        """Add the wall-clock time spent within to what the stage has taken so far."""
+    def timed(self, name: str, work: Callable, *given) -> None:
+        """Call `work`, and add its wall-clock time to what the stage has taken so far."""
         start = time.perf_counter()
         try:
-            yield
+            work(*given)
         finally:
-            times = self.seconds()
-            times[stage] = times.get(stage, 0.0) + time.perf_counter() - start
+            times = self.stored("times.json")
+            times[name] = times.get(name, 0.0) + time.perf_counter() - start
             write_json(self.run / "times.json", times)
-
-    def seconds(self) -> dict[str, float]:
-        """Return the time of each stage, including loading, measuring and saving."""
-        file = self.run / "times.json"
-        return read_json(file) if file.exists() else {}
 
     def answers(self, teacher: str) -> str:
         """Return the corpus of a stage's right answers, as `SftArgs.data`; make it if needed."""
         path = self.run / f"{teacher}.jsonl"
         if not path.exists():
-            given = dict(teacher=str(self.run / teacher), corpus=str(path), about=self.task.name,
-                         draws=self.args.seed, on=self.args.device)
-            with self.timed(path.name):
-                counts = write_corpus(CorpusArgs(**given | self.preset["corpus"]))
-            print(told(counts, str(path)), flush=True)
+            self.timed(path.name, write_corpus, CorpusArgs(
+                teacher=str(self.run / teacher), corpus=str(path), about=self.task.name,
+                draws=self.args.seed, on=self.args.device, **self.preset["corpus"]))
         return f"jsonl:{path}"
-
-    def stages(self) -> None:
-        """Make R1, its distilled student, and the student alone."""
-        preset, examples = self.preset, f"task:{self.task.name}"
-        self.base("base", {}, preset["base"])
-        self.tune("sft", "base", examples, preset["sft"])
-        self.reinforce("rl", "sft", preset["rl"])
-        self.tune("rejected", "base", self.answers("rl"), preset["rejected"])
-        self.reinforce("final", "rejected", preset["final"])
-        self.base("student", preset["student"], preset["studied"])
-        self.tune("distilled", "student", self.answers("final"), preset["distilled"])
-        self.reinforce("alone", "student", dict(template="plain") | preset["alone"])
-
-    def controls(self) -> None:
-        """Make what the claims are compared with."""
-        preset, examples = self.preset, f"task:{self.task.name}"
-        self.reinforce("zero", "base", dict(template="plain") | preset["rl"])
-        self.reinforce("shuffled", "sft", dict(reward="shuffled") | preset["rl"])
-        self.tune("direct", "base", examples, preset["sft"] | dict(
-            think=0.0, examples=65536, steps=self.equal_steps()))
-        self.base("early", {}, preset["base"] | dict(steps=EARLY))
-        self.tune("early-sft", "early", examples, preset["sft"] | dict(steps=EARLY_SFT))
-        self.reinforce("early-rl", "early-sft", preset["rl"])
 
     def equal_steps(self) -> int:
         """Return the steps of fine-tuning that process as many tokens as sft and rl did together.
@@ -192,53 +190,38 @@ class Pipeline:
         A rollout's tokens count twice: they are sampled, and trained on.
         """
         rl = GrpoArgs.for_preset(**self.preset["rl"])
+        row = SftArgs.for_preset(**self.preset["sft"])
         lengths = [line["length"] for line in read_metrics(self.run / "rl")]
         seen = sum(lengths) * rl.questions * rl.group * 2
-        row = SftArgs.for_preset(**self.preset["sft"])
         return row.steps + round(seen / (row.batch_size * row.seq_len))
 
     def marks(self) -> dict[str, dict]:
         """Return the marks of every stage that is there, in every mode; each is measured once."""
-        file, count = self.run / "marks.json", self.args.problems
-        found = read_json(file) if file.exists() else {}
+        found, count = self.stored("marks.json"), self.args.problems
         longest = self.preset["rl"].get("max_new_tokens", GrpoArgs.max_new_tokens)
-        for stage, template in TABLE.items():
-            key = f"{stage} {count}"
-            if key in found or not (self.run / stage).exists():
+        keys = {name: f"{name} {count}" for name in ALL}
+        for name, stage in ALL.items():
+            if keys[name] in found or not (self.run / name).exists():
                 continue
-            run = open_model(self.run / stage)
-            how = Asking(template=template, max_new_tokens=longest)
-            found[key] = {mode: examine(run.model, run.tokenizer, self.task, count,
-                                        replace(how, mode=mode))._asdict() for mode in MODES}
-            if stage in ("sft", "rl"):
+            run = open_model(self.run / name)
+            how = Asking(template=stage.template, max_new_tokens=longest)
+            row = examine_modes(run.model, run.tokenizer, self.task, count, how)
+            if name in ("sft", "rl"):
                 curve = pass_curve(run.model, run.tokenizer, self.task, count // 4, SAMPLES,
-                                   replace(how, mode=self.preset["curve"], temperature=1.0))
-                found[key]["pass"] = {str(k): share for k, share in curve.items()}
-            write_json(file, found)
-        return {stage: found[key] for stage in TABLE if (key := f"{stage} {count}") in found}
-
-
-# The rows of the table, with the template in which each stage is asked.
-TABLE = {"base": "plain", "sft": "chat", "rl": "chat", "rejected": "chat", "final": "chat",
-         "student": "plain", "distilled": "chat", "alone": "plain", "zero": "plain",
-         "shuffled": "chat", "direct": "chat", "early": "plain", "early-sft": "chat",
-         "early-rl": "chat"}
-NAMES = {"sft": "cold start", "rl": "reasoning RL", "rejected": "rejection SFT",
-         "final": "RL, both modes", "student": "student's base", "alone": "student, RL only",
-         "zero": "R1-Zero", "shuffled": "RL, rewards shuffled", "direct": "direct answers only",
-         "early": "early base", "early-sft": "early, cold start", "early-rl": "early, RL"}
-
-TO_FINAL = "base", "sft", "rl", "rl.jsonl", "rejected", "final"
+                                   how._replace(mode=self.preset["curve"], temperature=1.0))
+                row["pass"] = {str(k): share for k, share in curve.items()}
+            found[keys[name]] = row
+            write_json(self.run / "marks.json", found)
+        return {name: found[key] for name, key in keys.items() if key in found}
 
 
 def table(marks: dict[str, dict]) -> str:
     """Return a row per stage: accuracy in each mode, and what the model does when it may choose."""
     rows = [["stage", "thinking", "not thinking", "free", "thinks when free", "tokens"]]
-    for stage, by_mode in marks.items():
-        free = by_mode["free"]
-        rows.append([NAMES.get(stage, stage), *(f"{by_mode[mode]['accuracy']:.3f}"
-                                                for mode in MODES),
-                     f"{free['thinking']:.2f}", f"{free['tokens']:.1f}"])
+    for name, row in marks.items():
+        rows.append([ALL[name].label,
+                     *(f"{row[mode]['accuracy']:.3f}" for mode in MODES),
+                     f"{row['free']['thinking']:.2f}", f"{row['free']['tokens']:.1f}"])
     return format_table(rows)
 
 
@@ -249,36 +232,24 @@ def r1(args: R1Args) -> dict[str, dict]:
     """
     prepare_cpu(args.threads)
     pipeline = Pipeline(args)
-    check_same(pipeline.run, args)
-    pipeline.stages()
-    if args.controls:
-        pipeline.controls()
+    for name, stage in (ALL if args.controls else STAGES).items():
+        pipeline.make(name, stage)
     marks = pipeline.marks()
     text = table(marks)
-    for stage in ("sft", "rl"):
-        curve = "  ".join(f"{k}: {share:.3f}" for k, share in marks[stage]["pass"].items())
-        text += f"\npass@k, {pipeline.preset['curve']}, temperature 1, {NAMES[stage]}   {curve}"
-    times = pipeline.seconds()
-    to_final = sum(times[stage] for stage in TO_FINAL)
-    print(f"\n{text}\n\n{args.problems} held-out problems, greedy; {to_final:.0f} s from random "
-          f"weights to the final model, {sum(times.values()):.0f} s in all")
+    for name in ("sft", "rl"):
+        curve = "  ".join(f"{k}: {share:.3f}" for k, share in marks[name]["pass"].items())
+        text += (f"\npass@k, {pipeline.preset['curve']}, temperature 1, {STAGES[name].label}   "
+                 f"{curve}")
+    times = pipeline.stored("times.json")
+    print(f"\n{text}\n\n{args.problems} held-out problems, greedy; "
+          f"{sum(times[name] for name in TO_FINAL):.0f} s from random weights to the final model, "
+          f"{sum(times.values()):.0f} s in all")
     (pipeline.run / "table.txt").write_text(text + "\n")
-    stages = {NAMES.get(s, s): read_metrics(pipeline.run / s) for s in ("rl", "zero", "shuffled",
-              "early-rl", "alone") if (pipeline.run / s).exists()}
-    plots.grpo_figure(stages, pipeline.run / "r1.png")
+    learning = {ALL[name].label: read_metrics(pipeline.run / name)
+                for name in ("rl", "zero", "shuffled", "early-rl", "alone")
+                if (pipeline.run / name).exists()}
+    plots.grpo_figure(learning, pipeline.run / "r1.png")
     return marks
-
-
-def check_same(run: Path, args: R1Args) -> None:
-    """Raise `ValueError` if the run folder belongs to another preset or seed."""
-    file, given = run / "r1.json", dict(preset=args.preset, seed=args.seed)
-    stored = read_json(file) if file.exists() else given
-    for name, value in given.items():
-        if stored.get(name) != value:
-            raise ValueError(f"{name} = {value!r} is not valid: the run in {run} has "
-                             f"{stored.get(name)!r}; name another folder with --out")
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(file, given)
 
 
 def main() -> None:

@@ -12,9 +12,7 @@ another (V3, arXiv 2412.19437, section 5.1). The gates' biases are frozen.
 
 A JSONL file has lines {"messages": [{"role": "user", "content": ..}, {"role": "assistant",
 "thought": .., "content": ..}]}. A task supplies problems from its training side; a share of the
-answers includes the worked solution as a thought.
-
-Simplified: a sample longer than a row is refused, not truncated.
+answers includes the worked solution as a thought. A sample longer than a row is refused.
 """
 
 import random
@@ -25,11 +23,11 @@ import torch
 from torch import Tensor
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import option
+from minids.base.fields import option, require
 from minids.base.files import read_jsonl
 from minids.config import ModelArgs
 from minids.model.objective import Packed
-from minids.rl.examination import Asking, examine
+from minids.rl.examination import Asking, examine_modes
 from minids.runs.device import prepare_cpu
 from minids.runs.learner import Learner, run_learner
 from minids.runs.open import source_of
@@ -41,10 +39,9 @@ from minids.text.tokenizer import Tokenizer
 
 # R1's second fine-tuning: AdamW, cosine from 5e-5 to 5e-6, rows of 32,768 tokens, 128 at a time,
 # two epochs over some 800,000 samples.
-PRESETS = {"tiny": dict(dtype="fp32"),
-           "r1": dict(steps=12_500, lr=5e-5, constant_until=0.0, decay_until=1.0, final_lr=0.1,
-                      weight_decay=0.1, seq_len=32768, batch_size=128,
-                      eval_every=0, save_every=500)}
+R1 = dict(steps=12_500, lr=5e-5, constant_until=0.0, decay_until=1.0, final_lr=0.1,
+          weight_decay=0.1, seq_len=32768, batch_size=128, eval_every=0, save_every=500)
+PRESETS = {"tiny": dict(dtype="fp32"), "r1": R1}
 
 
 @dataclass(frozen=True)
@@ -81,9 +78,8 @@ class Rows:
     """Conversations packed into R rows of S tokens.
 
     tokens, targets: (R, S) int64
-    samples: (R, S) int64, number of the conversation that a token belongs to
+    samples: (R, S) int64, number of the conversation of a token; padding has one of its own
     loss_mask: (R, S) bool, whether a token's target counts in the loss
-    The padding at the end of a row is a sample of its own, outside the loss mask.
     """
 
     def __init__(self, chat: Chat, conversations: list[list[dict]], seq_len: int):
@@ -109,50 +105,45 @@ class Rows:
 
         Every epoch takes each row once, in an order of its own.
         """
-        chosen = []
+        rows = []
         for position in range((step - 1) * size, step * size):
             epoch, at = divmod(position, len(self.tokens))
             generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-            chosen.append(torch.randperm(len(self.tokens), generator=generator)[at])
-        at = torch.stack(chosen)
+            rows.append(torch.randperm(len(self.tokens), generator=generator)[at])
+        at = torch.stack(rows)
         return self.tokens[at], self.targets[at], Packed(self.samples[at], self.loss_mask[at])
 
 
 def conversation(problem: Problem, think: bool) -> list[dict]:
     """Return a problem and its answer as messages, with its thought if `think`."""
-    reply = dict(role="assistant", content=problem.answer)
     thought = dict(thought=problem.thought) if think else {}
-    return [dict(role="user", content=problem.question), reply | thought]
+    return [dict(role="user", content=problem.question),
+            dict(role="assistant", **thought, content=problem.answer)]
 
 
 def open_conversations(args: SftArgs) -> list[list[dict]]:
-    """Return the conversations that `args.data` names; raises `ValueError` if it is not valid."""
+    """Return the conversations that `args.data` names; raises `ValueError` naming what is wrong."""
     kind, _, rest = args.data.partition(":")
     if kind == "task" and rest:
         rng = random.Random(f"sft {args.seed}")
         return [conversation(problem, rng.random() < args.think)
                 for problem in open_task(rest).some(args.examples, "train", args.seed)]
-    if kind == "jsonl" and rest:
-        return read_conversations(Path(rest))
-    raise ValueError(f"data = {args.data!r} is not valid: valid are task:NAME and jsonl:PATH")
-
-
-def read_conversations(path: Path) -> list[list[dict]]:
-    """Return the conversations in a JSONL file; raises `ValueError` naming a line that is wrong."""
-    if not path.is_file():
-        raise ValueError(f"data = 'jsonl:{path}' is not valid: there is no such file")
     found = []
     try:
-        for number, row in read_jsonl(path):
+        if kind != "jsonl" or not rest:
+            raise ValueError("valid are task:NAME and jsonl:PATH")
+        if not Path(rest).is_file():
+            raise ValueError("there is no such file")
+        for number, row in read_jsonl(Path(rest)):
             messages = row.get("messages") if isinstance(row, dict) else None
             if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-                raise ValueError(f'{path} line {number} must be an object with a list "messages" '
+                raise ValueError(f'{rest} line {number} must be an object with a list "messages" '
                                  "of objects")
             found.append(messages)
+        if not found:
+            raise ValueError("it is empty")
     except ValueError as error:
-        raise ValueError(f"data = 'jsonl:{path}' is not valid: {error}") from None
-    if not found:
-        raise ValueError(f"data = 'jsonl:{path}' is not valid: it is empty")
+        raise ValueError(f"data = {args.data!r} is not valid: {error}") from None
     return found
 
 
@@ -167,13 +158,11 @@ class FineTuner(Learner):
     program = "sft"
 
     def __init__(self, args: SftArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
-        if args.seq_len > model_args.max_seq_len:
-            raise ValueError(f"seq_len = {args.seq_len} is not valid: it must be at most "
-                             f"max_seq_len = {model_args.max_seq_len}")
-        chat = Chat(tokenizer)
-        self.rows = Rows(chat, balanced_order(open_conversations(args), args.seed), args.seq_len)
-        kind, _, rest = args.data.partition(":")
-        name = args.task or (rest if kind == "task" else "")
+        require(args, "seq_len", args.seq_len <= model_args.max_seq_len,
+                f"at most max_seq_len = {model_args.max_seq_len}")
+        conversations = balanced_order(open_conversations(args), args.seed)
+        self.rows = Rows(Chat(tokenizer), conversations, args.seq_len)
+        name = args.task or (args.data[5:] if args.data.startswith("task:") else "")
         self.task = open_task(name) if name else None
         super().__init__(args, model_args, run, tokenizer)
 
@@ -190,24 +179,22 @@ class FineTuner(Learner):
                     learnt=int(packed.loss_mask.sum())), None
 
     def measure(self, record: dict, last: bool) -> float | None:
-        """Mark the model on held-out problems in each mode; the best checkpoint has the lowest
-        mean error of thinking and direct answers."""
-        every = self.args.eval_every
-        if self.task is None or not (last or (every and self.step % every == 0)):
+        """Mark the model in each mode; the best checkpoint has the lowest mean error of thinking
+        and direct answers."""
+        args = self.args
+        if not self.task or not (last or (args.eval_every and self.step % args.eval_every == 0)):
             return None
+        how = Asking(max_new_tokens=args.max_new_tokens)
         with self.autocast():
-            for mode in MODES:
-                how = Asking(mode, max_new_tokens=self.args.max_new_tokens)
-                record[mode] = examine(self.model, self.tokenizer, self.task,
-                                       self.args.eval_problems, how)._asdict()
+            record.update(examine_modes(self.model, self.tokenizer, self.task, args.eval_problems,
+                                        how))
         return 1 - (record["think"]["accuracy"] + record["direct"]["accuracy"]) / 2
 
     def brief(self, record: dict) -> str:
         return f"loss {record['loss']:.3f}"
 
     def line(self, record: dict) -> str:
-        marks = "".join(f", {mode} {record[mode]['accuracy']:.3f}"
-                        for mode in MODES if mode in record)
+        marks = "".join(f", {m} {record[m]['accuracy']:.3f}" for m in MODES if m in record)
         return f"step {record['step']}/{self.args.steps}: loss {record['loss']:.3f}{marks}"
 
 

@@ -6,8 +6,7 @@
 
 The problems are held out, so no training has seen them. Modes are those of `minids.text.chat`:
 think and direct force the first tag of the reply, free leaves the choice to the model. With several
-samples per problem, pass@k is the probability that one of k replies is right
-(`minids.rl.examination`).
+samples, pass@k is the probability that one of k replies is right (`minids.rl.examination`).
 """
 
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from minids.rl.examination import Asking, ask, mark, pass_curve
 from minids.runs.device import pick_device, prepare_cpu
 from minids.runs.open import open_model
 from minids.text.chat import MODES, TEMPLATES
-from minids.text.tasks import open_task
+from minids.text.tasks import TASKS, open_task
 
 
 @dataclass(frozen=True)
@@ -27,16 +26,13 @@ class SolveArgs(Settings):
     """The problems and how they are asked."""
 
     run: str = option("runs/r1/final", "run folder, checkpoint, or Hugging Face folder")
-    task: str = option("calculator", "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or"
-                                     " jsonl:PATH")
-    template: str = option("chat", "form of the prompt: turns with tags, or plain text for a base"
-                                   " model", tuple(TEMPLATES))
+    task: str = option("calculator", TASKS)
+    template: str = option("chat", "turns with tags, or plain for a base model", tuple(TEMPLATES))
     mode: str = option("", "only this mode; none: all three", ("", *MODES))
     problems: int = option(400, "held-out problems", low=1)
     max_new_tokens: int = option(64, "maximum length of a reply, tokens", low=1)
     temperature: float = option(0.0, "divides the logits; 0 takes the likeliest token", low=0)
-    top_p: float = option(1.0, "draw from the likeliest tokens that add up to this probability",
-                          above=0, high=1)
+    top_p: float = option(1.0, "draw from the fewest tokens of this probability", above=0, high=1)
     samples: int = option(1, "replies to each problem; more than one also give pass@k", low=1)
     show: int = option(0, "number of replies to print", low=0)
     seed: int = option(0, "decides the samples", low=0, high=2 ** 32 - 1)
@@ -59,8 +55,7 @@ def report(args: SolveArgs) -> str:
                      args.seed)
         replies = ask(run.model, run.tokenizer, [p.question for p in problems], how)
         m = mark(task, problems, replies)
-        rows += [[mode, f"{m.accuracy:.3f}", f"{m.form:.3f}", f"{m.thinking:.3f}",
-                  f"{m.tokens:.1f}"]]
+        rows.append([mode, *(f"{share:.3f}" for share in m[:3]), f"{m.tokens:.1f}"])
         for problem, reply in list(zip(problems, replies, strict=True))[:args.show]:
             print(f"{problem.question}   thought {reply.thought!r}   answer {reply.answer!r}, "
                   f"right is {problem.answer!r}")

@@ -21,6 +21,7 @@ from kill_and_resume import differences
 from minids import grpo as grpo_module
 from minids.base.command_line import run_program
 from minids.grpo import GrpoArgs, Reinforcer
+from minids.rl import examination
 from minids.rl.examination import Asking, Marks
 from minids.rl.objectives import OBJECTIVES
 from minids.runs.checkpoints import load_weights, newest_checkpoint, resolve
@@ -31,6 +32,7 @@ from minids.train import train
 
 SMALL = dict(questions=4, group=4, max_new_tokens=12, eval_problems=8, eval_every=2, threads=1,
              save_every=1, keep_last=0)
+PARTS = "accuracy", "format", "language", "length"  # of a reward
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +56,13 @@ def learner(base: Path, out: Path, **changed) -> Reinforcer:
 
 
 def gradients(made: Reinforcer) -> dict[str, torch.Tensor]:
-    made.batch = made.sample(0)
+    made.batch = made.judge(0, made.sample(0))
     made.learn(0)
     return {n: p.grad for n, p in made.model.named_parameters() if p.grad is not None}
 
 
 def test_equal_rewards_give_exactly_no_gradient(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(Reinforcer, "reward", lambda *_: 0.1)
+    monkeypatch.setattr(Reinforcer, "reward", lambda *_: dict.fromkeys(PARTS, 0.1))
     for changed in (dict(kl_beta=0.0), dict(kl_beta=1.0), dict(kl_beta=1.0, kl="unbiased")):
         made = learner(base, tmp_path / "run", **changed)
         found = gradients(made)
@@ -73,7 +75,7 @@ def test_equal_rewards_give_exactly_no_gradient(base, tmp_path, monkeypatch):
 
 def test_kl_to_itself_is_exactly_zero(base, tmp_path):
     made = learner(base, tmp_path / "run", kl_beta=1.0)
-    made.batch = made.sample(0)
+    made.batch = made.judge(0, made.sample(0))
     assert made.learn(0)["kl"] == 0.0
     with torch.no_grad():
         made.model.layers[0].attn.wo.weight.mul_(1.01)
@@ -86,7 +88,7 @@ def test_micro_batches_add_up(base, tmp_path, normalise):
     for size in (16, 3):
         made = learner(base, tmp_path / str(size), micro_batch=size, normalise=normalise,
                        reward="shuffled", format_weight=1.0, length_weight=1.0, top_p=0.9)
-        made.batch = made.sample(0)
+        made.batch = made.judge(0, made.sample(0))
         with torch.no_grad():
             made.model.layers[0].attn.wo.weight.mul_(1.1)  # else KL and clipping are 0
         told.append(made.learn(0))
@@ -101,7 +103,7 @@ def test_micro_batches_add_up(base, tmp_path, normalise):
 
 def test_sampler_gap_of_a_fresh_rollout_is_rounding(base, tmp_path):
     made = learner(base, tmp_path / "run", top_p=0.9)
-    made.batch = made.sample(0)
+    made.batch = made.judge(0, made.sample(0))
     assert made.learn(0)["sampler_gap_max"] < 1e-5
 
 
@@ -163,7 +165,7 @@ def test_each_rollout_asks_other_questions_each_for_a_whole_group(base, tmp_path
 def test_marks_are_taken_now_and_then_and_the_best_has_the_least_error(base, tmp_path,
                                                                        monkeypatch):
     right, asked = {"think": 0.75, "direct": 0.25, "free": 0.5}, []
-    monkeypatch.setattr(grpo_module, "examine", lambda model, tokenizer, task, count, how: (
+    monkeypatch.setattr(examination, "examine", lambda model, tokenizer, task, count, how: (
         asked.append((count, how)), Marks(right[how.mode], 1.0, 0.5, 9.0))[1])
     made = learner(base, tmp_path / "run", eval_every=2)
     found = []
@@ -184,7 +186,7 @@ def test_marks_are_taken_now_and_then_and_the_best_has_the_least_error(base, tmp
 def test_one_part_of_a_rollout_a_step(base, tmp_path):
     """Each of the `updates` steps learns from its own questions; a wrong one would see all."""
     made = learner(base, tmp_path / "run", updates=4, clip_low=0.2, clip_high=0.2)
-    made.batch = made.sample(0)
+    made.batch = made.judge(0, made.sample(0))
     seen = []
     part = made.batch.rollout.part
     made.batch = made.batch._replace(rollout=Recorder(made.batch.rollout, part, seen))
@@ -291,7 +293,8 @@ def test_the_check_of_a_resumed_run_notices_a_new_rollout(base, tmp_path, monkey
     def restore_more(self, state: dict) -> None:
         self.model.load_state_dict(load_weights(resolve(self.run)))
         self.reference.load_state_dict(state["reference"])
-        self.batch = self.sample(state["step"] // self.args.updates)
+        number = state["step"] // self.args.updates
+        self.batch = self.judge(number, self.sample(number))
 
     monkeypatch.setattr(Reinforcer, "restore_more", restore_more)
     with pytest.raises(AssertionError):
@@ -299,8 +302,9 @@ def test_the_check_of_a_resumed_run_notices_a_new_rollout(base, tmp_path, monkey
 
 
 def test_shuffled_rewards_are_the_same_numbers(base, tmp_path):
-    plain, shuffled = (learner(base, tmp_path / name, reward=name, length_weight=1.0).sample(0)
-                       for name in ("task", "shuffled"))
+    both = [learner(base, tmp_path / name, reward=name, length_weight=1.0)
+            for name in ("task", "shuffled")]
+    plain, shuffled = (made.judge(0, made.sample(0)) for made in both)
     assert plain.replies == shuffled.replies
     assert not torch.equal(plain.rewards, shuffled.rewards)
     assert torch.equal(plain.rewards.flatten().sort()[0], shuffled.rewards.flatten().sort()[0])
@@ -334,7 +338,7 @@ def test_runs_that_are_no_runs(base, tmp_path):
 
 
 def test_a_reward_that_is_no_number(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(Reinforcer, "reward", lambda *_: float("nan"))
+    monkeypatch.setattr(Reinforcer, "reward", lambda *_: dict.fromkeys(PARTS, float("nan")))
     run = tmp_path / "run"
     status, _, err = run_grpo("--from", str(base), "--out", str(run), *as_flags(SMALL))
     assert status == 2 and err.count("\n") == 1

@@ -18,22 +18,22 @@ from minids.base.command_line import Stopped, run_program
 from minids.config import ModelArgs
 from minids.distill import CorpusArgs, sift, verdict
 from minids.grpo import Reinforcer
-from minids.r1 import NAMES, PRESETS, TABLE, R1Args, r1, table
+from minids.r1 import ALL, CONTROLS, PRESETS, R1Args, r1, table
 from minids.rl.examination import Asking, examine
 from minids.runs.checkpoints import load_weights, resolve
 from minids.runs.learner import Learner
 from minids.runs.open import open_model
-from minids.sft import read_conversations
+from minids.sft import SftArgs, open_conversations
 from minids.text.chat import Reply
 from minids.text.tasks import Problem, open_task
 
 RUN = dict(save_every=2, eval_every=0, eval_problems=2)
 RL = RUN | dict(steps=2, questions=2, group=2, max_new_tokens=8)
 BRIEF = dict(
-    task="calculator", model="micro", curve="free", student=dict(dim=48, n_heads=3),
+    task="calculator", model="micro", curve="free", smaller=dict(dim=48, n_heads=3),
     base=dict(steps=2, eval_every=0),
     sft=RUN | dict(steps=2, examples=32), rl=RL, rejected=RUN | dict(steps=2), final=RL,
-    studied=dict(steps=2, eval_every=0), distilled=RUN | dict(steps=2), alone=RL,
+    student=dict(steps=2, eval_every=0), distilled=RUN | dict(steps=2), alone=RL,
     corpus=dict(problems=4, longest=8))
 
 
@@ -43,8 +43,8 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(distill_module, "verdict", lambda *_: "kept")
     patch.setattr(distill_module, "ask", lambda model, tokenizer, questions, *_, **__: [
         Reply("1+1=2", "2", True, 9) for _ in questions])
-    patch.setattr(r1_module, "EARLY", 2)
-    patch.setattr(r1_module, "EARLY_SFT", 2)
+    for name in ("early", "early-sft"):
+        patch.setitem(ALL, name, CONTROLS[name]._replace(changed=dict(steps=2)))
 
 
 @pytest.fixture
@@ -74,9 +74,9 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
 
 def test_all_stages_then_none(brief, finished):
     run, marks = finished
-    assert list(marks) == list(TABLE) and (run / "table.txt").exists() and (run / "r1.png").exists()
+    assert list(marks) == list(ALL) and (run / "table.txt").exists() and (run / "r1.png").exists()
     made = {path.name for path in run.iterdir() if path.is_dir()}
-    assert made == set(TABLE)
+    assert made == set(ALL)
     stamps = {p: p.stat().st_mtime_ns for p in run.rglob("*.safetensors")}
     again, said = quiet(args_for(run, controls=True))
     assert again == marks and "step" not in said  # nothing was run again
@@ -94,7 +94,7 @@ def test_a_stage_begins_where_the_one_before_ended(finished):
         assert all(torch.equal(first[n], last[n]) for n in last)
     student = json.loads((run / "student/config.json").read_text())["model"]
     assert (student["dim"], student["n_heads"]) == (48, 3)
-    messages = read_conversations(run / "rl.jsonl")
+    messages = open_conversations(SftArgs(data=f"jsonl:{run}/rl.jsonl"))
     assert {"thought" in m[-1] for m in messages} == {True, False}  # both modes
 
 
@@ -125,9 +125,9 @@ def test_a_pipeline_that_was_stopped_ends_with_the_same_bytes(brief, finished, t
 
 def test_the_table_has_every_stage():
     marks = {stage: {mode: dict(accuracy=0.5, form=1.0, thinking=0.25, tokens=12.0)
-                     for mode in ("think", "direct", "free")} for stage in TABLE}
+                     for mode in ("think", "direct", "free")} for stage in ALL}
     text = table(marks)
-    assert all(NAMES.get(stage, stage) in text for stage in TABLE) and "0.500" in text
+    assert all(stage.label in text for stage in ALL.values()) and "0.500" in text
 
 
 def test_a_run_keeps_its_preset_and_seed(brief, finished, monkeypatch):
@@ -160,8 +160,8 @@ def test_only_the_first_good_reply_of_a_problem_is_kept(tmp_path, brief, finishe
                       tries=20, direct=0.0)
     conversations, counts = sift(args)
     questions = [m[0]["content"] for m in conversations]
-    assert len(questions) == len(set(questions)) == counts.kept == 9
-    assert counts.wrong >= 9
+    assert len(questions) == len(set(questions)) == counts["kept"] == 9
+    assert counts["wrong"] >= 9
 
 
 def test_a_teacher_without_a_right_answer(tmp_path, finished, monkeypatch):
@@ -179,7 +179,7 @@ def test_the_default_settings_are_the_papers_order():
     """Both modes in the last stage, the model's own choice before; a student that is smaller."""
     tiny = PRESETS["tiny"]
     assert tiny["final"]["mode"] == "both" and "mode" not in tiny["rl"]
-    assert tiny["student"]["dim"] < ModelArgs.preset(tiny["model"]).dim
+    assert tiny["smaller"]["dim"] < ModelArgs.preset(tiny["model"]).dim
     assert Reinforcer.program == "grpo"
 
 

@@ -17,6 +17,7 @@ from minids.base.command_line import run_program
 from minids.hf import save_hf
 from minids.model.objective import Packed
 from minids.model.transformer import positions_in, same_sample
+from minids.rl import examination
 from minids.rl.examination import Asking, Marks
 from minids.runs.checkpoints import load_weights, resolve
 from minids.runs.open import open_model, open_source
@@ -179,7 +180,7 @@ def test_a_share_of_the_answers_has_a_thought(think):
 def test_marks_are_taken_now_and_then_and_the_best_has_the_least_error(base, tmp_path,
                                                                        monkeypatch):
     right, asked = {"think": 0.75, "direct": 0.25, "free": 1.0}, []
-    monkeypatch.setattr(sft_module, "examine", lambda model, tokenizer, task, count, how: (
+    monkeypatch.setattr(examination, "examine", lambda model, tokenizer, task, count, how: (
         asked.append((count, how)), Marks(right[how.mode], 1.0, 0.5, 9.0))[1])
     made = tuner(base, tmp_path / "run", eval_every=3)
     found = []

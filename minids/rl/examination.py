@@ -7,28 +7,21 @@ the estimator is unbiased).
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from statistics import fmean
 from typing import NamedTuple
 
 from minids.infer.generation import generate
 from minids.model.transformer import Transformer
 from minids.rl.rewards import accuracy, well_formed
-from minids.text.chat import TEMPLATES, Reply
+from minids.text.chat import MODES, TEMPLATES, Reply
 from minids.text.tasks import Problem, Task
 from minids.text.tokenizer import Tokenizer
 
 BATCH = 512  # prompts that are decoded together
 
 
-@dataclass(frozen=True)
-class Asking:
-    """Settings of an examination.
-
-    mode: think, direct or free, see `minids.text.chat`; template: chat or plain
-    max_new_tokens: maximum length of a reply
-    temperature, top_p, seed: as in `generate`
-    """
+class Asking(NamedTuple):
+    """How questions are put: mode and template of `minids.text.chat`, the rest as in `generate`."""
 
     mode: str = "free"
     template: str = "chat"
@@ -39,11 +32,7 @@ class Asking:
 
 
 class Marks(NamedTuple):
-    """Means over replies.
-
-    accuracy, form, thinking: shares of replies that are right, well formed, and with a thought
-    tokens: length
-    """
+    """Shares of replies that are right, well formed, and with a thought; and their mean length."""
 
     accuracy: float
     form: float
@@ -56,9 +45,9 @@ def parts(items: Sequence, size: int) -> Iterator[Sequence]:
     return (items[i:i + size] for i in range(0, len(items), size))
 
 
-def ask(model: Transformer, tokenizer: Tokenizer, questions: Sequence[str],
-        how: Asking) -> list[Reply]:
-    """Return the model's reply to each question; `how` says in what form they are asked."""
+def ask(model: Transformer, tokenizer: Tokenizer, questions: Sequence[str], how: Asking
+        ) -> list[Reply]:
+    """Return the model's reply to each question."""
     form = TEMPLATES[how.template](tokenizer)
     replies = []
     for number, part in enumerate(parts(questions, BATCH)):
@@ -77,17 +66,21 @@ def mark(task: Task, problems: Sequence[Problem], replies: Sequence[Reply]) -> M
                  fmean(reply.tokens for reply in replies))
 
 
-def examine(model: Transformer, tokenizer: Tokenizer, task: Task, count: int,
-            how: Asking) -> Marks:
+def examine(model: Transformer, tokenizer: Tokenizer, task: Task, count: int, how: Asking) -> Marks:
     """Return the marks on the first `count` held-out problems."""
     problems = task.some(count, "held-out", seed=0)
     return mark(task, problems, ask(model, tokenizer, [p.question for p in problems], how))
 
 
-def pass_at(k: int, right: int, samples: int) -> float:
-    """Return the probability that at least one of k replies is right.
+def examine_modes(model: Transformer, tokenizer: Tokenizer, task: Task, count: int, how: Asking,
+                  modes: Sequence[str] = MODES) -> dict[str, dict]:
+    """Return the marks in each mode, in place of `how.mode`, as metrics."""
+    return {mode: examine(model, tokenizer, task, count, how._replace(mode=mode))._asdict()
+            for mode in modes}
 
-    The k replies are drawn, without replacement, from `samples` of which `right` are right.
+
+def pass_at(k: int, right: int, samples: int) -> float:
+    """Return the probability that one of k replies, drawn without replacement, is right.
 
     >>> pass_at(1, 1, 4), pass_at(2, 1, 4)
     (0.25, 0.5)

@@ -20,24 +20,21 @@ from torch import Tensor
 
 from minids.base.fields import Settings, option, require
 
-# Fields of ObjectiveArgs, and of GrpoArgs where a variant concerns the reward or the reference.
+# What differs from the defaults of ObjectiveArgs; of GrpoArgs where it is the reward or reference.
 OBJECTIVES = {
     # R1 and V3 (Nature 645:633, Methods)
     "r1": dict(clip_low=10.0, clip_high=10.0, reference_every=400),
     # arXiv 2402.03300
-    "deepseekmath": dict(clip_low=0.2, clip_high=0.2, kl_beta=0.04),
+    "deepseekmath": dict(kl_beta=0.04),
     # A without the standard deviation; KL times r, which makes its gradient unbiased; M is 0 for a
     # bad reply that the policy has moved away from; a length penalty (arXiv 2512.02556, 3.1)
-    "v3.2": dict(advantage="mean", kl="unbiased", off_policy_delta=0.1, length_weight=0.1,
-                 clip_low=0.2, clip_high=0.2),
+    "v3.2": dict(advantage="mean", kl="unbiased", off_policy_delta=0.1, length_weight=0.1),
     # V3.2 with a weaker length penalty; the paper does not say how weak
-    "speciale": dict(advantage="mean", kl="unbiased", off_policy_delta=0.1, length_weight=0.01,
-                     clip_low=0.2, clip_high=0.2),
+    "speciale": dict(advantage="mean", kl="unbiased", off_policy_delta=0.1, length_weight=0.01),
     # a higher upper clip, the same weight for every token of the batch, no KL (arXiv 2503.14476)
-    "dapo": dict(clip_low=0.2, clip_high=0.28, normalise="tokens", kl_beta=0.0),
+    "dapo": dict(clip_high=0.28, normalise="tokens", kl_beta=0.0),
     # no standard deviation; a constant instead of the reply's length (arXiv 2503.20783)
-    "dr-grpo": dict(advantage="mean", clip_low=0.2, clip_high=0.2, normalise="constant",
-                    kl_beta=0.0),
+    "dr-grpo": dict(advantage="mean", normalise="constant", kl_beta=0.0),
 }
 
 
@@ -45,8 +42,7 @@ OBJECTIVES = {
 class ObjectiveArgs(Settings):
     """The settings of the loss."""
 
-    objective: str = option("r1", "variant of the objective; the other flags of the loss override"
-                                  " its settings", tuple(OBJECTIVES))
+    objective: str = option("r1", "variant of the loss; its other flags win", tuple(OBJECTIVES))
     advantage: str = option("std", "reward less the group's mean (mean), over its standard"
                                    " deviation (std)", ("std", "mean"))
     clip_low: float = option(0.2, "the ratio counts down to 1 - clip_low", low=0)
@@ -81,10 +77,7 @@ def advantages(rewards: Tensor, kind: str) -> Tensor:
 
 
 class Objective(NamedTuple):
-    """The loss of some tokens, and statistics about them.
-
-    loss: scalar, with gradient; kl: mean over tokens, nats; clipped, left_out: shares of tokens
-    """
+    """The loss, a scalar with gradient; the KL's mean over tokens, nats; and shares of tokens."""
 
     loss: Tensor
     kl: float
@@ -96,11 +89,9 @@ def objective(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
               reply: Tensor, weight: Tensor, args: ObjectiveArgs) -> Objective:
     """Return the GRPO loss of M tokens.
 
-    logp: (M,) log pi, with gradient
-    old_logp: (M,) log pi_old
+    logp: (M,) log pi, with gradient; old_logp: (M,) log pi_old
     ref_logp: (M,) log pi_ref; None for no KL
-    advantage: (M,) that of the token's reply
-    reply: (M,) int64, number of the token's reply
+    advantage: (M,) and reply: (M,) int64, those of the reply that the token belongs to
     weight: (M,) the token's weight in the sum, see `token_weights`
     """
     ratio = (logp - old_logp).exp()  # (M,)
@@ -126,9 +117,7 @@ def objective(logp: Tensor, old_logp: Tensor, ref_logp: Tensor | None, advantage
 
 def mean_by_reply(values: Tensor, reply: Tensor) -> Tensor:
     """Return, for each token, the mean over its reply: (M,), (M,) -> (M,)"""
-    sums = torch.zeros(int(reply.max()) + 1, 2, dtype=values.dtype, device=values.device)
-    sums.index_add_(0, reply, torch.stack([values, torch.ones_like(values)], dim=1))
-    return (sums[:, 0] / sums[:, 1].clamp(min=1))[reply]
+    return (reply.bincount(values) / reply.bincount().clamp(min=1))[reply]
 
 
 def token_weights(lengths: Tensor, normalise: str, longest: int) -> Tensor:

@@ -12,6 +12,7 @@ Prompts are sampled together with the latent cache, aligned at position 0 and pa
 the trainer sees the same positions, and nobody sees padding.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -39,19 +40,17 @@ class Rollout(NamedTuple):
     routes: dict[int, Tensor]
     allowed: Tensor | None
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Rollout":
+        """Return the rollout with every tensor changed."""
+        return Rollout(change(self.tokens), change(self.written), change(self.logp),
+                       {layer: change(routes) for layer, routes in self.routes.items()},
+                       None if self.allowed is None else change(self.allowed))
+
     def part(self, rows: Tensor | slice) -> "Rollout":
         """Return some of the replies, cut to the longest of them."""
         length = self.written[rows].any(0).nonzero().max().item() + 1
-        return Rollout(self.tokens[rows, :length + 1], self.written[rows, :length],
-                       self.logp[rows, :length],
-                       {layer: routes[rows, :length] for layer, routes in self.routes.items()},
-                       None if self.allowed is None else self.allowed[rows, :length])
-
-    def to(self, device: torch.device) -> "Rollout":
-        """Return the same on another device."""
-        return Rollout(self.tokens.to(device), self.written.to(device), self.logp.to(device),
-                       {layer: routes.to(device) for layer, routes in self.routes.items()},
-                       None if self.allowed is None else self.allowed.to(device))
+        cut = self.each(lambda values: values[rows, :length])
+        return cut._replace(tokens=self.tokens[rows, :length + 1])
 
     def replies(self) -> list[list[int]]:
         """Return the tokens that the model wrote, EOS included."""
@@ -62,11 +61,7 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler,
              eos_id: int) -> Rollout:
-    """Write a reply to each prompt.
-
-    max_new_tokens: of a reply at most; one that has not ended by then is cut
-    sampler: how tokens are drawn, at a temperature above 0
-    """
+    """Write a reply to each prompt, of at most `max_new_tokens`, at a temperature above 0."""
     text, lengths = right_pad(prompts, model.head.weight.device)  # (B, P), (B,)
     cache = new_cache(model, len(text), text.size(1) + max_new_tokens)
     columns, logps, masks, passes = [], [], [], []
@@ -100,8 +95,8 @@ def align(text: Tensor, lengths: Tensor, written: Tensor, logp: Tensor, allowed:
     text: (B, P), lengths: (B,); written, logp: (B, T); allowed: (B, T, V)
     routes: by layer, the routing of the prompts, (B, P), and of each of the T - 1 steps, (B, 1)
     """
-    ends = (written == eos_id).long().cumsum(1)
-    alive = (ends == 0) | ((ends == 1) & (written == eos_id))  # (B, T), EOS included
+    ends = (written == eos_id).long()
+    alive = ends.cumsum(1) == ends  # (B, T), up to the first EOS
     row = torch.arange(len(text), device=text.device)[:, None]
     at = lengths[:, None] + torch.arange(written.size(1), device=text.device)  # (B, T), positions
     size = text.size(1) + written.size(1)
@@ -130,7 +125,7 @@ def log_probs(model: Transformer, rollout: Rollout, temperature: float = 1.0,
 
     temperature: divides the logits, as in sampling
     keep_routing, keep_mask: take the sampler's experts, and its tokens to draw from
-    Returns two of (M,), over the M positions where `rollout.written` is true, with gradient.
+    Returns (M,), with gradient, and (M,), over the M positions where `rollout.written` is true.
     """
     routes = rollout.routes if keep_routing and rollout.routes else None
     states = model.hidden(rollout.tokens[:, :-1], routes=routes).states

@@ -20,6 +20,7 @@ from minids.base.files import read_jsonl
 from minids.text.expressions import last_number, parse_expression
 from minids.text.splits import held_out
 
+TASKS = "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or jsonl:PATH"
 HELD_OUT = 10  # one question in this many, by its hash
 
 
@@ -196,8 +197,7 @@ def open_task(spec: str) -> Task:
     if kind == "jsonl" and rest:
         return open_questions(spec, Path(rest))
     valid = ["calculator", "countdown", "gsm8k", "jsonl"]
-    raise ValueError(f"task = {spec!r} is not valid: {nearest(kind, valid)}valid are "
-                     "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k and jsonl:PATH")
+    raise ValueError(f"task = {spec!r} is not valid: {nearest(kind, valid)}valid are {TASKS}")
 
 
 def open_questions(spec: str, path: Path) -> Questions:

@@ -380,7 +380,7 @@ def complaint(spec: str) -> str:
 @pytest.mark.parametrize("spec, said", [
     ("calculater", "did you mean 'calculator'? valid are calculator[:OPERATIONS], "),
     ("cuntdown:3", "did you mean 'countdown'? "), ("gsm", "did you mean 'gsm8k'? "),
-    ("zzz", "valid are calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k and jsonl:PATH"),
+    ("zzz", "valid are calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or jsonl:PATH"),
     ("", "valid are calculator"), ("calculator:six", "valid are "), ("calculator:-1", "valid are "),
     ("calculator:²", "valid are "), ("jsonl:", "jsonl:PATH"), ("two\nlines", "valid are "),
     ("calculator:0", "the level must be from 1 to 32"),
