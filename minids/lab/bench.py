@@ -5,8 +5,6 @@
     python -m minids.lab.bench --what moe-vs-dense --seeds 3 --steps 500
     python -m minids.lab.bench --what sparse --context 32768 --pairs 3
     python -m minids.lab.bench --what speculative --run runs/deep
-    python -m minids.lab.bench --what rollout --preset micro --decode-batch 256 --prompt 16 \\
-        --new-tokens 48 --dtype fp32
 
 The tables:
     train         training steps: forward, backward, clipping and fused AdamW
@@ -27,15 +25,21 @@ programs share the machine, a ratio within a pair is steadier than any time. The
 checks that both compute the same function and stops if they do not: it compares logits and first
 losses, and decoded tokens may differ only where rounding decides.
 
-Below each table stands which body of each function ran (`minids.kernels.registry`).
+Rows appear on stderr as they are measured; below each table stands which body of each function ran
+(`minids.kernels.registry`).
 
 Simplified: no MTP modules, gate-bias updates or balance loss, which transformers' model does not
 train; weights are random. `batched_mm`, a third implementation of transformers' experts, joins the
 trial for decoding only: in training it is many times slower on a CPU.
 """
 
-from dataclasses import replace
+import contextlib
+import statistics
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, replace
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -45,48 +49,115 @@ from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.hf import config_from_args
 from minids.kernels.registry import recorded
-from minids.lab.bench_dense import dense_table, quality_table
-from minids.lab.bench_setup import DEFAULT_TABLES, Bench, BenchArgs
+from minids.lab.bench_setup import DEFAULT_TABLES, Bench, BenchArgs, Stepper, minids_loss
 from minids.lab.bench_sparse import sparse_table
 from minids.lab.bench_speculative import speculative_table
-from minids.lab.bench_transformers import (
-    decode_table,
-    memory_table,
-    rollout_table,
-    train_table,
-)
-from minids.runs.device import prepare_cpu
+from minids.lab.bench_transformers import decode_table, memory_table, rollout_table, train_table
+from minids.lab.timing import RATIOS
+from minids.runs.device import pick_device, prepare_cpu
+from minids.runs.learner import read_metrics
+from minids.runs.resume import free_folder
+from minids.runs.settings import TrainArgs
+from minids.train import train
 
+BESIDE_TRANSFORMERS = ("all", "train", "decode", "memory", "rollout")
+WIDTH_MULTIPLE = 8  # of the dense model's hidden width, to avoid odd shapes
+
+
+def equal_active_dense(args: ModelArgs) -> ModelArgs:
+    """Return the dense model with as many active parameters; all its layers share one width."""
+    dense = replace(args, n_routed_experts=0, inter_dim=WIDTH_MULTIPLE)
+    missing = count_parameters(args).active - count_parameters(dense).active
+    each = 3 * args.dim * args.n_layers * WIDTH_MULTIPLE
+    return replace(dense, inter_dim=WIDTH_MULTIPLE * max(1, 1 + round(missing / each)))
+
+
+def dense_table(bench: Bench) -> Iterator[list[str]]:
+    """Compare the training speed of experts and the dense model."""
+    yield ["training", "experts tokens/s", "dense tokens/s", *RATIOS, "experts active",
+           "dense active"]
+    pair = bench.args, equal_active_dense(bench.args)
+    active = [f"{count_parameters(args).active:,}" for args in pair]
+    for dtype in bench.settings.dtypes:
+        steppers = [Stepper(bench.model(args), minids_loss, dtype) for args in pair]
+        yield [dtype, *bench.time_steps(*steppers), *active]
+
+
+def train_one(s: BenchArgs, args: ModelArgs, seed: int, steps: int, run: Path) -> dict:
+    """Train a model with the preset's recipe; return its last metrics, validation included."""
+    dtype = "auto" if s.dtype == "both" else s.dtype
+    train_args = TrainArgs.for_preset(
+        s.preset, steps=steps, seed=seed, out=str(run), data=s.data, dtype=dtype, device=s.device,
+        threads=s.threads, eval_every=0, save_every=steps, keep_last=1)
+    with contextlib.redirect_stdout(sys.stderr):
+        train(train_args, asdict(args))
+    return read_metrics(run)[-1]
+
+
+def quality_table(bench: Bench) -> Iterator[list[str]]:
+    """Compare validation bits per byte: experts, dense for equal tokens, dense for equal time.
+
+    The third run has as many steps as fit into the first one's time, so its learning rate decays
+    to the end like the first one's; a run cut off at that time would stop before the decay.
+    """
+    s, folder = bench.settings, free_folder(Path("runs") / "moe-vs-dense")
+    moe, dense = bench.trained_args, equal_active_dense(bench.trained_args)
+    steps = s.steps or TrainArgs.for_preset(s.preset).steps
+    yield ["bits per byte", "experts", "dense, equal tokens", "lower", "dense, equal time", "lower",
+           "steps", "seconds"]
+    bits = []
+    for seed in range(s.seed, s.seed + s.seeds):
+        first = train_one(s, moe, seed, steps, folder / f"experts-seed-{seed}")
+        second = train_one(s, dense, seed, steps, folder / f"dense-tokens-seed-{seed}")
+        more = max(1, round(steps * first["seconds"] / second["seconds"]))
+        third = train_one(s, dense, seed, more, folder / f"dense-time-seed-{seed}")
+        three = first, second, third
+        bits.append([last["valid_bpb"] for last in three])
+        yield [f"seed {seed}", *quality_cells(bits[-1]),
+               " / ".join(str(last["step"]) for last in three),
+               " / ".join(f"{last['seconds']:.0f}" for last in three)]
+    means = [statistics.mean(column) for column in zip(*bits, strict=True)]
+    yield ["mean", *quality_cells(means), "", ""]
+
+
+def quality_cells(bits: list[float]) -> list[str]:
+    """Return table cells: bits per byte of the three runs, and the winner of each comparison."""
+    experts, *dense = bits
+    cells = [f"{experts:.4f}"]
+    for other in dense:
+        cells += [f"{other:.4f}", "experts" if experts < other else "dense"]
+    return cells
+
+
+# Each yields the row of titles, then row by row.
 MAKERS = {"train": train_table, "decode": decode_table, "memory": memory_table,
           "dense": dense_table, "moe-vs-dense": quality_table, "sparse": sparse_table,
           "speculative": speculative_table, "rollout": rollout_table}
-BESIDE_TRANSFORMERS = ("all", "train", "decode", "memory", "rollout")
-
-
-def describe(bench: Bench) -> str:
-    """Return two lines on the model, the machine and the sizes that all tables share."""
-    s, count = bench.settings, count_parameters(bench.args)
-    where = torch.cuda.get_device_name() if s.device == "cuda" else (
-        f"cpu ({torch.backends.cpu.get_cpu_capability()}), {s.threads} threads")
-    return (f"{s.preset}: {count.total:,} parameters, {count.active:,} active, without MTP\n"
-            f"{where}; torch {torch.__version__}, transformers {version('transformers')}; "
-            f"{s.pairs} pairs; training {s.batch_size} x {s.seq_len} tokens per step, decoding "
-            f"{s.new_tokens} tokens after {s.prompt}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     given, changes = parse("minids.lab.bench", __doc__, BenchArgs, ModelArgs, argv=argv)
-    settings = BenchArgs(**given)
-    prepare_cpu(settings.threads)
-    args = replace(ModelArgs.preset(settings.preset), **changes)
-    if settings.what in BESIDE_TRANSFORMERS:
+    s = BenchArgs(**given)
+    pick_device(s.device)  # refuses a GPU that is not there
+    prepare_cpu(s.threads)
+    args = replace(ModelArgs.preset(s.preset), **changes)
+    if s.what in BESIDE_TRANSFORMERS:
         config_from_args(args)  # refuses a model that transformers has no class for
-    bench = Bench(settings, args)
-    print(describe(bench), flush=True)
-    for name in DEFAULT_TABLES if settings.what == "all" else [settings.what]:
+    bench = Bench(s, args)
+    count = count_parameters(bench.args)
+    where = torch.cuda.get_device_name() if s.device == "cuda" else (
+        f"cpu ({torch.backends.cpu.get_cpu_capability()}), {s.threads} threads")
+    print(f"{s.preset}: {count.total:,} parameters, {count.active:,} active, without MTP\n"
+          f"{where}; torch {torch.__version__}, transformers {version('transformers')}; "
+          f"{s.pairs} pairs; training {s.batch_size} x {s.seq_len} tokens per step, decoding "
+          f"{s.new_tokens} tokens after {s.prompt}", flush=True)
+    for name in DEFAULT_TABLES if s.what == "all" else [s.what]:
+        rows = []
         with recorded() as calls:  # costs 0.1 us per call
-            rows = MAKERS[name](bench)
+            for row in MAKERS[name](bench):
+                print("  ".join(row), file=sys.stderr, flush=True)
+                rows.append(row)
         ran = ", ".join(f"{function} {body}" for function, body in sorted(calls))
         print(f"\n{format_table(rows)}\n\nbodies: {ran or 'ran in another process'}", flush=True)
 

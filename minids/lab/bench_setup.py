@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minids.base.fields import Settings, option, require
 from minids.config import ModelArgs
-from minids.lab.timing import in_turn
+from minids.lab.timing import in_turn, speed_cells
 from minids.model.transformer import Transformer
 from minids.runs.settings import TrainArgs
 from minids.text.loaders import open_data
@@ -26,14 +26,12 @@ class BenchArgs(Settings):
     """Tables, models and sizes."""
 
     preset: str = option("tiny", "model: " + ", ".join(ModelArgs.presets()))
-    what: str = option("all", "table to make; all: " + ", ".join(DEFAULT_TABLES),
-                       ("all", *TABLES))
+    what: str = option("all", f"table; all: {', '.join(DEFAULT_TABLES)}", ("all", *TABLES))
     pairs: int = option(7, "timings of each side", low=1)
     steps_per_timing: int = option(8, "training steps in one timing", low=1)
     batch_size: int = option(8, "training: sequences per step", low=1)
     seq_len: int = option(256, "training: tokens per sequence", low=1)
-    decode_batch: int = option(64, "decoding: sequences in the larger batch; the other has one",
-                               low=1)
+    decode_batch: int = option(64, "decoding: sequences in the larger batch", low=1)
     prompt: int = option(64, "decoding: tokens in each prompt", low=1)
     new_tokens: int = option(128, "decoding: tokens to generate after each prompt", low=1)
     dtype: str = option("both", "bf16: autocast with FP32 weights to train, BF16 weights to decode",
@@ -41,55 +39,40 @@ class BenchArgs(Settings):
     data: str = option("pystdlib", "text: pystdlib, text:PATH or hf:NAME[:CONFIG[:COLUMN]]")
     context: int = option(32768, "sparse: longest context in tokens; the others halve it", low=1)
     run: str = option("runs/tiny", "speculative: run folder of the model")
-    seed: int = option(0, "seed of the weights and of the order of the text", low=0,
-                      high=2 ** 32 - 1)
+    seed: int = option(0, "seed of the weights and the text's order", low=0, high=2 ** 32 - 1)
     seeds: int = option(3, "moe-vs-dense: runs of each model", low=1)
     steps: int = option(0, "moe-vs-dense: steps of each run; 0: the preset's number", low=0)
     threads: int = option(2, "CPU threads", low=1, high=1024)
     device: str = option("cpu", "device", ("cpu", "cuda"))
 
-    def __post_init__(self):
-        super().__post_init__()
-        require(self, "device", self.device == "cpu" or torch.cuda.is_available(),
-                "cpu: torch finds no GPU on this machine")
-
     @property
     def dtypes(self) -> list[str]:
-        """Precisions of the tables that compare in each."""
+        """Precisions of the tables that have a row for each."""
         return list(DTYPES) if self.dtype == "both" else [self.dtype]
 
     @property
     def one_dtype(self) -> torch.dtype:
         """Precision of the tables that run in one: FP32 unless BF16 is asked for."""
-        return DTYPES["bf16" if self.dtype == "bf16" else "fp32"]
+        return DTYPES[self.dtypes[-1]]
 
 
 class Bench:
-    """The configuration and the text that all tables of one program share.
-
-    settings: what to measure
-    args: the model; the timed models leave out its MTP modules
-    """
+    """The configuration and the text of one program; its timed models have no MTP modules."""
 
     def __init__(self, settings: BenchArgs, args: ModelArgs):
         tokenizer = Tokenizer.open(TrainArgs.for_preset(settings.preset).tokenizer)
         self.settings = settings
         self.trained_args = replace(args, vocab_size=tokenizer.vocab_size)
         self.args = replace(self.trained_args, n_mtp_layers=0)
-        self.check_lengths()
-        data = open_data(settings.data, tokenizer, settings.seq_len, seed=settings.seed)
-        self.loader, self.valid = data.loader, data.valid
-        needed = settings.prompt * settings.decode_batch
-        require(settings, "decode_batch", needed <= len(self.valid),
-                f"at most {len(self.valid) // settings.prompt}: the validation text is short")
-
-    def check_lengths(self) -> None:
-        """Raise `ValueError` for a model without experts or sequences longer than its limit."""
-        limit, s = self.args.max_seq_len, self.settings
+        limit, s = self.args.max_seq_len, settings
         require(self.args, "n_routed_experts", self.args.has_moe, "at least 1")
         require(s, "seq_len", s.seq_len <= limit, f"at most max_seq_len = {limit}")
         require(s, "new_tokens", s.prompt + s.new_tokens <= limit,
                 f"at most {limit - s.prompt}, so that max_seq_len = {limit} holds the prompt too")
+        data = open_data(s.data, tokenizer, s.seq_len, seed=s.seed)
+        self.loader, self.valid = data.loader, data.valid
+        require(s, "decode_batch", s.prompt * s.decode_batch <= len(self.valid),
+                f"at most {len(self.valid) // s.prompt}: the validation text is short")
 
     def model(self, args: ModelArgs | None = None) -> Transformer:
         """Return a new model, with the same random weights every time."""
@@ -107,15 +90,15 @@ class Bench:
         return self.valid[:count * size].view(count, size).tolist()
 
     def time_steps(self, ours: "Stepper", theirs: "Stepper") -> list[str]:
-        """Time training steps in turn, both sides on the same batches; return `Timing.cells`."""
+        """Time training steps in turn, both sides on the same batches; return `speed_cells`."""
         s = self.settings
         for stepper in (ours, theirs):
             stepper.run(self.batches(WARM_UP))
         batches = [self.batches(s.steps_per_timing) for _ in range(s.pairs)]
         first, second = iter(batches), iter(batches)
-        timing = in_turn(lambda: ours.run(next(first)), lambda: theirs.run(next(second)),
-                         s.pairs, s.device)
-        return timing.cells(s.steps_per_timing * s.batch_size * s.seq_len)
+        works = [lambda: ours.run(next(first)), lambda: theirs.run(next(second))]
+        taken = in_turn(works, s.pairs, s.device)
+        return speed_cells(taken, s.steps_per_timing * s.batch_size * s.seq_len)
 
 
 def minids_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -126,8 +109,7 @@ def minids_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
 class Stepper:
     """One model's training step: forward, backward, clipping, fused AdamW.
 
-    loss: `minids_loss` or `transformers_loss`
-    dtype: "bf16" (autocast, FP32 master weights) or "fp32"
+    loss: such as `minids_loss`; dtype: "bf16" (autocast, FP32 master weights) or "fp32"
     """
 
     def __init__(self, model: nn.Module, loss: Callable, dtype: str):

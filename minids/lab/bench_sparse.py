@@ -1,18 +1,18 @@
 """Prefill and decoding against context length, dense and sparse: time and FLOPs."""
 
 import functools
-import sys
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from minids.infer.decoding import new_cache
 from minids.infer.selections import Rule, selecting
 from minids.lab.bench_setup import Bench
-from minids.lab.timing import round_robin
-from minids.model.cache import LatentCache
+from minids.lab.timing import in_turn
 from minids.model.sparse_attention import Selection, load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.train import default_indexer
@@ -25,11 +25,11 @@ DECODE_STEPS = 16  # in one timing
 class Sparse:
     """A dense and a sparse model with the same weights, and the work that is timed on both.
 
-    bench: its model; without an indexer it gets one in V3.2's proportions that selects 2,048 tokens
+    A model without an indexer gets one in V3.2's proportions that selects 2,048 tokens.
     """
 
     def __init__(self, bench: Bench):
-        s = self.settings = bench.settings
+        s = bench.settings
         args = replace(bench.args, max_seq_len=s.context + 1)
         if not args.has_indexer:
             args = replace(args, **default_indexer(asdict(args), 8 * 2048))
@@ -40,11 +40,6 @@ class Sparse:
         self.tokens = torch.randint(args.vocab_size, (1, s.context), device=s.device,
                                     generator=torch.Generator(s.device).manual_seed(s.seed))
 
-    def cache(self, model: Transformer, length: int) -> LatentCache:
-        """Return an empty cache with room for `length` tokens and one more."""
-        return LatentCache(model.args, 1, length + 1, device=self.settings.device,
-                           dtype=self.settings.one_dtype)
-
     @torch.inference_mode()
     def prefill_dense(self, length: int) -> Tensor:
         """Prefill in the naive form, all tokens at once in the fused causal kernel."""
@@ -53,14 +48,14 @@ class Sparse:
     @torch.inference_mode()
     def prefill_sparse(self, length: int) -> Tensor:
         """Prefill piece by piece, each query gathering its own k tokens: work per token ~ k."""
-        cache = self.cache(self.sparse, length)
+        cache = new_cache(self.sparse, 1, length)
         for piece in self.tokens[:, :length].split(PIECE, dim=1):
             hidden = self.sparse.hidden(piece, cache, absorbed=True).states
         return self.sparse.head(hidden[:, -1])
 
     def decoding(self, model: Transformer, length: int) -> Callable[[], Tensor]:
-        """Return one decoding step after `length` tokens; each call repeats the same step."""
-        cache = self.cache(model, length)
+        """Return a decoding step after `length` tokens; each call repeats it."""
+        cache = new_cache(model, 1, length + 1)
         cache.latents.normal_()  # the values do not change the time
         if cache.index_keys is not None:
             cache.index_keys.normal_()
@@ -73,8 +68,7 @@ class Sparse:
 
     def prefills(self, length: int) -> list[Callable[[], Tensor]]:
         """Return the prefills of `length` tokens: dense, sparse."""
-        return [functools.partial(self.prefill_dense, length),
-                functools.partial(self.prefill_sparse, length)]
+        return [lambda: self.prefill_dense(length), lambda: self.prefill_sparse(length)]
 
     def decodings(self, length: int) -> list[Callable[[], Tensor]]:
         """Return the decoding steps: dense, sparse, and sparse with the indexer's work left out."""
@@ -102,7 +96,7 @@ def same_tokens(k: int) -> Rule:
 def count_flops(work: Callable[[], object]) -> int:
     """Return the FLOPs of all matrix products in `work`, two per multiply-add.
 
-    A causal kernel counts the keys its queries see, S (S + 1) / 2 pairs; torch itself counts all
+    A causal kernel counts the S (S + 1) / 2 pairs that its queries see; torch itself counts all
     pairs on a GPU and none on a CPU, and leaves out the experts' grouped products.
     """
     def attention(q, k, v, *_, **__) -> int:
@@ -112,8 +106,7 @@ def count_flops(work: Callable[[], object]) -> int:
     def grouped(x, weight, *_, **__) -> int:
         return 2 * x[0] * weight[1] * weight[2]
 
-    names = ("flash_attention", "flash_attention_for_cpu", "efficient_attention",
-             "cudnn_attention")
+    names = "flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention"
     formulas = {getattr(torch.ops.aten, f"_scaled_dot_product_{name}"): attention for name in names}
     formulas[torch.ops.aten._grouped_mm] = grouped
     with FlopCounterMode(display=False, custom_mapping=formulas) as count:
@@ -121,24 +114,22 @@ def count_flops(work: Callable[[], object]) -> int:
     return count.get_total_flops()
 
 
-def sparse_table(bench: Bench) -> list[list[str]]:
-    """Return the table of dense and sparse attention; decoding is one token of one sequence.
+def sparse_table(bench: Bench) -> Iterator[list[str]]:
+    """Compare dense and sparse attention; decoding is one token of one sequence.
 
     Counting the FLOPs runs each work once, so no timing is the first one.
     """
     both, s = Sparse(bench), bench.settings
     lengths = [SHORTEST << i for i in range(s.context.bit_length()) if SHORTEST << i < s.context]
-    rows = [[f"k = {both.args.index_topk:,}", "dense ms", "sparse ms", "ratio",
-             "outside indexer ms", "dense MFLOP", "sparse MFLOP", "outside indexer MFLOP"]]
-    for name, works_at, times_each in (("prefill", both.prefills, 1),
-                                       ("decode", both.decodings, DECODE_STEPS)):
+    yield [f"k = {both.args.index_topk:,}", "dense ms", "sparse ms", "ratio", "outside indexer ms",
+           "dense MFLOP", "sparse MFLOP", "outside indexer MFLOP"]
+    for name, works_at, times in (("prefill", both.prefills, 1),
+                                  ("decode", both.decodings, DECODE_STEPS)):
         for length in [*lengths, s.context]:
             works = works_at(length)
             flops = [f"{count_flops(work) / 1e6:,.3f}" for work in works]
-            taken = round_robin(works, s.pairs, times_each, s.device)
-            times = [f"{1e3 * t:,.2f}" for t in taken]
-            times.insert(2, f"{taken[0] / taken[1]:.2f}")
+            taken = [statistics.median(t) for t in in_turn(works, s.pairs, s.device, times)]
+            dense, sparse, *outside = (f"{1e3 * t:,.2f}" for t in taken)
             missing = [""] * (3 - len(works))  # prefill has no third work
-            rows += [[f"{name}, {length:,} tokens", *times, *missing, *flops, *missing]]
-            print("  ".join(rows[-1]), file=sys.stderr, flush=True)
-    return rows
+            yield [f"{name}, {length:,} tokens", dense, sparse, f"{taken[0] / taken[1]:.2f}",
+                   *outside, *missing, *flops, *missing]

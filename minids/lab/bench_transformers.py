@@ -6,10 +6,9 @@ import itertools
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from minids.hf import config_from_args, save_hf
 from minids.infer.generation import generate
 from minids.infer.sampling import Sampler
 from minids.lab.bench_setup import DTYPES, Bench, BenchArgs, Stepper, minids_loss
-from minids.lab.timing import RATIOS, Memory, in_turn, seconds, watch_memory
+from minids.lab.timing import RATIOS, in_turn, speed_cells, watch_memory
 from minids.model.transformer import Transformer
 from minids.rl.rollout import roll_out
 from minids.runs.device import prepare_cpu
@@ -36,21 +35,10 @@ LOSS_TOLERANCE = {"fp32": 5e-5, "bf16": 1e-2}  # FP32: sums near 8; BF16: roundi
 # to the mean: ties that rounding decides. In BF16 rounding also sends tokens to other experts
 # (measured: up to 0.17); any other token lies about 1 below.
 TIE = {"fp32": 1e-4, "bf16": 0.25}
-
-
-class Setting(NamedTuple):
-    """Which of transformers' own implementations run."""
-
-    attention: str
-    experts: str
-
-    def __str__(self) -> str:
-        return f"{self.attention} + {self.experts}"
-
-
-TRAIN_SETTINGS = [Setting(*pair) for pair in
-                  itertools.product(("sdpa", "eager"), ("grouped_mm", "eager"))]
-DECODE_SETTINGS = [*TRAIN_SETTINGS, *(Setting(name, "batched_mm") for name in ("sdpa", "eager"))]
+# A setting of transformers: which of its implementations of attention and experts run.
+TRAIN_SETTINGS = ["sdpa + grouped_mm", "sdpa + eager", "eager + grouped_mm", "eager + eager"]
+DECODE_SETTINGS = [*TRAIN_SETTINGS, "sdpa + batched_mm", "eager + batched_mm"]
+SPEEDS = ["minids tokens/s", "transformers tokens/s", *RATIOS]  # titles of `speed_cells`
 
 
 def to_transformers(model: Transformer) -> nn.Module:
@@ -66,10 +54,11 @@ def to_transformers(model: Transformer) -> nn.Module:
     return other.to(weight.device)
 
 
-def choose(theirs: nn.Module, setting: Setting) -> None:
-    """Switch transformers' model to these implementations."""
-    theirs.set_attn_implementation(setting.attention)
-    theirs.set_experts_implementation(setting.experts)
+def choose(theirs: nn.Module, setting: str) -> None:
+    """Switch transformers' model to a setting's implementations."""
+    attention, experts = setting.split(" + ")
+    theirs.set_attn_implementation(attention)
+    theirs.set_experts_implementation(experts)
 
 
 def transformers_loss(theirs: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -84,9 +73,8 @@ def decode_minids(model: Transformer, prompts: list[list[int]], new_tokens: int)
 
 def roll_out_minids(model: Transformer, prompts: list[list[int]], new_tokens: int) -> list:
     """Return each prompt's sampled continuation by minids, as `minids.grpo` asks for it."""
-    generator = torch.Generator(model.head.weight.device).manual_seed(0)
-    return roll_out(model, prompts, new_tokens, Sampler(1.0, generator=generator),
-                    eos_id=NEVER).replies()
+    sampler = Sampler(1.0, generator=torch.Generator(model.head.weight.device).manual_seed(0))
+    return roll_out(model, prompts, new_tokens, sampler, eos_id=NEVER).replies()
 
 
 def decode_transformers(theirs: nn.Module, prompts: list[list[int]], new_tokens: int,
@@ -99,28 +87,24 @@ def decode_transformers(theirs: nn.Module, prompts: list[list[int]], new_tokens:
     return out[:, ids.size(1):].tolist()
 
 
-def trial(theirs: nn.Module, settings: list[Setting], work: Callable[[], object], device: str,
-          what: str) -> Setting:
-    """Return the setting of transformers under which `work` takes the least time.
+def trial(theirs: nn.Module, settings: list[str], work: Callable[[], object], device: str,
+          what: str) -> str:
+    """Return the setting under which `work` takes the least time; all times go to stderr."""
+    def under(setting: str) -> None:
+        choose(theirs, setting)
+        work()
 
-    what: the work in words, for the line on stderr that reports all times
-    """
-    times = {setting: [] for setting in settings}
-    for round in range(TRIAL_ROUNDS + 1):
-        for setting in settings:
-            choose(theirs, setting)
-            taken = seconds(work, device)
-            if round:  # the first round warms up
-                times[setting].append(taken)
-    found = sorted((min(taken), setting) for setting, taken in times.items())
+    works = [functools.partial(under, setting) for setting in settings]
+    taken = in_turn(works, 1 + TRIAL_ROUNDS, device)  # the first round warms up
+    found = sorted((min(times[1:]), name) for times, name in zip(taken, settings, strict=True))
     listed = ", ".join(f"{setting} {taken:.3f} s" for taken, setting in found)
     print(f"transformers, {what}: {listed}", file=sys.stderr, flush=True)
     return found[0][1]
 
 
 @functools.cache
-def fastest_training(bench: Bench, dtype: str) -> Setting:
-    """Return the setting under which transformers trains fastest here."""
+def fastest_training(bench: Bench, dtype: str) -> str:
+    """Return transformers' fastest setting for a training step."""
     stepper = Stepper(to_transformers(bench.model()), transformers_loss, dtype)
     batch = bench.batches(1)
     return trial(stepper.model, TRAIN_SETTINGS, lambda: stepper.run(batch), bench.settings.device,
@@ -128,8 +112,8 @@ def fastest_training(bench: Bench, dtype: str) -> Setting:
 
 
 @functools.cache
-def fastest_decoding(bench: Bench, dtype: str, batch: int) -> Setting:
-    """Return the setting under which transformers decodes a batch of prompts fastest here."""
+def fastest_decoding(bench: Bench, dtype: str, batch: int) -> str:
+    """Return transformers' fastest setting for decoding a batch of prompts."""
     theirs, tokens = decoders(bench, dtype)[2], bench.settings.new_tokens
     prompts = bench.prompts(batch)
     return trial(theirs, DECODE_SETTINGS, lambda: decode_transformers(theirs, prompts, tokens),
@@ -145,9 +129,9 @@ def decoders(bench: Bench, dtype: str) -> tuple[Transformer, Transformer, nn.Mod
 
 @torch.no_grad()
 def check_same_function(model: Transformer, theirs: nn.Module, tokens: Tensor) -> None:
-    """Stop unless both models give the same FP32 logits for tokens (B, S).
+    """Stop unless the logits for tokens (B, S) agree in FP32, at their median over tokens.
 
-    Compares the median over tokens: rounding may send one of them to another expert.
+    Rounding may send one token to another expert.
     """
     logits = model(tokens)  # (B, S, vocab_size)
     gaps = (logits - theirs(input_ids=tokens, use_cache=False).logits).abs().mean(-1)  # (B, S)
@@ -157,7 +141,7 @@ def check_same_function(model: Transformer, theirs: nn.Module, tokens: Tensor) -
 
 @torch.no_grad()
 def first_losses(ours: Stepper, theirs: Stepper, batch: tuple[Tensor, Tensor]) -> list[float]:
-    """Return both losses on one batch, after checking that logits and losses agree."""
+    """Return both losses on a batch, after checking that logits and losses agree."""
     check_same_function(ours.model, theirs.model, batch[0][:4])
     losses = [stepper.forward(*batch).item() for stepper in (ours, theirs)]
     assert abs(losses[0] - losses[1]) <= LOSS_TOLERANCE[ours.dtype], (
@@ -165,11 +149,12 @@ def first_losses(ours: Stepper, theirs: Stepper, batch: tuple[Tensor, Tensor]) -
     return losses
 
 
-def equal_tokens(model: Transformer, prompts: list[list[int]], ours: list[list[int]],
+@torch.inference_mode()
+def equal_tokens(judge: Transformer, prompts: list[list[int]], ours: list[list[int]],
                  theirs: list[list[int]], tie: float) -> float:
     """Return the share of equal tokens, after checking that each first difference is a tie.
 
-    model: judges the ties, in FP32
+    judge: the model in FP32
     tie: how far below the best token either may lie, see `TIE`
     """
     equal = 0
@@ -179,26 +164,17 @@ def equal_tokens(model: Transformer, prompts: list[list[int]], ours: list[list[i
         equal += sum(same)
         if not all(same):
             at = same.index(False)
-            below = distance_from_best(model, prompt + a[:at], [a[at], b[at]])
+            tokens = torch.tensor([prompt + a[:at]], device=judge.head.weight.device)
+            logits = judge(tokens)[0, -1]  # (vocab_size,)
+            best, worse = logits.max(), logits[[a[at], b[at]]].min()
+            below = ((best - worse) / (best - logits.mean())).item()
             assert below <= tie, f"token {at} differs and is no tie: it lies {below:.4f} below"
     return equal / sum(map(len, ours))
 
 
-@torch.inference_mode()
-def distance_from_best(model: Transformer, tokens: list[int], candidates: list[int]) -> float:
-    """Return how far the worst candidate for the next token lies below the best token.
-
-    The unit is the distance from the best logit to the mean logit.
-    """
-    logits = model(torch.tensor([tokens], device=model.head.weight.device))[0, -1]  # (vocab_size,)
-    best = logits.max()
-    return ((best - logits[candidates].min()) / (best - logits.mean())).item()
-
-
-def train_table(bench: Bench) -> list[list[str]]:
-    """Return the table of training beside transformers."""
-    rows = [["training", "minids tokens/s", "transformers tokens/s", *RATIOS, "minids first loss",
-             "transformers first loss"]]
+def train_table(bench: Bench) -> Iterator[list[str]]:
+    """Compare training."""
+    yield ["training", *SPEEDS, "minids first loss", "transformers first loss"]
     for dtype in bench.settings.dtypes:
         setting = fastest_training(bench, dtype)
         model = bench.model()
@@ -206,62 +182,55 @@ def train_table(bench: Bench) -> list[list[str]]:
         choose(other, setting)
         ours, theirs = Stepper(model, minids_loss, dtype), Stepper(other, transformers_loss, dtype)
         losses = first_losses(ours, theirs, bench.batches(1)[0])
-        rows += [[f"{dtype}, {setting}", *bench.time_steps(ours, theirs),
-                  *(f"{loss:.5f}" for loss in losses)]]
-    return rows
+        yield [f"{dtype}, {setting}", *bench.time_steps(ours, theirs),
+               *(f"{loss:.5f}" for loss in losses)]
 
 
-def decode_table(bench: Bench) -> list[list[str]]:
-    """Return the table of greedy decoding beside transformers."""
+def decode_table(bench: Bench) -> Iterator[list[str]]:
+    """Compare greedy decoding."""
     s = bench.settings
-    rows = [["decoding", "minids tokens/s", "transformers tokens/s", *RATIOS, "equal tokens"]]
+    yield ["decoding", *SPEEDS, "equal tokens"]
     for dtype, batch in itertools.product(s.dtypes, sorted({1, s.decode_batch})):
         ours, judge, theirs = decoders(bench, dtype)
         choose(theirs, setting := fastest_decoding(bench, dtype, batch))
         prompts = bench.prompts(batch)
-        work = [functools.partial(decode_minids, ours, prompts, s.new_tokens),
-                functools.partial(decode_transformers, theirs, prompts, s.new_tokens)]
-        share = equal_tokens(judge, prompts, *(decode() for decode in work), TIE[dtype])
-        timing = in_turn(*work, s.pairs, s.device)
-        rows += [[f"{dtype}, batch {batch}, {setting}", *timing.cells(batch * s.new_tokens),
-                  f"{share:.1%}"]]
-    return rows
+        works = [functools.partial(decode_minids, ours, prompts, s.new_tokens),
+                 functools.partial(decode_transformers, theirs, prompts, s.new_tokens)]
+        share = equal_tokens(judge, prompts, *(decode() for decode in works), TIE[dtype])
+        speeds = speed_cells(in_turn(works, s.pairs, s.device), batch * s.new_tokens)
+        yield [f"{dtype}, batch {batch}, {setting}", *speeds, f"{share:.1%}"]
 
 
-def rollout_table(bench: Bench) -> list[list[str]]:
-    """Return the table of sampling beside transformers; only the logits can be checked."""
+def rollout_table(bench: Bench) -> Iterator[list[str]]:
+    """Compare sampling; only the logits can be checked."""
     s = bench.settings
-    rows = [["sampling", "minids tokens/s", "transformers tokens/s", *RATIOS]]
+    yield ["sampling", *SPEEDS]
     for dtype in s.dtypes:
         ours, judge, theirs = decoders(bench, dtype)
         choose(theirs, setting := fastest_decoding(bench, dtype, s.decode_batch))
         prompts = bench.prompts(s.decode_batch)
         check_same_function(judge, to_transformers(judge), torch.tensor(prompts, device=s.device))
-        work = [functools.partial(roll_out_minids, ours, prompts, s.new_tokens),
-                functools.partial(decode_transformers, theirs, prompts, s.new_tokens, sample=True)]
-        assert all(len(row) == s.new_tokens for sample in work for row in sample())
-        timing = in_turn(*work, s.pairs, s.device)
-        rows += [[f"{dtype}, batch {s.decode_batch}, {setting}",
-                  *timing.cells(s.decode_batch * s.new_tokens)]]
-    return rows
+        works = [functools.partial(roll_out_minids, ours, prompts, s.new_tokens),
+                 functools.partial(decode_transformers, theirs, prompts, s.new_tokens, sample=True)]
+        assert all(len(row) == s.new_tokens for sample in works for row in sample())
+        speeds = speed_cells(in_turn(works, s.pairs, s.device), s.decode_batch * s.new_tokens)
+        yield [f"{dtype}, batch {s.decode_batch}, {setting}", *speeds]
 
 
-def memory_table(bench: Bench) -> list[list[str]]:
-    """Return the table of both sides' peak memory; the ratio is transformers' to ours."""
+def memory_table(bench: Bench) -> Iterator[list[str]]:
+    """Compare peak memory, each side in a process of its own; the ratio is theirs to ours."""
     s = bench.settings
-    rows = [["memory, MiB", "minids added", "transformers added", "ratio", "minids peak",
-             "transformers peak", "ratio"]]
-    for dtype in s.dtypes:
-        for name, measure, setting in (
-                ("training", memory_of_training, fastest_training(bench, dtype)),
-                (f"decoding, batch {s.decode_batch}", memory_of_decoding,
-                 fastest_decoding(bench, dtype, s.decode_batch))):
-            ours, theirs = (in_fresh_process(measure, s, bench.args, dtype, which)
-                            for which in (None, setting))
-            added = ours.peak - ours.before, theirs.peak - theirs.before
-            rows += [[f"{dtype} {name}, {setting}", *memory_cells(*added),
-                      *memory_cells(ours.peak, theirs.peak)]]
-    return rows
+    yield ["memory, MiB", "minids added", "transformers added", "ratio", "minids peak",
+           "transformers peak", "ratio"]
+    for dtype, work in itertools.product(s.dtypes, ("training", "decoding")):
+        training = work == "training"
+        setting = fastest_training(bench, dtype) if training else fastest_decoding(
+            bench, dtype, s.decode_batch)
+        (before, peak), (their_before, their_peak) = (
+            in_fresh_process(work, s, bench.args, dtype, which) for which in (None, setting))
+        cells = memory_cells(peak - before, their_peak - their_before)
+        name = work if training else f"{work}, batch {s.decode_batch}"
+        yield [f"{dtype} {name}, {setting}", *cells, *memory_cells(peak, their_peak)]
 
 
 def memory_cells(ours: int, theirs: int) -> list[str]:
@@ -269,41 +238,36 @@ def memory_cells(ours: int, theirs: int) -> list[str]:
     return [f"{ours / 2**20:,.0f}", f"{theirs / 2**20:,.0f}", f"{theirs / ours:.2f}"]
 
 
-def in_fresh_process(measure: Callable, settings: BenchArgs, args: ModelArgs, dtype: str,
-                     setting: Setting | None) -> Memory:
-    """Return `measure(settings, args, dtype, setting)`, called in a newly started process."""
+def in_fresh_process(work: str, settings: BenchArgs, args: ModelArgs, dtype: str,
+                     setting: str | None) -> tuple[int, int]:
+    """Return `memory_of` these arguments in a newly started process."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, initializer=prepare_cpu,
                              initargs=(settings.threads,)) as pool:
-        return pool.submit(measure, settings, args, dtype, setting).result()
+        return pool.submit(memory_of, work, settings, args, dtype, setting).result()
 
 
-def memory_of_training(settings: BenchArgs, args: ModelArgs, dtype: str,
-                       setting: Setting | None) -> Memory:
-    """Return the memory of a few training steps; setting: transformers', or None for minids."""
-    bench = Bench(settings, args)
-    loss = transformers_loss if setting else minids_loss
-    stepper, batches = Stepper(side(bench, setting), loss, dtype), bench.batches(MEMORY_STEPS)
-    return watch_memory(lambda: stepper.run(batches), settings.device)
+def memory_of(work: str, settings: BenchArgs, args: ModelArgs, dtype: str,
+              setting: str | None) -> tuple[int, int]:
+    """Return `watch_memory` of one side, with random weights of its own.
 
-
-def memory_of_decoding(settings: BenchArgs, args: ModelArgs, dtype: str,
-                       setting: Setting | None) -> Memory:
-    """Return the memory of decoding the larger batch; setting: as above."""
-    bench = Bench(settings, args)
-    model, prompts = side(bench, setting).to(DTYPES[dtype]), bench.prompts(settings.decode_batch)
-    decode = decode_transformers if setting else decode_minids
-    return watch_memory(lambda: decode(model.eval(), prompts, settings.new_tokens), settings.device)
-
-
-def side(bench: Bench, setting: Setting | None) -> nn.Module:
-    """Return a model of one side alone, with random weights of its own."""
+    work: "training": a few steps; "decoding": the larger batch
+    setting: transformers', or None for minids
+    """
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
+    bench = Bench(settings, args)
     if setting is None:
-        return bench.model()
-    logging.set_verbosity_error()
-    config = AutoConfig.for_model(**config_from_args(bench.args))
-    model = AutoModelForCausalLM.from_config(config).to(bench.settings.device)
-    choose(model, setting)
-    return model
+        model = bench.model()
+    else:
+        logging.set_verbosity_error()
+        config = AutoConfig.for_model(**config_from_args(bench.args))
+        model = AutoModelForCausalLM.from_config(config).to(settings.device)
+        choose(model, setting)
+    if work == "training":
+        stepper = Stepper(model, transformers_loss if setting else minids_loss, dtype)
+        batches = bench.batches(MEMORY_STEPS)
+        return watch_memory(lambda: stepper.run(batches), settings.device)
+    model, prompts = model.to(DTYPES[dtype]).eval(), bench.prompts(settings.decode_batch)
+    decode = decode_transformers if setting else decode_minids
+    return watch_memory(lambda: decode(model, prompts, settings.new_tokens), settings.device)

@@ -12,7 +12,7 @@ import torch
 from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.lab import bench, bench_setup, bench_sparse, bench_speculative
-from minids.lab.bench_dense import equal_active_dense, quality_cells
+from minids.lab.bench import equal_active_dense, quality_cells
 from minids.lab.bench_setup import BenchArgs
 from minids.model.transformer import Transformer
 from minids.runs.checkpoints import save_checkpoint
