@@ -31,10 +31,9 @@ PLAYED, TOO_LARGE = 77, 78  # exit statuses of the copy; with any other, the fun
 
 
 def borrowed(function: Callable) -> str:
-    """Return what of minids a learner's function uses or imports; "" if nothing.
+    """Return what of minids, settings apart, a learner's function uses or imports; "" if nothing.
 
-    Settings are allowed. Functions that it calls are not inspected: this stops a short cut, not
-    cheating.
+    Functions that it calls are not inspected: this stops a short cut, not cheating.
     """
     own = "minids.config", "minids.lab.lesson"
     codes = [function.__code__] if hasattr(function, "__code__") else []
@@ -53,14 +52,14 @@ def borrowed(function: Callable) -> str:
 def rehearse(check: Callable, cases: list[tuple]) -> tuple[int, str]:
     """Return how many cases a forked copy finishes, and what the next one does to it.
 
-    check: called with a case's arguments and expected result
-
     Some answers cannot be stopped from within: an endless loop inside one built-in, such as
     `sum(iter(int, 1))`, unbounded memory, a crash. The copy meets them, and the notebook survives.
     Only Linux makes a copy.
 
     A fork can leave a lock that nobody releases. So a copy that only waits is not judged, because
     `attempt` can stop that; and a late copy gets a second, short chance.
+
+    check: called with a case's arguments and expected result
     """
     ended, fate = 0, ""
     for seconds in (PATIENCE - 0.5, 0.5) if sys.platform == "linux" else ():
@@ -145,10 +144,9 @@ threading.excepthook = quiet
 
 
 def attempt(function: Callable, arguments: tuple, seconds: float):
-    """Return or raise what the function does; raise Unfinished after `seconds`.
+    """Return or raise what the function does, in a thread; raise Unfinished after `seconds`.
 
-    It runs in a thread, so that the notebook continues whatever it does. A late thread is asked
-    to stop; one that waits for something outside Python is abandoned.
+    A late thread is asked to stop; one that waits for something outside Python is abandoned.
     """
     outcome = {}
 

@@ -12,9 +12,8 @@ The tables:
               beside the spread between seeds; and the same weights evaluated both ways (V3
               appendix B.1 claims less than 0.25 %)
 
-Every run is `python -m minids.train` with the preset's recipe, in its own folder below --out. A
-finished run is not repeated and an interrupted one is resumed, so you can stop and repeat the
-command at will.
+Every run is `python -m minids.train` with the preset's recipe, in its own folder below --out. The
+command can be stopped and repeated: a finished run stays, an interrupted one is resumed.
 
 Simplified: one recipe for all regimes; no learning rate was tuned for any of them.
 """
@@ -44,14 +43,11 @@ from minids.text.loaders import open_data
 
 REGIMES = {
     "balance": {
-        "none": ["--bias-speed", "0", "--balance-weight", "0"],
-        "auxiliary loss": ["--bias-speed", "0", "--balance-loss", "expert",
-                           "--balance-weight", "0.003"],
+        "none": "--bias-speed 0 --balance-weight 0".split(),
+        "auxiliary loss": "--bias-speed 0 --balance-loss expert --balance-weight 0.003".split(),
         "bias": ["--balance-weight", "0"],
-        "bias and sequence loss": [],
-    },
-    "fp8": {"without": [], "with": ["--fp8"]},
-}
+        "bias and sequence loss": []},
+    "fp8": {"without": [], "with": ["--fp8"]}}
 # Student's t: half the width of a 95 % interval in standard errors, by number of values
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 
@@ -71,7 +67,7 @@ class ClaimArgs(Settings):
 
 
 class Trained(NamedTuple):
-    """A finished run: its folder and the records of its metrics."""
+    """A finished run."""
 
     folder: Path
     metrics: list[dict]
@@ -85,47 +81,37 @@ class Trained(NamedTuple):
 def train_all(args: ClaimArgs) -> dict[str, list[Trained]]:
     """Train every regime with every seed, `jobs` at a time; return the runs by regime."""
     todo = [(regime, seed) for seed in range(args.seeds) for regime in REGIMES[args.what]]
+    runs = {regime: [] for regime in REGIMES[args.what]}
     with ThreadPoolExecutor(args.jobs) as pool:
         done = pool.map(lambda job: train_one(args, *job), todo)
-        runs = dict(zip(todo, tqdm(done, total=len(todo), unit="run"), strict=True))
-    return {regime: [runs[regime, seed] for seed in range(args.seeds)]
-            for regime in REGIMES[args.what]}
+        for (regime, _), run in zip(todo, tqdm(done, total=len(todo), unit="run"), strict=True):
+            runs[regime].append(run)
+    return runs
 
 
 def train_one(args: ClaimArgs, regime: str, seed: int) -> Trained:
-    """Train one run in its own process, or resume it where it was interrupted.
+    """Train one run in its own process, or the rest of one that was interrupted.
 
     Raises `ChildProcessError` with the last line of the run's errors if it fails.
     """
     folder = Path(args.out) / args.what / f"{regime.replace(' ', '-')}-seed-{seed}"
-    if not is_finished(folder):
+    last = [{}, *read_metrics(folder)][-1]
+    if "valid_bpb" not in last or last["step"] < read_config(folder)["train"]["steps"]:
         if is_run(folder):
             flags = ["--resume"]
         else:
             flags = ["--preset", args.preset, "--seed", str(seed), *REGIMES[args.what][regime]]
             flags += ["--steps", str(args.steps)] if args.steps else []
         flags += ["--out", str(folder), "--device", args.device, "--threads", str(args.threads)]
-        done = subprocess.run([sys.executable, "-m", "minids.train", *flags], capture_output=True,
-                              text=True)
+        done = subprocess.run([sys.executable, "-m", "minids.train", *flags],
+                              capture_output=True, text=True)
         if done.returncode:
             raise ChildProcessError(f"{folder}: {done.stderr.strip().splitlines()[-1]}")
     return Trained(folder, read_metrics(folder))
 
 
-def is_finished(folder: Path) -> bool:
-    """Return whether a run has taken all its steps and was validated."""
-    if not is_run(folder):
-        return False
-    steps = read_config(folder)["train"]["steps"]
-    metrics = read_metrics(folder)
-    return bool(metrics) and metrics[-1]["step"] == steps and "valid_bpb" in metrics[-1]
-
-
 def mean_vio(run: Trained, share: float) -> float:
-    """Return MaxVio near a point of the training, the mean over layers and steps.
-
-    share: the point, as a share of the run; a tenth of the run around it counts
-    """
+    """Return the mean MaxVio in the tenth of a run around this share of its steps."""
     middle, reach = share * len(run.metrics), max(len(run.metrics) / 20, 0.5)
     near = [m["max_vio"] for m in run.metrics if abs(m["step"] - middle) <= reach]
     return statistics.mean(v for layers in near for v in layers)
@@ -138,16 +124,15 @@ def dead_experts(run: Trained) -> int:
 
 
 def balance_table(args: ClaimArgs, runs: dict[str, list[Trained]]) -> list[tuple]:
-    """Return the table of regimes: one row each, means over seeds."""
+    """Return the table of regimes, means over seeds."""
     shares = (0.05, 0.25, 0.5, 0.95)
     rows = [("regime", *(f"MaxVio at {share:.0%}" for share in shares), "validation MaxVio",
              "dead experts", "bits per byte", "spread")]
     for regime, trained in runs.items():
         bits = [run.bits_per_byte for run in trained]
-        vio = [statistics.mean(run.metrics[-1]["valid_max_vio"]) for run in trained]
-        rows.append((regime, *(f"{statistics.mean(mean_vio(r, s) for r in trained):.2f}"
-                               for s in shares),
-                     f"{statistics.mean(vio):.2f}",
+        vio = [statistics.mean(mean_vio(run, share) for run in trained) for share in shares]
+        end = [statistics.mean(run.metrics[-1]["valid_max_vio"]) for run in trained]
+        rows.append((regime, *(f"{value:.2f}" for value in [*vio, statistics.mean(end)]),
                      f"{statistics.mean(map(dead_experts, trained)):.1f}",
                      f"{statistics.mean(bits):.4f}", f"{statistics.stdev(bits):.4f}"))
     return rows
@@ -164,30 +149,23 @@ def fp8_table(args: ClaimArgs, runs: dict[str, list[Trained]]) -> list[tuple]:
     rows = [("bits per byte", "without FP8", "with FP8", "gap", "same weights with FP8", "gap")]
     gaps, same = [], []
     for seed, (plain, fp8) in enumerate(zip(*runs.values(), strict=True)):
-        full, rounded = both_ways(plain.folder, args.device)
+        run = open_model(plain.folder, pick_device(args.device))
+        seq_len = run.config["train"]["seq_len"]
+        data = open_data(run.config["train"]["data"], run.tokenizer, seq_len)
+        text = data.valid, run.tokenizer.n_bytes, seq_len, 16
+        full = evaluate(run.model, *text).bits_per_byte
+        use_fp8(run.model)
+        rounded = evaluate(run.model, *text).bits_per_byte
         gaps.append(fp8.bits_per_byte / plain.bits_per_byte - 1)
         same.append(rounded / full - 1)
         rows.append((f"seed {seed}", f"{plain.bits_per_byte:.4f}", f"{fp8.bits_per_byte:.4f}",
                      f"{gaps[-1]:+.2%}", f"{rounded:.4f}", f"{same[-1]:+.3%}"))
     bits = [run.bits_per_byte for run in runs["without"]]
     (mean, half), (mean_same, half_same) = interval(gaps), interval(same)
-    return [*rows,
-            ("mean, 95 % interval", f"{statistics.mean(bits):.4f}", "",
-             f"{mean:+.2%} +- {half:.2%}", "", f"{mean_same:+.3%} +- {half_same:.3%}"),
-            ("spread between seeds", f"{statistics.stdev(bits) / statistics.mean(bits):.2%}",
-             "", "", "", "")]
-
-
-def both_ways(folder: Path, device: str) -> tuple[float, float]:
-    """Return bits per byte of one run's weights in full precision and in FP8."""
-    run = open_model(folder, pick_device(device))
-    seq_len = run.config["train"]["seq_len"]
-    data = open_data(run.config["train"]["data"], run.tokenizer, seq_len)
-    results = []
-    for prepare in (lambda: None, lambda: use_fp8(run.model)):
-        prepare()
-        results.append(evaluate(run.model, data.valid, run.tokenizer.n_bytes, seq_len, 16))
-    return results[0].bits_per_byte, results[1].bits_per_byte
+    middle, spread = statistics.mean(bits), statistics.stdev(bits)
+    return [*rows, ("mean, 95 % interval", f"{middle:.4f}", "", f"{mean:+.2%} +- {half:.2%}", "",
+                    f"{mean_same:+.3%} +- {half_same:.3%}"),
+            ("spread between seeds", f"{spread / middle:.2%}", "", "", "", "")]
 
 
 TABLES = {"balance": balance_table, "fp8": fp8_table}

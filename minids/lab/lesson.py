@@ -2,14 +2,12 @@
 
     review(square, [((3,), 9, "multiply the number by itself")])
 
-An exercise is a function that the learner writes. `review` calls it and prints what is wrong;
-`problems` returns the same sentences as a list, for the graded cell that must raise.
-`minids.lab.checker` runs the function safely.
+An exercise is a function that the learner writes. `review` prints what is wrong with it; `problems`
+returns the same sentences, for the graded cell that must raise. `minids.lab.checker` runs it.
 """
 
 import contextlib
 import copy
-import functools
 import math
 import sys
 import time
@@ -25,35 +23,35 @@ DIGITS = 1e-6  # relative; a right answer in FP32 keeps six digits, and a wrong 
 def table(header: Iterable[str], rows: Iterable[Iterable]):
     """Return a table for the end of a cell; columns of numbers are aligned to the right.
 
-    header: titles of the columns
-    rows: one list of cells per row, shown by `str`, integers as 1,234,567
+    header: titles of the columns; rows: cells, shown by `str`, integers as 1,234,567
     """
     from IPython.display import Markdown
+
+    def is_number(entry: str) -> bool:  # with or without a unit, or empty
+        return not entry or entry[0].isdigit() and len(entry.split()) <= 2
+
     rows = [[f"{value:,}" if type(value) is int else str(value) for value in row] for row in rows]
     numeric = [all(map(is_number, column)) for column in zip(*rows, strict=True)]
     lines = [list(header), ["--:" if right else ":--" for right in numeric], *rows]
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
-def is_number(entry: str) -> bool:
-    """Return whether a cell is a number, with or without a unit, or empty."""
-    return not entry or entry[0].isdigit() and len(entry.split()) <= 2
-
-
 def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
     """Return what is wrong with a learner's function, one sentence per case that fails.
 
     cases: (arguments, expected result, hint); floats must agree to six digits, the rest exactly.
-        Every case gets its own copy of the arguments, so changing them is harmless; all cases
-        together may take PATIENCE seconds
+        Every case gets its own copy of the arguments; all together may take PATIENCE seconds
     """
     if not callable(function) or not hasattr(function, "__name__"):
         return [f"{brief(function)} is not a function"]
     if taken := borrowed(function):
         return [f"{function.__name__} takes {taken} from minids, which knows the answer: "
                 "write it yourself"]
+
+    def check(arguments: tuple, expected) -> str:
+        return difference(function(*copy.deepcopy(arguments)), expected)
+
     found, cases, start = [], list(cases), time.monotonic()
-    check = functools.partial(compare, function)
     ended, fate = rehearse(check, cases)
     if fate:
         return [f"{written(function, cases[ended][0])} {fate}"]
@@ -68,9 +66,8 @@ def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
             if type(error) is NotImplementedError and not error.args:
                 return [f"{function.__name__} is not written yet"]
             found.append(f"{call} stops with {reason(error)}")
-            continue
-        if wrong:
-            found.append(f"{call} gives {wrong}: {hint}")
+        else:
+            found += [f"{call} gives {wrong}: {hint}"] if wrong else []
     return found
 
 
@@ -80,11 +77,6 @@ def reason(error: BaseException) -> str:
         return f"{type(error).__name__}: {error}"
     except Exception:
         return type(error).__name__
-
-
-def compare(function: Callable, arguments: tuple, expected) -> str:
-    """Return how a function's answer differs from the expected one, in words; "" if it does not."""
-    return difference(function(*copy.deepcopy(arguments)), expected)
 
 
 def review(function: Callable, cases: list[tuple]) -> None:
@@ -114,7 +106,7 @@ def difference(answer, expected) -> str:
 
 
 def tensor_difference(answer, expected: torch.Tensor) -> str:
-    """Return the same for an expected tensor: compares shape, dtype, gradient and values."""
+    """Return the same for an expected tensor."""
     if not isinstance(answer, torch.Tensor):
         return f"{brief(answer)} instead of {brief(expected)}"
     if answer.shape != expected.shape:

@@ -10,15 +10,13 @@ loss depends on distant tokens. Here all of it does. A sequence of S tokens is
     filler | key value key value .. | filler | key value key value ..
 
 S / 16 pairs with distinct keys, and at the end the same pairs in another order. The loss is on the
-values at the end, which appeared nearly S / 2 tokens earlier. Chance is one in 64.
+values at the end, which appeared nearly S / 2 tokens earlier. Chance is one in 64. With fewer keys,
+in sequences of 512 tokens, the model did not learn the task (one seed).
 
 A small dense model learns this, on short sequences first; then indexers are added and learn from
 its attention (V3.2, arXiv 2512.02556, section 2.1.1), and the model continues training under their
 selection. The table shows the accuracy of the same model under dense attention and under each way
 of selecting k = S / 8 tokens: its indexers, attention's own probabilities, a window, at random.
-
-Short sequences have few keys, and with few keys the model did not learn the task (512 tokens, one
-seed). This is a program, not a test, because it trains for minutes, and on a GPU at any length.
 """
 
 import time
@@ -65,15 +63,12 @@ class RecallArgs(Settings):
     warmup_steps: int = option(200, "steps that train the indexers alone", low=0)
     sparse_steps: int = option(50, "steps that train the model under their selection", low=0)
     tokens: int = option(4096, "tokens per step; a step has two sequences at least", low=1)
-    lr: float = option(1e-2, "dense training: learning rate of AdamW, for embedding and head",
-                       above=0)
-    muon_lr: float = option(3e-3, "dense training: learning rate of Muon, for the other matrices",
-                            above=0)
-    sparse_lr: float = option(0.1, "learning rates after dense training, as a share of these",
-                              above=0)
+    lr: float = option(1e-2, "dense training: AdamW's learning rate, embedding and head", above=0)
+    muon_lr: float = option(3e-3, "dense training: Muon's learning rate, other matrices", above=0)
+    sparse_lr: float = option(0.1, "later learning rates, as a share of these two", above=0)
     indexer_lr: float = option(3e-3, "learning rate of the indexers", above=0)
     test_sequences: int = option(16, "sequences on which accuracy is measured", low=1)
-    dtype: str = option("auto", "precision of products; auto: bf16 where the hardware has it",
+    dtype: str = option("auto", "precision; auto: bf16 where the hardware multiplies it",
                         ("auto", "bf16", "fp32"))
     out: str = option("", "folder to save the models of both stages in; none saves nothing")
     seed: int = option(0, "seed of weights and sequences", low=0, high=2 ** 32 - 1)
@@ -89,21 +84,20 @@ class RecallArgs(Settings):
 
     @property
     def k(self) -> int:
-        """The number of tokens that a query attends to."""
+        """Tokens that a query attends to."""
         return self.index_topk or self.seq_len // 8
 
     @property
     def keys(self) -> int:
-        """The number of words that are keys: tokens 0 to keys - 1; then come values and fillers."""
+        """Words that are keys: tokens 0 to keys - 1; then come values and fillers."""
         return max(self.seq_len // 8, 2 * FEWEST)
 
     def model(self) -> ModelArgs:
         """Return the settings of the dense model."""
-        return ModelArgs(
-            vocab_size=self.keys + VALUES + FILLERS, max_seq_len=self.seq_len,
-            original_seq_len=self.seq_len, dim=self.dim, inter_dim=2 * self.dim,
-            n_layers=self.n_layers, n_dense_layers=self.n_layers, n_routed_experts=0,
-            n_mtp_layers=0, init_std=INIT_STD)
+        size = dict(vocab_size=self.keys + VALUES + FILLERS, max_seq_len=self.seq_len,
+                    original_seq_len=self.seq_len, dim=self.dim, inter_dim=2 * self.dim)
+        return ModelArgs(**size, n_layers=self.n_layers, n_dense_layers=self.n_layers,
+                         n_routed_experts=0, n_mtp_layers=0, init_std=INIT_STD)
 
     def sparse_model(self) -> ModelArgs:
         """Return the settings of the same model with indexers."""
@@ -117,7 +111,7 @@ def pairs_in(length: int) -> int:
 
 
 def draw(args: RecallArgs, batch: int, length: int, generator: torch.Generator) -> Tensor:
-    """Return sequences of the task, (batch, length) int64; the top of the file describes them."""
+    """Return sequences of the task, (batch, length) int64."""
     pairs = pairs_in(length)
     keys = torch.rand(batch, args.keys, generator=generator).argsort(1)[:, :pairs]
     values = torch.randint(VALUES, (batch, pairs), generator=generator) + args.keys
@@ -131,33 +125,22 @@ def draw(args: RecallArgs, batch: int, length: int, generator: torch.Generator) 
 
 
 class Asked(NamedTuple):
-    """A model's answers to the keys at the end.
+    """A model's answers to the keys at the end."""
 
-    logits: (B, pairs, vocab_size), its predictions; values: (B, pairs) int64, the right answers
-    indexer: loss of the indexers, summed over layers, or 0
-    """
-
-    logits: Tensor
-    values: Tensor
-    indexer: Tensor | float
-
-    @property
-    def loss(self) -> Tensor:
-        """The mean cross-entropy of the values in nats."""
-        return F.cross_entropy(self.logits.flatten(0, 1).float(), self.values.flatten())
-
-    @property
-    def accuracy(self) -> float:
-        """The share of right answers."""
-        return (self.logits.argmax(-1) == self.values).float().mean().item()
+    logits: Tensor  # (B, pairs, vocab_size)
+    loss: Tensor  # mean cross-entropy of the values, nats
+    accuracy: float  # share of right answers
+    indexer: Tensor | float  # loss of the indexers, summed over layers, or 0
 
 
 def ask(model: Transformer, tokens: Tensor, dsa: str = "") -> Asked:
     """Run the model on sequences (B, S) int64; dsa: how indexers learn, as `Lesson.stage`."""
     hidden, _, losses = model.hidden(tokens[:, :-1], indexer_stage=dsa)
     at = torch.arange(tokens.size(1) - 2 * pairs_in(tokens.size(1)), tokens.size(1), 2)
-    return Asked(model.head(hidden[:, at]), tokens[:, at + 1],
-                 sum(losses) if dsa else 0.0)
+    logits, values = model.head(hidden[:, at]), tokens[:, at + 1]
+    loss = F.cross_entropy(logits.flatten(0, 1).float(), values.flatten())
+    accuracy = (logits.argmax(-1) == values).float().mean().item()
+    return Asked(logits, loss, accuracy, sum(losses) if dsa else 0.0)
 
 
 class Lesson:
@@ -171,9 +154,9 @@ class Lesson:
         self.device = model.head.weight.device
         self.dtype = pick_dtype(args.dtype, self.device)
         share = args.sparse_lr if stage else 1.0
-        self.optimizers = build_optimizers(model, TrainArgs(
-            optimizer="muon", lr=args.lr * share, muon_lr=args.muon_lr * share, weight_decay=0.0,
-            indexer_lr=args.indexer_lr), self.dtype)
+        rates = dict(lr=args.lr * share, muon_lr=args.muon_lr * share, indexer_lr=args.indexer_lr)
+        self.optimizers = build_optimizers(
+            model, TrainArgs(optimizer="muon", weight_decay=0.0, **rates), self.dtype)
         number = ("", "warmup", "sparse").index(stage)
         self.generator = torch.Generator().manual_seed(4 * args.seed + number)
         self.steps = 0
@@ -214,9 +197,9 @@ def with_indexers(model: Transformer, args: RecallArgs) -> Transformer:
 
 @torch.no_grad()
 def accuracies(args: RecallArgs, model: Transformer) -> list[list]:
-    """Return rows of name, accuracy, and recall of attention's probability by layer.
+    """Return name, accuracy, and recall of attention's probability by layer of each way to attend.
 
-    One row per way of attending. The model runs in FP32, on sequences it was not trained on.
+    The model runs in FP32, on sequences it was not trained on.
     """
     generator = torch.Generator().manual_seed(4 * args.seed + 3)
     tokens = draw(args, args.test_sequences, args.seq_len, generator).to(model.head.weight.device)
@@ -232,42 +215,8 @@ def accuracies(args: RecallArgs, model: Transformer) -> list[list]:
     return rows
 
 
-def experiment(args: RecallArgs) -> None:
-    """Train, and print `accuracies` after the stages "warmup" and "sparse"."""
-    torch.manual_seed(args.seed)
-    model, start = Transformer(args.model()).to(pick_device(args.device)), time.perf_counter()
-    for length, steps in train_dense(args, model):
-        print(f"{length} tokens solved after {steps} steps, {time.perf_counter() - start:.0f} s",
-              flush=True)
-    model = with_indexers(model, args)
-    freeze_all_but_indexers(model)
-    for stage, steps in (("warmup", args.warmup_steps), ("sparse", args.sparse_steps)):
-        lesson = Lesson(args, model, stage)
-        for _ in range(steps):
-            asked = lesson.step(args.seq_len)
-        model.requires_grad_(True)
-        if steps:
-            rows = [[f"attention to {args.k} tokens", "accuracy", "recall of attention by layer"]]
-            rows += [[name, f"{share:.2%}", recall] for name, share, recall in
-                     accuracies(args, model)]
-            if args.out:
-                save_stage(args, model, stage)
-            print(f"\nafter {steps} steps of stage {stage}, {time.perf_counter() - start:.0f} s; "
-                  f"indexers {asked.indexer:.4f} nats per query from attention\n"
-                  f"{format_table(rows)}", flush=True)
-
-
-def save_stage(args: RecallArgs, model: Transformer, stage: str) -> None:
-    """Save a model and the settings that made it: STAGE.safetensors and settings.json in --out."""
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    save_file({n: w.cpu().contiguous() for n, w in model.state_dict().items()},
-              folder / f"{stage}.safetensors")
-    write_json(folder / "settings.json", asdict(args))
-
-
 def load_stage(folder: str | Path, stage: str) -> tuple[RecallArgs, Transformer]:
-    """Return the settings and the model that `save_stage` saved."""
+    """Return the settings and the model that `main` saved after a stage."""
     args = RecallArgs(**read_json(Path(folder) / "settings.json"))
     model = Transformer(args.sparse_model())
     model.load_state_dict(load_file(Path(folder) / f"{stage}.safetensors"))
@@ -275,13 +224,38 @@ def load_stage(folder: str | Path, stage: str) -> tuple[RecallArgs, Transformer]
 
 
 def main() -> None:
-    """Run the command line."""
+    """Train; print `accuracies`, and save the model, after the stages "warmup" and "sparse"."""
     [given] = parse("minids.lab.recall", __doc__, RecallArgs)
     args = RecallArgs(**given)
     prepare_cpu(args.threads)
     print(f"recall over {args.seq_len} tokens, {pairs_in(args.seq_len)} pairs, chance "
           f"{1 / VALUES:.2%}; {args.device}, torch {torch.__version__}", flush=True)
-    experiment(args)
+    torch.manual_seed(args.seed)
+    model, start = Transformer(args.model()).to(pick_device(args.device)), time.perf_counter()
+    for length, steps in train_dense(args, model):
+        spent = time.perf_counter() - start
+        print(f"{length} tokens solved after {steps} steps, {spent:.0f} s", flush=True)
+    model = with_indexers(model, args)
+    freeze_all_but_indexers(model)
+    for stage, steps in (("warmup", args.warmup_steps), ("sparse", args.sparse_steps)):
+        lesson = Lesson(args, model, stage)
+        for _ in range(steps):
+            asked = lesson.step(args.seq_len)
+        model.requires_grad_(True)
+        if not steps:
+            continue
+        rows = [[f"attention to {args.k} tokens", "accuracy", "recall of attention by layer"]]
+        rows += [[name, f"{right:.2%}", recall] for name, right, recall in accuracies(args, model)]
+        if args.out:
+            folder = Path(args.out)
+            folder.mkdir(parents=True, exist_ok=True)
+            weights = {name: w.cpu().contiguous() for name, w in model.state_dict().items()}
+            save_file(weights, folder / f"{stage}.safetensors")
+            write_json(folder / "settings.json", asdict(args))
+        spent = time.perf_counter() - start
+        print(f"\nafter {steps} steps of stage {stage}, {spent:.0f} s; indexers "
+              f"{asked.indexer:.4f} nats per query from attention")
+        print(format_table(rows), flush=True)
 
 
 if __name__ == "__main__":
