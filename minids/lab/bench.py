@@ -49,9 +49,8 @@ from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.hf import config_from_args
 from minids.kernels.registry import recorded
+from minids.lab.bench_decoding import sparse_table, speculative_table
 from minids.lab.bench_setup import DEFAULT_TABLES, Bench, BenchArgs, Stepper, minids_loss
-from minids.lab.bench_sparse import sparse_table
-from minids.lab.bench_speculative import speculative_table
 from minids.lab.bench_transformers import decode_table, memory_table, rollout_table, train_table
 from minids.lab.timing import RATIOS
 from minids.runs.device import pick_device, prepare_cpu

@@ -44,27 +44,27 @@ def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
     """
     if not callable(function) or not hasattr(function, "__name__"):
         return [f"{brief(function)} is not a function"]
+    name = function.__name__
     if taken := borrowed(function):
-        return [f"{function.__name__} takes {taken} from minids, which knows the answer: "
-                "write it yourself"]
+        return [f"{name} takes {taken} from minids, which knows the answer: write it yourself"]
 
     def check(arguments: tuple, expected) -> str:
         return difference(function(*copy.deepcopy(arguments)), expected)
 
     found, cases, start = [], list(cases), time.monotonic()
+    calls = [f"{name}({', '.join(map(brief, arguments))})" for arguments, *_ in cases]
     ended, fate = rehearse(check, cases)
     if fate:
-        return [f"{written(function, cases[ended][0])} {fate}"]
+        return [f"{calls[ended]} {fate}"]
     end = PATIENCE + (time.monotonic() if ended == len(cases) else start)
-    for arguments, expected, hint in cases:
-        call = written(function, arguments)
+    for call, (arguments, expected, hint) in zip(calls, cases, strict=True):
         try:
             wrong = attempt(check, (arguments, expected), end - time.monotonic())
         except Unfinished:
             return [*found, f"{call} {LATE}"]
         except BaseException as error:  # whatever a learner's code may raise is reported
             if type(error) is NotImplementedError and not error.args:
-                return [f"{function.__name__} is not written yet"]
+                return [f"{name} is not written yet"]
             found.append(f"{call} stops with {reason(error)}")
         else:
             found += [f"{call} gives {wrong}: {hint}"] if wrong else []
@@ -84,11 +84,6 @@ def review(function: Callable, cases: list[tuple]) -> None:
     with contextlib.redirect_stdout(sys.stdout):  # restores it if the function replaces it
         found = problems(function, cases)
     print("\n".join(found) or f"{function.__name__} is right in {len(cases)} of {len(cases)} cases")
-
-
-def written(function: Callable, arguments: tuple) -> str:
-    """Return a call as one would write it, with long arguments abbreviated."""
-    return f"{function.__name__}({', '.join(map(brief, arguments))})"
 
 
 def difference(answer, expected) -> str:

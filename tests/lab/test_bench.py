@@ -11,7 +11,7 @@ import torch
 
 from minids.config import ModelArgs
 from minids.costs import count_parameters
-from minids.lab import bench, bench_setup, bench_sparse, bench_speculative
+from minids.lab import bench, bench_decoding, bench_setup
 from minids.lab.bench import equal_active_dense, quality_cells
 from minids.lab.bench_setup import BenchArgs
 from minids.model.transformer import Transformer
@@ -82,7 +82,7 @@ def test_quality_table(settings, capsys, tmp_path, monkeypatch):
 
 
 def test_sparse_table(settings, capsys, monkeypatch):
-    monkeypatch.setattr(bench_sparse, "SHORTEST", 32)
+    monkeypatch.setattr(bench_decoding, "SHORTEST", 32)
     flags = ["--context=96", "--index-n-heads=2", "--index-head-dim=16", "--index-topk=16"]
     head, *rows = run(settings, "sparse", capsys, *flags)
     assert [row[0].strip() for row in rows] == [f"{work}, {n} tokens" for work in
@@ -104,12 +104,12 @@ def a_run(tmp_path, **changes) -> str:
 
 
 def test_speculative_table(settings, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench_speculative, "PROMPTS", 2)
+    monkeypatch.setattr(bench_decoding, "PROMPTS", 2)
     head, *rows = run(settings, "speculative", capsys, f"--run={a_run(tmp_path)}")
     assert len(head) == 5
     assert [row[0].strip() for row in rows[:6]] == [
         f"{drafts} drafted, batch {batch}" for drafts in (1, 2, 3) for batch in (1, 2)]
-    assert len(rows) == 6 + len(bench_speculative.DEPTHS)
+    assert len(rows) == 6 + len(bench_decoding.DEPTHS)
     assert all(1 <= float(row[2]) <= 4 and float(row[3]) > 0 for row in rows[:6])
     predicted = [float(row[-1]) for row in rows[6:]]
     assert predicted == sorted(predicted)  # the deeper, the more a draft saves
@@ -122,9 +122,9 @@ def test_drafts_need_a_module(settings, capsys, tmp_path):
 
 def test_texts_that_differ_stop_the_benchmark():
     same = [[1, 2]] * 16
-    bench_speculative.require_same_text(same, [[1, 3], [1, 3], *same[2:]])  # ties
+    bench_decoding.require_same_text(same, [[1, 3], [1, 3], *same[2:]])  # ties
     with pytest.raises(ValueError, match="3 of 16"):
-        bench_speculative.require_same_text(same, [*[[1, 3]] * 3, *same[3:]])
+        bench_decoding.require_same_text(same, [*[[1, 3]] * 3, *same[3:]])
 
 
 def test_lower_bits_per_byte_win():

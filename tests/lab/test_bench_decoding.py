@@ -8,9 +8,9 @@ import torch
 from minids.config import ModelArgs
 from minids.costs import count_parameters, pair_flops
 from minids.kernels.registry import using
-from minids.lab import bench_sparse
+from minids.lab import bench_decoding
+from minids.lab.bench_decoding import Sparse, count_flops
 from minids.lab.bench_setup import Bench
-from minids.lab.bench_sparse import Sparse, count_flops
 
 NANO = replace(ModelArgs.preset("nano"), n_mtp_layers=0)
 SPARSE = replace(NANO, index_n_heads=3, index_head_dim=16, index_topk=24)
@@ -51,7 +51,7 @@ def test_the_experts_are_counted(settings):
 
 def test_prefill_counts_all_pairs(settings, monkeypatch):
     """What is not in proportion to the tokens, 128 against twice 64."""
-    monkeypatch.setattr(bench_sparse, "PIECE", 32)
+    monkeypatch.setattr(bench_decoding, "PIECE", 32)
     one = dict(n_routed_experts=1, n_activated_experts=1)  # its load is every token
     costs, pair = costs_at(settings, 64, 128, **one), pair_flops(SPARSE)
     dense, sparse = (b - 2 * a for a, b in zip(costs[64]["prefill"], costs[128]["prefill"],
