@@ -33,15 +33,12 @@ DEPTHS = (2, 4, 8, 16, 32, 64)  # numbers of layers for which the cost model pre
 
 
 class Sparse:
-    """A dense and a sparse model with the same weights, and the work that is timed on both.
-
-    A model without an indexer gets one in V3.2's proportions that selects 2,048 tokens.
-    """
+    """A dense and a sparse model with the same weights, and the work that is timed on both."""
 
     def __init__(self, bench: Bench):
         s = bench.settings
         args = replace(bench.args, max_seq_len=s.context + 1)
-        if not args.has_indexer:
+        if not args.has_indexer:  # it gets one in V3.2's proportions, which selects 2,048 tokens
             args = replace(args, **default_indexer(asdict(args), 8 * 2048))
         self.args = args
         self.sparse = bench.model(args).to(s.one_dtype).eval()
@@ -125,10 +122,7 @@ def count_flops(work: Callable[[], object]) -> int:
 
 
 def sparse_table(bench: Bench) -> Iterator[list[str]]:
-    """Compare dense and sparse attention; decoding is one token of one sequence.
-
-    Counting the FLOPs runs each work once, so no timing is the first one.
-    """
+    """Compare dense and sparse attention; decoding is one token of one sequence."""
     both, s = Sparse(bench), bench.settings
     lengths = [SHORTEST << i for i in range(s.context.bit_length()) if SHORTEST << i < s.context]
     yield [f"k = {both.args.index_topk:,}", "dense ms", "sparse ms", "ratio", "outside indexer ms",
@@ -137,7 +131,7 @@ def sparse_table(bench: Bench) -> Iterator[list[str]]:
                                   ("decode", both.decodings, DECODE_STEPS)):
         for length in [*lengths, s.context]:
             works = works_at(length)
-            flops = [f"{count_flops(work) / 1e6:,.3f}" for work in works]
+            flops = [f"{count_flops(work) / 1e6:,.3f}" for work in works]  # also warms up
             taken = [statistics.median(t) for t in in_turn(works, s.pairs, s.device, times)]
             dense, sparse, *outside = (f"{1e3 * t:,.2f}" for t in taken)
             missing = [""] * (3 - len(works))  # prefill has no third work

@@ -129,13 +129,10 @@ def decoders(bench: Bench, dtype: str) -> tuple[Transformer, Transformer, nn.Mod
 
 @torch.no_grad()
 def check_same_function(model: Transformer, theirs: nn.Module, tokens: Tensor) -> None:
-    """Stop unless the logits for tokens (B, S) agree in FP32, at their median over tokens.
-
-    Rounding may send one token to another expert.
-    """
+    """Stop unless both models give the same FP32 logits for tokens (B, S)."""
     logits = model(tokens)  # (B, S, vocab_size)
     gaps = (logits - theirs(input_ids=tokens, use_cache=False).logits).abs().mean(-1)  # (B, S)
-    gap = (gaps.median() / logits.std()).item()
+    gap = (gaps.median() / logits.std()).item()  # rounding may send one to another expert
     assert gap <= LOGIT_TOLERANCE, f"the two models differ: logits are {gap:.1e} apart"
 
 
@@ -154,8 +151,7 @@ def equal_tokens(judge: Transformer, prompts: list[list[int]], ours: list[list[i
                  theirs: list[list[int]], tie: float) -> float:
     """Return the share of equal tokens, after checking that each first difference is a tie.
 
-    judge: the model in FP32
-    tie: how far below the best token either may lie, see `TIE`
+    judge: the model in FP32; tie: how far below the best token either may lie, see `TIE`
     """
     equal = 0
     for prompt, a, b in zip(prompts, ours, theirs, strict=True):
@@ -251,8 +247,7 @@ def memory_of(work: str, settings: BenchArgs, args: ModelArgs, dtype: str,
               setting: str | None) -> tuple[int, int]:
     """Return `watch_memory` of one side, with random weights of its own.
 
-    work: "training": a few steps; "decoding": the larger batch
-    setting: transformers', or None for minids
+    work: "training": steps; "decoding": the larger batch; setting: transformers', None for minids
     """
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 

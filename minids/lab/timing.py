@@ -52,10 +52,7 @@ def process_memory(field: str) -> int:
 
 
 def watch_memory(work: Callable[[], object], device: str) -> tuple[int, int]:
-    """Run `work`; return the bytes in use before it and the most during it.
-
-    The GPU's, or on a CPU the process's (Linux only).
-    """
+    """Run `work`; return bytes in use before and at most: the GPU's, or (Linux) the process's."""
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
