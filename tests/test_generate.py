@@ -60,7 +60,7 @@ def test_cached_greedy_equals_uncached_token_by_token(name, monkeypatch):
     model = scrambled(MODELS[name])
     with recorded() as record:
         assert equals_uncached(model, [PROMPTS[0]])
-    assert (("mla.MLA.forward", "folded_attention") in record) == (name == "folded")
+    assert (("transformer.Block.forward", "folded_block") in record) == (name == "folded")
     assert equals_uncached(model, PROMPTS[::3])  # a batch of equal lengths
     # wrong: the cache forgets the newest token
     append = LatentCache.append

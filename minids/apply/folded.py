@@ -10,8 +10,12 @@ from torch import Tensor
 from minids.kernels.few_tokens import Folded
 from minids.kernels.precision import compute_dtype
 from minids.model.cache import LatentCache
+from minids.model.layers import MLP, Linear, RMSNorm
 from minids.model.mla import MLA
-from minids.model.transformer import Transformer
+from minids.model.moe import Experts, Gate, MoE
+from minids.model.transformer import Block, Transformer
+
+PARTS = {Block, MLA, MLP, MoE, Gate, Experts, Linear, RMSNorm}  # of blocks that can be folded
 
 
 def fold(model: Transformer, cache: LatentCache) -> None:
@@ -23,18 +27,16 @@ def fold(model: Transformer, cache: LatentCache) -> None:
     args, weight = model.args, model.head.weight
     pays = (weight.device.type == "cpu" and compute_dtype(weight) == weight.dtype
             and args.kv_lora_rank % 2 == 0 and args.n_heads * args.kv_lora_rank <= 2 * args.dim)
-    attentions = [block.attn for block in model.blocks()][cache.first_layer:]
-    attentions = attentions[:len(cache.latents)]
-    if pays and all(map(is_foldable, attentions)):
+    blocks = model.blocks()[cache.first_layer:][:len(cache.latents)]
+    if pays and all(map(is_foldable, blocks)):
         with torch.no_grad():
-            cache.folded = {attn.layer: folded(attn) for attn in attentions}
+            cache.folded = {block.layer: folded(block.attn) for block in blocks}
 
 
-def is_foldable(attn: MLA) -> bool:
-    """Return whether a layer is plain MLA: no indexer, nothing replaced from outside."""
-    products = (attn.wkv_a, attn.wkv_b, attn.wo, attn.wq_b if attn.args.q_lora_rank else attn.wq)
-    return (type(attn) is MLA and attn.indexer is None and "selection" not in vars(attn)
-            and not any("product" in vars(linear) for linear in products))
+def is_foldable(block: Block) -> bool:
+    """Return whether a block has nothing but the parts of V3, and nothing replaced from outside."""
+    return all(type(part) in PARTS and not {"product", "selection"} & vars(part).keys()
+               for part in block.modules())
 
 
 def folded(attn: MLA) -> Folded:

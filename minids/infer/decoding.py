@@ -4,13 +4,10 @@ Prompts of unequal length share a batch: they are aligned at position 0 and padd
 Causal attention hides the padding from the prompts, and the first new tokens overwrite its slots.
 """
 
-import contextlib
-
 import torch
 from torch import Tensor
 
 from minids.apply.folded import fold
-from minids.kernels.few_tokens import own_products
 from minids.kernels.precision import compute_dtype
 from minids.model.cache import LatentCache
 from minids.model.transformer import Hidden, Transformer
@@ -46,9 +43,7 @@ def prefill(model: Transformer, cache: LatentCache, tokens: Tensor, lengths: Ten
 
 def next_token(model: Transformer, cache: LatentCache, tokens: Tensor) -> Hidden:
     """Read one more token of every sequence, (B,) int64, in attention's absorbed form."""
-    alone = len(tokens) == 1
-    with own_products(model.head.weight) if alone else contextlib.nullcontext():
-        return model.hidden(tokens.unsqueeze(1), cache, absorbed=True)
+    return model.hidden(tokens.unsqueeze(1), cache, absorbed=True)
 
 
 def last_states(states: Tensor, lengths: Tensor) -> Tensor:

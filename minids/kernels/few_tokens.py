@@ -10,12 +10,15 @@ little operations a layer. These bodies compute the same with fewer:
     other, whichever was measured faster.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minids.kernels import norm
 from minids.kernels.attention import one_key_for_all_heads
 from minids.kernels.precision import plain_inference, wide
 from minids.kernels.registry import body
@@ -28,43 +31,43 @@ PADDING = 2  # most rows that a pair may cost in a batched product; measured, 2 
 
 
 def is_few_rows(x: Tensor, weight: Tensor) -> bool:
-    """Return whether x has few rows in BF16; one row only where oneDNN would multiply it."""
+    """Return whether x has few rows in BF16; a single one only meets a small matrix."""
     if x.dtype != torch.bfloat16 or not plain_inference(x):
         return False
     rows = x.numel() // x.size(-1)
-    return 1 < rows <= FEW_ROWS or rows == 1 and torch.backends.mkldnn.enabled
+    return 1 < rows <= FEW_ROWS or rows == 1 and weight.numel() <= SMALL
 
 
 @body(is_few_rows)
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Multiply few rows in BF16: (.., I), (O, I) -> (.., O)
-
-    W x^T takes 0.7 to 0.9 of the time of x W^T, measured with weights from memory (in FP32 it takes
-    longer). A single row takes torch's own kernel for a matrix and a vector, since oneDNN spends 18
-    of 20 microseconds on its way in.
-    """
+    """Multiply few rows in BF16: (.., I), (O, I) -> (.., O)"""
     rows = x.flatten(0, -2)
-    if len(rows) > 1:
-        return (weight @ rows.t()).t().contiguous().view(*x.shape[:-1], -1)
-    if weight.numel() > SMALL:
-        return F.linear(x, weight)
-    with own_products(x):
-        return F.linear(x, weight)
+    with own_products(rows):
+        return multiply(rows, weight).view(*x.shape[:-1], -1)
 
 
-class own_products:
-    """A context in which torch's own kernels multiply a single row x in BF16, not oneDNN's."""
+def multiply(x: Tensor, weight: Tensor) -> Tensor:
+    """Return x W^T, in BF16 as W x^T if x has few rows: (M, I), (O, I) -> (M, O)
 
-    def __init__(self, x: Tensor):
-        self.wanted = x.dtype == torch.bfloat16 and torch.backends.mkldnn.enabled
+    That takes 0.7 to 0.9 of the time, measured with weights from memory (in FP32 it takes longer).
+    """
+    if x.dtype == torch.bfloat16 and 1 < len(x) <= FEW_ROWS:
+        return (weight @ x.t()).t().contiguous()
+    return F.linear(x, weight)
 
-    def __enter__(self):
-        if self.wanted:
-            torch.backends.mkldnn.enabled = False
 
-    def __exit__(self, *error):
-        if self.wanted:
-            torch.backends.mkldnn.enabled = True
+@contextlib.contextmanager
+def own_products(x: Tensor) -> Iterator[None]:
+    """Multiply a single row x in BF16 by torch's own kernel for a matrix and a vector.
+
+    oneDNN, which torch takes otherwise, spends 18 of 20 microseconds on its way in.
+    """
+    before = torch.backends.mkldnn.enabled
+    torch.backends.mkldnn.enabled = before and not (len(x) == 1 and x.dtype == torch.bfloat16)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = before
 
 
 class Folded(NamedTuple):
@@ -80,36 +83,70 @@ class Folded(NamedTuple):
     w_o: Tensor
 
 
-def is_folded(attn, x: Tensor, context) -> bool:
-    """Return whether the decoding session that owns the cache has folded this layer's weights."""
+def is_folded(block, x: Tensor, context) -> bool:
+    """Return whether the decoding session that owns the cache has folded this block's weights."""
     return (context.cache is not None and context.cache.folded is not None and context.absorbed
-            and context.indexer_stage == "" and not torch.is_grad_enabled())
+            and plain_inference(x))
 
 
 @body(is_folded)
-def folded_attention(attn, x: Tensor, context) -> tuple[Tensor, None]:
-    """Run `MLA.forward` on folded weights: x (B, S, D) -> (B, S, D), and no indexer's loss."""
+def folded_block(block, x: Tensor, context) -> tuple:
+    """Run `Block.forward` on folded weights: x (B, S, D) -> (B, S, D), routing, no indexer's loss.
+
+    The rows of all sequences go through together, and past the modules' own calls.
+    """
+    ffn, rows, routing = block.ffn, x.flatten(0, 1), None  # (N, D)
+    with own_products(rows):
+        rows = rows + folded_attention(block.attn, normalise(rows, block.attn_norm), context)
+        n = normalise(rows, block.ffn_norm)
+        if not block.is_moe:
+            return (rows + mlp(ffn, n)).view_as(x), None, None
+        routes = None if context.routes is None else context.routes[block.layer]
+        weights, routing = ffn.gate(n.view_as(x), routes)
+        y = ffn.routed(n, weights.flatten(0, 1), routing.indices.flatten(0, 1))
+        y = y if ffn.shared_experts is None else y + mlp(ffn.shared_experts, n)
+    return (rows + y).view_as(x), routing, None
+
+
+def folded_attention(attn, x: Tensor, context) -> Tensor:
+    """Run `MLA.forward` on folded weights: (N, D) -> (N, D)"""
     args, cache, rank = attn.args, context.cache, attn.args.kv_lora_rank
-    folded = cache.folded[attn.layer]
+    w_q, w_o = cache.folded[attn.layer]
     if args.q_lora_rank:
-        c_q = attn.q_norm(attn.wq_a(x))
-        heads = torch.cat([multiply(c_q, folded.w_q), attn.wkv_a(x)], dim=-1)
+        c_q = normalise(multiply(x, attn.wq_a.weight), attn.q_norm)
+        heads = torch.cat([multiply(c_q, w_q), multiply(x, attn.wkv_a.weight)], dim=-1)
     else:
-        heads = multiply(x, folded.w_q)
-    heads = heads.unflatten(-1, (args.n_heads + 1, -1))  # (B, S, H + 1, width)
+        heads = multiply(x, w_q)
+    count = context.rotation.size(1)
+    heads = heads.view(-1, count, args.n_heads + 1, cache.latents.size(-1))  # (B, S, H + 1, width)
     turned = torch.view_as_complex(heads[..., rank:].to(wide(x)).unflatten(-1, (-1, 2)))
     turned = torch.view_as_real(turned * context.rotation.unsqueeze(-2)).flatten(-2)
     heads[..., rank:] = turned
     latent = heads[:, :, -1]  # (B, S, width)
-    latent[..., :rank] = attn.kv_norm(latent[..., :rank])
+    latent[..., :rank] = normalise(latent[..., :rank], attn.kv_norm)
     latent = cache.append(attn.layer, latent)  # (B, T, width)
     z = one_key_for_all_heads(heads[:, :, :-1], latent, context.visible, attn.scale)
-    return multiply(z[..., :rank].flatten(2), folded.w_o), None
+    return multiply(z[..., :rank].reshape(len(x), -1), w_o)
 
 
-def multiply(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T by `linear` where it runs, else by torch."""
-    return (linear if linear.when(x, weight) else F.linear)(x, weight)
+def normalise(x: Tensor, module) -> Tensor:
+    """Run an RMSNorm."""
+    return norm.fused(x, module.weight, module.eps)
+
+
+def mlp(module, x: Tensor) -> Tensor:
+    """Run an MLP: (N, D) -> (N, D)"""
+    return swiglu(x, module.w1.weight, module.w2.weight, module.w3.weight)
+
+
+def expert(experts, e: int, x: Tensor) -> Tensor:
+    """Run expert e on its tokens: (M, D) -> (M, D)"""
+    return swiglu(x, experts.w1[e], experts.w2[e], experts.w3[e])
+
+
+def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+    """Return w2(silu(w1 x) * w3 x)."""
+    return multiply(F.silu(multiply(x, w1)) * multiply(x, w3), w2)
 
 
 @body(lambda moe, x, weights, indices: plain_inference(x) and len(x) <= ROWS
@@ -150,9 +187,3 @@ def one_by_one(experts, x: Tensor, weights: Tensor, indices: Tensor, nth: Tensor
     parts = x[source].split(nth[-1].tolist())
     out = torch.cat([expert(experts, e, part) for e, part in enumerate(parts) if len(part)])
     return torch.zeros_like(x).index_add_(0, source, out * weights.flatten()[order].unsqueeze(-1))
-
-
-def expert(experts, e: int, x: Tensor) -> Tensor:
-    """Return what expert e makes of its tokens: (M, D) -> (M, D)"""
-    hidden = F.silu(multiply(x, experts.w1[e])) * multiply(x, experts.w3[e])
-    return multiply(hidden, experts.w2[e])

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 
 from minids.config import ModelArgs
 from minids.kernels import attention as kernels
-from minids.kernels import few_tokens
 from minids.kernels.attention import causal
 from minids.kernels.registry import bodies
 from minids.model.cache import LatentCache
@@ -76,7 +75,6 @@ class MLA(nn.Module):
         self.wo = Linear(args.n_heads * args.v_head_dim, args.dim)
         self.indexer = Indexer(args) if args.has_indexer else None
 
-    @bodies(few_tokens.folded_attention)
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor | None]:
         """x: (B, S, D), normalised -> (B, S, D), and the indexer's loss where it learns"""
         c_q = self.query_latent(x)  # (B, S, q_lora_rank or D)

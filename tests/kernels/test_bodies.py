@@ -20,6 +20,7 @@ from minids.kernels import attention as kernel
 from minids.kernels import few_tokens, indexer
 from minids.kernels.registry import REGISTRY, bodies, body, recorded, using
 from minids.model.cache import LatentCache
+from minids.model.layers import linear
 from minids.model.mla import attention, causal
 from minids.model.moe import sort_by_expert
 
@@ -120,8 +121,8 @@ def little_layer(seed_shape: dict) -> Transformer:
     return model.requires_grad_(False)
 
 
-def folded_case(count: int, uneven: bool, batch: int = 3, **shape) -> Case:
-    """A step of `count` tokens after sequences of equal or unequal length."""
+def folded_case(count: int, uneven: bool, batch: int = 3, layer: int = 1, **shape) -> Case:
+    """A step of a block, `count` tokens after sequences of equal or unequal length."""
     def call() -> tuple:
         model = little_layer(dict(kv_lora_rank=8, **shape))
         cache = LatentCache(model.args, batch, 16, dtype=torch.float64)
@@ -131,7 +132,7 @@ def folded_case(count: int, uneven: bool, batch: int = 3, **shape) -> Case:
         fold(model, cache)
         context = model.context(torch.zeros(batch, count, dtype=torch.int64), cache, absorbed=True)
         x = drawn(batch, count, model.args.dim, learns=False)
-        return model.layers[1].attn, x, context
+        return model.layers[layer], x, context
     return Case(call, learns=False)
 
 
@@ -157,8 +158,9 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("mla.latent_attention", "shared_key"): [
         latent_case(2, 1, False), latent_case(2, 3, False), latent_case(2, 3, True),
         latent_case(17, 1, True), latent_case(17, 2, True)],
-    ("mla.MLA.forward", "folded_attention"): [
-        folded_case(1, False), folded_case(1, True), folded_case(3, False), folded_case(2, True),
+    ("transformer.Block.forward", "folded_block"): [
+        folded_case(1, False), folded_case(1, True), folded_case(1, True, layer=0),
+        folded_case(3, False), folded_case(2, True),
         folded_case(1, True, batch=18), folded_case(2, False, q_lora_rank=12)],
     ("moe.MoE.routed", "routed"): [moe_case(1), moe_case(4), moe_case(30),
                                    moe_case(30, skewed=True)],
@@ -274,7 +276,8 @@ def test_a_fallback_in_silence_is_noticed(key):
 
 
 @pytest.mark.parametrize("rows, width, wanted", [
-    (1, 8, [False]), (1, 1024, [False]), (1, 1025, [True]), (2, 8, []), (32, 8, [])], ids=str)
+    (1, 8, [False]), (1, 1024, [False]), (1, 1025, [True]), (2, 8, []), (32, 8, []),
+    (33, 8, [True])], ids=str)
 def test_which_product_multiplies_few_rows(monkeypatch, rows, width, wanted):
     """One row: torch's own, for a large matrix oneDNN's; several rows: the weights come first."""
     product, seen = torch.nn.functional.linear, []
@@ -285,7 +288,8 @@ def test_which_product_multiplies_few_rows(monkeypatch, rows, width, wanted):
 
     monkeypatch.setattr(few_tokens.F, "linear", recording)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
-    few_tokens.linear(torch.zeros(1, rows, width, dtype=BF16), torch.zeros(512, width, dtype=BF16))
+    with torch.inference_mode():
+        linear(torch.zeros(1, rows, width, dtype=BF16), torch.zeros(512, width, dtype=BF16))
     assert seen == wanted and torch.backends.mkldnn.enabled
 
 

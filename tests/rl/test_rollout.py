@@ -53,7 +53,7 @@ def test_many_sequences_take_other_products(monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", None)
     with recorded() as record:
         found = roll_out(model, PROMPTS * 3, 20, Sampler(1.0), EOS)
-    assert record["mla.MLA.forward", "folded_attention"] > 0
+    assert record["transformer.Block.forward", "folded_block"] > 0
     assert worst(model, found) < 1e-12
     # Wrong variant: what follows a sequence's end is seen.
     monkeypatch.setattr(few_tokens, "one_key_for_all_heads", lambda q, latent, visible, scale:
