@@ -9,8 +9,6 @@ The stored scale is the factor that restores the values ("scale_inv" in released
 stores scales in FP32; V3.1 and V3.2 round them up to powers of two (UE8M0: eight bits of exponent
 and nothing else), so that scaling itself rounds nothing.
 
-The arithmetic is that of DeepSeek's inference kernels.
-
 A linear layer has three products (V3 section 3.3.1), and each takes both of its factors in FP8:
     forward          y  = x W^T     x in tiles along its channels, W in blocks
     input gradient   dx = dy W      dy in tiles along its channels, W in the same blocks
@@ -43,9 +41,8 @@ def quantize_activation(x: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]
 def quantize_weight(w: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """Round to E4M3 with a scale for every block of 128 rows and 128 columns.
 
-    w: (r, c) -> (r, c) float8_e4m3fn, and the scales (ceil(r / 128), ceil(c / 128)) FP32; 576 rows
-    make five rows of blocks
-    ue8m0: round the scales up to powers of two
+    w: (r, c) -> (r, c) float8_e4m3fn, and the scales (ceil(r / 128), ceil(c / 128)) FP32
+    ue8m0: as in `quantize_activation`
     """
     wide = padded(w.float(), *w.shape)
     blocks = wide.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # (R, 128, C, 128)
@@ -79,10 +76,7 @@ def padded(x: Tensor, *sizes: int) -> Tensor:
 
 
 def block_scale(largest: Tensor, ue8m0: bool) -> Tensor:
-    """Return the scale that brings a block's largest value to 448, or to 224 at least if UE8M0.
-
-    largest: FP32, of any shape
-    """
+    """Return the scale that brings a block's largest value to 448, or to 224 at least if UE8M0."""
     # Divide by a tensor: a GPU would multiply by a rounded reciprocal of a plain number.
     scale = largest.clamp(min=LEAST) / largest.new_tensor(E4M3_MAX)
     return next_power_of_two(scale) if ue8m0 else scale
@@ -100,26 +94,22 @@ def to_e4m3(x: Tensor) -> Tensor:
 
 
 def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """Return A B^T of two matrices in FP8, added up in FP32.
+    """Return A B^T of two matrices in FP8, added up in FP32: (n, m).
 
     a: (n, k) and b: (m, k) float8_e4m3fn, each with the scales of its tiles or blocks
-    Returns (n, m) FP32. A Hopper GPU multiplies in FP8; anywhere else the same product of the same
-    rounded numbers is taken in FP32. The results differ by what the GPU's adders round away within
-    128 numbers, see `limited_sum`.
+    A Hopper GPU multiplies in FP8; anywhere else the product of the same rounded numbers is taken
+    in FP32, which holds the product of two E4M3 numbers exactly. The results differ by what the
+    GPU's adders round away within 128 numbers, see `limited_sum`.
     """
-    body = gemm_on_hopper if has_fp8_units(a.device) else gemm_simulated
-    return body(a, a_scale, b, b_scale)
+    if has_fp8_units(a.device):
+        return gemm_on_hopper(a, a_scale, b, b_scale)
+    return dequantize(a, a_scale) @ dequantize(b, b_scale).T
 
 
 @functools.cache
 def has_fp8_units(device: torch.device) -> bool:
     """Return whether the GPU multiplies FP8 with scales for tiles and blocks: Hopper does."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
-
-
-def gemm_simulated(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
-    """Compute `fp8_gemm` in FP32, which holds the product of two E4M3 numbers exactly."""
-    return dequantize(a, a_scale) @ dequantize(b, b_scale).T
 
 
 def gemm_on_hopper(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
@@ -147,9 +137,8 @@ def limited_sum(a: Tensor, b: Tensor, bits: int = 14, promote: int = BLOCK) -> T
     The units multiply exactly but hold only about 14 bits of a sum: an addend that is small beside
     the sum so far is lost. Moved to FP32 every `promote` numbers, a sum never grows large.
 
-    a: (n, k), b: (m, k), the values without scales; bits: of a partial sum
+    a: (n, k), b: (m, k), the values without scales -> (n, m) FP32
     promote: numbers after which a partial sum is added to an FP32 one; k or more: never
-    Returns (n, m) FP32.
     """
     total = partial = torch.zeros(len(a), len(b), device=a.device)
     for start in range(0, a.size(1), STEP):
@@ -191,18 +180,7 @@ def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
     return FP8Linear.apply(x, weight)
 
 
-class RoundToFP8(torch.autograd.Function):
-    """Each vector in E4M3 with one scale, a power of two; the gradient passes as if unrounded."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        return dequantize(*quantize_activation(x, ue8m0=True)).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad
-
-
 def rounded_to_fp8(x: Tensor) -> Tensor:
-    """Round each 128 numbers of the last dimension to E4M3 and back, straight through backward."""
-    return RoundToFP8.apply(x)
+    """Round each 128 numbers to E4M3 and back, scaled by powers of two; the gradient passes."""
+    rounded = dequantize(*quantize_activation(x.detach(), ue8m0=True)).to(x.dtype)
+    return x + (rounded - x).detach()  # exactly `rounded`, as it lies within a factor of 2, or is 0

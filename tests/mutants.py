@@ -35,12 +35,14 @@ import torch  # once: the forks inherit it
 ALSO = {name: tests.split() for name, tests in {
     "base": "config train", "cache": "mla transformer", "chat": "sft", "config": "transformer",
     "checkpoints": "train generate", "distill": "r1", "fields": "config train",
-    "folded": "generate speculative", "fp8": "fp8 bodies", "kernels": "moe mla transformer",
+    "folded": "generate speculative", "fp8": "fp8_recipe bodies",
+    "kernels": "moe mla attention transformer",
     "layers": "transformer", "learner": "train", "mla": "transformer parity_hf",
-    "generation": "generate speculative", "moe": "transformer parity_hf",
+    "generation": "generate speculative", "moe": "gate balance transformer parity_hf",
     "objective": "transformer mtp sft", "optimizers": "train",
     "recompute": "transformer train", "rl": "grpo", "grpo": "r1", "rope": "mla", "sft": "r1",
-    "solve": "r1", "sampling": "speculative generate rollout", "text": "train",
+    "solve": "r1", "sparse_attention": "indexer_loss",
+    "sampling": "speculative generate rollout", "text": "train",
     "tokenizer": "tokenizer", "transformer": "parity_hf mtp sft"}.items()}
 
 # (file, line before, line after) -> why no test can see the difference.

@@ -4,24 +4,20 @@
 bias 7, no infinity) and not from torch's cast.
 """
 
-import copy
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from small_models import LITTLE, gap, random_tokens, scrambled
+from small_models import gap
 
 from minids import fp8
-from minids.apply.fp8 import use_fp8
 from minids.fp8 import (
     E4M3_MAX,
     dequantize,
     fp8_gemm,
     fp8_linear,
     gemm_on_hopper,
-    gemm_simulated,
     has_fp8_units,
     limited_sum,
     next_power_of_two,
@@ -29,10 +25,6 @@ from minids.fp8 import (
     quantize_weight,
     truncated,
 )
-from minids.model.layers import Linear
-from minids.model.moe import Experts, Gate
-from minids.runs.optimizers import AdamWInBF16, build_optimizers
-from minids.runs.settings import TrainArgs
 
 CODES = np.arange(127)  # 127 would be the format's NaN
 EXPONENT, MANTISSA = CODES // 8, CODES % 8
@@ -333,77 +325,6 @@ def test_what_is_kept_for_the_backward_pass_is_half_of_bf16():
     assert kept(fp8_linear) == plain // 2 + scales
 
 
-FP8_ARGS = replace(LITTLE, dim=128, kv_lora_rank=128, q_lora_rank=128, inter_dim=128,
-                   moe_inter_dim=128, n_heads=4, qk_nope_head_dim=32, v_head_dim=32)
-
-
-def test_the_recipe_names_what_is_in_fp8_and_what_is_not():
-    model = scrambled(replace(LITTLE, index_n_heads=2, index_head_dim=8))
-    use_fp8(model)
-    inside = {name for name, m in model.named_modules()
-              if isinstance(m, Linear | Experts) and "product" in vars(m)}
-    assert {name for name, m in model.named_modules() if isinstance(m, Linear | Experts)} - inside \
-        == {"head", "mtp.0.eh_proj", *(f"{block}.attn.indexer.weights_proj"
-                                       for block in ("layers.0", "layers.1", "mtp.0.block"))}
-    assert not any(isinstance(m, Gate) for name, m in model.named_modules() if name in inside)
-
-
-def test_the_loss_on_equal_weights_moves_little_and_every_weight_learns():
-    plain = scrambled(FP8_ARGS, dtype=torch.float32)
-    rounded = copy.deepcopy(plain)
-    use_fp8(rounded)
-    tokens = random_tokens(LITTLE, 4, 32)
-    losses = []
-    for model in (plain, rounded):
-        total = model.loss(tokens, tokens.roll(-1, 1)).total
-        total.backward()
-        losses += [total.item()]
-    assert losses[0] != losses[1] and abs(losses[1] / losses[0] - 1) < 0.05  # a random model
-    for (name, a), b in zip(plain.named_parameters(), rounded.parameters(), strict=True):
-        cosine = torch.cosine_similarity(a.grad.flatten(), b.grad.flatten(), dim=0)
-        assert cosine > 0.8, name
-
-
-def test_experts_in_fp8_are_one_expert_at_a_time():
-    torch.manual_seed(0)
-    model = scrambled(FP8_ARGS, dtype=torch.float32)
-    experts = model.layers[1].ffn.experts
-    x, counts = torch.randn(20, 128), torch.tensor([3, 0, 5, 1, 4, 0, 2, 4])
-    use_fp8(model)
-    mine = experts(x, counts)
-    start = 0
-    for e, count in enumerate(counts.tolist()):
-        rows = x[start:start + count]
-        hidden = torch.nn.functional.silu(fp8_linear(rows, experts.w1[e]))
-        out = fp8_linear(hidden * fp8_linear(rows, experts.w3[e]), experts.w2[e])
-        assert torch.equal(mine[start:start + count], out)
-        start += count
-
-
-def test_moments_rest_in_bf16_and_a_resumed_step_is_the_same():
-    torch.manual_seed(0)
-    runs = []
-    for resumed in (False, True):
-        model = scrambled(LITTLE, dtype=torch.float32)
-        settings = replace(TrainArgs(), fp8=True)
-        [optimizer] = build_optimizers(model, settings, torch.float32)
-        for step in range(3):
-            if resumed and step == 2:
-                state = copy.deepcopy(optimizer.state_dict())
-                [optimizer] = build_optimizers(model, settings, torch.float32)
-                optimizer.load_state_dict(state)
-            torch.manual_seed(step)
-            for p in model.parameters():
-                p.grad = torch.randn_like(p)
-            optimizer.step()
-        runs += [[p.detach().clone() for p in model.parameters()]]
-        assert isinstance(optimizer, AdamWInBF16)
-        moments = [m for s in optimizer.state.values() for m in (s["exp_avg"], s["exp_avg_sq"])]
-        assert {m.dtype for m in moments} == {torch.bfloat16}
-        assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
-
-
 def test_a_gpu_without_the_units_simulates():
     assert not has_fp8_units(torch.device("cpu"))
 
@@ -420,4 +341,4 @@ def test_hopper_multiplies_the_same_numbers(shape):
              (quantize_activation(dy.T), quantize_activation(x.T))]
     for a, b in pairs:
         # 14 bits of a sum within 128 numbers: 2^-13 at each of four steps, of the largest sum.
-        assert gap(gemm_on_hopper(*a, *b), gemm_simulated(*a, *b)) < 4 * 2 ** -12
+        assert gap(gemm_on_hopper(*a, *b), dequantize(*a) @ dequantize(*b).T) < 4 * 2 ** -12

@@ -7,7 +7,6 @@ decoding session and end with it; a change of the model's weights in between is 
 import torch
 from torch import Tensor
 
-from minids.kernels.few_tokens import Folded
 from minids.kernels.precision import compute_dtype
 from minids.model.cache import LatentCache
 from minids.model.layers import MLP, Linear, RMSNorm
@@ -22,33 +21,35 @@ def fold(model: Transformer, cache: LatentCache) -> None:
     """Give a cache the folded weights of the layers that it serves, where they pay.
 
     They do on a CPU, for models so small that the multiplied matrices are not much larger than
-    those they replace: in a wide model, reading weights is what takes the time.
+    those they replace: in a wide model, reading weights is what takes the time. A block must have
+    nothing but the parts of V3, and nothing replaced from outside.
     """
     args, weight = model.args, model.head.weight
     pays = (weight.device.type == "cpu" and compute_dtype(weight) == weight.dtype
             and args.kv_lora_rank % 2 == 0 and args.n_heads * args.kv_lora_rank <= 2 * args.dim)
     blocks = model.blocks()[cache.first_layer:][:len(cache.latents)]
-    if pays and all(map(is_foldable, blocks)):
+    known = all(type(part) in PARTS and not {"product", "selection"} & vars(part).keys()
+                for block in blocks for part in block.modules())
+    if pays and known:
         with torch.no_grad():
             cache.folded = {block.layer: folded(block.attn) for block in blocks}
 
 
-def is_foldable(block: Block) -> bool:
-    """Return whether a block has nothing but the parts of V3, and nothing replaced from outside."""
-    return all(type(part) in PARTS and not {"product", "selection"} & vars(part).keys()
-               for part in block.modules())
+def folded(attn: MLA) -> tuple[Tensor, Tensor]:
+    """Multiply one layer's expansions into the matrices beside them.
 
-
-def folded(attn: MLA) -> Folded:
-    """Multiply one layer's expansions into the matrices beside them."""
+    w_q: from the input to the queries that latents are compared with; without a query latent the
+        matrix of the token's own latent follows, as one more head
+    w_o: from the weighted latents to the output
+    """
     args, heads = attn.args, attn.args.n_heads
     w_uk, w_uv = attn.wkv_b.weight.unflatten(0, (heads, -1)).split(
         [args.qk_nope_head_dim, args.v_head_dim], dim=1)  # (H, .., kv_lora_rank)
     w_q = (attn.wq_b if args.q_lora_rank else attn.wq).weight.unflatten(0, (heads, -1))
     nope, pe = w_q.split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=1)
-    rows: Tensor = torch.cat([w_uk.transpose(1, 2) @ nope, pe], dim=1).flatten(0, 1)
+    w_q = torch.cat([w_uk.transpose(1, 2) @ nope, pe], dim=1).flatten(0, 1)  # (H * width, ..)
     if not args.q_lora_rank:
-        rows = torch.cat([rows, attn.wkv_a.weight])
+        w_q = torch.cat([w_q, attn.wkv_a.weight])
     w_o = attn.wo.weight.unflatten(1, (heads, -1))  # (D, H, v_head_dim)
     w_o = torch.einsum("ihd,hdc->ihc", w_o, w_uv).flatten(1)  # (D, H * kv_lora_rank)
-    return Folded(rows.contiguous(), w_o.contiguous())
+    return w_q.contiguous(), w_o.contiguous()

@@ -16,11 +16,8 @@ def chunked(x: Tensor, weight: Tensor, targets: Tensor, count: int) -> Tensor:
 
 
 class Chunked(torch.autograd.Function):
-    """The gradient with respect to the logits is softmax minus one-hot, known as soon as they are.
-
-    So each chunk of rows goes through forward and backward at once, for the same number of products
-    as the plain form.
-    """
+    """The gradient with respect to the logits is softmax minus one-hot, known as soon as they are:
+    a chunk of rows goes through forward and backward at once, for as many products as ever."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, count: int) -> Tensor:

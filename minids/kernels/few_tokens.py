@@ -12,7 +12,6 @@ little operations a layer. These bodies compute the same with fewer:
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -70,19 +69,6 @@ def own_products(x: Tensor) -> Iterator[None]:
         torch.backends.mkldnn.enabled = before
 
 
-class Folded(NamedTuple):
-    """The attention of one layer, its expansions multiplied into the matrices beside them.
-
-    w_q: (H * width, D or q_lora_rank), from the input to the queries that latents are compared
-        with, where width = kv_lora_rank + qk_rope_head_dim; without a query latent the matrix of
-        the token's own latent follows, as one more head
-    w_o: (D, H * kv_lora_rank), from the weighted latents to the output
-    """
-
-    w_q: Tensor
-    w_o: Tensor
-
-
 def is_folded(block, x: Tensor, context) -> bool:
     """Return whether the decoding session that owns the cache has folded this block's weights."""
     return (context.cache is not None and context.cache.folded is not None and context.absorbed
@@ -91,10 +77,7 @@ def is_folded(block, x: Tensor, context) -> bool:
 
 @body(is_folded)
 def folded_block(block, x: Tensor, context) -> tuple:
-    """Run `Block.forward` on folded weights: x (B, S, D) -> (B, S, D), routing, no indexer's loss.
-
-    The rows of all sequences go through together, and past the modules' own calls.
-    """
+    """Run `Block.forward` on folded weights, past the modules' own calls."""
     ffn, rows, routing = block.ffn, x.flatten(0, 1), None  # (N, D)
     with own_products(rows):
         rows = rows + folded_attention(block.attn, normalise(rows, block.attn_norm), context)
@@ -139,14 +122,14 @@ def mlp(module, x: Tensor) -> Tensor:
     return swiglu(x, module.w1.weight, module.w2.weight, module.w3.weight)
 
 
-def expert(experts, e: int, x: Tensor) -> Tensor:
-    """Run expert e on its tokens: (M, D) -> (M, D)"""
-    return swiglu(x, experts.w1[e], experts.w2[e], experts.w3[e])
-
-
 def swiglu(x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
     """Return w2(silu(w1 x) * w3 x)."""
     return multiply(F.silu(multiply(x, w1)) * multiply(x, w3), w2)
+
+
+def expert(experts, e: int, x: Tensor) -> Tensor:
+    """Run expert e on its tokens: (M, D) -> (M, D)"""
+    return swiglu(x, experts.w1[e], experts.w2[e], experts.w3[e])
 
 
 @body(lambda moe, x, weights, indices: plain_inference(x) and len(x) <= ROWS

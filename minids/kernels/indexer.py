@@ -3,17 +3,13 @@
 import torch
 from torch import Tensor
 
-from minids.kernels.precision import wide
-from minids.kernels.registry import body
+from minids.kernels.registry import REGISTRY, body
 
 SCORES = 2 ** 24  # numbers that all heads together may hold at a time
 
 
 def few_queries(queries: int, keys: Tensor, heads: int) -> list[slice]:
-    """Return pieces of the S queries, so small that `heads` scores per pair are at most SCORES.
-
-    keys: (B, T, ..)
-    """
+    """Return pieces of the queries, so small that all heads' scores of keys (B, T, ..) are few."""
     step = max(SCORES // (len(keys) * keys.size(1) * heads), 1)
     return [slice(start, min(start + step, queries)) for start in range(0, queries, step)]
 
@@ -21,80 +17,42 @@ def few_queries(queries: int, keys: Tensor, heads: int) -> list[slice]:
 @body(lambda q, weights, keys: len(q) * q.size(1) * q.size(2) * keys.size(1) > SCORES)
 def scores_in_pieces(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """Score few queries at a time: (B, S, H, d), (B, S, H), (B, T, d) -> (B, S, T)"""
-    return torch.cat([piece_of_scores(q[:, part], weights[:, part], keys)
+    plain = REGISTRY["sparse_attention.index_scores"].plain
+    return torch.cat([plain(q[:, part], weights[:, part], keys)
                       for part in few_queries(q.size(1), keys, q.size(2))], dim=1)
-
-
-def piece_of_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    """Return the heads' weighted sum of ReLU(q . k) for some queries, in FP32 or wider."""
-    with torch.autocast(q.device.type, enabled=False):
-        products = torch.einsum("bshd,btd->bsht", q.to(weights.dtype), keys.to(weights.dtype))
-        return torch.einsum("bsht,bsh->bst", products.relu(), weights)
 
 
 @body(lambda index_q, weights, index_k, q, k, seen, scale: True)
 def loss_in_pieces(index_q: Tensor, weights: Tensor, index_k: Tensor, q: Tensor, k: Tensor,
                    seen: Tensor, scale: float) -> Tensor:
     """Go through forward and backward at once, few queries at a time."""
+    index_q, index_k = index_q.to(weights.dtype), index_k.to(weights.dtype)
     return LossInPieces.apply(index_q, weights, index_k, q, k, seen, scale)
 
 
 class LossInPieces(torch.autograd.Function):
-    """Mean over queries of KL(p || softmax(I)), few queries at a time, FP32 or wider.
-
-    The gradient with respect to the scores is known as soon as they are. So each piece goes through
-    forward and backward at once, and nothing with S, T and heads in its shape is stored.
-    """
+    """The plain loss of a few queries, differentiated before the next few: what is stored for one
+    piece ends with it, and gradients of the indexer's own tensors remain."""
 
     @staticmethod
     def forward(ctx, index_q: Tensor, weights: Tensor, index_k: Tensor, q: Tensor, k: Tensor,
                 seen: Tensor, scale: float) -> Tensor:
-        ctx.dtypes = [t.dtype for t in (index_q, weights, index_k)]
-        index_q, index_k = index_q.to(weights.dtype), index_k.to(weights.dtype)
-        grads = [torch.zeros_like(t) for t in (index_q, weights, index_k)]
-        total, queries = weights.new_zeros(()), q.size(0) * q.size(1)
+        plain = REGISTRY["sparse_attention.indexer_loss"].plain
+        own, total = (index_q, weights, index_k), weights.new_zeros(())
+        grads = [torch.zeros_like(t) for t in own]
         for part in few_queries(q.size(1), k, max(q.size(2), index_q.size(2))):
-            end = k.size(1) - q.size(1) + part.stop  # no query of these sees further
-            visible = seen[:, part, :end]
-            p = attention_mass(q[:, part], k[:, :end], visible, scale)  # (B, s, end)
-            own = index_q[:, part], weights[:, part], index_k[:, :end]
-            loss, d_scores = divergence(p, piece_of_scores(*own), visible)
-            total += loss.sum()
-            for grad, piece, where in zip(grads, score_gradients(d_scores / queries, *own),
-                                          (part, part, slice(end)), strict=True):
-                grad[:, where] += piece
+            keys = slice(k.size(1) - q.size(1) + part.stop)  # no query of these sees further
+            where, share = (part, part, keys), (part.stop - part.start) / q.size(1)
+            with torch.enable_grad():
+                piece = [t[:, at].detach().requires_grad_()
+                         for t, at in zip(own, where, strict=True)]
+                loss = share * plain(*piece, q[:, part], k[:, keys], seen[:, part, keys], scale)
+            for grad, at, more in zip(grads, where, torch.autograd.grad(loss, piece), strict=True):
+                grad[:, at] += more
+            total += loss.detach()
         ctx.save_for_backward(*grads)
-        return total / queries
+        return total
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        own = ((grad * t).to(dtype) for t, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
-        return *own, None, None, None, None
-
-
-def attention_mass(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Return attention's probabilities of some queries, the mean over its heads: (B, s, T)"""
-    with torch.autocast(q.device.type, enabled=False):
-        scores = torch.einsum("bshd,bthd->bsht", q.to(wide(q)), k.to(wide(q))) * scale
-    return scores.masked_fill(~seen.unsqueeze(2), float("-inf")).softmax(-1).mean(2)
-
-
-def divergence(p: Tensor, scores: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """Return KL(p || softmax(I)) over what each query attends to, nats, and its gradient.
-
-    p, scores: (B, s, T); seen: (B or 1, s, T) bool; p is 0 where it is False
-    Returns (B, s), and softmax(I) - p, (B, s, T).
-    """
-    log_probs = scores.masked_fill(~seen, float("-inf")).log_softmax(-1)
-    surprise = p * log_probs.masked_fill(~seen, 0.0)  # no 0 times infinity
-    return (torch.xlogy(p, p) - surprise).sum(-1), log_probs.exp_() - p
-
-
-def score_gradients(grad: Tensor, q: Tensor, weights: Tensor, keys: Tensor) -> list[Tensor]:
-    """Differentiate `piece_of_scores`: grad (B, s, T) -> gradients of its three arguments."""
-    with torch.autocast(q.device.type, enabled=False):
-        products = torch.einsum("bshd,btd->bsht", q, keys)
-        d_weights = torch.einsum("bst,bsht->bsh", grad, products.relu())
-        d_products = torch.einsum("bst,bsh->bsht", grad, weights).mul_(products > 0)
-        return [torch.einsum("bsht,btd->bshd", d_products, keys), d_weights,
-                torch.einsum("bsht,bshd->btd", d_products, q)]
+        return *(grad * t for t in ctx.saved_tensors), None, None, None, None

@@ -10,9 +10,8 @@ A body takes the same arguments and states when it runs, by device, type and siz
     @body(lambda x, weight, eps: torch.is_grad_enabled())
     def written_out(x, weight, eps): ...
 
-The first body whose condition holds is called; the plain definition runs where none does, and
-everywhere inside `using("off")`. `recorded` tells which one ran, so that tests and benchmarks see a
-fallback.
+The first whose condition holds is called; where none does, and inside `using("off")`, the plain
+definition. `recorded` tells which one ran, so that tests and benchmarks see a fallback.
 """
 
 import contextlib
@@ -36,10 +35,7 @@ def body(when: Callable[..., bool]):
 
 
 def bodies(*candidates: Callable):
-    """Register a plain definition and its bodies, the first that can run being the one that does.
-
-    The result has the attributes `plain` and `bodies`.
-    """
+    """Register a plain definition and its bodies; the result has attributes `plain`, `bodies`."""
     def register(plain: Callable) -> Callable:
         name = f"{plain.__module__.rpartition('.')[2]}.{plain.__qualname__}"
 

@@ -16,13 +16,11 @@ from minids.model.rope import rotations
 class LatentCache:
     """The latents and rotated keys of the tokens seen so far, for every layer.
 
-    Tensors: latents (n_layers, batch, max_len, kv_lora_rank + qk_rope_head_dim), and with an
-    indexer index_keys (n_layers, batch, max_len, index_head_dim).
-
-    batch: sequences decoded together
-    max_len: slots of each
+    batch: sequences decoded together, max_len: slots of each
     mtp: store the latents of the MTP modules in place of those of the layers
 
+    latents: (n_layers, batch, max_len, kv_lora_rank + qk_rope_head_dim)
+    index_keys: (n_layers, batch, max_len, index_head_dim) with an indexer, else None
     length: slots that the longest sequence has filled
     lengths: (B,) int64, slots that each has filled; None when all have filled `length`
     folded: by layer, weights derived from the model's for decoding with this cache, or None
@@ -54,8 +52,8 @@ class LatentCache:
     def look(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Return the rotations of the next `count` tokens and the slots that each sees.
 
-        Returns (B or 1, count, rope / 2) complex, and (B or 1, count, T) bool; None for the first
-        tokens, and for one token of sequences of equal length, which sees all.
+        (B or 1, count, rope / 2) complex, and (B or 1, count, T) bool; None for the first tokens,
+        and for one token of sequences of equal length, which sees all.
         """
         end = self.length + count
         if self.lengths is None:
@@ -66,15 +64,14 @@ class LatentCache:
         return self.rotations[slots], keys <= slots[..., None]
 
     def append(self, layer: int, latent: Tensor) -> Tensor:
-        """Store the new tokens' latents of one layer; the model calls `advance` afterwards.
+        """Store the new latents of a layer and return all, (B, S, ..) -> (B, T, ..).
 
-        latent: (B, S, kv_lora_rank + qk_rope_head_dim)
-        Returns those of all tokens so far, (B, T, kv_lora_rank + qk_rope_head_dim).
+        The model calls `advance` when all layers have stored theirs.
         """
         return self._append(self.latents[layer - self.first_layer], latent)
 
     def append_index_keys(self, layer: int, keys: Tensor) -> Tensor:
-        """Do the same for the indexer's keys: (B, S, index_head_dim) -> (B, T, index_head_dim)"""
+        """Do the same for the indexer's keys."""
         return self._append(self.index_keys[layer - self.first_layer], keys)
 
     def _append(self, stored: Tensor, new: Tensor) -> Tensor:

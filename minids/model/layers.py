@@ -19,20 +19,14 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 @bodies(norm.fused, norm.written_out)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Return x / sqrt(mean(x^2) + eps) times the weight, computed in FP32 or wider.
-
-    x: (.., dim); weight: (dim,)
-    """
+    """Return x / sqrt(mean(x^2) + eps) times the weight (dim,), computed in FP32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = (wide.square().mean(-1, keepdim=True) + eps).rsqrt()  # (.., 1), 1 / rms
     return (wide * scale * weight).to(x.dtype)
 
 
 class Linear(nn.Module):
-    """y = x W^T.
-
-    weight: (out_features, in_features)
-    """
+    """y = x W^T."""
 
     product = staticmethod(linear)  # of input and weight; `minids.apply.fp8` puts another here
 

@@ -36,19 +36,16 @@ LATENT_EPS = 1e-6  # of the norms on the latents, whatever norm_eps is, as in th
 class Context(NamedTuple):
     """The inputs that the layers of one forward pass share.
 
-    rotation: (B or 1, S, qk_rope_head_dim / 2) complex, each token's position
-    visible: (B or 1, S, T) bool, which keys a query sees; None: the S queries are the last of the
-        T positions and see those up to themselves
-    cache: earlier tokens' latents; None in training
-    absorbed: the form of attention
+    visible: which keys a query sees; None: the S queries are the last of the T positions and see
+        those up to themselves
     indexer_stage: how the indexers learn: "warmup", with dense attention, "sparse", or "", not
     routes: by layer, the experts that its tokens are to visit, (B, S, K) int64; None: gates choose
     """
 
-    rotation: Tensor
-    visible: Tensor | None = None
-    cache: LatentCache | None = None
-    absorbed: bool = False
+    rotation: Tensor  # (B or 1, S, qk_rope_head_dim / 2) complex, each token's position
+    visible: Tensor | None = None  # (B or 1, S, T) bool
+    cache: LatentCache | None = None  # earlier tokens' latents; None in training
+    absorbed: bool = False  # the form of attention
     indexer_stage: str = ""
     routes: dict[int, Tensor] | None = None
 
@@ -113,8 +110,7 @@ class MLA(nn.Module):
         k_pe = apply_rotary_emb(k_pe.unsqueeze(2), rotation).squeeze(2)  # one key for all heads
         return torch.cat([self.kv_norm(c_kv), k_pe], dim=-1)
 
-    def naive(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor,
-              visible: Tensor | None) -> Tensor:
+    def naive(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, visible: Tensor | None) -> Tensor:
         """Expand keys and values for each head and attend to them -> (B, S, H, v_head_dim)"""
         k, v = self.expand(latent)
         return attention(torch.cat([q_nope, q_pe], dim=-1), k, v, visible, self.scale)
@@ -164,7 +160,7 @@ class MLA(nn.Module):
                      chosen: Selection | None, context: Context) -> Tensor:
         """Return how far the indexer is from attention over the tokens attended to (V3.2 2.1.1).
 
-        queries: those of attention, its two parts; the other arguments are those of `forward`
+        queries: those of attention, its two parts
         Returns a scalar, nats per query, whose gradient reaches the indexer alone.
         """
         x, c_q, rotation = x.detach(), c_q.detach(), context.rotation
@@ -183,11 +179,9 @@ def seen_by(context: Context, x: Tensor, keys: int) -> Tensor:
 
 @bodies(kernels.products, kernels.fused)
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    """Softmax attention of every head.
+    """Softmax attention of every head: (B, S, H, v_head_dim). visible: as in `Context`
 
     q: (B, S, H, qk_head_dim); k: (B, T, H, qk_head_dim); v: (B, T, H, v_head_dim)
-    visible: (B or 1, S, T) bool, which keys a query sees; None: as in `Context`
-    Returns (B, S, H, v_head_dim).
     """
     visible = causal(q.size(1), k.size(1), q.device) if visible is None else visible
     scores = torch.einsum("bshd,bthd->bhst", q, k) * scale
@@ -201,10 +195,7 @@ def latent_attention(q: Tensor, latent: Tensor, rank: int, visible: Tensor | Non
                      scale: float) -> Tensor:
     """Softmax attention of every head over latents, which are keys and, in part, values.
 
-    q: (B, S, H, kv_lora_rank + qk_rope_head_dim), queries with W_UK folded in
-    latent: (B, T, kv_lora_rank + qk_rope_head_dim); rank: kv_lora_rank, the width of the values
-    visible: as for `attention`
-    Returns (B, S, H, kv_lora_rank).
+    q: (B, S, H, width), with W_UK folded in; latent: (B, T, width) -> (B, S, H, kv_lora_rank)
     """
     visible = causal(q.size(1), latent.size(1), q.device) if visible is None else visible
     scores = torch.einsum("bshc,btc->bsht", q, latent) * scale

@@ -5,8 +5,8 @@ experts besides. In V3 the gate's scores are sigmoids, and a bias for each exper
 step after every optimizer step, evens out the load. The bias takes part in the choice and never in
 the weights. No token is dropped.
 
-Experts are stacked tensors (E, .., ..) and tokens are sorted by expert, so that a layer is three
-grouped products between a dispatch and a combine.
+Experts are stacked tensors and tokens are sorted by expert, so that a layer is three grouped
+products between a dispatch and a combine.
 """
 
 from typing import NamedTuple
@@ -24,14 +24,10 @@ from minids.model.layers import MLP
 
 
 class Routing(NamedTuple):
-    """Where a layer sent its tokens.
+    """Where a layer sent its tokens."""
 
-    scores: (B, S, E) FP32, the gate's scores without the bias, with gradient
-    indices: (B, S, K) int64, the experts chosen
-    """
-
-    scores: Tensor
-    indices: Tensor
+    scores: Tensor  # (B, S, E) FP32, the gate's scores without the bias, with gradient
+    indices: Tensor  # (B, S, K) int64, the experts chosen
 
     def load(self) -> Tensor:
         """Count the tokens sent to each expert: (E,) int64."""
@@ -43,7 +39,7 @@ class Routing(NamedTuple):
 class Gate(nn.Module):
     """Choose K experts for each token and weigh them (V3 equations 13 to 16).
 
-    weight: (E, D); bias: (E,) FP32 buffer, used for the choice only, without gradient
+    bias: (E,) FP32 buffer, used for the choice only, without gradient
     """
 
     def __init__(self, args: ModelArgs):
@@ -58,8 +54,7 @@ class Gate(nn.Module):
     def forward(self, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Routing]:
         """x: (B, S, D) -> weights of the chosen experts (B, S, K) FP32, and the routing
 
-        routes: (B, S, K) int64, experts to take in place of a choice (V3.2 section 3.1, keep
-            routing); None: choose
+        routes: (B, S, K) int64, experts to take (V3.2 section 3.1, keep routing); None: choose
         """
         args = self.args
         scores = self.scores(x)  # (B, S, E)
@@ -82,10 +77,9 @@ class Gate(nn.Module):
         return logits.sigmoid() if self.args.score_func == "sigmoid" else logits.softmax(dim=-1)
 
     def limit_groups(self, choice: Tensor) -> Tensor:
-        """Keep the best n_limited_groups groups of experts and send the others to -inf.
+        """Keep the best n_limited_groups groups of experts and send the others to -inf, (B, S, E).
 
-        choice: (B, S, E). A group's score is the sum of its best two with a bias (V3), and its
-        best one without (V2).
+        A group's score is the sum of its best two with a bias (V3), and its best without (V2).
         """
         args = self.args
         if args.n_expert_groups == 1:
@@ -99,10 +93,7 @@ class Gate(nn.Module):
 
 
 class Experts(nn.Module):
-    """The routed experts, each a SwiGLU layer, as three stacked tensors.
-
-    w1, w3: (E, moe_inter_dim, D); w2: (E, D, moe_inter_dim)
-    """
+    """The routed experts, each a SwiGLU layer, as three stacked tensors."""
 
     @staticmethod
     def product(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
@@ -111,10 +102,10 @@ class Experts(nn.Module):
 
     def __init__(self, args: ModelArgs):
         super().__init__()
-        shape = args.n_routed_experts, args.moe_inter_dim, args.dim
-        self.w1 = nn.Parameter(torch.empty(shape))
-        self.w2 = nn.Parameter(torch.empty(shape[0], shape[2], shape[1]))
-        self.w3 = nn.Parameter(torch.empty(shape))
+        experts, inner, dim = args.n_routed_experts, args.moe_inter_dim, args.dim
+        self.w1 = nn.Parameter(torch.empty(experts, inner, dim))
+        self.w2 = nn.Parameter(torch.empty(experts, dim, inner))
+        self.w3 = nn.Parameter(torch.empty(experts, inner, dim))
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """x: (M, D), rows sorted by expert; counts: (E,) rows of each -> (M, D)"""
@@ -139,16 +130,11 @@ class MoE(nn.Module):
         weights, routing = self.gate(x) if routes is None else self.gate(x, routes)
         y = self.routed(x.flatten(0, 1), weights.flatten(0, 1), routing.indices.flatten(0, 1))
         y = y.view_as(x)
-        if self.shared_experts is not None:
-            y = y + self.shared_experts(x)
-        return y, routing
+        return y if self.shared_experts is None else y + self.shared_experts(x), routing
 
     @bodies(few_tokens.routed)
     def routed(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
-        """Send each token to its experts and add up what comes back.
-
-        x: (N, D); weights, indices: (N, K) -> (N, D)
-        """
+        """Send each token (N, D) to its experts (N, K), and add up what comes back: (N, D)"""
         source, slot, counts = sort_by_expert(indices, self.args.n_routed_experts)
         out = self.experts(dispatch(x, source, slot), counts)  # (M, D)
         return combine(out, slot, weights.to(out.dtype))
@@ -160,11 +146,11 @@ ALIGN = 32  # rows; measured on a CPU in BF16, 1 is eight times slower, 16 to 12
 def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Give each pair of token and expert a slot, so that an expert's rows lie side by side.
 
-    indices: (N, K) int64, the experts of each token
-    Returns
-        source: (M,) int64, the token whose row stands in each slot
-        slot: (N, K) int64, the slot of each pair
-        counts: (E,) int64, slots of each expert
+    indices: (N, K), the experts of each token
+    Returns, int64,
+        source: (M,), the token whose row stands in each slot
+        slot: (N, K), the slot of each pair
+        counts: (E,), slots of each expert
 
     With three tokens and the experts [[0, 2], [2, 0], [2, 1]], and no alignment:
         source [0, 1, 2, 0, 1, 2]   slot [[0, 3], [4, 1], [5, 2]]   counts [2, 1, 3]
@@ -220,8 +206,8 @@ def each_expert(x: Tensor, weight: Tensor, counts: Tensor, product) -> Tensor:
 def update_bias(bias: Tensor, load: Tensor, speed: float) -> None:
     """Move each expert's bias one step against its load (arXiv 2408.15664, algorithm 1).
 
-    bias: (E,), changed in place; load: (E,) tokens sent to each expert since the last update, over
-    the whole batch; speed: size of the step, 0.001 in V3
+    bias: (E,), changed in place; load: (E,) tokens sent to each expert since the last update
+    speed: size of the step, 0.001 in V3
     """
     load = load.to(bias.dtype)
     bias += speed * torch.sign(load.mean() - load)
@@ -242,11 +228,10 @@ def sequence_balance_loss(routing: Routing, args: ModelArgs) -> Tensor:
 
 
 def expert_balance_loss(routing: Routing, args: ModelArgs) -> Tensor:
-    """Return V2's expert-level loss, for comparison: the sum of f_i P_i over the whole batch.
+    """Return V2's loss over the whole batch, for comparison (V2 section 2.2.3, equations 23 to 25).
 
-    V2 (arXiv 2405.04434) section 2.2.3, equations 23 to 25, alpha_1 = 1. Beside V3's it counts the
-    experts that were really visited, and lets one sequence make up for another. Sigmoid scores are
-    normalised first; V2's softmax scores are as they are.
+    Beside V3's it counts the experts that were really visited, and lets one sequence make up for
+    another. Sigmoid scores are normalised first; V2's softmax scores are as they are.
     """
     scores = routing.scores  # (B, S, E)
     f = routing.load().to(scores) * (args.n_routed_experts / routing.indices.numel())  # (E,)
@@ -258,9 +243,6 @@ BALANCE_LOSSES = {"sequence": sequence_balance_loss, "expert": expert_balance_lo
 
 
 def max_violation(load: Tensor) -> Tensor:
-    """Return MaxVio: how far the busiest expert is above the mean, 0 when balanced (2408.15664).
-
-    load: (.., E) -> (..)
-    """
+    """Return MaxVio, (.., E) -> (..): the busiest expert's excess over the mean (2408.15664)."""
     load = load.float()
     return load.amax(-1) / load.mean(-1) - 1

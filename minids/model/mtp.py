@@ -16,10 +16,7 @@ from minids.model.layers import Linear, RMSNorm
 
 
 class MTPModule(nn.Module):
-    """One prediction depth: join, one transformer block, norm. Embedding and head are the model's.
-
-    block: a block of the main model's kind
-    """
+    """One prediction depth: join, a block of the model's kind, norm. The head is the model's."""
 
     def __init__(self, args: ModelArgs, block: nn.Module):
         super().__init__()
@@ -32,9 +29,7 @@ class MTPModule(nn.Module):
     def forward(self, hidden: Tensor, embedding: Tensor, context) -> tuple:
         """Go one depth further.
 
-        hidden: (B, S, D), of depth k-1 at positions i
-        embedding: (B, S, D), of tokens i+k
-        context: positions i
+        hidden: (B, S, D), of depth k-1 at positions i; embedding: (B, S, D), of tokens i+k
         Returns the hidden state that the head reads for token i+k+1, (B, S, D), and what the block
         found: its routing and its indexer's loss.
         """

@@ -11,44 +11,41 @@ from torch import Tensor
 
 from minids.kernels import cross_entropy
 from minids.kernels.registry import bodies
-from minids.model.moe import BALANCE_LOSSES, Routing
+from minids.model.moe import BALANCE_LOSSES
 
 
 class Losses(NamedTuple):
-    """The parts of the objective, scalars.
-
-    total: their weighted sum, as above
-    main: mean cross-entropy of the next token, nats
-    mtp: the mean over depths of the multi-token prediction losses, nats
-    balance: the balance losses of all MoE layers, added up; each is 1 when balanced
-    indexer: how far the indexers are from attention, nats per query, added up over the layers and
-        MTP modules; 0 where they do not learn
-    loads: (n MoE layers, E) int64, tokens sent to each expert; MTP modules come last
-    """
+    """The parts of the objective, scalars, and where the tokens went."""
 
     total: Tensor
-    main: Tensor
-    mtp: Tensor
-    balance: Tensor
-    indexer: Tensor
-    loads: Tensor
+    main: Tensor  # mean cross-entropy of the next token, nats
+    mtp: Tensor  # mean over depths of the multi-token prediction losses, nats
+    balance: Tensor  # of all MoE layers, added up; each is 1 when balanced
+    indexer: Tensor  # distance of indexers from attention, nats per query, added up; 0: none learns
+    loads: Tensor  # (n MoE layers, E) int64, tokens sent to each expert; MTP modules come last
 
 
 class Packed(NamedTuple):
-    """Samples side by side in a batch's sequences, which do not see each other (V3 section 5.1).
+    """Samples side by side in a batch's sequences, which do not see each other (V3 section 5.1)."""
 
-    samples: (B, S) int64, which sample each token belongs to; those of one stand together
-    loss_mask: (B, S) bool, whether a token's target counts in the loss
+    samples: Tensor  # (B, S) int64, which sample each token belongs to; those of one stand together
+    loss_mask: Tensor  # (B, S) bool, whether a token's target counts in the loss
+
+
+def objective(model, tokens: Tensor, targets: Tensor, mtp_weight: float = 0.3,
+              balance_weight: float = 1e-4, balance_loss: str = "sequence", dsa: str = "",
+              indexer_weight: float = 1.0, packed: Packed | None = None,
+              routes: dict[int, Tensor] | None = None) -> Losses:
+    """Return the losses of a batch: `Transformer.loss`.
+
+    tokens: (B, S) int64; targets: (B, S) int64, the token after each
+    mtp_weight: lambda of V3 equation 25; 0 leaves the MTP modules out
+    balance_weight: alpha of V3 equation 17; balance_loss: "sequence", V3's, or "expert", V2's
+    dsa: how the indexers learn: "warmup", with dense attention, "sparse", or "", not at all
+    indexer_weight: a factor on their loss
+    packed: samples that do not see each other, and what of them counts; None: all is one text
+    routes: by layer, the experts to take, (B, S, K) int64; None: gates choose
     """
-
-    samples: Tensor
-    loss_mask: Tensor
-
-
-def objective(model, tokens: Tensor, targets: Tensor, mtp_weight: float, balance_weight: float,
-              balance_loss: str, dsa: str, indexer_weight: float, packed: Packed | None,
-              routes: dict[int, Tensor] | None) -> Losses:
-    """Return the losses of a batch; the arguments are those of `Transformer.loss`."""
     samples = None if packed is None else packed.samples
     hidden, routings, indexer = model.hidden(tokens, indexer_stage=dsa, samples=samples,
                                              routes=routes)
@@ -69,11 +66,8 @@ def objective(model, tokens: Tensor, targets: Tensor, mtp_weight: float, balance
 
 def prediction_loss(model, hidden: Tensor, targets: Tensor, packed: Packed | None,
                     depth: int = 0) -> Tensor:
-    """Return the cross-entropy of the targets `depth` tokens further on, over those that count.
-
-    hidden: (B, S - depth, D); targets: (B, S) int64
-    """
-    states, wanted, count = hidden, targets[:, depth:], targets.numel()
+    """Return the cross-entropy of the targets `depth` tokens further on, over those that count."""
+    states, wanted, count = hidden, targets[:, depth:], targets.numel()  # (B, S - depth, ..)
     if packed is not None:
         same = packed.samples[:, depth:] == packed.samples[:, :targets.size(1) - depth]
         counts = packed.loss_mask[:, depth:] & same  # (B, S - depth)
@@ -83,8 +77,7 @@ def prediction_loss(model, hidden: Tensor, targets: Tensor, packed: Packed | Non
 
 
 def mtp_loss(model, hidden: Tensor, targets: Tensor, packed: Packed | None = None, dsa: str = "",
-             routes: dict[int, Tensor] | None = None,
-             ) -> tuple[Tensor, list[Routing], list[Tensor]]:
+             routes: dict[int, Tensor] | None = None) -> tuple[Tensor, list, list]:
     """Return the mean over depths of V3's equation 24, and what the modules' blocks found.
 
     Depth k has T - k predictions and divides their sum by T. Position i of `targets` is token

@@ -56,8 +56,7 @@ def softmax_scale(args: ModelArgs) -> float:
 def rotations(positions: Tensor, args: ModelArgs) -> Tensor:
     """Return the unit complex numbers that rotate each pair to its position.
 
-    positions: (.., S) int64, position of each token in its sequence
-    Returns (.., S, qk_rope_head_dim / 2) complex64.
+    positions: (.., S) int64, of tokens in their sequences -> (.., S, qk_rope_head_dim / 2)
     """
     freqs = rotary_frequencies(args, positions.device)
     angles = positions.unsqueeze(-1).float() * freqs  # (.., S, qk_rope_head_dim / 2)
@@ -65,10 +64,9 @@ def rotations(positions: Tensor, args: ModelArgs) -> Tensor:
 
 
 def apply_rotary_emb(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the interleaved pairs (x0, x1), (x2, x3), .. of every head.
+    """Rotate the interleaved pairs (x0, x1), (x2, x3), .. of every head, in FP32 or wider.
 
     x: (B, S, H, qk_rope_head_dim); rotation: (B or 1, S, qk_rope_head_dim / 2) complex
-    Returns the shape and precision of x; computed in FP32 or wider.
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (B, S, H, rope / 2)
@@ -76,10 +74,7 @@ def apply_rotary_emb(x: Tensor, rotation: Tensor) -> Tensor:
 
 
 def apply_rotary_emb_half(x: Tensor, rotation: Tensor) -> Tensor:
-    """Rotate the pairs (x_0, x_r/2), (x_1, x_r/2+1), ..: only V3.2's indexer pairs this way.
-
-    Arguments and result as for `apply_rotary_emb`.
-    """
+    """Rotate the pairs (x_0, x_r/2), (x_1, x_r/2+1), .. instead: only V3.2's indexer does so."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     turned = torch.complex(*wide.chunk(2, dim=-1)) * rotation.unsqueeze(-2)  # (B, S, H, rope / 2)
     return torch.cat([turned.real, turned.imag], dim=-1).to(x.dtype)

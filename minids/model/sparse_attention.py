@@ -21,7 +21,7 @@ should rank tokens as the main attention, summed over its heads, weighs them.
 
 In the warm-up the model is frozen; then all of it learns. p is a constant, and what the indexer
 reads is detached: its loss moves nothing but the indexer, and the language-model loss everything
-else. L_I is counted here as the mean over queries, and added up over the layers.
+else. L_I is counted here as the mean over queries.
 
 Simplified: the loss computes attention's probabilities in plain form, a second time.
 """
@@ -40,18 +40,12 @@ from minids.kernels.registry import bodies
 from minids.model.layers import Linear
 from minids.model.rope import apply_rotary_emb_half
 
-STAGES = ("warmup", "sparse")
-
 
 class Selection(NamedTuple):
-    """The tokens that each query attends to.
+    """The tokens that each query attends to."""
 
-    indices: (B, S, k) int64, positions among the keys, in no order
-    seen: (B, S, k) bool; False where a query sees fewer than k tokens and the entry is empty
-    """
-
-    indices: Tensor
-    seen: Tensor
+    indices: Tensor  # (B, S, k) int64, positions among the keys, in no order
+    seen: Tensor  # (B, S, k) bool; False: the query sees fewer than k tokens, the entry is empty
 
     def mask(self, keys: int) -> Tensor:
         """Return the same as (B, S, T) bool over all T keys: for the naive form."""
@@ -89,10 +83,9 @@ class Indexer(nn.Module):
         return self.positioned(k.unsqueeze(2), rotation).squeeze(2)
 
     def scores(self, x: Tensor, c_q: Tensor, keys: Tensor, rotation: Tensor) -> Tensor:
-        """Return how much each query wants each token, in FP32 or wider.
+        """Return how much each query wants each token, in FP32 or wider: (B, S, T)
 
         x: (B, S, D), the attention's input; c_q: its query latent, or x where there is none
-        keys: (B, T, index_head_dim) -> (B, S, T)
         """
         return index_scores(self.queries(c_q, rotation), self.weights(x), keys)
 
@@ -106,7 +99,7 @@ class Indexer(nn.Module):
     def positioned(self, x: Tensor, rotation: Tensor) -> Tensor:
         """Rotate the first qk_rope_head_dim numbers to their position: (B, S, H, index_head_dim)
 
-        Then, if the settings say so, what deployment does: a Hadamard rotation, which spreads
+        Then, if the settings say so, do as deployment does: a Hadamard rotation, which spreads
         outliers and changes no product, and rounding to FP8.
         """
         args = self.args
@@ -119,29 +112,22 @@ class Indexer(nn.Module):
 
 @bodies(indexer.scores_in_pieces)
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
-    """Return V3.2's equation 1, in FP32 or wider.
-
-    q: (B, S, H, d); weights: (B, S, H); keys: (B, T, d) -> (B, S, T)
-    """
+    """Return V3.2's equation 1, FP32 or wider: (B, S, H, d), (B, S, H), (B, T, d) -> (B, S, T)"""
     with without_autocast(q):
         products = torch.einsum("bshd,btd->bsht", q.to(weights.dtype), keys.to(weights.dtype))
         return torch.einsum("bsht,bsh->bst", products.relu(), weights)
 
 
 def select(scores: Tensor, visible: Tensor, k: int) -> Selection:
-    """Select the k best of the tokens that each query sees, all of them if they are fewer.
-
-    scores: (B, S, T); visible: (B or 1, S, T) bool; k: at most T
-    """
+    """Select the k best (at most T) of the tokens that each query sees; scores: (B, S, T)"""
     best = scores.detach().masked_fill(~visible, float("-inf")).topk(k, dim=-1, sorted=False)
     return Selection(best.indices, best.values > float("-inf"))
 
 
 def attention_mass(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
-    """Return p of the indexer's loss: attention's probabilities, summed over heads, scaled to 1.
+    """Return p of the indexer's loss, (B, S, T) in FP32 or wider: attention's, mean over heads.
 
     q: (B, S, H, d); k: (B, T, H, d); seen: (B or 1, S, T) bool, what the queries attend to
-    Returns (B, S, T) in FP32 or wider: the mean over heads, since each head's sum is one.
     """
     wide = torch.promote_types(q.dtype, torch.float32)
     with without_autocast(q):
@@ -182,10 +168,7 @@ def load_weights_without_indexer(model: nn.Module, weights: dict[str, Tensor]) -
 
 
 def hadamard(width: int, device=None) -> Tensor:
-    """Return Sylvester's matrix of +1 and -1, scaled to rotate and not to stretch, FP32.
-
-    width: a power of two -> (width, width)
-    """
+    """Return Sylvester's matrix of +1 and -1, (width, width), scaled to rotate and not stretch."""
     h = torch.ones(1, 1, device=device)
     while len(h) < width:
         h = torch.cat([torch.cat([h, h], dim=1), torch.cat([h, -h], dim=1)])

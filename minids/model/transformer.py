@@ -20,7 +20,7 @@ from minids.model.layers import MLP, Linear, RMSNorm
 from minids.model.mla import MLA, Context, causal
 from minids.model.moe import MoE, Routing, update_bias
 from minids.model.mtp import MTPModule
-from minids.model.objective import Losses, Packed, objective
+from minids.model.objective import objective
 from minids.model.rope import rotations
 
 
@@ -49,11 +49,8 @@ class Block(nn.Module):
 
 
 class Hidden(NamedTuple):
-    """The output of the layers for a batch.
-
-    states: (B, S, D), what the head reads
-    routings: of each MoE layer; indexer: the loss of each indexer, nats per query, where they learn
-    """
+    """The output of the layers: states (B, S, D), which the head reads, the routing of each MoE
+    layer, and the loss of each indexer that learns, nats per query."""
 
     states: Tensor
     routings: list[Routing]
@@ -98,7 +95,7 @@ class Transformer(nn.Module):
         samples: as in `Packed`; indexer_stage, routes: as in `Context`; the rest as for `forward`
         """
         context = self.context(tokens, cache, absorbed, indexer_stage, samples, routes)
-        x, routings, indexer = self.embed(tokens), [], []
+        x, routings, indexer = self.embed(tokens), [], []  # (B, S, D)
         for layer in self.layers:
             x, routing, loss = layer(x, context)
             routings += [routing] if routing is not None else []
@@ -126,23 +123,7 @@ class Transformer(nn.Module):
             rotation = rotations(torch.arange(count, device=tokens.device)[None], self.args)
         return Context(rotation, visible, cache, absorbed, indexer_stage, routes)
 
-    def loss(self, tokens: Tensor, targets: Tensor, mtp_weight: float = 0.3,
-             balance_weight: float = 1e-4, balance_loss: str = "sequence", dsa: str = "",
-             indexer_weight: float = 1.0, packed: Packed | None = None,
-             routes: dict[int, Tensor] | None = None) -> Losses:
-        """Return the training objective, see `minids.model.objective`.
-
-        tokens: (B, S) int64; targets: (B, S) int64, the token after each
-        mtp_weight: lambda of V3 equation 25; 0 leaves the MTP modules out
-        balance_weight: alpha of V3 equation 17
-        balance_loss: "sequence", V3's, or "expert", V2's
-        dsa: how the indexers learn: "warmup", with dense attention, "sparse", or "", not at all
-        indexer_weight: a factor on their loss
-        packed: samples that do not see each other, and what of them counts; None: all is one text
-        routes: by layer, the experts to take, (B, S, K) int64; None: gates choose
-        """
-        return objective(self, tokens, targets, mtp_weight, balance_weight, balance_loss, dsa,
-                         indexer_weight, packed, routes)
+    loss = objective  # of training: (tokens, targets, ..) -> Losses
 
     def blocks(self) -> list[Block]:
         """Return the layers' blocks, then the MTP modules': the order of `Losses.loads`."""
@@ -156,8 +137,8 @@ class Transformer(nn.Module):
     def update_gate_bias(self, loads: Tensor, speed: float) -> None:
         """Move the selection biases against the loads of one optimizer step (V3 section 2.1.2).
 
-        loads: (n MoE layers, E), summed over the step's micro-batches and ranks; those of MTP
-            modules that were left out of the loss may be missing at the end
+        loads: (n MoE layers, E), summed over micro-batches and ranks; those of MTP modules that
+            were left out of the loss may be missing at the end
         """
         for bias, load in zip(self.gate_biases(), loads, strict=False):
             update_bias(bias, load, speed)
