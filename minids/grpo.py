@@ -104,24 +104,11 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
 
 
 class Batch(NamedTuple):
-    """A rollout of B replies, group by group, and what they earned.
-
-    parts: (B,) for each kind of reward; rewards: (questions, group), their weighted sum
-    """
+    """A rollout, group by group, its rewards, (questions, group), and metrics of both."""
 
     rollout: Rollout
-    replies: list[Reply]
-    parts: dict[str, Tensor]
     rewards: Tensor
-
-    def metrics(self) -> dict:
-        """Return the metrics of the rollout."""
-        silent = self.rewards.amax(1) == self.rewards.amin(1)
-        return dict(reward=self.rewards.mean().item(),
-                    **{f"reward_{name}": part.mean().item() for name, part in self.parts.items()},
-                    thinking=fmean(reply.thought is not None for reply in self.replies),
-                    length=fmean(reply.tokens for reply in self.replies),
-                    groups_without_signal=silent.float().mean().item())
+    metrics: dict
 
 
 class Reinforcer(Learner):
@@ -147,7 +134,7 @@ class Reinforcer(Learner):
         if part == 0:
             self.batch = self.judge(number, self.sample(number))
         sampled = dict(sampling_s=round(time.perf_counter() - start, 3))
-        return self.learn(part) | self.batch.metrics() | sampled, None
+        return self.learn(part) | self.batch.metrics | sampled, None
 
     def asked(self, number: int) -> list[tuple[Problem, str]]:
         """Return the problem and mode of each reply of rollout `number`."""
@@ -185,7 +172,14 @@ class Reinforcer(Learner):
                              "finite numbers")
         if args.reward == "shuffled":
             rewards = rewards[random.Random(number).sample(range(len(rewards)), len(rewards))]
-        return Batch(rollout, replies, parts, rewards.view(args.questions, args.group))
+        rewards = rewards.view(args.questions, args.group)
+        silent = rewards.amax(1) == rewards.amin(1)
+        means = {f"reward_{name}": part.mean().item() for name, part in parts.items()}
+        return Batch(rollout, rewards, dict(
+            reward=rewards.mean().item(), **means,
+            thinking=fmean(reply.thought is not None for reply in replies),
+            length=fmean(reply.tokens for reply in replies),
+            groups_without_signal=silent.float().mean().item()))
 
     def reward(self, problem: Problem, reply: Reply) -> dict[str, float]:
         """Return the parts of a reply's reward, by rule."""
@@ -228,15 +222,11 @@ class Reinforcer(Learner):
 
     def after_update(self, loads: None) -> None:
         if self.args.reference_every and self.step % self.args.reference_every == 0:
-            self.renew_reference()
-
-    def renew_reference(self) -> None:
-        """Make the current model the reference of the KL."""
-        self.reference.load_state_dict(self.model.state_dict())
+            self.reference.load_state_dict(self.model.state_dict())
 
     def begin_from(self, source: Source) -> None:
         super().begin_from(source)
-        self.renew_reference()
+        self.reference.load_state_dict(self.model.state_dict())
 
     def more_state(self) -> dict:
         begun = self.batch is not None and self.step % self.args.updates  # has steps to serve

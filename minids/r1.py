@@ -219,8 +219,7 @@ def table(marks: dict[str, dict]) -> str:
     """Return a row per stage: accuracy in each mode, and what the model does when it may choose."""
     rows = [["stage", "thinking", "not thinking", "free", "thinks when free", "tokens"]]
     for name, row in marks.items():
-        rows.append([ALL[name].label,
-                     *(f"{row[mode]['accuracy']:.3f}" for mode in MODES),
+        rows.append([ALL[name].label, *(f"{row[mode]['accuracy']:.3f}" for mode in MODES),
                      f"{row['free']['thinking']:.2f}", f"{row['free']['tokens']:.1f}"])
     return format_table(rows)
 
@@ -245,10 +244,9 @@ def r1(args: R1Args) -> dict[str, dict]:
           f"{sum(times[name] for name in TO_FINAL):.0f} s from random weights to the final model, "
           f"{sum(times.values()):.0f} s in all")
     (pipeline.run / "table.txt").write_text(text + "\n")
-    learning = {ALL[name].label: read_metrics(pipeline.run / name)
-                for name in ("rl", "zero", "shuffled", "early-rl", "alone")
-                if (pipeline.run / name).exists()}
-    plots.grpo_figure(learning, pipeline.run / "r1.png")
+    drawn = [name for name in ("rl", "zero", "shuffled", "early-rl", "alone") if name in marks]
+    plots.grpo_figure({ALL[name].label: read_metrics(pipeline.run / name) for name in drawn},
+                      pipeline.run / "r1.png")
     return marks
 
 

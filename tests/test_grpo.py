@@ -116,6 +116,13 @@ def written(made: Reinforcer, number: int, texts: list[str | None]) -> list[list
             for text, answer in zip(texts, answers, strict=True)]
 
 
+def rewards_of(made: Reinforcer, replies: list[list[int]]) -> dict[str, list[float]]:
+    """Return the parts of the rewards of rollout 0, had it been these replies."""
+    found = [made.reward(problem, made.template.read(ids, mode))
+             for (problem, mode), ids in zip(made.asked(0), replies, strict=True)]
+    return {name: [reward[name] for reward in found] for name in PARTS}
+
+
 def test_rewards_are_the_weighted_sum_of_what_the_rules_say(base, tmp_path):
     """Weights are powers of 2, so that each part shows in the sum, and its sign."""
     made = learner(base, tmp_path / "run", accuracy_weight=1.0, format_weight=0.5,
@@ -124,21 +131,21 @@ def test_rewards_are_the_weighted_sum_of_what_the_rules_say(base, tmp_path):
     texts = ["right", "x", None, "right", "xyz", "x", "right", None]
     replies = written(made, 0, texts)
     batch = made.judge(0, SimpleNamespace(replies=lambda: replies))
+    parts = rewards_of(made, replies)
     right, formed = ([float(text in good) for text in texts]
                      for good in (("right",), ("right", "x", "xyz")))
     sizes = [len(ids) / 8 for ids in replies]
-    assert batch.parts["accuracy"].tolist() == right and batch.parts["format"].tolist() == formed
-    assert batch.parts["length"].tolist() == sizes and batch.parts["language"].tolist() == [1] * 8
+    assert parts == dict(accuracy=right, format=formed, language=[1.0] * 8, length=sizes)
     expected = [r + 0.5 * f + 0.25 - 0.125 * size
                 for r, f, size in zip(right, formed, sizes, strict=True)]
     assert batch.rewards.tolist() == [expected[:4], expected[4:]]
-    told = batch.metrics()
+    told = batch.metrics
     assert told["reward"] == pytest.approx(fmean(expected)) and told["thinking"] == 0
     assert told["reward_accuracy"] == 3 / 8 and told["groups_without_signal"] == 0
     assert told["length"] == fmean(map(len, replies))
     alike = written(made, 0, ["x"] * 4 + texts[4:])
-    assert made.judge(0, SimpleNamespace(replies=lambda: alike)).metrics()[
-        "groups_without_signal"] == 0.5
+    again = made.judge(0, SimpleNamespace(replies=lambda: alike))
+    assert again.metrics["groups_without_signal"] == 0.5
 
 
 def test_language_rewards_the_thought(base, tmp_path):
@@ -147,7 +154,8 @@ def test_language_rewards_the_thought(base, tmp_path):
     replies = [[t.think_id, *t.encode(thought), t.end_think_id, *t.encode("1"), t.eos_id]
                for thought in ("one two", "one \u4e8c")]
     batch = made.judge(0, SimpleNamespace(replies=lambda: replies))
-    assert batch.parts["language"].tolist() == [1.0, 0.5] and batch.metrics()["thinking"] == 1
+    assert rewards_of(made, replies)["language"] == [1.0, 0.5]
+    assert batch.metrics["reward_language"] == 0.75 and batch.metrics["thinking"] == 1
 
 
 def test_each_rollout_asks_other_questions_each_for_a_whole_group(base, tmp_path):
@@ -305,7 +313,7 @@ def test_shuffled_rewards_are_the_same_numbers(base, tmp_path):
     both = [learner(base, tmp_path / name, reward=name, length_weight=1.0)
             for name in ("task", "shuffled")]
     plain, shuffled = (made.judge(0, made.sample(0)) for made in both)
-    assert plain.replies == shuffled.replies
+    assert plain.rollout.replies() == shuffled.rollout.replies()
     assert not torch.equal(plain.rewards, shuffled.rewards)
     assert torch.equal(plain.rewards.flatten().sort()[0], shuffled.rewards.flatten().sort()[0])
 

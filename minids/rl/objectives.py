@@ -42,7 +42,7 @@ OBJECTIVES = {
 class ObjectiveArgs(Settings):
     """The settings of the loss."""
 
-    objective: str = option("r1", "variant of the loss; its other flags win", tuple(OBJECTIVES))
+    objective: str = option("r1", "variant of the loss; other flags override it", tuple(OBJECTIVES))
     advantage: str = option("std", "reward less the group's mean (mean), over its standard"
                                    " deviation (std)", ("std", "mean"))
     clip_low: float = option(0.2, "the ratio counts down to 1 - clip_low", low=0)
