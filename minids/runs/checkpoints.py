@@ -6,17 +6,17 @@ A run folder holds `checkpoints/step_NNNNNN/`, each with three files:
     manifest.json       step, metric, versions; size and SHA-256 of the other two, and its own seal
 
 Why so careful? A training process is killed, a disk fills up, a copy is cut short. A checkpoint is
-therefore written under a temporary name, each file is flushed to the disk, and the folder is
-renamed when it is complete. The parent folder is flushed as well: otherwise a rename may be lost,
-or reach the disk before the data that it names (Pillai et al., "All File Systems Are Not Created
-Equal", OSDI 2014). A reader recomputes the checksums, names what it refuses, and falls back on the
-checkpoint before it. Nothing here unpickles arbitrary objects: `state.pt` holds tensors and plain
-values only.
+therefore written under a temporary name, each file is flushed, and the folder is renamed when it is
+complete. The parent folder is flushed as well: otherwise a rename may be lost, or reach the disk
+before the data that it names (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014).
+A reader recomputes the checksums, names what it refuses, and falls back on the checkpoint before
+it. `state.pt` holds tensors and plain values only, so that reading it runs no foreign code.
 
 Simplified: one process writes to a run at a time, and it holds all the weights. A sharded save
 would use `torch.distributed.checkpoint`.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -45,18 +45,16 @@ PLAIN = (str, bytes, bool, int, float, type(None))
 
 def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dict,
                     keep_last: int = 3, metric: float | None = None) -> Path:
-    """Write `checkpoints/step_NNNNNN` whole, then remove older checkpoints.
+    """Write `checkpoints/step_NNNNNN` whole, then remove older checkpoints; returns its folder.
 
     A kill at any moment leaves the old checkpoints, or the old ones and the new one. A checkpoint
     of the same step is replaced.
 
-    run: the run's folder, made if absent
-    step: optimizer steps done
+    run: the run's folder, made if absent; step: optimizer steps done
     weights: name -> tensor of any dtype, layout and device; tied tensors are written twice
     state: tensors and plain values, nested in dicts, lists and tuples
     keep_last: newest checkpoints to keep, beside the best one; 0 keeps all
     metric: what the best one is judged by, lower is better
-    Returns the checkpoint's folder.
     Raises `ValueError` for a state that could not be read back or a metric that is not finite;
     `OSError` when the disk refuses, with the checkpoints before it intact.
     """
@@ -74,16 +72,13 @@ def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dic
         write_files(temp, step, weights, state, metric)
         publish(temp, final)
     except (OSError, SafetensorError) as error:
-        raise OSError(explain_failure(final, error)) from error
+        reason, before = getattr(error, "strerror", None) or error, newest_checkpoint(run)
+        intact = f"{before}, the one before it, is intact" if before else "there is none before it"
+        raise OSError(f"checkpoint {final} could not be written: {reason}; {intact}") from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     prune(run, final, keep_last)
     return final
-
-
-def own_copy(tensor: Tensor) -> Tensor:
-    """Return a contiguous copy on the CPU: safetensors refuses shared memory."""
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def check_plain(value, where: str) -> None:
@@ -105,26 +100,21 @@ def check_plain(value, where: str) -> None:
 
 def write_files(folder: Path, step: int, weights: dict, state: dict, metric: float | None) -> None:
     """Write and flush the three files of a checkpoint, the manifest last."""
-    copies = {name: own_copy(tensor) for name, tensor in weights.items()}
+    copies = {name: tensor.detach().to("cpu", copy=True).contiguous()
+              for name, tensor in weights.items()}  # safetensors refuses shared memory
     save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
-    save_state(folder / STATE, state)
+    with open(folder / STATE, "wb") as stream:
+        try:
+            torch.save(state, stream)
+        except RuntimeError as error:  # it hides the disk's own error
+            raise error.__context__ or error from None
     files = {}
     for name in (WEIGHTS, STATE):
         flush(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
-    body = {"format": FORMAT, "step": step, "metric": metric, "torch": torch.__version__,
-            "files": files}
-    write_flushed(folder / MANIFEST, sealed(body))
+    write_flushed(folder / MANIFEST, sealed({"format": FORMAT, "step": step, "metric": metric,
+                                             "torch": torch.__version__, "files": files}))
     flush(folder)
-
-
-def save_state(file: Path, state: dict) -> None:
-    """Save with `torch.save`, but raise the disk's own error, which torch hides behind its own."""
-    with open(file, "wb") as stream:
-        try:
-            torch.save(state, stream)
-        except RuntimeError as error:
-            raise error.__context__ or error from None
 
 
 def sealed(body: dict) -> bytes:
@@ -142,22 +132,18 @@ def sweep(folder: Path) -> None:
             discard(aside)
 
 
-def explain_failure(final: Path, error: Exception) -> str:
-    """Return one line: what could not be written, why, and which checkpoint is intact."""
-    reason = getattr(error, "strerror", None) or str(error)
-    before = newest_checkpoint(final.parent.parent)
-    intact = f"{before}, the one before it, is intact" if before else "there is none before it"
-    return f"checkpoint {final} could not be written: {reason}; {intact}"
-
-
 def prune(run: Path, saved: Path, keep_last: int) -> None:
     """Remove all but the one just saved, the `keep_last` newest and the best; 0 keeps all."""
     if keep_last == 0:
         return
-    found = checkpoints(run)
-    spared = {saved, *found[:keep_last], *by_metric(found)[:1]}
+    found, metrics = checkpoints(run), {}
     for path in found:
-        if path not in spared:
+        with contextlib.suppress(ValueError, OSError):
+            metrics[path] = read_manifest(path)["metric"]
+    measured = (path for path in found if metrics.get(path) is not None)
+    best = min(measured, key=metrics.get, default=None)  # of equals the newest
+    for path in found:
+        if path not in (saved, best, *found[:keep_last]):
             discard(path)
 
 
@@ -171,17 +157,6 @@ def age(path: Path) -> tuple[int, bool]:
     """Return a sort key: the step, then whether the folder has replaced one set aside."""
     step, replaced = NAME.fullmatch(path.name).groups()
     return int(step), replaced is None
-
-
-def by_metric(found: list[Path]) -> list[Path]:
-    """Return those with a readable manifest and a metric, best first, then newest first."""
-    metrics = {}
-    for path in found:
-        try:
-            metrics[path] = read_manifest(path)["metric"]
-        except (ValueError, OSError):
-            continue
-    return sorted((p for p in metrics if metrics[p] is not None), key=metrics.get)
 
 
 def read_manifest(path: Path) -> dict:
