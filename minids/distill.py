@@ -29,8 +29,7 @@ from minids.base.files import write_json, write_whole
 from minids.rl.examination import BATCH, Asking, ask, parts
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.runs.device import pick_device, prepare_cpu
-from minids.runs.open import open_model
-from minids.runs.resume import settings
+from minids.runs.open import open_model, settings
 from minids.sft import SftArgs, conversation, sft
 from minids.text.chat import TEMPLATES, Reply
 from minids.text.tasks import TASKS, Problem, Task, open_task

@@ -45,8 +45,7 @@ from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.rl.rollout import Rollout, log_probs, roll_out
 from minids.runs.device import prepare_cpu
 from minids.runs.learner import Learner, run_learner
-from minids.runs.open import Source, source_of
-from minids.runs.resume import settings
+from minids.runs.open import Source, settings, source_of
 from minids.runs.settings import LearnArgs
 from minids.text.chat import MODES, TEMPLATES, Reply
 from minids.text.tasks import TASKS, Problem, open_task

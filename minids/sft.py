@@ -30,8 +30,7 @@ from minids.model.objective import Packed
 from minids.rl.examination import Asking, examine_modes
 from minids.runs.device import prepare_cpu
 from minids.runs.learner import Learner, run_learner
-from minids.runs.open import source_of
-from minids.runs.resume import settings
+from minids.runs.open import settings, source_of
 from minids.runs.settings import LearnArgs
 from minids.text.chat import MODES, Chat
 from minids.text.tasks import Problem, open_task

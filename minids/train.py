@@ -44,11 +44,10 @@ from minids.infer.validation import Evaluation, evaluate, parse_share, windows
 from minids.model.moe import max_violation
 from minids.model.objective import Packed
 from minids.model.sparse_attention import freeze_all_but_indexers
+from minids.runs import open as runs
 from minids.runs.device import memory_mib, prepare_cpu
 from minids.runs.learner import Learner, run_learner
-from minids.runs.open import Source, folder_of, read_config, resumes, source_of
 from minids.runs.optimizers import batch_size_at, bias_speed_at, mtp_weight_at
-from minids.runs.resume import free_folder, refuse_changes, stored_run
 from minids.runs.settings import TrainArgs
 from minids.text.loaders import open_data
 from minids.text.tokenizer import Tokenizer
@@ -265,22 +264,22 @@ def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
     """
     preset, before = given.get("preset", "tiny"), given.get("from_run", "")
     ModelArgs.preset(preset)  # refuses an unknown name before anything else
-    if stored := stored_run("train", TrainArgs, given):
+    if stored := runs.stored_run("train", TrainArgs, given):
         args, config = stored
-        refuse_changes(Path(args.out), config["model"], given_model)
+        runs.refuse_changes(Path(args.out), config["model"], given_model)
         return args, config["model"]
     if before:
-        run = folder_of(before)
+        run = runs.folder_of(before)
         given = given | {"out": given.get("out") or str(folder_after(run, given.get("dsa", "")))}
         return settings_after(given, run), given_model
-    given = given | {"out": given.get("out") or str(free_folder(Path("runs") / preset))}
+    given = given | {"out": given.get("out") or str(runs.free_folder(Path("runs") / preset))}
     return TrainArgs.for_preset(preset, **given), given_model
 
 
 def folder_after(run: Path, dsa: str) -> Path:
     """Return x-warm for the warm-up of run x, x-sparse for the stage after it, else x-more."""
     suffix = {"warmup": "-warm", "sparse": "-sparse", "": "-more"}[dsa]
-    return free_folder(run.with_name(run.name.removesuffix("-warm") + suffix))
+    return runs.free_folder(run.with_name(run.name.removesuffix("-warm") + suffix))
 
 
 def settings_after(given: dict, run: Path) -> TrainArgs:
@@ -288,7 +287,7 @@ def settings_after(given: dict, run: Path) -> TrainArgs:
 
     Raises `ValueError` for a preset or a tokenizer that is not the other run's.
     """
-    before = dataclasses.asdict(TrainArgs(**read_config(run, "train", TrainArgs)["train"]))
+    before = dataclasses.asdict(TrainArgs(**runs.read_config(run, "train", TrainArgs)["train"]))
     if given.get("preset", before["preset"]) != before["preset"]:
         raise ValueError(f"preset = {given['preset']!r} is not valid: the run in {run} has "
                          f"{before['preset']!r}, and this one begins with its weights")
@@ -299,7 +298,7 @@ def settings_after(given: dict, run: Path) -> TrainArgs:
     return TrainArgs.for_preset(before["preset"], inherited, **given)
 
 
-def model_after(args: TrainArgs, given: dict, source: Source) -> dict:
+def model_after(args: TrainArgs, given: dict, source: runs.Source) -> dict:
     """Return the fields of a model that begins with another's weights.
 
     Adds an indexer if the stage needs one and there is none.
@@ -360,9 +359,9 @@ def train(args: TrainArgs, model: dict | None = None) -> Path:
     Inf loss; `Stopped` after a signal, with the state saved.
     """
     prepare_cpu(args.threads, args.bodies)
-    run = Path(args.out) if args.out else free_folder(Path("runs") / args.preset)
-    source, model = source_of(args), model or {}
-    if resumes(args):
+    run = Path(args.out) if args.out else runs.free_folder(Path("runs") / args.preset)
+    source, model = runs.source_of(args), model or {}
+    if runs.resumes(args):
         model = dataclasses.asdict(source.args)
     elif source:
         model = model_after(args, model, source)

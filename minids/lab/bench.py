@@ -55,7 +55,7 @@ from minids.lab.bench_transformers import decode_table, memory_table, rollout_ta
 from minids.lab.timing import RATIOS
 from minids.runs.device import pick_device, prepare_cpu
 from minids.runs.learner import read_metrics
-from minids.runs.resume import free_folder
+from minids.runs.open import free_folder
 from minids.runs.settings import TrainArgs
 from minids.train import train
 

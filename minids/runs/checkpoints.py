@@ -136,7 +136,7 @@ def prune(run: Path, saved: Path, keep_last: int) -> None:
     """Remove all but the one just saved, the `keep_last` newest and the best; 0 keeps all."""
     if keep_last == 0:
         return
-    found, metrics = checkpoints(run), {}
+    found, metrics = all_checkpoints(run), {}
     for path in found:
         with contextlib.suppress(ValueError, OSError):
             metrics[path] = read_manifest(path)["metric"]
@@ -147,7 +147,7 @@ def prune(run: Path, saved: Path, keep_last: int) -> None:
             discard(path)
 
 
-def checkpoints(run: Path) -> list[Path]:
+def all_checkpoints(run: Path) -> list[Path]:
     """Return the folders named like checkpoints, newest first, whole or not."""
     found = [p for p in (Path(run) / "checkpoints").glob("step_*") if NAME.fullmatch(p.name)]
     return sorted(found, key=age, reverse=True)
@@ -200,7 +200,7 @@ def verify(path: Path) -> dict:
 
 def newest_checkpoint(run: Path) -> Path | None:
     """Return the newest checkpoint that verifies; name those refused before it on stderr."""
-    for path in checkpoints(run):
+    for path in all_checkpoints(run):
         try:
             verify(path)
             return path
@@ -236,12 +236,13 @@ def resolve(path: Path) -> Path:
                          "give a run folder or one of its checkpoints")
     if (path / MANIFEST).exists() or NAME.fullmatch(path.name):
         return path
-    if not checkpoints(path):
+    found = all_checkpoints(path)
+    if not found:
         raise ValueError(f"{path} holds no checkpoint: "
                          "give a run folder, with checkpoints/step_NNNNNN in it, or a checkpoint")
     if (newest := newest_checkpoint(path)) is None:
-        raise ValueError(f"{path} holds no whole checkpoint: all {len(checkpoints(path))} of them "
-                         "were refused, see above")
+        raise ValueError(f"{path} holds no whole checkpoint: all {len(found)} of them were "
+                         "refused, see above")
     return newest
 
 

@@ -39,19 +39,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def prepare_cpu(threads: int, bodies: str = "auto") -> None:
-    """Tune the allocator, set torch's threads (0: its own choice) and which bodies run."""
-    use(bodies)
-    tune_allocator()
-    if threads:
-        torch.set_num_threads(threads)
-
-
-def tune_allocator() -> None:
-    """Keep freed memory in the process, where the C library is glibc.
+    """Tune the allocator, set torch's threads (0: its own choice) and which bodies run.
 
     By default glibc returns every large block to the kernel and fetches it again, zeroed, for the
-    next tensor. That costs 1.05 to 1.5 times the time of a step, measured on two cores.
+    next tensor: 1.05 to 1.5 times the time of a step, measured on two cores.
     """
+    use(bodies)
+    if threads:
+        torch.set_num_threads(threads)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of <malloc.h>
@@ -71,12 +66,13 @@ def memory_mib(device: torch.device) -> int:
 def check_memory(args: ModelArgs, device: torch.device) -> None:
     """Refuse a model too large to train here, before torch runs out of memory halfway."""
     count = count_parameters(args)
-    needed = 16 * (count.total + count.mtp)  # weight, gradient and two moments, FP32
+    parameters = count.total + count.mtp
+    needed = 16 * parameters  # weight, gradient and two moments, FP32
     if device.type == "cuda":
         here = torch.cuda.mem_get_info(device)[1]
     else:
         here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > here:
-        raise ValueError(f"a model of {count.total + count.mtp:,} parameters does not fit: weights,"
-                         f" gradients and optimizer take {needed / 2**30:,.0f} GiB, and {device} "
-                         f"has {here / 2**30:,.0f}; take a smaller preset or fewer layers")
+        raise ValueError(f"a model of {parameters:,} parameters does not fit: weights, gradients "
+                         f"and optimizer take {needed / 2**30:,.0f} GiB, and {device} has "
+                         f"{here / 2**30:,.0f}; take a smaller preset or fewer layers")

@@ -28,24 +28,9 @@ from minids.base.files import read_jsonl, write_json, write_whole
 from minids.config import ModelArgs
 from minids.model.sparse_attention import load_weights_without_indexer
 from minids.model.transformer import Transformer
-from minids.runs.checkpoints import (
-    checkpoints,
-    load_state,
-    load_weights,
-    newest_checkpoint,
-    resolve,
-    rng_state,
-    save_checkpoint,
-    set_rng_state,
-)
+from minids.runs import checkpoints, optimizers
 from minids.runs.device import check_memory, pick_device, pick_dtype
 from minids.runs.open import Source, read_config, resumes
-from minids.runs.optimizers import (
-    build_optimizers,
-    clip_gradients,
-    learning_rate_factor,
-    set_learning_rate,
-)
 from minids.runs.settings import LearnArgs
 from minids.text.tokenizer import Tokenizer
 
@@ -54,20 +39,8 @@ class Learner:
     """One run: the model, its optimizers, and how far it has come.
 
     A step is written once, in `train_step`: accumulate gradients, clip them, refuse a loss or
-    gradient that is not finite, update, record. A program says what is particular to it:
-
-        accumulate      gradients of the step's batch; returns metrics, "loss" among them, and the
-                        experts' loads, or None if its gate biases rest
-        measure         evaluate on the steps that have it
-        brief, line     one line about a step, for the progress bar and for a log file
-
-    and, where it needs to:
-
-        prepare         freeze or convert the model before the optimizers are built
-        is_spike        skip the update of this step
-        after_update    move what follows the weights: gate biases, a reference model
-        more_metrics    metrics that are known only after the step
-        more_state, restore_more, more_config    more for the checkpoint and for config.json
+    gradient that is not finite, update, record. A program says what is particular to it in
+    `accumulate`, `measure`, `brief` and `line`, and may fill the methods that do nothing here.
 
     program: name of the run's settings in config.json
     numbers: attributes that a checkpoint's state holds, besides optimizers and generators
@@ -86,7 +59,7 @@ class Learner:
             set_seed(args.seed)  # all the generators that a checkpoint holds
         self.model = Transformer(model_args).to(self.device)
         self.prepare()
-        self.optimizers = build_optimizers(self.model, args, self.dtype)
+        self.optimizers = optimizers.build_optimizers(self.model, args, self.dtype)
         self.step, self.seconds = 0, 0.0
         self.stop_signal = 0
         self.source: dict | None = None  # what this run began with
@@ -108,7 +81,7 @@ class Learner:
         raise NotImplementedError
 
     def brief(self, record: dict) -> str:
-        """Return what the progress bar says beside the count."""
+        """Return what the progress bar says about a step, beside the count."""
         raise NotImplementedError
 
     def line(self, record: dict) -> str:
@@ -116,14 +89,14 @@ class Learner:
         raise NotImplementedError
 
     def prepare(self) -> None:
-        """Change the new model before its optimizers are built."""
+        """Freeze or convert the model before the optimizers are built."""
 
     def is_spike(self, loss: float) -> bool:
-        """Return whether the step is to be skipped because of its loss."""
+        """Return whether to skip the update of this step."""
         return False
 
     def after_update(self, loads: Tensor | None) -> None:
-        """Follow the update of the weights; not called for a skipped step."""
+        """Move what follows the weights, such as gate biases; not called for a skipped step."""
 
     def more_metrics(self, loads: Tensor | None, elapsed: float) -> dict:
         """Return metrics that are known only after the step; elapsed: its seconds."""
@@ -149,11 +122,14 @@ class Learner:
         """Take one optimizer step; returns its line of metrics."""
         start = time.perf_counter()
         self.step += 1
-        set_learning_rate(self.optimizers, learning_rate_factor(self.step, self.args))
+        factor = optimizers.learning_rate_factor(self.step, self.args)
+        optimizers.set_learning_rate(self.optimizers, factor)
         metrics, loads = self.accumulate()
-        norms = clip_gradients(self.model, self.args.clip)
-        self.check_finite(metrics["loss"], sum(norms.values()))
-        skipped = self.is_spike(metrics["loss"])
+        norms = optimizers.clip_gradients(self.model, self.args.clip)
+        loss, norm = metrics["loss"], sum(norms.values())
+        if not (math.isfinite(loss) and math.isfinite(norm)):  # before they reach the weights
+            raise self.diverged(f"the loss is {loss} and the gradient's norm {norm}")
+        skipped = self.is_spike(loss)
         if not skipped:
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -169,8 +145,7 @@ class Learner:
     def train(self) -> None:
         """Take all steps that are left; measure, save and show progress on the way."""
         args = self.args
-        bar = tqdm(total=args.steps, initial=self.step, unit="step", disable=None)
-        with bar:
+        with tqdm(total=args.steps, initial=self.step, unit="step", disable=None) as bar:
             while self.step < args.steps:
                 record = self.train_step()
                 last = self.step == args.steps
@@ -192,26 +167,23 @@ class Learner:
         self.save()
 
     def restore(self) -> None:
-        """Go on from the newest whole checkpoint, if there is one."""
+        """Go on from the newest whole checkpoint, if there is one, with this run's peak rates."""
         self.source = read_config(self.run).get("source")
-        if checkpoints(self.run):
-            checkpoint = resolve(self.run)
-            self.model.load_state_dict(load_weights(checkpoint))
-            self.restore_state(load_state(checkpoint))
+        if checkpoints.all_checkpoints(self.run):
+            checkpoint = checkpoints.resolve(self.run)
+            self.model.load_state_dict(checkpoints.load_weights(checkpoint))
+            state = checkpoints.load_state(checkpoint)
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                peaks = [group["peak_lr"] for group in optimizer.param_groups]
+                optimizer.load_state_dict(saved)
+                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                    group["peak_lr"] = peak
+            self.restore_more(state)
+            checkpoints.set_rng_state(state["rng"])
+            for name in self.numbers:
+                setattr(self, name, state[name])
         self.metrics = [m for m in read_metrics(self.run) if m["step"] <= self.step]
         write_whole(self.run / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
-
-    def restore_state(self, state: dict) -> None:
-        """Restore optimizers, generators and numbers; peak learning rates are this run's own."""
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            peaks = [group["peak_lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(saved)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["peak_lr"] = peak
-        self.restore_more(state)
-        set_rng_state(state["rng"])
-        for name in self.numbers:
-            setattr(self, name, state[name])
 
     def save(self, metric: float | None = None) -> Path:
         """Write a checkpoint of this step; refuse to save NaN or Inf weights.
@@ -220,19 +192,15 @@ class Learner:
         """
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged("a weight is no longer a finite number")
-        state = dict(optimizers=[o.state_dict() for o in self.optimizers], rng=rng_state(),
-                     **self.more_state(), **{name: getattr(self, name) for name in self.numbers})
-        return save_checkpoint(self.run, self.step, self.model.state_dict(), state,
-                               self.args.keep_last, metric)
-
-    def check_finite(self, loss: float, norm: float) -> None:
-        """Refuse a NaN or Inf loss or gradient before it reaches the weights."""
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise self.diverged(f"the loss is {loss} and the gradient's norm {norm}")
+        numbers = {name: getattr(self, name) for name in self.numbers}
+        state = dict(optimizers=[o.state_dict() for o in self.optimizers],
+                     rng=checkpoints.rng_state(), **self.more_state(), **numbers)
+        return checkpoints.save_checkpoint(self.run, self.step, self.model.state_dict(), state,
+                                           self.args.keep_last, metric)
 
     def diverged(self, what: str) -> ValueError:
         """Return the error that says what happened, where to continue from, and what to try."""
-        good = newest_checkpoint(self.run)
+        good = checkpoints.newest_checkpoint(self.run)
         return ValueError(f"step {self.step}: {what}; the last good checkpoint is "
                           f"{good or 'none'}; try --resume --out {self.run} with half the "
                           f"learning rate (--lr {self.args.lr / 2:g} --muon-lr "
@@ -245,38 +213,29 @@ class Learner:
         with open(self.run / "metrics.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
 
-    def start_folder(self) -> None:
-        """Make the run folder; config.json comes last, so a folder that has it is complete."""
-        self.run.mkdir(parents=True, exist_ok=True)
-        self.tokenizer.save(self.run / "tokenizer")
-        self.write_config()
-
     def write_config(self) -> None:
         """Write every setting as it is now: a resumed run may have changed some."""
         versions = dict(minids=__version__, torch=torch.__version__,
                         python=platform.python_version())
-        source = {"source": self.source} if self.source else {}
-        write_json(self.run / "config.json", source | {
+        write_json(self.run / "config.json", ({"source": self.source} if self.source else {}) | {
             "model": dataclasses.asdict(self.model.args),
             self.program: dataclasses.asdict(self.args),
-            "tokenizer": self.tokenizer.fingerprint} | self.more_config() | {
+            "tokenizer": self.tokenizer.fingerprint, **self.more_config(),
             "dtype": str(self.dtype).removeprefix("torch."), "versions": versions})
 
 
 @contextlib.contextmanager
 def stopping(learner: Learner):
     """Let Ctrl-C and SIGTERM finish the step; a second signal interrupts at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
     def ask(number, _frame):
         if learner.stop_signal:
             raise KeyboardInterrupt
         learner.stop_signal = number
         print("\nfinishing the step and saving ..", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    main = threading.current_thread() is threading.main_thread()  # the only one that may
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:
@@ -300,7 +259,8 @@ def run_learner(learner: Learner, source: Source | None) -> None:
                 print(f"{learner.run} holds no run yet: starting from the beginning", flush=True)
             if source:
                 learner.begin_from(source)
-            learner.start_folder()
+            learner.tokenizer.save(learner.run / "tokenizer")
+            learner.write_config()  # comes last, so a folder that has it is complete
         learner.train()
 
 

@@ -1,9 +1,11 @@
 """Open a run folder, one of its checkpoints, or a Hugging Face folder: one way for all programs.
 
 `open_source` reads everything except the weights and checks that it fits together; `open_model`
-goes on to the model.
+goes on to the model. `stored_run` has the rules of run folders: which one a run gets, and what a
+resumed run may change.
 """
 
+import contextlib
 import dataclasses
 import os
 from pathlib import Path
@@ -26,9 +28,7 @@ CONFIG = "config.json"
 class Source(NamedTuple):
     """Where weights are, and what belongs to them.
 
-    folder: the run folder, or a Hugging Face folder
-    path: where the weights are: the run's checkpoint, or the folder itself
-    args: dimensions of the model
+    folder: the run folder, or a Hugging Face folder; path: the run's checkpoint, or the folder
     config: the run's config.json; of a Hugging Face folder only {"model": ..}
     """
 
@@ -40,9 +40,8 @@ class Source(NamedTuple):
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights by name, on the CPU."""
-        if hf.is_hf_folder(self.path):
-            return hf.load_hf(self.path).state_dict()
-        return load_weights(self.path)
+        is_hf = hf.is_hf_folder(self.path)
+        return hf.load_hf(self.path).state_dict() if is_hf else load_weights(self.path)
 
     def describe(self) -> dict[str, str]:
         """Return the path, and a checkpoint's SHA-256, for the config.json of a run after it."""
@@ -53,10 +52,7 @@ class Source(NamedTuple):
 
 
 class Run(NamedTuple):
-    """A model ready for use, and what belongs to it: see `Source`.
-
-    checkpoint: the folder that the weights came from
-    """
+    """A model ready for use, and what belongs to it: see `Source`, whose path is `checkpoint`."""
 
     model: Transformer
     tokenizer: Tokenizer
@@ -70,7 +66,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_config(run: Path, program: str = "", cls: type | None = None) -> dict:
-    """Return a run's config.json, checked.
+    """Return a run's config.json.
 
     program, cls: require a run of this program whose settings `cls` accepts
     Raises `ValueError` if the file is missing, damaged, or of another version or program.
@@ -91,10 +87,7 @@ def read_config(run: Path, program: str = "", cls: type | None = None) -> dict:
 
 
 def folder_of(path: str | Path) -> Path:
-    """Return the run folder, or the Hugging Face folder, that `path` belongs to.
-
-    Raises `ValueError` if there is nothing to open.
-    """
+    """Return the run or Hugging Face folder that `path` belongs to; `ValueError` if none does."""
     path = Path(path)
     if hf.is_hf_folder(path):
         return Path(os.path.abspath(path))
@@ -102,7 +95,7 @@ def folder_of(path: str | Path) -> Path:
 
 
 def open_run(run: Path, path: Path) -> Source:
-    """Return the source of a run folder; `path` is where its weights are.
+    """Return the source of a run folder with its weights in `path`.
 
     Raises `ValueError` if the tokenizer in the folder is not the one that the run began with.
     """
@@ -132,12 +125,10 @@ def open_source(path: str | Path) -> Source:
 
 def open_model(path: str | Path, device: torch.device | str = "cpu",
                dtype: torch.dtype | None = None) -> Run:
-    """Load the model that `path` names, and its tokenizer.
+    """Load the model that `path` names, and its tokenizer; see `open_source`.
 
-    path: see `open_source`
     dtype: precision of a Hugging Face folder's weights; None: as they are stored, with FP8 as BF16,
         and FP32 on a CPU. A run's weights are FP32.
-    Raises `ValueError` naming what is missing, damaged or does not fit.
     """
     source = open_source(path)
     if hf.is_hf_folder(source.path):
@@ -163,3 +154,73 @@ def source_of(args: LearnArgs) -> Source | None:
     if resumes(args):
         return open_run(Path(args.out), Path(args.out))
     return open_source(args.from_run) if args.from_run else None
+
+
+def stored_run(program: str, cls: type[LearnArgs], given: dict) -> tuple[LearnArgs, dict] | None:
+    """Return the settings and the config.json of the run that the flags resume; None if it is new.
+
+    program: its name in config.json; cls: its settings
+    given: flags; only those in `cls.may_change` may differ from the stored settings
+    Raises `ValueError` for a run folder that is taken, damaged, or of another configuration.
+    """
+    out, resume = given.get("out", ""), given.get("resume", False)
+    if not (out or resume):
+        return None
+    run = Path(out) if out else newest_run(program, given.get("preset", ""))
+    if not is_run(run):
+        return None
+    if not resume:
+        raise ValueError(f"out = {out!r} holds a run already: continue it with --resume, or name "
+                         "another folder")
+    config = read_config(run, program, cls)
+    changed = {k: v for k, v in given.items() if k in cls.may_change} | {"out": str(run)}
+    fixed = {k: v for k, v in given.items() if k not in cls.may_change}
+    stored = cls(**config[program])
+    refuse_changes(run, dataclasses.asdict(stored), fixed)
+    return dataclasses.replace(stored, **changed), config
+
+
+def settings(program: str, cls: type[LearnArgs], given: dict, suffix: str) -> LearnArgs:
+    """Return the settings of a run that begins with another one's weights, or is resumed.
+
+    program, cls, given: see `stored_run`; suffix: what a new folder's name adds to the other run's
+    """
+    if stored := stored_run(program, cls, given):
+        return stored[0]
+    if not given.get("from_run"):
+        raise ValueError("from = '' is not valid: name the run to begin with, --from RUN")
+    before = folder_of(given["from_run"])
+    out = given.get("out") or str(free_folder(Path("runs") / (before.name + suffix)))
+    return cls.for_preset(**given | {"out": out})
+
+
+def refuse_changes(run: Path, stored: dict, given: dict) -> None:
+    """Raise `ValueError` for a flag that differs from what the run began with."""
+    for name, value in given.items():
+        if stored[name] != value:
+            raise ValueError(f"{name} = {value!r} is not valid: the run in {run} has "
+                             f"{stored[name]!r}, and a resumed run keeps its configuration")
+
+
+def newest_run(program: str, preset: str = "") -> Path:
+    """Return the run in runs/ that this program wrote to last, of this preset unless it is ""."""
+    found = []
+    for file in Path("runs").glob(f"*/{CONFIG}"):
+        with contextlib.suppress(ValueError, AttributeError):
+            stored = read_json(file).get(program, {})
+            if stored and preset in ("", stored.get("preset")):
+                found.append(file)
+    if not found:
+        kind = f" with preset {preset!r}" if preset else ""
+        raise ValueError(f"resume: runs/ holds no run of minids.{program}{kind}; name its folder "
+                         "with --out")
+    return max(found, key=lambda file: file.stat().st_mtime).parent
+
+
+def free_folder(wanted: Path) -> Path:
+    """Return `wanted`, or the first free one of NAME-2, NAME-3, .. if it is taken."""
+    folder, number = wanted, 1
+    while folder.exists():
+        number += 1
+        folder = wanted.with_name(f"{wanted.name}-{number}")
+    return folder

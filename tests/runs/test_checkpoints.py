@@ -386,7 +386,7 @@ def killer():
 def torn(run: Path) -> list[str]:
     """The refusals: what is wrong with each folder that has a checkpoint's name and is not one."""
     refusals = []
-    for path in checkpoint.checkpoints(run):
+    for path in checkpoint.all_checkpoints(run):
         try:
             verify(path)
         except ValueError as error:
@@ -403,7 +403,7 @@ def test_killed_saves_leave_whole_checkpoints(tmp_path, killer):
         step = verify(newest)["step"]
         assert last <= step <= last + 1
         assert_holds(newest, step)
-        whole = {verify(path)["step"] for path in checkpoint.checkpoints(tmp_path)}
+        whole = {verify(path)["step"] for path in checkpoint.all_checkpoints(tmp_path)}
         assert step == 1 or step - 1 in whole  # keep_last = 2
         cut |= any((tmp_path / "checkpoints").glob(".tmp_*"))
         step += 1
@@ -463,7 +463,7 @@ def test_one_put_aside_serves_until_its_successor_is_there(tmp_path):
     assert_holds(aside, 1)
     shutil.copytree(aside, path)
     save_checkpoint(tmp_path, 3, *small(3), keep_last=4)
-    assert checkpoint.checkpoints(tmp_path)[-1] == path and steps(tmp_path) == [1, 2, 3]
+    assert checkpoint.all_checkpoints(tmp_path)[-1] == path and steps(tmp_path) == [1, 2, 3]
 
 
 def remove_then_save(run: Path, step: int, weights: dict, state: dict) -> None:
@@ -601,7 +601,7 @@ def test_last_and_best_are_kept(tmp_path, keep_last, expected):
 
 def test_pruning_check_notices_a_lost_best(tmp_path):
     def forget_all_but_last(run, saved, keep_last):
-        for path in checkpoint.checkpoints(run)[keep_last:]:
+        for path in checkpoint.all_checkpoints(run)[keep_last:]:
             shutil.rmtree(path)
     assert kept(tmp_path, 1, forget_all_but_last) == [6]
 

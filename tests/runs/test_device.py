@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from minids.runs import device as module
-from minids.runs.device import memory_mib, pick_dtype, prepare_cpu, tune_allocator
+from minids.runs.device import memory_mib, pick_dtype, prepare_cpu
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -33,7 +33,7 @@ def test_a_named_precision_is_taken_as_named():
 
 
 def test_threads_are_set_when_a_number_is_given(monkeypatch):
-    monkeypatch.setattr(module, "tune_allocator", lambda: None)
+    monkeypatch.setattr(module.platform, "libc_ver", lambda: ("", ""))
     before = torch.get_num_threads()
     try:
         found = []
@@ -53,7 +53,7 @@ def test_glibc_alone_is_told_to_keep_memory(monkeypatch, libc, settings):
     monkeypatch.setattr(module.platform, "libc_ver", lambda: (libc, ""))
     monkeypatch.setattr(module.ctypes, "CDLL", lambda name: SimpleNamespace(
         mallopt=lambda *setting: told.add(setting)))
-    tune_allocator()
+    prepare_cpu(0)
     assert told == settings
 
 
