@@ -1,7 +1,6 @@
 """The dimensions of a model, the presets that name them, and the legend of shapes.
 
-`ModelArgs` uses the field names of DeepSeek's own inference code, so that you can read the two
-side by side.
+Fields have the names of DeepSeek's own inference code, so that you can read the two side by side.
 
 The legend for shape comments, used in every file of the package:
     B batch   S query positions   T key positions   H heads   D = dim, the residual width
@@ -26,22 +25,19 @@ class ModelArgs(Settings):
     """
 
     vocab_size: int = option(4096, "rows of the embedding and the head, tokens", low=1)
-    max_seq_len: int = option(1024, "longest sequence, tokens; above original_seq_len YaRN is on",
-                              low=1)
+    max_seq_len: int = option(1024, "longest sequence, tokens; YaRN above original_seq_len", low=1)
     dim: int = option(256, "width of the residual stream", low=1)
     inter_dim: int = option(512, "hidden width of the dense feed-forward layers", low=1)
     moe_inter_dim: int = option(128, "hidden width of one expert")
     n_layers: int = option(4, "transformer blocks, without the MTP module", low=1)
     n_dense_layers: int = option(1, "leading blocks with a dense feed-forward layer", low=0)
     n_heads: int = option(4, "attention heads", low=1)
-    n_routed_experts: int = option(8, "routed experts in one MoE layer; 0 makes every layer dense",
-                                   low=0)
+    n_routed_experts: int = option(8, "routed experts in one MoE layer; 0: no layer has any", low=0)
     n_shared_experts: int = option(1, "shared experts in one MoE layer", low=0)
     n_activated_experts: int = option(2, "routed experts that one token visits")
     n_expert_groups: int = option(1, "groups that the routed experts are split into")
     n_limited_groups: int = option(1, "groups that one token may visit")
-    score_func: str = option("sigmoid", "gate's score: V3 sigmoid, V2 softmax",
-                             ("sigmoid", "softmax"))
+    score_func: str = option("sigmoid", "gate's score; V2 has softmax", ("sigmoid", "softmax"))
     route_scale: float = option(1.0, "factor on the routed experts' output", above=0)
     gate_bias: bool = option(True, "selection bias of the gate (V3), absent in V2")
     q_lora_rank: int = option(0, "width of the query latent; 0 leaves queries uncompressed", low=0)
@@ -56,8 +52,7 @@ class ModelArgs(Settings):
     beta_fast: float = option(32.0, "YaRN: rotations above which a pair is left alone")
     beta_slow: float = option(1.0, "YaRN: rotations below which a pair is fully stretched")
     mscale: float = option(1.0, "YaRN: weight of the softmax-scale correction")
-    index_n_heads: int = option(0, "heads of the lightning indexer (V3.2); 0: dense attention",
-                                low=0)
+    index_n_heads: int = option(0, "heads of V3.2's lightning indexer; 0: dense attention", low=0)
     index_head_dim: int = option(32, "width of the indexer's key, its rotated part included")
     index_topk: int = option(128, "tokens that the indexer lets a query attend to", low=1)
     index_hadamard: bool = option(False, "Hadamard transform of the indexer's queries and keys")
@@ -72,7 +67,11 @@ class ModelArgs(Settings):
                 f"at most n_layers = {self.n_layers}")
         if self.has_moe:
             self._check_experts()
-        self._check_indexer()
+        width = self.index_head_dim
+        require(self, "index_head_dim", not self.has_indexer or width >= self.qk_rope_head_dim,
+                f"qk_rope_head_dim = {self.qk_rope_head_dim} or more")
+        require(self, "index_head_dim", not self.index_hadamard or width & (width - 1) == 0,
+                "a power of two where index_hadamard is on")
 
     def _check_experts(self):
         groups = self.n_expert_groups
@@ -87,14 +86,6 @@ class ModelArgs(Settings):
         scores_pairs = self.gate_bias and groups > 1
         require(self, "n_expert_groups", not scores_pairs or self.n_routed_experts // groups >= 2,
                 "groups of two experts or more (V3 scores a group by its best two)")
-
-    def _check_indexer(self):
-        if self.has_indexer:
-            require(self, "index_head_dim", self.index_head_dim >= self.qk_rope_head_dim,
-                    f"qk_rope_head_dim = {self.qk_rope_head_dim} or more")
-        width = self.index_head_dim
-        require(self, "index_head_dim", not self.index_hadamard or width & (width - 1) == 0,
-                "a power of two where index_hadamard is on")
 
     @property
     def has_indexer(self) -> bool:

@@ -64,8 +64,7 @@ class SftArgs(LearnArgs):
     muon_lr: float = option(3e-3, "peak learning rate of Muon", above=0)
     optimizer: str = option("muon", "adamw, or muon for the matrices inside the blocks",
                             ("adamw", "muon"))
-    constant_until: float = option(0.5, "share of the run after which the learning rate falls",
-                                   low=0, high=1)
+    constant_until: float = option(0.5, "share of the run after which lr falls", low=0, high=1)
 
     @classmethod
     def for_preset(cls, preset: str = "tiny", **given) -> "SftArgs":

@@ -14,8 +14,7 @@ the whole batch; the learning rate rises, stays and falls.
 --from begins with another run's weights, settings and tokenizer. --dsa then takes it through the
 two stages of V3.2 (arXiv 2512.02556, section 2.1.1). In the first, indexers are added and learn
 from a frozen model's attention. In the second, the model learns under their selection from the
-language-model loss, while they keep learning from its attention. Without --dsa the model trains on
-as it is.
+language-model loss, while they keep learning from its attention. Without --dsa it trains on as is.
 
 A run folder holds config.json (every setting), tokenizer/, metrics.jsonl (one object per step),
 checkpoints/step_NNNNNN/, loss.png and sample.txt. On one machine a run that is stopped at any
@@ -36,6 +35,7 @@ from minids import plots
 from minids.apply.fp8 import use_fp8
 from minids.apply.recompute import recompute_blocks
 from minids.base.command_line import parse, run_program
+from minids.base.fields import require
 from minids.base.files import write_whole
 from minids.config import ModelArgs
 from minids.costs import count_parameters, flops_per_token
@@ -60,8 +60,6 @@ MAY_VARY = {"max_seq_len", "original_seq_len", "rope_factor", "beta_fast", "beta
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
               "H800": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
-SAMPLES, SAMPLE_TOKENS, SAMPLE_TEMPERATURE = 16, 200, 0.7
-
 
 class Trainer(Learner):
     """One run of pre-training: the model, its optimizers, its data, and how far it has come."""
@@ -77,7 +75,11 @@ class Trainer(Learner):
         self.tokens = 0
         self.recent_loss = math.nan  # moving mean, the yardstick for spikes
         self.valid_bpb = math.nan  # of the last validation
-        self.check_texts()
+        self.prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]  # samples continue it
+        windows(self.data.valid, args.seq_len, max_tokens=1)  # refuses now what would fail later
+        if len(self.prompt) >= model_args.max_seq_len:
+            raise ValueError(f"prompt = {args.prompt!r} is not valid: its {len(self.prompt)} "
+                             f"tokens must be fewer than max_seq_len = {model_args.max_seq_len}")
 
     def prepare(self) -> None:
         """Set up recomputation and FP8, and freeze what a warm-up of indexers leaves alone."""
@@ -89,24 +91,13 @@ class Trainer(Learner):
             use_fp8(self.model)
 
     def more_state(self) -> dict:
-        """Return the position in the data."""
         return dict(loader=self.data.loader.state_dict())
 
     def restore_more(self, state: dict) -> None:
-        """Continue at that position in the data."""
         self.data.loader.load_state_dict(state["loader"])
 
     def more_config(self) -> dict:
-        """Return the fingerprint of the data."""
         return dict(data=self.data.fingerprint)
-
-    def check_texts(self) -> None:
-        """Refuse now what validation and samples would refuse at the end."""
-        windows(self.data.valid, self.args.seq_len, max_tokens=1)
-        prompt, limit = self.prompt(), self.model.args.max_seq_len
-        if len(prompt) >= limit:
-            raise ValueError(f"prompt = {self.args.prompt!r} is not valid: its {len(prompt)} "
-                             f"tokens must be fewer than max_seq_len = {limit}")
 
     def measure(self, record: dict, last: bool) -> float | None:
         """Validate and sample on the steps that do; returns the validation's bits per byte."""
@@ -121,11 +112,9 @@ class Trainer(Learner):
         return metric
 
     def brief(self, record: dict) -> str:
-        """Return what the progress bar says beside the count."""
         return f"loss {record['loss']:.3f}, validation {self.valid_bpb:.3f} bits/byte"
 
     def line(self, record: dict) -> str:
-        """Return what a log file shows in place of a progress bar."""
         return (f"step {record['step']}/{self.args.steps}: loss {record['loss']:.3f}, "
                 f"validation {record['valid_bpb']:.4f} bits per byte, "
                 f"{record['tokens_per_s']:.0f} tokens/s")
@@ -140,10 +129,12 @@ class Trainer(Learner):
         for _ in range(args.grad_accum):
             tokens, targets = self.data.loader.next_batch(batch // args.grad_accum)
             tokens, targets = tokens.to(self.device), targets.to(self.device)
+            begins = tokens == self.tokenizer.bos_id  # documents that do not see each other
+            packed = Packed(begins.cumsum(1), torch.ones_like(begins)) if args.separate else None
             with self.autocast():
                 losses = self.loss(tokens, targets, mtp_weight_at(self.step, args),
                                    args.balance_weight, args.balance_loss, args.dsa,
-                                   args.indexer_weight, self.packed(tokens))
+                                   args.indexer_weight, packed)
             (losses.total / args.grad_accum).backward()
             loads = loads + losses.loads
             names = ("loss", "main", "mtp", "balance", "indexer")
@@ -170,13 +161,6 @@ class Trainer(Learner):
                                 for bias in self.model.gate_biases()]
         return record
 
-    def packed(self, tokens: Tensor) -> Packed | None:
-        """Return the documents of each window, if they are not to attend to each other."""
-        if not self.args.separate:
-            return None
-        begins = tokens == self.tokenizer.bos_id
-        return Packed(begins.cumsum(1), torch.ones_like(begins))
-
     def is_spike(self, loss: float) -> bool:
         """Return whether the loss is far above its recent mean; if not, update the mean."""
         factor = self.args.spike_factor
@@ -190,12 +174,10 @@ class Trainer(Learner):
 
     def model_flops_utilisation(self, tokens_per_second: float) -> float | None:
         """Return the MFU: the model's FLOP/s as a share of the device's peak, if that is known."""
-        if self.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name(self.device)
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         peak = next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
-        work = flops_per_token(self.model.args, self.args.seq_len)
-        return peak and round(work * tokens_per_second / peak, 4)
+        return peak and round(flops_per_token(self.model.args, self.args.seq_len)
+                              * tokens_per_second / peak, 4)
 
     def validate(self, max_tokens: int | None = None) -> Evaluation:
         """Evaluate the model on the validation text, or on a fixed part of it."""
@@ -207,40 +189,32 @@ class Trainer(Learner):
         self.valid_bpb = result.bits_per_byte
         return result
 
-    def prompt(self) -> list[int]:
-        """Return the tokens that a sample continues."""
-        return [self.tokenizer.bos_id, *self.tokenizer.encode(self.args.prompt)]
-
     def sample(self, max_new_tokens: int, count: int = 1) -> list[str]:
         """Generate `count` texts that continue the prompt, without the token that ends them."""
-        prompt, end = self.prompt(), self.tokenizer.eos_id
-        room = self.model.args.max_seq_len - len(prompt)
-        result = generate(self.model, [prompt] * count, min(max_new_tokens, room),
-                          temperature=SAMPLE_TEMPERATURE, top_p=0.95, seed=self.args.seed,
-                          eos_id=end)
+        room, end = self.model.args.max_seq_len - len(self.prompt), self.tokenizer.eos_id
+        result = generate(self.model, [self.prompt] * count, min(max_new_tokens, room),
+                          temperature=0.7, top_p=0.95, seed=self.args.seed, eos_id=end)
         return [self.args.prompt + self.tokenizer.decode([t for t in row if t != end])
                 for row in result.tokens]
 
     def finish(self) -> None:
         """Write figure and samples; print the results and what to do next."""
         plots.loss_curve(self.metrics, self.run / "loss.png")
-        texts = self.sample(SAMPLE_TOKENS, SAMPLES)
+        texts = self.sample(200, count=16)
         write_whole(self.run / "sample.txt", "\n\n".join(texts))
-        shares = [parse_share(text) for text in texts]
-        parsed, total = (sum(column) for column in zip(*shares, strict=True))
-        balance = self.metrics[-1]["valid_max_vio"]
+        parsed, total = map(sum, zip(*map(parse_share, texts), strict=True))
         print(f"\n{max(texts, key=len)}\n")
         print(f"validation   {self.valid_bpb:.4f} bits per byte after {self.tokens:,} tokens, "
               f"{self.seconds:.0f} s of training")
-        if balance:
+        if balance := self.metrics[-1]["valid_max_vio"]:
             print("balance      MaxVio of each layer over the validation text: "
                   + " ".join(f"{v:.2f}" for v in balance))
         if self.args.dsa:
-            loss = self.metrics[-1]["indexer"]
-            print(f"indexers     {loss:.4f} nats per query from attention, summed over layers")
+            print(f"indexers     {self.metrics[-1]['indexer']:.4f} nats per query from attention, "
+                  "summed over layers")
         if total and not self.args.data.startswith("task:"):
             print(f"sample       {parsed} of {total} generated top-level blocks parse as Python "
-                  f"({SAMPLES} texts)")
+                  f"({len(texts)} texts)")
         print(f"run folder   {self.run}: loss.png, sample.txt, metrics.jsonl, checkpoints")
         print(f"next         python -m minids.{next_command(self.args, self.run)}")
 
@@ -262,31 +236,25 @@ def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
     given, given_model: the flags; a resumed run takes the rest from its folder
     Raises `ValueError` for a run folder that is taken, or of another configuration.
     """
-    preset, before = given.get("preset", "tiny"), given.get("from_run", "")
+    preset = given.get("preset", "tiny")
     ModelArgs.preset(preset)  # refuses an unknown name before anything else
     if stored := runs.stored_run("train", TrainArgs, given):
         args, config = stored
         runs.refuse_changes(Path(args.out), config["model"], given_model)
         return args, config["model"]
-    if before:
-        run = runs.folder_of(before)
-        given = given | {"out": given.get("out") or str(folder_after(run, given.get("dsa", "")))}
-        return settings_after(given, run), given_model
-    given = given | {"out": given.get("out") or str(runs.free_folder(Path("runs") / preset))}
-    return TrainArgs.for_preset(preset, **given), given_model
+    if given.get("from_run"):
+        return settings_after(given), given_model
+    out = given.get("out") or str(runs.free_folder(Path("runs") / preset))
+    return TrainArgs.for_preset(preset, **given | {"out": out}), given_model
 
 
-def folder_after(run: Path, dsa: str) -> Path:
-    """Return x-warm for the warm-up of run x, x-sparse for the stage after it, else x-more."""
-    suffix = {"warmup": "-warm", "sparse": "-sparse", "": "-more"}[dsa]
-    return runs.free_folder(run.with_name(run.name.removesuffix("-warm") + suffix))
-
-
-def settings_after(given: dict, run: Path) -> TrainArgs:
+def settings_after(given: dict) -> TrainArgs:
     """Return the settings of a run that begins with another: that run's, the stage's, and `given`.
 
+    Its folder is x-warm for the warm-up of run x, x-sparse for the stage after it, else x-more.
     Raises `ValueError` for a preset or a tokenizer that is not the other run's.
     """
+    run = runs.folder_of(given["from_run"])
     before = dataclasses.asdict(TrainArgs(**runs.read_config(run, "train", TrainArgs)["train"]))
     if given.get("preset", before["preset"]) != before["preset"]:
         raise ValueError(f"preset = {given['preset']!r} is not valid: the run in {run} has "
@@ -294,15 +262,17 @@ def settings_after(given: dict, run: Path) -> TrainArgs:
     if given.get("tokenizer"):
         raise ValueError(f"tokenizer = {given['tokenizer']!r} is not valid with --from: the model "
                          f"knows the one in {run}")
+    suffix = {"warmup": "-warm", "sparse": "-sparse"}.get(given.get("dsa"), "-more")
+    name = run.name.removesuffix("-warm") + suffix
+    out = given.get("out") or str(runs.free_folder(run.with_name(name)))
     inherited = {k: v for k, v in before.items() if k not in ("out", "resume", "from_run", "dsa")}
-    return TrainArgs.for_preset(before["preset"], inherited, **given)
+    return TrainArgs.for_preset(before["preset"], inherited, **given | {"out": out})
 
 
 def model_after(args: TrainArgs, given: dict, source: runs.Source) -> dict:
-    """Return the fields of a model that begins with another's weights.
+    """Return the fields of a model that begins with another's weights and differs in `given`.
 
     Adds an indexer if the stage needs one and there is none.
-    given: fields that are to differ
     Raises `ValueError` for a field that would not fit the weights.
     """
     before = dataclasses.asdict(source.args)
@@ -335,19 +305,16 @@ def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
     """
     preset = ModelArgs.preset(args.preset)
     model_args = dataclasses.replace(preset, **{"vocab_size": tokenizer.vocab_size} | given)
-    if model_args.vocab_size < tokenizer.vocab_size:
-        raise ValueError(f"vocab_size = {model_args.vocab_size} is not valid: it must be at least "
-                         f"{tokenizer.vocab_size}, the tokenizer's")
+    require(model_args, "vocab_size", model_args.vocab_size >= tokenizer.vocab_size,
+            f"at least {tokenizer.vocab_size}, the tokenizer's")
     if model_args.has_indexer and not args.dsa:
         raise ValueError(f"index_n_heads = {model_args.index_n_heads} is not valid without --dsa: "
                          "an indexer learns from a trained model; train with index_n_heads = 0, "
                          "then continue with --from RUN --dsa warmup")
-    if args.seq_len > model_args.max_seq_len:
-        raise ValueError(f"seq_len = {args.seq_len} is not valid: it must be at most max_seq_len "
-                         f"= {model_args.max_seq_len}")
-    if args.seq_len <= model_args.n_mtp_layers:
-        raise ValueError(f"seq_len = {args.seq_len} is not valid: it must be above n_mtp_layers "
-                         f"= {model_args.n_mtp_layers}")
+    require(args, "seq_len", args.seq_len <= model_args.max_seq_len,
+            f"at most max_seq_len = {model_args.max_seq_len}")
+    require(args, "seq_len", args.seq_len > model_args.n_mtp_layers,
+            f"above n_mtp_layers = {model_args.n_mtp_layers}")
     return model_args
 
 
@@ -367,21 +334,15 @@ def train(args: TrainArgs, model: dict | None = None) -> Path:
         model = model_after(args, model, source)
     tokenizer = source.tokenizer if source else Tokenizer.open(args.tokenizer)
     trainer = Trainer(args, fit_model(args, model, tokenizer), run, tokenizer)
-    print(describe(trainer), flush=True)
+    count = count_parameters(trainer.model.args)
+    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
+    print(f"model   {args.preset}: {count.total:,} parameters, {count.active:,} active, and "
+          f"{count.mtp:,} for multi-token prediction\n"
+          f"data    {trainer.data.describe()}\nrun     {run}, on {trainer.device}, "
+          f"{str(trainer.dtype).removeprefix('torch.')}{threads}", flush=True)
     run_learner(trainer, source)
     trainer.finish()
     return run
-
-
-def describe(trainer: Trainer) -> str:
-    """Return what is about to run, in three lines."""
-    count = count_parameters(trainer.model.args)
-    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
-    return (f"model   {trainer.args.preset}: {count.total:,} parameters, {count.active:,} active, "
-            f"and {count.mtp:,} for multi-token prediction\n"
-            f"data    {trainer.data.describe()}\n"
-            f"run     {trainer.run}, on {trainer.device}, "
-            f"{str(trainer.dtype).removeprefix('torch.')}{threads}")
 
 
 def main() -> None:

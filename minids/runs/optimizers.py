@@ -1,10 +1,10 @@
 """Optimizers and the schedules of a training run.
 
 AdamW with V3's settings (section 4.2), or Muon for the matrices inside the blocks and AdamW for
-embedding, head and norms: the family's later models are trained this way (DeepSeek-V4, arXiv
-2606.19348, section 2). Muon's step is the momentum with its singular values brought to one, scaled
-so that its root mean square is that of an AdamW step (Moonlight, arXiv 2502.16982, section 2.2).
-`torch.optim.Muon` does the same for single matrices but does not take stacked experts.
+embedding, head and norms, as later models of the family (DeepSeek-V4, arXiv 2606.19348, section 2).
+Muon's step is the momentum with its singular values brought to one, scaled so that its root mean
+square is that of an AdamW step (Moonlight, arXiv 2502.16982, section 2.2). `torch.optim.Muon` does
+the same for single matrices but does not take stacked experts.
 
 A schedule is a function of the step alone, so a resumed run needs no state for it.
 """
@@ -16,8 +16,6 @@ from torch import Tensor, nn
 
 from minids.model.sparse_attention import in_indexer
 from minids.runs.settings import LearnArgs, TrainArgs
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al., 2024: brings singular values near one
 
 
 class Muon(torch.optim.Optimizer):
@@ -63,8 +61,6 @@ class Muon(torch.optim.Optimizer):
 class AdamWInBF16(torch.optim.AdamW):
     """AdamW that keeps its moments in BF16 and computes in FP32 (V3 section 3.3.3)."""
 
-    MOMENTS = "exp_avg", "exp_avg_sq"
-
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Move every parameter that has a gradient."""
@@ -74,7 +70,8 @@ class AdamWInBF16(torch.optim.AdamW):
 
     def _moments_to(self, dtype: torch.dtype) -> None:
         for state in self.state.values():
-            state.update({name: state[name].to(dtype) for name in self.MOMENTS if name in state})
+            for name in state.keys() & {"exp_avg", "exp_avg_sq"}:
+                state[name] = state[name].to(dtype)
 
 
 def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
@@ -82,7 +79,7 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
 
     x: (n, r, c) -> (n, r, c); the singular values end between about 0.7 and 1.2
     """
-    a, b, c = NEWTON_SCHULZ
+    a, b, c = 3.4445, -4.7750, 2.0315  # Jordan et al., 2024
     tall = x.size(-2) > x.size(-1)
     x = x.mT if tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
@@ -104,27 +101,24 @@ def build_optimizers(model: nn.Module, args: LearnArgs,
     """Return the run's optimizers; each trained parameter is in exactly one group.
 
     dtype: precision of Muon's products
-    Norms have no weight decay. Every group stores its peak learning rate as `peak_lr`, for
-    `set_learning_rate`. Indexers have groups of their own, which come last.
+    Norms have no weight decay. Indexers have groups of their own, which come last. Every group
+    stores its peak learning rate as `peak_lr`, for `set_learning_rate`.
     """
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    named = [(n, p) for n, p in trained if not in_indexer(n)]
-    indexers = [p for n, p in trained if in_indexer(n)]
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with_muon = args.optimizer == "muon"
-    hidden = [p for n, p in named if with_muon and is_hidden_matrix(n, p)]
-    decayed = [p for n, p in named if p.ndim >= 2 and not (with_muon and is_hidden_matrix(n, p))]
-    plain = [p for _, p in named if p.ndim < 2]
-    groups = [dict(params=decayed, weight_decay=args.weight_decay),
-              dict(params=plain, weight_decay=0),
-              dict(params=[p for p in indexers if p.ndim >= 2], lr=args.indexer_lr,
-                   weight_decay=args.weight_decay),
-              dict(params=[p for p in indexers if p.ndim < 2], lr=args.indexer_lr, weight_decay=0)]
+    hidden = {n: p for n, p in named.items() if with_muon and is_hidden_matrix(n, p)}
+    others = {n: p for n, p in named.items() if n not in hidden}
+    groups = [dict(params=[p for n, p in others.items()
+                           if in_indexer(n) == indexer and (p.ndim >= 2) == decays],
+                   lr=args.indexer_lr if indexer else args.lr,
+                   weight_decay=args.weight_decay if decays else 0)
+              for indexer in (False, True) for decays in (True, False)]
     adamw = (AdamWInBF16 if args.fp8 else torch.optim.AdamW)(
-        [group for group in groups if group["params"]], lr=args.lr,
-        betas=(args.beta1, args.beta2), fused=True)
+        [group for group in groups if group["params"]], betas=(args.beta1, args.beta2), fused=True)
     optimizers = [adamw]
     if hidden:
-        optimizers += [Muon(hidden, args.muon_lr, weight_decay=args.weight_decay, dtype=dtype)]
+        optimizers += [Muon(hidden.values(), args.muon_lr, weight_decay=args.weight_decay,
+                            dtype=dtype)]
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak_lr"] = group["lr"]
@@ -134,8 +128,7 @@ def build_optimizers(model: nn.Module, args: LearnArgs,
 def clip_gradients(model: nn.Module, longest: float) -> dict[str, float]:
     """Scale long gradients down; return the norms before, by their names in metrics.jsonl.
 
-    The indexers' gradient is clipped apart: together, each loss would set the pace of what the
-    other trains.
+    The indexers are clipped apart: together, each loss would set the pace of what the other trains.
     """
     named = list(model.named_parameters())
     parts = {"grad_norm": [p for n, p in named if not in_indexer(n)],
@@ -152,11 +145,9 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 
 
 def learning_rate_factor(step: int, args: LearnArgs) -> float:
-    """Return a step's learning rate as a share of its peak (V3 section 4.2).
+    """Return a step's learning rate as a share of its peak (V3 section 4.2); `step` is from 1.
 
     It rises, stays, falls along a cosine and stays at its floor.
-
-    step: 1 for the first
     """
     if step <= args.warmup_steps:
         return step / args.warmup_steps
@@ -170,8 +161,8 @@ def batch_size_at(step: int, args: TrainArgs) -> int:
     if not args.batch_start or step >= args.batch_ramp_steps:
         return args.batch_size
     grown = (args.batch_size - args.batch_start) * (step - 1) / args.batch_ramp_steps
-    per_micro = args.grad_accum
-    return max(int(args.batch_start + grown) // per_micro * per_micro, per_micro)
+    parts = args.grad_accum
+    return max(int(args.batch_start + grown) // parts * parts, parts)
 
 
 def mtp_weight_at(step: int, args: TrainArgs) -> float:
@@ -184,6 +175,5 @@ def bias_speed_at(step: int, args: TrainArgs) -> float:
 
     It is 0 in the warm-up of sparse attention, which trains the indexers alone.
     """
-    if args.dsa == "warmup":
-        return 0.0
-    return args.bias_speed if step <= args.bias_until * args.steps else 0.0
+    rest = args.dsa == "warmup" or step > args.bias_until * args.steps
+    return 0.0 if rest else args.bias_speed

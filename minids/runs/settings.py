@@ -1,7 +1,4 @@
-"""The settings that every learning program shares, and pre-training's own with its presets.
-
-Bounds stand in the fields; `__post_init__` has only the rules that cross fields.
-"""
+"""The settings that every learning program shares, and pre-training's own with its presets."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -30,12 +27,9 @@ class LearnArgs(Settings):
     beta2: float = option(0.95, "AdamW: decay of the mean squared gradient", low=0, high=1)
     clip: float = option(1.0, "largest gradient norm; longer gradients are scaled down", above=0)
     warmup_steps: int = option(5, "steps in which the learning rate rises to its peak", low=0)
-    constant_until: float = option(1.0, "share of the run after which the learning rate falls",
-                                   low=0, high=1)
-    decay_until: float = option(1.0, "share of the run at which it has reached its floor",
-                                low=0, high=1)
-    final_lr: float = option(0.1, "floor of the learning rate, as a share of the peak",
-                             low=0, high=1)
+    constant_until: float = option(1.0, "share of the run after which lr falls", low=0, high=1)
+    decay_until: float = option(1.0, "share of the run until lr is at its floor", low=0, high=1)
+    final_lr: float = option(0.1, "floor of the learning rate, a share of the peak", low=0, high=1)
     dtype: str = option("auto", "precision of products; auto: bf16 where the hardware has it",
                         ("auto", "bf16", "fp32"))
     save_every: int = option(50, "steps between checkpoints", low=1)
@@ -66,23 +60,19 @@ class TrainArgs(LearnArgs):
     """The settings of one pre-training run.
 
     Defaults are V3's where the paper states them (section 4.2); `TRAIN_PRESETS` has what a model
-    of another size needs. Raises `ValueError` naming the field, its value and what is valid.
+    of another size needs.
     """
 
     preset: str = option("tiny", "model and settings to train: " + ", ".join(MODEL_PRESETS))
-    data: str = option("pystdlib", "text: pystdlib, text:PATH, hf:NAME[:CONFIG[:COLUMN]] or"
-                                   " task:NAME")
-    tokenizer: str = option("", "folder of the tokenizer, or bytes: one token per byte; none is the"
-                                " one in data/tokenizer")
+    data: str = option("pystdlib", "pystdlib, text:PATH, hf:NAME[:CONFIG[:COLUMN]] or task:NAME")
+    tokenizer: str = option("", "its folder, or bytes: one token per byte; none is data/tokenizer")
     out: str = option("", "run folder; none is the first free of runs/PRESET, runs/PRESET-2, ..")
-    from_run: str = option("", "run, or checkpoint, whose weights and settings to begin with",
-                           flag="from")
+    from_run: str = option("", "run or checkpoint to begin with: weights and settings", flag="from")
     dsa: str = option("", "sparse attention, after --from: the indexers learn alone (warmup), or"
                           " with the model (sparse)", ("", "warmup", "sparse"))
     steps: int = option(1000, "optimizer steps", low=1)
     batch_size: int = option(8, "sequences in an optimizer step", low=1)
-    batch_start: int = option(0, "sequences in the first step, growing to batch_size; 0: no ramp",
-                              low=0)
+    batch_start: int = option(0, "sequences in step 1, growing to batch_size; 0: no ramp", low=0)
     batch_ramp_steps: int = option(0, "steps over which the batch grows", low=0)
     grad_accum: int = option(1, "micro-batches that an optimizer step is split into", low=1)
     seq_len: int = option(256, "tokens in a training sequence", low=1)
@@ -91,10 +81,8 @@ class TrainArgs(LearnArgs):
     indexer_lr: float = option(1e-3, "peak learning rate of the indexers, by AdamW", above=0)
     weight_decay: float = option(0.1, "decoupled weight decay", low=0)
     warmup_steps: int = option(2000, "steps in which the learning rate rises to its peak", low=0)
-    constant_until: float = option(0.68, "share of the run after which the learning rate falls",
-                                   low=0, high=1)
-    decay_until: float = option(0.966, "share of the run at which it has reached its floor",
-                                low=0, high=1)
+    constant_until: float = option(0.68, "share of the run after which lr falls", low=0, high=1)
+    decay_until: float = option(0.966, "share of the run until lr is at its floor", low=0, high=1)
     mtp_weight: float = option(0.3, "weight of the multi-token prediction loss", low=0)
     mtp_weight_late: float = option(0.1, "the same for the last part of the run", low=0)
     mtp_switch: float = option(0.68, "share of the run at which that part begins", low=0, high=1)
@@ -103,13 +91,11 @@ class TrainArgs(LearnArgs):
                                ("sequence", "expert"))
     indexer_weight: float = option(1.0, "weight of the indexers' loss", above=0)
     bias_speed: float = option(0.001, "step of the gate biases, once per optimizer step", low=0)
-    bias_until: float = option(0.966, "share of the run after which the biases rest",
-                               low=0, high=1)
+    bias_until: float = option(0.966, "share of the run after which the biases rest", low=0, high=1)
     separate: bool = option(False, "documents of a window do not see each other; in V3 they do")
     fim_rate: float = option(0.0, "share of documents cut for fill-in-the-middle; V3: 0.1",
                              low=0, high=1)
-    fp8: bool = option(False, "products of linear layers and experts in FP8, AdamW's moments in"
-                              " BF16")
+    fp8: bool = option(False, "FP8 products in linear layers and experts, BF16 moments in AdamW")
     compile: bool = option(False, "compile the model: a minute at the start, faster steps after")
     recompute: bool = option(False, "store less for the backward pass and compute blocks twice")
     spike_factor: float = option(0.0, "skip a step whose loss is this many times the recent mean;"
@@ -139,8 +125,7 @@ class TrainArgs(LearnArgs):
     def for_preset(cls, name: str, before: dict | None = None, **given) -> "TrainArgs":
         """Return the preset's settings, overridden by those that are given.
 
-        before: settings of the run that this one begins with (`from_run`); they override the
-            preset's, and those of the stage override them
+        before: settings of the run that this one begins with; those of the stage override them
         """
         settings = {"preset": name} | TRAIN_PRESETS.get(name, {}) | (before or {})
         if given.get("from_run"):
