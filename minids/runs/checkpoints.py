@@ -7,13 +7,12 @@ A run folder holds `checkpoints/step_NNNNNN/`, each with three files:
 
 Why so careful? A training process is killed, a disk fills up, a copy is cut short. A checkpoint is
 therefore written under a temporary name, each file is flushed, and the folder is renamed when it is
-complete. The parent folder is flushed as well: otherwise a rename may be lost, or reach the disk
-before the data that it names (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014).
-A reader recomputes the checksums, names what it refuses, and falls back on the checkpoint before
-it. `state.pt` holds tensors and plain values only, so that reading it runs no foreign code.
+complete. Its parent is flushed as well: otherwise a rename may be lost, or reach the disk before
+the data that it names (Pillai et al., "All File Systems Are Not Created Equal", OSDI 2014). A
+reader recomputes the checksums, names what it refuses, and falls back on the checkpoint before it.
+`state.pt` holds tensors and plain values only: reading it runs no foreign code.
 
-Simplified: one process writes to a run at a time, and it holds all the weights. A sharded save
-would use `torch.distributed.checkpoint`.
+Simplified: one process writes to a run at a time, and holds all the weights.
 """
 
 import contextlib
@@ -40,15 +39,14 @@ from minids.base.files import digest, discard, flush, publish, write_flushed
 FORMAT = 1
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
 NAME = re.compile(r"step_(\d{6,})(\.replaced)?")
-PLAIN = (str, bytes, bool, int, float, type(None))
 
 
 def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dict,
                     keep_last: int = 3, metric: float | None = None) -> Path:
     """Write `checkpoints/step_NNNNNN` whole, then remove older checkpoints; returns its folder.
 
-    A kill at any moment leaves the old checkpoints, or the old ones and the new one. A checkpoint
-    of the same step is replaced.
+    A kill at any moment leaves the old checkpoints, or the old ones and the new one, which replaces
+    one of the same step.
 
     run: the run's folder, made if absent; step: optimizer steps done
     weights: name -> tensor of any dtype, layout and device; tied tensors are written twice
@@ -82,10 +80,7 @@ def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dic
 
 
 def check_plain(value, where: str) -> None:
-    """Raise `ValueError` naming the first entry that `torch.load(weights_only=True)` would refuse.
-
-    Found now, it stops the run at its first save; found on resuming, it would cost the whole run.
-    """
+    """Raise `ValueError` naming the first entry that `load_state` would later refuse."""
     if type(value) in (dict, OrderedDict):
         for key, entry in value.items():
             check_plain(key, f"a key of {where}")
@@ -93,7 +88,7 @@ def check_plain(value, where: str) -> None:
     elif type(value) in (list, tuple):
         for i, entry in enumerate(value):
             check_plain(entry, f"{where}[{i}]")
-    elif type(value) not in PLAIN and not isinstance(value, Tensor):
+    elif not isinstance(value, Tensor | None) and type(value) not in (str, bytes, bool, int, float):
         raise ValueError(f"{where} = {value!r} of type {type(value).__name__} cannot be saved: "
                          "it must be a tensor, a number, a string, None, or a dict or list of them")
 
@@ -183,8 +178,7 @@ def check_file(path: Path, name: str) -> Path:
     file, recorded = Path(path) / name, read_manifest(path)["files"][name]
     if not file.is_file():
         raise ValueError(f"{file} is missing")
-    size = file.stat().st_size
-    if size != recorded["bytes"]:
+    if (size := file.stat().st_size) != recorded["bytes"]:
         raise ValueError(f"{file} has {size} bytes, its manifest says {recorded['bytes']}")
     if digest(file) != recorded["sha256"]:
         raise ValueError(f"{file} was changed: its SHA-256 is not the manifest's")
@@ -225,10 +219,7 @@ def load_state(path: Path) -> dict:
 
 
 def resolve(path: Path) -> Path:
-    """Return the checkpoint that `path` names: itself, or a run folder's newest whole one.
-
-    Raises `ValueError` naming the folder and what would work.
-    """
+    """Return the checkpoint that `path` names: itself, or a run folder's newest whole one."""
     path = Path(path)
     if not path.is_dir():
         names = [p.name for p in path.parent.glob("*") if p.is_dir()]
@@ -236,24 +227,21 @@ def resolve(path: Path) -> Path:
                          "give a run folder or one of its checkpoints")
     if (path / MANIFEST).exists() or NAME.fullmatch(path.name):
         return path
-    found = all_checkpoints(path)
-    if not found:
+    if not (found := all_checkpoints(path)):
         raise ValueError(f"{path} holds no checkpoint: "
                          "give a run folder, with checkpoints/step_NNNNNN in it, or a checkpoint")
-    if (newest := newest_checkpoint(path)) is None:
-        raise ValueError(f"{path} holds no whole checkpoint: all {len(found)} of them were "
-                         "refused, see above")
-    return newest
+    if newest := newest_checkpoint(path):
+        return newest
+    raise ValueError(f"{path} holds no whole checkpoint: all {len(found)} of them were refused, "
+                     "see above")
 
 
 def rng_state() -> dict:
     """Return the state of Python's, numpy's and torch's generators, on the CPU and each GPU."""
     name, keys, *rest = np.random.get_state()
-    state = {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
-             "torch": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
+    gpus = {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
+            "torch": torch.get_rng_state()} | gpus
 
 
 def set_rng_state(state: dict) -> None:

@@ -1,8 +1,7 @@
 """One loop for every program that learns: steps, metrics, checkpoints, signals, resuming.
 
-A run folder has config.json (every setting), tokenizer/, metrics.jsonl (one object per step) and
-checkpoints/step_NNNNNN/. On one machine a run that is stopped at any moment and resumed ends with
-the same bytes as an unbroken one; Ctrl-C finishes the step and saves.
+On one machine a run that is stopped at any moment and resumed ends with the same bytes as an
+unbroken one; Ctrl-C finishes the step and saves.
 """
 
 import contextlib
@@ -42,9 +41,8 @@ class Learner:
     gradient that is not finite, update, record. A program says what is particular to it in
     `accumulate`, `measure`, `brief` and `line`, and may fill the methods that do nothing here.
 
-    program: name of the run's settings in config.json
+    program: name of the run's settings in config.json; run: its folder
     numbers: attributes that a checkpoint's state holds, besides optimizers and generators
-    args: the run's settings; run: its folder
     """
 
     program = ""
@@ -60,8 +58,7 @@ class Learner:
         self.model = Transformer(model_args).to(self.device)
         self.prepare()
         self.optimizers = optimizers.build_optimizers(self.model, args, self.dtype)
-        self.step, self.seconds = 0, 0.0
-        self.stop_signal = 0
+        self.step, self.seconds, self.stop_signal = 0, 0.0, 0
         self.source: dict | None = None  # what this run began with
         self.metrics: list[dict] = []
 
@@ -71,22 +68,18 @@ class Learner:
         Returns the metrics, "loss" among them, and the tokens of every expert, (layers, E), for
         `after_update` and `more_metrics`; None where they do not need them.
         """
-        raise NotImplementedError
 
     def measure(self, record: dict, last: bool) -> float | None:
         """Add to a step's metrics what is measured now and then.
 
         Returns what the best checkpoint is judged by, lower is better; None if nothing was measured
         """
-        raise NotImplementedError
 
     def brief(self, record: dict) -> str:
         """Return what the progress bar says about a step, beside the count."""
-        raise NotImplementedError
 
     def line(self, record: dict) -> str:
         """Return what a log file shows in place of a progress bar."""
-        raise NotImplementedError
 
     def prepare(self) -> None:
         """Freeze or convert the model before the optimizers are built."""
@@ -186,10 +179,7 @@ class Learner:
         write_whole(self.run / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
 
     def save(self, metric: float | None = None) -> Path:
-        """Write a checkpoint of this step; refuse to save NaN or Inf weights.
-
-        metric: measured at this very step; without it the checkpoint is never the best one
-        """
+        """Write a checkpoint of this step, without NaN or Inf weights; metric: measured at it."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged("a weight is no longer a finite number")
         numbers = {name: getattr(self, name) for name in self.numbers}
@@ -201,11 +191,10 @@ class Learner:
     def diverged(self, what: str) -> ValueError:
         """Return the error that says what happened, where to continue from, and what to try."""
         good = checkpoints.newest_checkpoint(self.run)
-        return ValueError(f"step {self.step}: {what}; the last good checkpoint is "
-                          f"{good or 'none'}; try --resume --out {self.run} with half the "
-                          f"learning rate (--lr {self.args.lr / 2:g} --muon-lr "
-                          f"{self.args.muon_lr / 2:g}) or a smaller --clip, or a new run with "
-                          "more --warmup-steps or --dtype fp32")
+        return ValueError(f"step {self.step}: {what}; the last good checkpoint is {good or 'none'};"
+                          f" try --resume --out {self.run} with half the learning rate (--lr "
+                          f"{self.args.lr / 2:g} --muon-lr {self.args.muon_lr / 2:g}) or a smaller"
+                          " --clip, or a new run with more --warmup-steps or --dtype fp32")
 
     def write_record(self, record: dict) -> None:
         """Append a line to metrics.jsonl."""
@@ -244,10 +233,9 @@ def stopping(learner: Learner):
 
 
 def run_learner(learner: Learner, source: Source | None) -> None:
-    """Start a run, or continue it, up to its last step.
+    """Start or continue a run, up to its last step or a signal: then raise `Stopped`, all saved.
 
     source: what its weights come from; None for new weights. Ignored if the run is resumed
-    Raises `Stopped` after a signal, with the state saved.
     """
     with stopping(learner):
         if resumes(learner.args):

@@ -1,8 +1,7 @@
 """Open a run folder, one of its checkpoints, or a Hugging Face folder: one way for all programs.
 
-`open_source` reads everything except the weights and checks that it fits together; `open_model`
-goes on to the model. `stored_run` has the rules of run folders: which one a run gets, and what a
-resumed run may change.
+`open_source` reads all but the weights and checks that it fits together; `open_model` goes on to
+the model. `stored_run` has the rules of resuming.
 """
 
 import contextlib
@@ -66,10 +65,9 @@ def is_run(folder: Path) -> bool:
 
 
 def read_config(run: Path, program: str = "", cls: type | None = None) -> dict:
-    """Return a run's config.json.
+    """Return a run's config.json; raise `ValueError` if missing, damaged or of another version.
 
     program, cls: require a run of this program whose settings `cls` accepts
-    Raises `ValueError` if the file is missing, damaged, or of another version or program.
     """
     path = Path(run) / CONFIG
     if not path.exists():
@@ -95,10 +93,7 @@ def folder_of(path: str | Path) -> Path:
 
 
 def open_run(run: Path, path: Path) -> Source:
-    """Return the source of a run folder with its weights in `path`.
-
-    Raises `ValueError` if the tokenizer in the folder is not the one that the run began with.
-    """
+    """Return the source of a run folder, whose weights are in `path`; its tokenizer is checked."""
     config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer")
     if tokenizer.fingerprint != config["tokenizer"]:
         raise ValueError(f"tokenizer in {run} is not the run's: its fingerprint is "
