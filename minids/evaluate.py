@@ -45,8 +45,7 @@ class EvaluateArgs(Settings):
     fp8: bool = option(False, "products of linear layers and experts in FP8")
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
-    bodies: str = option("auto", "which bodies of the model's functions run: the fastest, or off:"
-                                 " the plain definitions", ("auto", "off"))
+    bodies: str = option("auto", "the fastest bodies, or off: plain definitions", ("auto", "off"))
 
 
 def draft_table(run, text: Tensor, seq_len: int, batch_size: int, max_tokens: int | None) -> str:

@@ -56,8 +56,7 @@ class GenerateArgs(Settings):
     speculative: int = option(0, "tokens that the MTP modules draft for each pass; 0: none", low=0)
     device: str = option("cpu", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
-    bodies: str = option("auto", "which bodies of the model's functions run: the fastest, or off:"
-                                 " the plain definitions", ("auto", "off"))
+    bodies: str = option("auto", "the fastest bodies, or off: plain definitions", ("auto", "off"))
 
 
 def write_samples(args: GenerateArgs) -> None:

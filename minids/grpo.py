@@ -252,14 +252,11 @@ class Reinforcer(Learner):
         record.update(found)
         return 1 - max(marks["accuracy"] for marks in found.values())
 
-    def brief(self, record: dict) -> str:
-        return f"reward {record['reward']:.3f}, {record['length']:.0f} tokens"
-
     def line(self, record: dict) -> str:
         marks = ", ".join(f"{m} {record[m]['accuracy']:.3f}" for m in MODES if m in record)
-        return (f"step {record['step']}/{self.args.steps}: reward {record['reward']:.3f}, "
-                f"thinking {record['thinking']:.2f}, {record['length']:.1f} tokens, "
-                f"KL {record['kl']:.3f}, held out {marks}")
+        return (f"reward {record['reward']:.3f}, thinking {record['thinking']:.2f}, "
+                f"{record['length']:.1f} tokens, KL {record['kl']:.3f}"
+                + (f", held out {marks}" if marks else ""))
 
 
 def grpo(args: GrpoArgs) -> Path:

@@ -62,8 +62,7 @@ class SftArgs(LearnArgs):
     max_new_tokens: int = option(64, "maximum length of a reply, tokens", low=1)
     lr: float = option(1e-2, "peak learning rate of AdamW", above=0)
     muon_lr: float = option(3e-3, "peak learning rate of Muon", above=0)
-    optimizer: str = option("muon", "adamw, or muon for the matrices inside the blocks",
-                            ("adamw", "muon"))
+    optimizer: str = option("muon", "muon: for the matrices inside the blocks", ("adamw", "muon"))
     constant_until: float = option(0.5, "share of the run after which lr falls", low=0, high=1)
 
     @classmethod
@@ -188,12 +187,9 @@ class FineTuner(Learner):
                                         how))
         return 1 - (record["think"]["accuracy"] + record["direct"]["accuracy"]) / 2
 
-    def brief(self, record: dict) -> str:
-        return f"loss {record['loss']:.3f}"
-
     def line(self, record: dict) -> str:
         marks = "".join(f", {m} {record[m]['accuracy']:.3f}" for m in MODES if m in record)
-        return f"step {record['step']}/{self.args.steps}: loss {record['loss']:.3f}{marks}"
+        return f"loss {record['loss']:.3f}{marks}"
 
 
 def sft(args: SftArgs) -> Path:

@@ -40,7 +40,7 @@ from minids.base.files import write_whole
 from minids.config import ModelArgs
 from minids.costs import count_parameters, flops_per_token
 from minids.infer.generation import generate
-from minids.infer.validation import Evaluation, evaluate, parse_share, windows
+from minids.infer.validation import evaluate, parse_share, windows
 from minids.model.moe import max_violation
 from minids.model.objective import Packed
 from minids.model.sparse_attention import freeze_all_but_indexers
@@ -103,20 +103,20 @@ class Trainer(Learner):
         """Validate and sample on the steps that do; returns the validation's bits per byte."""
         args, metric = self.args, None
         if last or (args.eval_every and self.step % args.eval_every == 0):
-            result = self.validate(None if last else args.eval_tokens)
-            metric = record["valid_bpb"] = result.bits_per_byte
-            record["valid_max_vio"] = [round(v, 4) for v in result.max_vio]
-            record["valid_loads"] = result.loads.tolist()
+            with self.autocast():
+                found = evaluate(self.model, self.data.valid, self.tokenizer.n_bytes, args.seq_len,
+                                 args.batch_size // args.grad_accum,
+                                 None if last else args.eval_tokens,
+                                 self.tokenizer.bos_id if args.separate else None)
+            metric = self.valid_bpb = record["valid_bpb"] = found.bits_per_byte
+            record["valid_max_vio"] = [round(v, 4) for v in found.max_vio]
+            record["valid_loads"] = found.loads.tolist()
         if args.sample_every and self.step % args.sample_every == 0 and not last:
             tqdm.write(f"step {self.step}: {self.sample(64)[0]!r}")
         return metric
 
-    def brief(self, record: dict) -> str:
-        return f"loss {record['loss']:.3f}, validation {self.valid_bpb:.3f} bits/byte"
-
     def line(self, record: dict) -> str:
-        return (f"step {record['step']}/{self.args.steps}: loss {record['loss']:.3f}, "
-                f"validation {record['valid_bpb']:.4f} bits per byte, "
+        return (f"loss {record['loss']:.3f}, validation {self.valid_bpb:.4f} bits per byte, "
                 f"{record['tokens_per_s']:.0f} tokens/s")
 
     def accumulate(self) -> tuple[dict, Tensor]:
@@ -178,16 +178,6 @@ class Trainer(Learner):
         peak = next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
         return peak and round(flops_per_token(self.model.args, self.args.seq_len)
                               * tokens_per_second / peak, 4)
-
-    def validate(self, max_tokens: int | None = None) -> Evaluation:
-        """Evaluate the model on the validation text, or on a fixed part of it."""
-        batch_size = max(self.args.batch_size // self.args.grad_accum, 1)
-        with self.autocast():
-            result = evaluate(self.model, self.data.valid, self.tokenizer.n_bytes,
-                              self.args.seq_len, batch_size, max_tokens,
-                              self.tokenizer.bos_id if self.args.separate else None)
-        self.valid_bpb = result.bits_per_byte
-        return result
 
     def sample(self, max_new_tokens: int, count: int = 1) -> list[str]:
         """Generate `count` texts that continue the prompt, without the token that ends them."""

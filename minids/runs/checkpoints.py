@@ -143,15 +143,12 @@ def prune(run: Path, saved: Path, keep_last: int) -> None:
 
 
 def all_checkpoints(run: Path) -> list[Path]:
-    """Return the folders named like checkpoints, newest first, whole or not."""
-    found = [p for p in (Path(run) / "checkpoints").glob("step_*") if NAME.fullmatch(p.name)]
-    return sorted(found, key=age, reverse=True)
-
-
-def age(path: Path) -> tuple[int, bool]:
-    """Return a sort key: the step, then whether the folder has replaced one set aside."""
-    step, replaced = NAME.fullmatch(path.name).groups()
-    return int(step), replaced is None
+    """Return the folders named like checkpoints, whole or not, newest first."""
+    found = []
+    for path in (Path(run) / "checkpoints").glob("step_*"):
+        if match := NAME.fullmatch(path.name):
+            found.append((int(match[1]), match[2] is None, path))
+    return [path for _, _, path in sorted(found, reverse=True)]
 
 
 def read_manifest(path: Path) -> dict:
@@ -173,23 +170,18 @@ def read_manifest(path: Path) -> dict:
     return manifest
 
 
-def check_file(path: Path, name: str) -> Path:
-    """Compare a file's size and checksum with the manifest's; returns its path."""
-    file, recorded = Path(path) / name, read_manifest(path)["files"][name]
-    if not file.is_file():
-        raise ValueError(f"{file} is missing")
-    if (size := file.stat().st_size) != recorded["bytes"]:
-        raise ValueError(f"{file} has {size} bytes, its manifest says {recorded['bytes']}")
-    if digest(file) != recorded["sha256"]:
-        raise ValueError(f"{file} was changed: its SHA-256 is not the manifest's")
-    return file
-
-
-def verify(path: Path) -> dict:
-    """Check all files and return the manifest; raise `ValueError` naming a damaged file."""
-    for name in (WEIGHTS, STATE):
-        check_file(path, name)
-    return read_manifest(path)
+def verify(path: Path, names: tuple[str, ...] = (WEIGHTS, STATE)) -> dict:
+    """Check files and return the manifest; raise `ValueError` naming a damaged file."""
+    manifest = read_manifest(path)
+    for name in names:
+        file, recorded = Path(path) / name, manifest["files"][name]
+        if not file.is_file():
+            raise ValueError(f"{file} is missing")
+        if (size := file.stat().st_size) != recorded["bytes"]:
+            raise ValueError(f"{file} has {size} bytes, its manifest says {recorded['bytes']}")
+        if digest(file) != recorded["sha256"]:
+            raise ValueError(f"{file} was changed: its SHA-256 is not the manifest's")
+    return manifest
 
 
 def newest_checkpoint(run: Path) -> Path | None:
@@ -205,12 +197,14 @@ def newest_checkpoint(run: Path) -> Path | None:
 
 def load_weights(path: Path) -> dict[str, Tensor]:
     """Load the weights on the CPU; raise `ValueError` if the file is not the one saved."""
-    return load_file(check_file(path, WEIGHTS))
+    verify(path, (WEIGHTS,))
+    return load_file(Path(path) / WEIGHTS)
 
 
 def load_state(path: Path) -> dict:
     """Load the state on the CPU; raise `ValueError` if it is not the one saved, or not plain."""
-    file = check_file(path, STATE)
+    verify(path, (STATE,))
+    file = Path(path) / STATE
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:

@@ -39,7 +39,7 @@ class Learner:
 
     A step is written once, in `train_step`: accumulate gradients, clip them, refuse a loss or
     gradient that is not finite, update, record. A program says what is particular to it in
-    `accumulate`, `measure`, `brief` and `line`, and may fill the methods that do nothing here.
+    `accumulate`, `measure` and `line`, and may fill the methods that do nothing here.
 
     program: name of the run's settings in config.json; run: its folder
     numbers: attributes that a checkpoint's state holds, besides optimizers and generators
@@ -75,11 +75,8 @@ class Learner:
         Returns what the best checkpoint is judged by, lower is better; None if nothing was measured
         """
 
-    def brief(self, record: dict) -> str:
-        """Return what the progress bar says about a step, beside the count."""
-
     def line(self, record: dict) -> str:
-        """Return what a log file shows in place of a progress bar."""
+        """Return what the progress bar, or a log file without one, says about a step."""
 
     def prepare(self) -> None:
         """Freeze or convert the model before the optimizers are built."""
@@ -145,9 +142,9 @@ class Learner:
                 metric = self.measure(record, last)
                 self.write_record(record)
                 bar.update()
-                bar.set_postfix_str(self.brief(record))
+                bar.set_postfix_str(self.line(record))
                 if bar.disable and (last or metric is not None):
-                    print(self.line(record), flush=True)
+                    print(f"step {self.step}/{args.steps}: {self.line(record)}", flush=True)
                 if self.step % args.save_every == 0 or last or self.stop_signal:
                     self.save(metric)
                 if self.stop_signal and not last:

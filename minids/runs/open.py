@@ -115,7 +115,8 @@ def open_source(path: str | Path) -> Source:
             raise ValueError(f"{path}: its tokenizer has {tokenizer.n_tokens} tokens and its model "
                              f"only {args.vocab_size}")
         return Source(path, path, args, tokenizer, {"model": dataclasses.asdict(args)})
-    return open_run(folder_of(path), resolve(path))
+    path = resolve(path)
+    return open_run(folder_of(path), path)
 
 
 def open_model(path: str | Path, device: torch.device | str = "cpu",
@@ -168,11 +169,9 @@ def stored_run(program: str, cls: type[LearnArgs], given: dict) -> tuple[LearnAr
         raise ValueError(f"out = {out!r} holds a run already: continue it with --resume, or name "
                          "another folder")
     config = read_config(run, program, cls)
-    changed = {k: v for k, v in given.items() if k in cls.may_change} | {"out": str(run)}
-    fixed = {k: v for k, v in given.items() if k not in cls.may_change}
     stored = cls(**config[program])
-    refuse_changes(run, dataclasses.asdict(stored), fixed)
-    return dataclasses.replace(stored, **changed), config
+    refuse_changes(run, vars(stored), {k: v for k, v in given.items() if k not in cls.may_change})
+    return dataclasses.replace(stored, **given | {"out": str(run)}), config
 
 
 def settings(program: str, cls: type[LearnArgs], given: dict, suffix: str) -> LearnArgs:

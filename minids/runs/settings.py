@@ -18,8 +18,7 @@ class LearnArgs(Settings):
     out: str = option("", "run folder; none is named after the run before")
     resume: bool = option(False, "continue the run in --out, or the newest one")
     steps: int = option(100, "optimizer steps", low=1)
-    optimizer: str = option("adamw", "adamw, or muon for the matrices inside the blocks",
-                            ("adamw", "muon"))
+    optimizer: str = option("adamw", "muon: for the matrices inside the blocks", ("adamw", "muon"))
     lr: float = option(1e-3, "peak learning rate of AdamW", above=0)
     muon_lr: float = option(1e-3, "peak learning rate of Muon", above=0)
     weight_decay: float = option(0.0, "decoupled weight decay", low=0)
@@ -37,8 +36,7 @@ class LearnArgs(Settings):
     seed: int = option(0, "decides weights, data order and samples", low=0, high=2 ** 32 - 1)
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
-    bodies: str = option("auto", "which bodies of the model's functions run: the fastest, or off:"
-                                 " the plain definitions", ("auto", "off"))
+    bodies: str = option("auto", "the fastest bodies, or off: plain definitions", ("auto", "off"))
 
     fp8: ClassVar[bool] = False  # pre-training alone has the flag
     may_change: ClassVar[set[str]] = {"out", "resume", "steps", "device", "threads", "bodies",
@@ -93,17 +91,14 @@ class TrainArgs(LearnArgs):
     bias_speed: float = option(0.001, "step of the gate biases, once per optimizer step", low=0)
     bias_until: float = option(0.966, "share of the run after which the biases rest", low=0, high=1)
     separate: bool = option(False, "documents of a window do not see each other; in V3 they do")
-    fim_rate: float = option(0.0, "share of documents cut for fill-in-the-middle; V3: 0.1",
-                             low=0, high=1)
+    fim_rate: float = option(0.0, "share of fill-in-the-middle documents; V3: 0.1", low=0, high=1)
     fp8: bool = option(False, "FP8 products in linear layers and experts, BF16 moments in AdamW")
     compile: bool = option(False, "compile the model: a minute at the start, faster steps after")
     recompute: bool = option(False, "store less for the backward pass and compute blocks twice")
-    spike_factor: float = option(0.0, "skip a step whose loss is this many times the recent mean;"
-                                      " 0: never", low=0)
+    spike_factor: float = option(0.0, "skip steps at this many times the mean loss; 0: none", low=0)
     eval_every: int = option(100, "steps between validations; 0: only at the end", low=0)
     eval_tokens: int = option(32768, "validation tokens in between; the end uses all", low=1)
-    log_experts_every: int = option(10, "steps between lines of metrics with the load and the bias"
-                                        " of every expert; 0: never", low=0)
+    log_experts_every: int = option(10, "steps between all experts' load and bias; 0: never", low=0)
     sample_every: int = option(0, "steps between samples of text; 0: only at the end", low=0)
     prompt: str = option("def", "text that a sample continues; best without a space at the end")
     save_every: int = option(100, "steps between checkpoints", low=1)
@@ -138,18 +133,17 @@ TINY_RUN = dict(steps=800, optimizer="muon", lr=1e-2, muon_lr=3e-3, warmup_steps
                 constant_until=0.5, decay_until=1.0, final_lr=0.05, bias_speed=0.005)
 TRAIN_PRESETS = {
     "tiny": TINY_RUN,
-    "nano": dict(steps=60, batch_size=4, seq_len=128, optimizer="muon", lr=5e-3, muon_lr=5e-3,
-                 warmup_steps=5, constant_until=0.5, decay_until=1.0, bias_speed=0.01,
-                 eval_every=20, eval_tokens=8192, save_every=20),
-    "micro": dict(data="task:calculator", tokenizer="bytes", steps=600, batch_size=16, seq_len=256,
-                  separate=True, optimizer="muon", lr=4e-3, muon_lr=4e-3, weight_decay=0.0,
-                  warmup_steps=20, constant_until=0.5, decay_until=1.0, final_lr=0.05,
-                  bias_speed=0.005, dtype="fp32", save_every=100, prompt="3*7+5-2*4+6-8"),
+    "nano": TINY_RUN | dict(
+        steps=60, batch_size=4, seq_len=128, lr=5e-3, muon_lr=5e-3, warmup_steps=5, final_lr=0.1,
+        bias_speed=0.01, eval_every=20, eval_tokens=8192, save_every=20),
+    "micro": TINY_RUN | dict(
+        data="task:calculator", tokenizer="bytes", steps=600, batch_size=16, separate=True,
+        lr=4e-3, muon_lr=4e-3, weight_decay=0.0, dtype="fp32", prompt="3*7+5-2*4+6-8"),
     "deep": TINY_RUN,
-    "small": dict(steps=20000, batch_size=64, batch_start=16, batch_ramp_steps=1000, grad_accum=1,
-                  seq_len=2048, optimizer="muon", lr=1e-3, muon_lr=1e-3, warmup_steps=500,
-                  fim_rate=0.1, recompute=True, eval_every=500, eval_tokens=262144,
-                  sample_every=500, save_every=500),
+    "small": dict(steps=20000, batch_size=64, batch_start=16, batch_ramp_steps=1000, seq_len=2048,
+                  optimizer="muon", lr=1e-3, muon_lr=1e-3, warmup_steps=500, fim_rate=0.1,
+                  recompute=True, eval_every=500, eval_tokens=262144, sample_every=500,
+                  save_every=500),
     "v3": dict(steps=235_000, batch_size=15360, batch_start=3072, batch_ramp_steps=12_400,
                seq_len=4096, fim_rate=0.1, recompute=True),
 }

@@ -47,7 +47,8 @@ def small(step: int) -> tuple[dict, dict]:
 
 def steps(run: Path) -> list[int]:
     """The steps of all that lies in the folder, which must all be checkpoints."""
-    return sorted(checkpoint.age(path)[0] for path in (run / "checkpoints").iterdir())
+    return sorted(int(checkpoint.NAME.fullmatch(path.name)[1])
+                  for path in (run / "checkpoints").iterdir())
 
 
 def assert_holds(path: Path, step: int) -> None:
