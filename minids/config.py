@@ -65,15 +65,13 @@ class ModelArgs(Settings):
         require(self, "qk_rope_head_dim", self.qk_rope_head_dim % 2 == 0, "even (rotary pairs)")
         require(self, "n_dense_layers", self.n_dense_layers <= self.n_layers,
                 f"at most n_layers = {self.n_layers}")
-        if self.has_moe:
-            self._check_experts()
         width = self.index_head_dim
         require(self, "index_head_dim", not self.has_indexer or width >= self.qk_rope_head_dim,
                 f"qk_rope_head_dim = {self.qk_rope_head_dim} or more")
         require(self, "index_head_dim", not self.index_hadamard or width & (width - 1) == 0,
                 "a power of two where index_hadamard is on")
-
-    def _check_experts(self):
+        if not self.has_moe:
+            return
         groups = self.n_expert_groups
         require(self, "moe_inter_dim", self.moe_inter_dim >= 1, "at least 1")
         require(self, "n_expert_groups", groups >= 1 and self.n_routed_experts % groups == 0,

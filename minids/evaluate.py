@@ -81,7 +81,7 @@ def main() -> None:
     seq_len, max_tokens = args.seq_len or train["seq_len"], args.max_tokens or None
     data = open_data(args.data or train["data"], run.tokenizer, seq_len)
     text = data.valid, run.tokenizer.n_bytes, seq_len, args.batch_size
-    print(f"{run.checkpoint} on {data.name}, {len(data.valid):,} validation tokens")
+    print(f"{run.path} on {data.name}, {len(data.valid):,} validation tokens")
     if args.selections:
         model_k = run.model.args.index_topk if run.model.args.has_indexer else seq_len // 8
         k = args.index_topk or max(model_k, 1)

@@ -76,7 +76,7 @@ def write_samples(args: GenerateArgs) -> None:
                    + " ".join(f"{share:.0%}" for share in done.acceptance) + ", ")
         print(f"{len(done.tokens[0])} tokens after {done.prompt_tokens} in {done.seconds:.2f} s, "
               f"{done.tokens_per_second:.0f} tokens/s, {drafted if args.speculative else ''}"
-              f"{run.checkpoint}", file=sys.stderr)
+              f"{run.path}", file=sys.stderr)
 
 
 def main() -> None:

@@ -54,8 +54,7 @@ from minids.text.tokenizer import Tokenizer
 
 # Fields of the model that may differ from those of the run before: its weights still fit.
 MAY_VARY = {"max_seq_len", "original_seq_len", "rope_factor", "beta_fast", "beta_slow", "mscale",
-            "index_n_heads", "index_head_dim", "index_topk", "index_hadamard", "index_fp8"}
-
+            "index_topk", "index_hadamard", "index_fp8"}
 # Dense BF16 rates from the vendors' data sheets, FLOP/s; the first name that matches counts.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
               "H800": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -72,6 +71,7 @@ class Trainer(Learner):
         self.loss = torch.compile(self.model.loss) if args.compile else self.model.loss
         self.data = open_data(args.data, tokenizer, args.seq_len, args.seed, args.fim_rate,
                               workers=args.threads)
+        self.more_config = dict(data=self.data.fingerprint)
         self.tokens = 0
         self.recent_loss = math.nan  # moving mean, the yardstick for spikes
         self.valid_bpb = math.nan  # of the last validation
@@ -96,9 +96,6 @@ class Trainer(Learner):
     def restore_more(self, state: dict) -> None:
         self.data.loader.load_state_dict(state["loader"])
 
-    def more_config(self) -> dict:
-        return dict(data=self.data.fingerprint)
-
     def measure(self, record: dict, last: bool) -> float | None:
         """Validate and sample on the steps that do; returns the validation's bits per byte."""
         args, metric = self.args, None
@@ -120,10 +117,7 @@ class Trainer(Learner):
                 f"{record['tokens_per_s']:.0f} tokens/s")
 
     def accumulate(self) -> tuple[dict, Tensor]:
-        """Add up the gradients of one batch, in micro-batches.
-
-        Returns the parts of the loss, means over micro-batches, and the experts' loads, sums.
-        """
+        """Add up a batch's gradients; return the parts of the loss, means, and the loads, sums."""
         args, loads, parts = self.args, 0, {}
         batch = batch_size_at(self.step, args)
         for _ in range(args.grad_accum):
@@ -224,7 +218,6 @@ def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
     """Return the settings of a run, and the fields of its model that differ from the preset's.
 
     given, given_model: the flags; a resumed run takes the rest from its folder
-    Raises `ValueError` for a run folder that is taken, or of another configuration.
     """
     preset = given.get("preset", "tiny")
     ModelArgs.preset(preset)  # refuses an unknown name before anything else
@@ -242,7 +235,6 @@ def settings_after(given: dict) -> TrainArgs:
     """Return the settings of a run that begins with another: that run's, the stage's, and `given`.
 
     Its folder is x-warm for the warm-up of run x, x-sparse for the stage after it, else x-more.
-    Raises `ValueError` for a preset or a tokenizer that is not the other run's.
     """
     run = runs.folder_of(given["from_run"])
     before = dataclasses.asdict(TrainArgs(**runs.read_config(run, "train", TrainArgs)["train"]))
@@ -260,15 +252,14 @@ def settings_after(given: dict) -> TrainArgs:
 
 
 def model_after(args: TrainArgs, given: dict, source: runs.Source) -> dict:
-    """Return the fields of a model that begins with another's weights and differs in `given`.
+    """Return the fields of a model that begins with another's weights and may differ in `given`.
 
     Adds an indexer if the stage needs one and there is none.
-    Raises `ValueError` for a field that would not fit the weights.
     """
     before = dataclasses.asdict(source.args)
-    fixed = {k for k in given if k not in MAY_VARY}
-    if before["index_n_heads"]:
-        fixed |= given.keys() & {"index_n_heads", "index_head_dim"}
+    fixed = given.keys() - MAY_VARY
+    if not before["index_n_heads"]:
+        fixed -= {"index_n_heads", "index_head_dim"}
     for name in sorted(fixed):
         if given[name] != before[name]:
             raise ValueError(f"{name} = {given[name]!r} is not valid: the weights in "
@@ -289,10 +280,7 @@ def default_indexer(model: dict, seq_len: int) -> dict:
 
 
 def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
-    """Return the preset's model with the tokenizer's vocabulary, overridden by what is given.
-
-    Raises `ValueError` if model, tokenizer and training settings do not fit together.
-    """
+    """Return the preset's model with the tokenizer's vocabulary and `given`, if they fit."""
     preset = ModelArgs.preset(args.preset)
     model_args = dataclasses.replace(preset, **{"vocab_size": tokenizer.vocab_size} | given)
     require(model_args, "vocab_size", model_args.vocab_size >= tokenizer.vocab_size,

@@ -17,15 +17,13 @@ from minids.kernels.registry import use
 def pick_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is the GPU if there is one."""
     has_gpu = torch.cuda.is_available()
-    if name == "auto":
-        return torch.device("cuda" if has_gpu else "cpu")
-    if name not in ("cpu", "cuda"):
+    if name not in ("auto", "cpu", "cuda"):
         raise ValueError(f"device = {name!r} is not valid: {nearest(name, ['cpu', 'cuda', 'auto'])}"
                          "valid are auto, cpu and cuda")
     if name == "cuda" and not has_gpu:
         raise ValueError("device = 'cuda' is not valid: torch sees no GPU here; use --device cpu, "
                          "or install the CUDA build of torch")
-    return torch.device(name)
+    return torch.device("cuda" if has_gpu and name != "cpu" else "cpu")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -49,10 +47,8 @@ def prepare_cpu(threads: int, bodies: str = "auto") -> None:
         torch.set_num_threads(threads)
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        trim_threshold, top_pad, mmap_max = -1, -2, -4  # names of <malloc.h>
-        libc.mallopt(mmap_max, 0)
-        libc.mallopt(trim_threshold, 1 << 30)
-        libc.mallopt(top_pad, 1 << 26)
+        for name, value in ((-4, 0), (-1, 1 << 30), (-2, 1 << 26)):  # of <malloc.h>:
+            libc.mallopt(name, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
 
 
 def memory_mib(device: torch.device) -> int:

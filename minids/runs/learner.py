@@ -60,7 +60,7 @@ class Learner:
         self.optimizers = optimizers.build_optimizers(self.model, args, self.dtype)
         self.step, self.seconds, self.stop_signal = 0, 0.0, 0
         self.source: dict | None = None  # what this run began with
-        self.metrics: list[dict] = []
+        self.more_config, self.metrics = {}, []  # what else config.json says, lines of metrics
 
     def accumulate(self) -> tuple[dict, Tensor | None]:
         """Add up the gradients of one batch; `step` already counts this step, from 1.
@@ -98,10 +98,6 @@ class Learner:
 
     def restore_more(self, state: dict) -> None:
         """Restore what `more_state` returned."""
-
-    def more_config(self) -> dict:
-        """Return what else config.json says."""
-        return {}
 
     def autocast(self):
         """Return a context of BF16 products over FP32 weights, if the run has them."""
@@ -206,7 +202,7 @@ class Learner:
         write_json(self.run / "config.json", ({"source": self.source} if self.source else {}) | {
             "model": dataclasses.asdict(self.model.args),
             self.program: dataclasses.asdict(self.args),
-            "tokenizer": self.tokenizer.fingerprint, **self.more_config(),
+            "tokenizer": self.tokenizer.fingerprint, **self.more_config,
             "dtype": str(self.dtype).removeprefix("torch."), "versions": versions})
 
 

@@ -29,6 +29,7 @@ class Source(NamedTuple):
 
     folder: the run folder, or a Hugging Face folder; path: the run's checkpoint, or the folder
     config: the run's config.json; of a Hugging Face folder only {"model": ..}
+    model: ready for use, if `open_model` has loaded it
     """
 
     folder: Path
@@ -36,6 +37,7 @@ class Source(NamedTuple):
     args: ModelArgs
     tokenizer: Tokenizer
     config: dict
+    model: Transformer | None = None
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights by name, on the CPU."""
@@ -48,15 +50,6 @@ class Source(NamedTuple):
         if not hf.is_hf_folder(self.path):
             found["sha256"] = read_manifest(self.path)["files"]["model.safetensors"]["sha256"]
         return found
-
-
-class Run(NamedTuple):
-    """A model ready for use, and what belongs to it: see `Source`, whose path is `checkpoint`."""
-
-    model: Transformer
-    tokenizer: Tokenizer
-    config: dict
-    checkpoint: Path
 
 
 def is_run(folder: Path) -> bool:
@@ -120,7 +113,7 @@ def open_source(path: str | Path) -> Source:
 
 
 def open_model(path: str | Path, device: torch.device | str = "cpu",
-               dtype: torch.dtype | None = None) -> Run:
+               dtype: torch.dtype | None = None) -> Source:
     """Load the model that `path` names, and its tokenizer; see `open_source`.
 
     dtype: precision of a Hugging Face folder's weights; None: as they are stored, with FP8 as BF16,
@@ -137,7 +130,7 @@ def open_model(path: str | Path, device: torch.device | str = "cpu",
             model = Transformer(source.args)
         model.load_state_dict(source.weights(), assign=True)
         model = model.to(device).eval()
-    return Run(model, source.tokenizer, source.config, source.path)
+    return source._replace(model=model)
 
 
 def resumes(args: LearnArgs) -> bool:
@@ -157,7 +150,6 @@ def stored_run(program: str, cls: type[LearnArgs], given: dict) -> tuple[LearnAr
 
     program: its name in config.json; cls: its settings
     given: flags; only those in `cls.may_change` may differ from the stored settings
-    Raises `ValueError` for a run folder that is taken, damaged, or of another configuration.
     """
     out, resume = given.get("out", ""), given.get("resume", False)
     if not (out or resume):

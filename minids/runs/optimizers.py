@@ -4,9 +4,8 @@ AdamW with V3's settings (section 4.2), or Muon for the matrices inside the bloc
 embedding, head and norms, as later models of the family (DeepSeek-V4, arXiv 2606.19348, section 2).
 Muon's step is the momentum with its singular values brought to one, scaled so that its root mean
 square is that of an AdamW step (Moonlight, arXiv 2502.16982, section 2.2). `torch.optim.Muon` does
-the same for single matrices but does not take stacked experts.
-
-A schedule is a function of the step alone, so a resumed run needs no state for it.
+the same for single matrices but does not take stacked experts. A schedule is a function of the step
+alone, so a resumed run needs no state for it.
 """
 
 import math

@@ -64,7 +64,7 @@ def test_a_mistake_on_the_command_line_is_one_line(words, named, tmp_path, capsy
 def test_an_exported_run_is_the_same_model_with_the_same_tokenizer(run, exported):
     mine, theirs = open_model(run), open_model(exported)
     assert all_equal(mine.model.state_dict(), theirs.model.state_dict())
-    assert mine.model.args == theirs.model.args and theirs.checkpoint == exported
+    assert mine.model.args == theirs.model.args and theirs.path == exported
     text = "def read_file(path):\n    return 'naïve'  # 12345\n"
     ids = mine.tokenizer.encode(text)
     assert theirs.tokenizer.encode(text) == ids

@@ -64,7 +64,7 @@ def test_a_run_is_its_newest_checkpoint_and_its_hugging_face_export(run, tmp_pat
     save_hf(opened.model, tmp_path / "hf")
     opened.tokenizer.save_hf(tmp_path / "hf")
     assert torch.equal(logits(tmp_path / "hf"), logits(run))
-    assert opened.checkpoint == checkpoints[1] and not opened.model.training
+    assert opened.path == checkpoints[1] and not opened.model.training
     assert folder_of(checkpoints[0]) == folder_of(run) == run.resolve()
     assert folder_of(tmp_path / "hf") == (tmp_path / "hf").resolve()
 

@@ -402,7 +402,7 @@ def test_a_run_can_be_trained_with_a_released_tokenizer(copy, tmp_path, monkeypa
     assert same_tokenizer(run.tokenizer, Tokenizer.load(copy))
     assert run.model.args.vocab_size == 800
     train(TrainArgs.for_preset("nano", steps=3, save_every=2, resume=True, **settings))
-    assert open_model(tmp_path / "run").checkpoint.name == "step_000003"
+    assert open_model(tmp_path / "run").path.name == "step_000003"
 
 
 def test_fill_in_the_middle_needs_its_tokens(copy, tmp_path):
