@@ -136,3 +136,10 @@ def whole_state(trainer: Trainer) -> dict[str, object]:
         rng=rng_state(), step=trainer.step, recent_loss=trainer.recent_loss)))
 
 
+def assert_refused(said: Said, *words: str) -> None:
+    """One line on stderr that has these words, exit status 2."""
+    lines = said.err.splitlines()
+    assert said.status == 2 and len(lines) == 1, said
+    assert lines[0].startswith("python -m minids.train: ")
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in {lines[0]!r}"
