@@ -19,10 +19,7 @@ from minids.base.fields import Settings, nearest, option, require
 
 @dataclass(frozen=True)
 class ModelArgs(Settings):
-    """The dimensions of one model of the DeepSeek family, checked on construction.
-
-    Raises `ValueError` naming the field, its value and what is valid.
-    """
+    """The dimensions of one model of the DeepSeek family, checked on construction."""
 
     vocab_size: int = option(4096, "rows of the embedding and the head, tokens", low=1)
     max_seq_len: int = option(1024, "longest sequence, tokens; YaRN above original_seq_len", low=1)
@@ -155,9 +152,8 @@ MODEL_PRESETS = {
     "v3": V3_ARGS,
     "v3.2": V3_ARGS | dict(index_n_heads=64, index_head_dim=128, index_topk=2048),
     "moonlight": V2_LITE_ARGS | dict(
-        vocab_size=163840, max_seq_len=8192, original_seq_len=8192, inter_dim=11264,
-        score_func="sigmoid", gate_bias=True, route_scale=2.446, rope_theta=50000.0,
-        norm_eps=1e-5),
+        vocab_size=163840, max_seq_len=8192, original_seq_len=8192, inter_dim=11264, norm_eps=1e-5,
+        score_func="sigmoid", gate_bias=True, route_scale=2.446, rope_theta=50000.0),
     "kimi-k2": V3_ARGS | dict(
         vocab_size=163840, max_seq_len=131072, n_dense_layers=1, n_heads=64, n_routed_experts=384,
         n_expert_groups=1, n_limited_groups=1, route_scale=2.827, rope_theta=50000.0,

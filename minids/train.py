@@ -119,10 +119,9 @@ class Trainer(Learner):
     def accumulate(self) -> tuple[dict, Tensor]:
         """Add up a batch's gradients; return the parts of the loss, means, and the loads, sums."""
         args, loads, parts = self.args, 0, {}
-        batch = batch_size_at(self.step, args)
+        size = batch_size_at(self.step, args) // args.grad_accum
         for _ in range(args.grad_accum):
-            tokens, targets = self.data.loader.next_batch(batch // args.grad_accum)
-            tokens, targets = tokens.to(self.device), targets.to(self.device)
+            tokens, targets = (t.to(self.device) for t in self.data.loader.next_batch(size))
             begins = tokens == self.tokenizer.bos_id  # documents that do not see each other
             packed = Packed(begins.cumsum(1), torch.ones_like(begins)) if args.separate else None
             with self.autocast():
@@ -134,7 +133,7 @@ class Trainer(Learner):
             names = ("loss", "main", "mtp", "balance", "indexer")
             for name, value in zip(names if args.dsa else names[:-1], losses, strict=False):
                 parts[name] = parts.get(name, 0.0) + value.item() / args.grad_accum
-        self.tokens += batch * args.seq_len
+        self.tokens += size * args.grad_accum * args.seq_len
         return parts, loads
 
     def after_update(self, loads: Tensor) -> None:
@@ -232,10 +231,7 @@ def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
 
 
 def settings_after(given: dict) -> TrainArgs:
-    """Return the settings of a run that begins with another: that run's, the stage's, and `given`.
-
-    Its folder is x-warm for the warm-up of run x, x-sparse for the stage after it, else x-more.
-    """
+    """Return the settings of a run after another: that run's, under the stage's and `given`."""
     run = runs.folder_of(given["from_run"])
     before = dataclasses.asdict(TrainArgs(**runs.read_config(run, "train", TrainArgs)["train"]))
     if given.get("preset", before["preset"]) != before["preset"]:
@@ -244,6 +240,7 @@ def settings_after(given: dict) -> TrainArgs:
     if given.get("tokenizer"):
         raise ValueError(f"tokenizer = {given['tokenizer']!r} is not valid with --from: the model "
                          f"knows the one in {run}")
+    # x-warm for the warm-up of run x, x-sparse for the stage after it, else x-more.
     suffix = {"warmup": "-warm", "sparse": "-sparse"}.get(given.get("dsa"), "-more")
     name = run.name.removesuffix("-warm") + suffix
     out = given.get("out") or str(runs.free_folder(run.with_name(name)))

@@ -65,7 +65,11 @@ def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dic
     try:
         folder.mkdir(parents=True, exist_ok=True)
         flush(folder.parent)
-        sweep(folder)
+        for leftover in folder.glob(".tmp_*"):  # of a save that was killed
+            shutil.rmtree(leftover)
+        for aside in folder.glob("*.replaced"):
+            if aside.with_suffix("").exists():
+                discard(aside)
         temp.mkdir()
         write_files(temp, step, weights, state, metric)
         publish(temp, final)
@@ -116,15 +120,6 @@ def sealed(body: dict) -> bytes:
     """Return the manifest's bytes: `body` and its checksum, so that any changed byte shows."""
     seal = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return (json.dumps(body | {"seal": seal}, indent=2) + "\n").encode()
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed save has left behind."""
-    for leftover in folder.glob(".tmp_*"):
-        shutil.rmtree(leftover)
-    for aside in folder.glob("*.replaced"):
-        if aside.with_suffix("").exists():
-            discard(aside)
 
 
 def prune(run: Path, saved: Path, keep_last: int) -> None:

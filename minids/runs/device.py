@@ -64,10 +64,8 @@ def check_memory(args: ModelArgs, device: torch.device) -> None:
     count = count_parameters(args)
     parameters = count.total + count.mtp
     needed = 16 * parameters  # weight, gradient and two moments, FP32
-    if device.type == "cuda":
-        here = torch.cuda.mem_get_info(device)[1]
-    else:
-        here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    here = (torch.cuda.mem_get_info(device)[1] if device.type == "cuda"
+            else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if needed > here:
         raise ValueError(f"a model of {parameters:,} parameters does not fit: weights, gradients "
                          f"and optimizer take {needed / 2**30:,.0f} GiB, and {device} has "

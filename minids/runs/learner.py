@@ -1,8 +1,4 @@
-"""One loop for every program that learns: steps, metrics, checkpoints, signals, resuming.
-
-On one machine a run that is stopped at any moment and resumed ends with the same bytes as an
-unbroken one; Ctrl-C finishes the step and saves.
-"""
+"""One loop for every program that learns: steps, metrics, checkpoints, signals, resuming."""
 
 import contextlib
 import dataclasses
@@ -70,10 +66,7 @@ class Learner:
         """
 
     def measure(self, record: dict, last: bool) -> float | None:
-        """Add to a step's metrics what is measured now and then.
-
-        Returns what the best checkpoint is judged by, lower is better; None if nothing was measured
-        """
+        """Add what is measured to a step's metrics; return one to judge by, lower is better."""
 
     def line(self, record: dict) -> str:
         """Return what the progress bar, or a log file without one, says about a step."""
@@ -215,9 +208,8 @@ def stopping(learner: Learner):
         learner.stop_signal = number
         print("\nfinishing the step and saving ..", file=sys.stderr, flush=True)
 
-    main = threading.current_thread() is threading.main_thread()  # the only one that may
-    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
-    before = {number: signal.signal(number, ask) for number in numbers}
+    handled = threading.current_thread() is threading.main_thread()  # no other thread may
+    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM) if handled}
     try:
         yield
     finally:

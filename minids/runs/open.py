@@ -71,9 +71,8 @@ def read_config(run: Path, program: str = "", cls: type | None = None) -> dict:
         if cls:
             cls(**config[program])
     except (ValueError, KeyError, TypeError) as error:
-        kind = f", or not a run of minids.{program}" if program else ""
-        raise ValueError(f"{path} is damaged, of another version of minids{kind}: {error}"
-                         ) from error
+        kind = f"minids, or not a run of minids.{program}" if program else "minids"
+        raise ValueError(f"{path} is damaged, of another version of {kind}: {error}") from error
     return config
 
 

@@ -20,8 +20,7 @@ from minids.runs.settings import LearnArgs, TrainArgs
 class Muon(torch.optim.Optimizer):
     """Step by the orthogonalised momentum, for matrices (r, c) and stacks of them (E, r, c).
 
-    lr: size of the step, relative to the root mean square of AdamW's
-    dtype: precision of the orthogonalisation
+    lr: size of the step, as AdamW's is counted; dtype: precision of the orthogonalisation
     """
 
     def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.1,
@@ -100,19 +99,20 @@ def build_optimizers(model: nn.Module, args: LearnArgs,
     """Return the run's optimizers; each trained parameter is in exactly one group.
 
     dtype: precision of Muon's products
-    Norms have no weight decay. Indexers have groups of their own, which come last. Every group
-    stores its peak learning rate as `peak_lr`, for `set_learning_rate`.
+    Norms have no weight decay. Indexers have groups of their own, which come last, and in
+    pre-training their own learning rate. Every group stores its peak as `peak_lr`.
     """
+    indexer_lr, fp8 = getattr(args, "indexer_lr", args.lr), getattr(args, "fp8", False)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     with_muon = args.optimizer == "muon"
     hidden = {n: p for n, p in named.items() if with_muon and is_hidden_matrix(n, p)}
     others = {n: p for n, p in named.items() if n not in hidden}
     groups = [dict(params=[p for n, p in others.items()
                            if in_indexer(n) == indexer and (p.ndim >= 2) == decays],
-                   lr=args.indexer_lr if indexer else args.lr,
+                   lr=indexer_lr if indexer else args.lr,
                    weight_decay=args.weight_decay if decays else 0)
               for indexer in (False, True) for decays in (True, False)]
-    adamw = (AdamWInBF16 if args.fp8 else torch.optim.AdamW)(
+    adamw = (AdamWInBF16 if fp8 else torch.optim.AdamW)(
         [group for group in groups if group["params"]], betas=(args.beta1, args.beta2), fused=True)
     optimizers = [adamw]
     if hidden:
@@ -144,10 +144,7 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 
 
 def learning_rate_factor(step: int, args: LearnArgs) -> float:
-    """Return a step's learning rate as a share of its peak (V3 section 4.2); `step` is from 1.
-
-    It rises, stays, falls along a cosine and stays at its floor.
-    """
+    """Return a step's share of the peak learning rate: up, constant, a cosine down (V3 4.2)."""
     if step <= args.warmup_steps:
         return step / args.warmup_steps
     start, end = args.constant_until * args.steps, args.decay_until * args.steps
@@ -170,9 +167,6 @@ def mtp_weight_at(step: int, args: TrainArgs) -> float:
 
 
 def bias_speed_at(step: int, args: TrainArgs) -> float:
-    """Return the step of the gate biases: V3 has 0.001, and 0 for the last 500B of 14.8T tokens.
-
-    It is 0 in the warm-up of sparse attention, which trains the indexers alone.
-    """
-    rest = args.dsa == "warmup" or step > args.bias_until * args.steps
+    """Return the step of the gate biases: V3 has 0.001, and 0 for the last 500B of 14.8T tokens."""
+    rest = step > args.bias_until * args.steps or args.dsa == "warmup"  # of the indexers alone
     return 0.0 if rest else args.bias_speed

@@ -9,10 +9,7 @@ from minids.config import MODEL_PRESETS
 
 @dataclass(frozen=True)
 class LearnArgs(Settings):
-    """The settings of a run that trains a model.
-
-    may_change: fields that a resumed run may be given anew; any other would make it another run
-    """
+    """The settings of a run that trains a model."""
 
     from_run: str = option("", "run, checkpoint or Hugging Face folder to begin with", flag="from")
     out: str = option("", "run folder; none is named after the run before")
@@ -38,7 +35,7 @@ class LearnArgs(Settings):
     threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
     bodies: str = option("auto", "the fastest bodies, or off: plain definitions", ("auto", "off"))
 
-    fp8: ClassVar[bool] = False  # pre-training alone has the flag
+    # What a resumed run may be given anew; any other setting would make it another run.
     may_change: ClassVar[set[str]] = {"out", "resume", "steps", "device", "threads", "bodies",
                                       "save_every", "keep_last", "lr", "muon_lr", "clip"}
 
@@ -46,11 +43,6 @@ class LearnArgs(Settings):
         super().__post_init__()
         require(self, "decay_until", self.decay_until >= self.constant_until,
                 f"constant_until = {self.constant_until} or more")
-
-    @property
-    def indexer_lr(self) -> float:
-        """The learning rate of the indexers: that of the rest, except in pre-training."""
-        return self.lr
 
 
 @dataclass(frozen=True)
@@ -118,10 +110,7 @@ class TrainArgs(LearnArgs):
 
     @classmethod
     def for_preset(cls, name: str, before: dict | None = None, **given) -> "TrainArgs":
-        """Return the preset's settings, overridden by those that are given.
-
-        before: settings of the run that this one begins with; those of the stage override them
-        """
+        """Return the preset's settings, under those of the run `before`, the stage, and `given`."""
         settings = {"preset": name} | TRAIN_PRESETS.get(name, {}) | (before or {})
         if given.get("from_run"):
             stage = WARMUP if given.get("dsa") == "warmup" else CONTINUED
