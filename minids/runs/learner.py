@@ -94,8 +94,7 @@ class Learner:
 
     def autocast(self):
         """Return a context of BF16 products over FP32 weights, if the run has them."""
-        on = self.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
 
     def train_step(self) -> dict:
         """Take one optimizer step; returns its line of metrics."""
