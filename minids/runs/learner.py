@@ -164,7 +164,7 @@ class Learner:
         write_whole(self.run / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
 
     def save(self, metric: float | None = None) -> Path:
-        """Write a checkpoint of this step, without NaN or Inf weights; metric: measured at it."""
+        """Write a checkpoint; refuse to save NaN or Inf weights; metric: measured at this step."""
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged("a weight is no longer a finite number")
         numbers = {name: getattr(self, name) for name in self.numbers}
