@@ -113,7 +113,7 @@ def test_documents_are_as_separate_as_in_training(home, tmp_path, monkeypatch, s
 def test_k_is_the_flags_the_models_or_an_eighth_of_a_window(monkeypatch, index_n_heads, flags, k):
     tokenizer, found = Tokenizer.load(), []
     args = replace(LITTLE, index_n_heads=index_n_heads, index_head_dim=16, index_topk=5)
-    run = SimpleNamespace(model=SimpleNamespace(args=args), tokenizer=tokenizer, checkpoint="run",
+    run = SimpleNamespace(model=SimpleNamespace(args=args), tokenizer=tokenizer, path="run",
                           config={"train": {"data": "no matter", "seq_len": 64}})
     monkeypatch.setattr(module, "open_model", lambda *_: run)
     monkeypatch.setattr(module, "open_data", lambda *_: SimpleNamespace(
