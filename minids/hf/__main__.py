@@ -75,7 +75,8 @@ def convert(args: HfArgs) -> str:
     check_target(Path(args.out).resolve(), args.overwrite)
     dtype = DTYPES.get(args.dtype)
     if args.run:
-        model, tokenizer, *_ = open_model(args.run)
+        run = open_model(args.run)
+        model, tokenizer = run.model, run.tokenizer
     else:
         source = inspect(args.folder)
         model, tokenizer = read_model(source, dtype or source.dtype, "cpu"), source.folder
