@@ -6,11 +6,10 @@
     python -m minids.evaluate --run runs/tiny-warm --selections
     python -m minids.evaluate --run runs/tiny --drafts
 
-Bits per byte does not depend on the vocabulary, so models with different tokenizers can be compared
-(`minids.infer.validation`). --selections compares dense attention with ways of selecting k tokens,
-the indexer's among them (`minids.infer.selections`). --drafts measures how well the MTP modules
-predict what the model will say, by depth and kind of text; the last row has the drafts for the
-model's own output.
+Models with different tokenizers can be compared, because bits per byte knows no vocabulary.
+--selections compares dense attention with ways of selecting k tokens, the indexer's among them.
+--drafts measures how well the MTP modules predict what the model will say, by depth and kind of
+text; the last row has the drafts for the model's own output.
 """
 
 from dataclasses import dataclass
@@ -39,8 +38,7 @@ class EvaluateArgs(Settings):
     batch_size: int = option(16, "windows at a time", low=1)
     max_tokens: int = option(0, "validation tokens, spread over the text; 0: all", low=0)
     selections: bool = option(False, "compare dense attention and ways of selecting k tokens")
-    index_topk: int = option(0, "k of --selections; 0: the model's, or an eighth of a window",
-                             low=0)
+    index_topk: int = option(0, "k of --selections; 0: the model's or an eighth of a window", low=0)
     drafts: bool = option(False, "measure how often the MTP modules predict the model's choice")
     fp8: bool = option(False, "products of linear layers and experts in FP8")
     device: str = option("auto", "auto, cpu or cuda")
@@ -52,9 +50,8 @@ def draft_table(run, text: Tensor, seq_len: int, batch_size: int, max_tokens: in
     """Return `draft_agreement` as text, with a last row for the model's own greedy output."""
     tables = draft_agreement(run.model, text, kinds_of_tokens(text, run.tokenizer), seq_len,
                              batch_size, max_tokens)
-    depths = range(1, len(tables) + 1)
-    rows = [("drafts that are the model's choice", "tokens", *(f"draft {k}" for k in depths),
-             *(f"draft {k}, sampled" for k in depths))]
+    rows = [("drafts that are the model's choice", "tokens", *(
+        f"draft {k}{how}" for how in ("", ", sampled") for k in range(1, len(tables) + 1)))]
     for name, first in sorted(tables[0].items(), key=lambda item: (item[0] == "all", -item[1][0])):
         each = [table[name] for table in tables]
         rows.append((name, first.tokens, *(f"{a.greedy:.1%}" for a in each),

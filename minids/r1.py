@@ -30,13 +30,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from minids import plots
 from minids.base.command_line import Stopped, parse, run_program
 from minids.base.fields import Settings, option
 from minids.base.files import read_json, write_json
 from minids.base.tables import format_table
 from minids.distill import CorpusArgs, write_corpus
 from minids.grpo import GrpoArgs, grpo
+from minids.plots.runs import grpo_figure
 from minids.rl.examination import Asking, examine_modes, pass_curve
 from minids.runs.checkpoints import newest_checkpoint
 from minids.runs.device import prepare_cpu
@@ -245,8 +245,8 @@ def r1(args: R1Args) -> dict[str, dict]:
           f"{sum(times.values()):.0f} s in all")
     (pipeline.run / "table.txt").write_text(text + "\n")
     drawn = [name for name in ("rl", "zero", "shuffled", "early-rl", "alone") if name in marks]
-    plots.grpo_figure({ALL[name].label: read_metrics(pipeline.run / name) for name in drawn},
-                      pipeline.run / "r1.png")
+    grpo_figure({ALL[name].label: read_metrics(pipeline.run / name) for name in drawn},
+                pipeline.run / "r1.png")
     return marks
 
 

@@ -31,19 +31,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from minids import plots
 from minids.apply.fp8 import use_fp8
 from minids.apply.recompute import recompute_blocks
 from minids.base.command_line import parse, run_program
 from minids.base.fields import require
 from minids.base.files import write_whole
 from minids.config import ModelArgs
-from minids.costs import count_parameters, flops_per_token
+from minids.costs import count_parameters
+from minids.costs.flops import flops_per_token
 from minids.infer.generation import generate
 from minids.infer.validation import evaluate, parse_share, windows
 from minids.model.moe import max_violation
 from minids.model.objective import Packed
 from minids.model.sparse_attention import freeze_all_but_indexers
+from minids.plots.runs import loss_curve
 from minids.runs import open as runs
 from minids.runs.device import memory_mib, prepare_cpu
 from minids.runs.learner import Learner, run_learner
@@ -182,7 +183,7 @@ class Trainer(Learner):
 
     def finish(self) -> None:
         """Write figure and samples; print the results and what to do next."""
-        plots.loss_curve(self.metrics, self.run / "loss.png")
+        loss_curve(self.metrics, self.run / "loss.png")
         texts = self.sample(200, count=16)
         write_whole(self.run / "sample.txt", "\n\n".join(texts))
         parsed, total = map(sum, zip(*map(parse_share, texts), strict=True))

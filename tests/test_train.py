@@ -16,7 +16,7 @@ from training_runs import (
 )
 
 from minids import ModelArgs
-from minids.costs import flops_per_token
+from minids.costs.flops import flops_per_token
 from minids.model.moe import Gate, Routing
 from minids.runs.settings import TrainArgs
 from minids.tokenizer import Tokenizer

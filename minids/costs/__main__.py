@@ -23,7 +23,7 @@ from minids.costs import bill, flops
 from minids.costs.bill import Bill, Plan, Prices, Rental
 from minids.costs.decoding import cache_bytes_per_token, drafting, fp8_cache_bytes_per_layer
 from minids.costs.memory import Sharding
-from minids.costs.parameters import DTYPE_BYTES, count_parameters, stored_elements
+from minids.costs.parameters import count_parameters, stored_elements
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,9 @@ class CostArgs(Settings):
 
 def section(title: str, columns: tuple, rows: list) -> list:
     """Return a blank row, a heading with column titles, and the indented rows, four cells each."""
-    def fill(*cells) -> tuple:
-        return (*cells, "", "", "", "")[:4]
-    return [fill(), fill(title, *columns),
-            *("  " + row if isinstance(row, str) else fill("  " + row[0], *row[1:])
-              for row in rows)]
+    rows = ["  " + row if isinstance(row, str) else ("  " + row[0], *row[1:]) for row in rows]
+    return [row if isinstance(row, str) else (*row, "", "", "", "")[:4]
+            for row in ("", (title, *columns), *rows)]
 
 
 def scaled(amount: float, unit: str, step: int = 1000) -> str:
@@ -60,7 +58,7 @@ def scaled(amount: float, unit: str, step: int = 1000) -> str:
 
 def parameter_rows(args: ModelArgs) -> list:
     """Return the rows of the parameters by part, and of a checkpoint in the released format."""
-    count = count_parameters(args)
+    count, head = count_parameters(args), args.vocab_size * args.dim
     parts = [(part.replace("_", " "), n, count.active_parts[part],
               f"{count.active_parts[part] / count.active:.1%}")
              for part, n in count.parts.items() if n]
@@ -68,27 +66,26 @@ def parameter_rows(args: ModelArgs) -> list:
            ("MTP as stored, with copies of both", count.mtp_stored),
            ("main model and MTP as stored", count.total + count.mtp_stored)]
     elements, scales = stored_elements(args)
-    what = {"F8_E4M3": "F8_E4M3: most matrices", "BF16": "BF16: embedding, head, gates, norms",
-            "F32": f"F32: {scales:,} scales, gate biases"}
-    sizes = {dtype: DTYPE_BYTES[dtype] * n for dtype, n in elements.items()}
+    what = {"F8_E4M3": (1, "most matrices"), "BF16": (2, "embedding, head, gates, norms"),
+            "F32": (4, f"{scales:,} scales, gate biases")}
+    stored = [(f"{name}: {what[name][1]}", n, n * what[name][0]) for name, n in elements.items()]
+    stored.append(("all", sum(elements.values()), sum(size for *_, size in stored)))
+    title = "Checkpoint in FP8" + ", MTP included" * (args.n_mtp_layers > 0)
     return [
         *section("Parameters", ("total", "active", "of the active"), [
             *parts, ("",), ("all", count.total, count.active, "100.0%"),
             ("all without embedding", "", count.active_without_embedding),
-            ("all without embedding and head", "", count.active_without_both),
+            ("all without embedding and head", "", count.active_without_embedding - head),
             *(mtp if args.n_mtp_layers else [])]),
-        *section("Checkpoint in FP8" + ", MTP included" * (args.n_mtp_layers > 0),
-                 ("numbers", "size"), [
-            *((what[dtype], n, scaled(sizes[dtype], "B")) for dtype, n in elements.items()),
-            ("all", sum(elements.values()), scaled(sum(sizes.values()), "B"))])]
+        *section(title, ("numbers", "size"), [
+            (name, n, scaled(size, "B")) for name, n, size in stored])]
 
 
 def flops_rows(args: ModelArgs, seq_len: int) -> list:
     """Return the rows of FLOPs per token: of the model, and of attention as the context grows."""
-    forms = {"mha": "dense, naive", "mqa": "dense, absorbed", "dsa": "DSA"}
+    forms = ("dense, naive", "dense, absorbed", "DSA")[:2 + args.has_indexer]
     longest = max(args.max_seq_len, seq_len)
     contexts = sorted({seq_len, *(2 ** n for n in range(11, 18, 2) if 2 ** n <= longest)})
-    used = tuple(forms[form] for form in flops.attention_flops(args, seq_len))
     growth = [(f"{context:,} keys, all layers", *flops.attention_flops(args, context).values())
               for context in contexts]
     each = ("one key in one layer" + "; DSA: the indexer" * args.has_indexer,
@@ -98,7 +95,7 @@ def flops_rows(args: ModelArgs, seq_len: int) -> list:
             (name, round(f(args, seq_len)), round(f(args, seq_len, causal=False)))
             for name, f in [("training", flops.flops_per_token),
                             ("forward", flops.forward_flops_per_token)]]),
-        *section("FLOPs of attention, one query", used, [each, *growth])]
+        *section("FLOPs of attention, one query", forms, [each, *growth])]
 
 
 def cache_rows(args: ModelArgs, seq_len: int, n_groups: int) -> list:
@@ -172,10 +169,7 @@ def paper_rows(args: ModelArgs) -> list:
 
 
 def price_rows(workload: tuple[int, int, int], prices: Prices) -> list:
-    """Return the rows of an API workload, at the given prices or else at measured serving costs.
-
-    workload: prompt tokens, how many of them are cached, output tokens
-    """
+    """Return the rows of an API workload, at the given prices or else at measured serving costs."""
     own = {"at the given prices": prices} if prices != Prices() else {
         f"{name}, cost at position 128K": price for name, price in bill.SERVING_128K.items()}
     return section("API workload", ("USD",), [

@@ -1,9 +1,7 @@
-"""Plan a run on rented GPUs: whether it fits, how long it takes and what it costs; API prices.
-
-Source: DeepSeek-V3 (arXiv 2412.19437) table 1 for V3's GPU-hours.
-"""
+"""Plan a run on rented GPUs: whether it fits, how long it takes and what it costs; API prices."""
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,6 +10,7 @@ from minids.config import ModelArgs
 from minids.costs.flops import flops_per_token
 from minids.costs.memory import Memory, Sharding, pipeline_pieces, training_memory
 
+# DeepSeek-V3 (arXiv 2412.19437) table 1.
 V3_GPU_HOURS = {"pre-training": 2_664_000, "context extension": 119_000, "post-training": 5_000}
 # What R1 added, on 512 H800, as reported beside the Nature version (645:633).
 R1_GPU_HOURS = {"R1-Zero": 101_000, "R1": 41_000, "data for fine-tuning": 5_000}
@@ -30,18 +29,15 @@ class Rental(Settings):
 
 
 class Bill(NamedTuple):
-    """Time and money.
-
-    gpu_hours: GPU-hours of the work; gpus: how many share it; price: USD per GPU-hour
-    """
+    """Time and money."""
 
     gpu_hours: float
-    gpus: int
-    price: float
+    gpus: int  # that share the work
+    price: float  # USD per GPU-hour
 
     @property
     def days(self) -> float:
-        """Return the days from start to end, if no GPU ever waits."""
+        """Return the days from start to end."""
         return self.gpu_hours / self.gpus / 24
 
     @property
@@ -51,10 +47,7 @@ class Bill(NamedTuple):
 
 
 def training_bill(work: float, tokens: float, gpus: int, rental: Rental) -> Bill:
-    """Return the bill for training on `tokens` tokens.
-
-    work: training FLOPs per token, as `flops_per_token` returns them; gpus: how many share it
-    """
+    """Return the bill for `tokens` tokens; work: training FLOPs per token; gpus: that share it."""
     hours = tokens * work / (rental.gpu_peak * 1e12 * rental.mfu * 3600)
     return Bill(hours, gpus, rental.gpu_price)
 
@@ -68,17 +61,16 @@ class Prices(Settings):
     output_price: float = option(0.0, "output, USD per million tokens", low=0)
 
 
-# What serving costs at position 128K on rented H800 at 2 USD an hour: V3.2-Exp report, figure 3,
-# read off the plot. It does not state the cost of a cached prompt: taken as any other.
+# What serving costs at position 128K on H800 at 2 USD an hour, read off figure 3 of the V3.2-Exp
+# report. It does not state the cost of a cached prompt: taken as any other.
 SERVING_128K = {"dense (V3.1-Terminus)": Prices(0.66, 0.66, 2.15),
                 "DSA (V3.2-Exp)": Prices(0.19, 0.19, 0.25)}
 
 
 def api_price(prompt_tokens: int, cached_tokens: int, output_tokens: int, prices: Prices) -> float:
-    """Return the price of a workload, USD.
+    """Return the price of a workload, USD; output includes reasoning.
 
-    prompt_tokens: of all prompts; cached_tokens: how many of these the service has in its cache
-    output_tokens: of all replies, reasoning included
+    cached_tokens: how many of the prompt tokens the service has in its cache
     Raises ValueError if a count is negative or more tokens are cached than there are.
     """
     if not 0 <= cached_tokens <= prompt_tokens:
@@ -91,14 +83,11 @@ def api_price(prompt_tokens: int, cached_tokens: int, output_tokens: int, prices
 
 
 class Plan(NamedTuple):
-    """A training run on rented GPUs.
-
-    fits: whether `memory` fits into a GPU; it is without workspace, so leave some room
-    """
+    """A training run on rented GPUs."""
 
     sharding: Sharding
     memory: Memory
-    fits: bool
+    fits: bool  # into a GPU; memory is without workspace, so leave some room
     bill: Bill
 
 
@@ -111,29 +100,23 @@ def plan(args: ModelArgs, tokens: float, rental: Rental, sharding: Sharding,
 
 
 def layouts(args: ModelArgs, gpus: int, given: dict) -> Iterator[Sharding]:
-    """Yield the valid ways to shard a model: V3's own, then from few splits to many.
-
-    given: fields of Sharding that are fixed
-    """
+    """Yield the valid ways to shard a model: V3's own, then from few splits to many."""
     most_ranks, most_shares = len(pipeline_pieces(args)), max(args.n_routed_experts, 1)
     plain = [dict(pipeline=ranks, expert_parallel=shares, zero=zero, dualpipe=False)
              for zero in (1, 3) for ranks in range(1, most_ranks + 1)
              for shares in range(1, most_shares + 1) if gpus % (ranks * shares) == 0]
     for choice in [{}, *plain]:
-        try:
+        with suppress(ValueError):
             sharding = Sharding(**choice | {"gpus": gpus} | given)
             sharding.check(args)
-        except ValueError:
-            continue
-        yield sharding
+            yield sharding
 
 
 def choose_sharding(args: ModelArgs, gpus: int, rental: Rental,
                     given: dict | None = None) -> Sharding:
     """Return the first of `layouts` that fits the rented GPUs, else the one that needs least.
 
-    given: fields of Sharding that are fixed
-    Raises ValueError if no valid layout has them.
+    Raises ValueError if no valid layout has the `given` fields of Sharding.
     """
     given, needs = given or {}, {}
     for sharding in layouts(args, gpus, given):

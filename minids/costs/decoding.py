@@ -14,8 +14,7 @@ def cache_bytes_per_token(args: ModelArgs, bytes_per_element: int = 2,
                           n_groups: int = 8) -> dict[str, int]:
     """Return the bytes of key-value cache per token over all layers, by form of attention.
 
-    bytes_per_element: width of a stored element, bytes; BF16 is 2
-    n_groups: key/value heads of GQA, capped at n_heads
+    bytes_per_element: BF16 is 2; n_groups: key/value heads of GQA, capped at n_heads
     Returns "mla" (latent and shared rotated key); "mha", "gqa" and "mqa" (a key and a value of
     widths qk_nope_head_dim and v_head_dim per head, per group, once); and with an indexer
     "indexer" (its keys, in addition to "mla"). For "v3": mla 70272, mha 3997696.
@@ -44,17 +43,12 @@ def fp8_cache_bytes_per_layer(args: ModelArgs) -> dict[str, int]:
 
 
 class Drafting(NamedTuple):
-    """Yield and cost of one round of speculative decoding.
+    """Yield and cost of one round of speculative decoding."""
 
-    tokens: mean tokens that a sequence gains in a round
-    check, draft: weights read to check the drafts, and to make them
-    plain: weights read to decode one token of each sequence without drafts
-    """
-
-    tokens: float
-    check: float
-    draft: float
-    plain: float
+    tokens: float  # mean tokens that a sequence gains
+    check: float  # weights read to check the drafts
+    draft: float  # and to make them
+    plain: float  # weights read to decode one token of each sequence without drafts
 
     @property
     def speedup(self) -> float:

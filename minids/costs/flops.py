@@ -2,9 +2,8 @@
 
 A weight costs two FLOPs per token in the forward pass and twice that in the backward pass.
 Softmax, norms as such, the MTP modules and recomputation are left out.
-
-Source: DeepSeek-V3.2 (arXiv 2512.02556) section 2 for sparse attention; "Insights into
-DeepSeek-V3" (arXiv 2505.09343) table 2, whose FLOPs per token come out here.
+Source: DeepSeek-V3.2 (arXiv 2512.02556) section 2 for sparse attention; "Insights into DeepSeek-V3"
+(arXiv 2505.09343) table 2, whose FLOPs per token come out here.
 """
 
 from minids.config import ModelArgs
@@ -24,11 +23,10 @@ def pair_flops(args: ModelArgs) -> dict[str, int]:
 
 
 def attention_flops(args: ModelArgs, context: int) -> dict[str, int]:
-    """Return the FLOPs of attention for one query over all layers, without projections.
+    """Return the FLOPs of attention for one query on `context` keys, in all layers.
 
-    context: keys that the query sees
     Returns "mha" and "mqa", the two forms of dense attention, and with an indexer "dsa": the
-    indexer over every key, absorbed attention over the best index_topk.
+    indexer over every key, absorbed attention over the best index_topk. Projections are left out.
     """
     pair = pair_flops(args)
     flops = {"mha": pair["mha"] * context, "mqa": pair["mqa"] * context}
@@ -44,12 +42,10 @@ def mean_keys(seq_len: int, causal: bool, limit: int) -> float:
 
 
 def forward_flops_per_token(args: ModelArgs, seq_len: int, causal: bool = True) -> float:
-    """Return the FLOPs of one forward pass of the main model, per token.
+    """Return the FLOPs of one forward pass of the main model over seq_len tokens, per token.
 
-    seq_len: context, tokens
     causal: count only the keys that a token may see, (seq_len + 1) / 2 on average; else all
-    Attention is counted in its naive form; with an indexer, over at most index_topk keys, plus the
-    indexer over all of them.
+    Attention is counted in its naive form; an indexer reads all keys, attention index_topk of them.
     """
     pair = pair_flops(args)
     limit = args.index_topk if args.has_indexer else seq_len
@@ -59,5 +55,5 @@ def forward_flops_per_token(args: ModelArgs, seq_len: int, causal: bool = True) 
 
 
 def flops_per_token(args: ModelArgs, seq_len: int, causal: bool = True) -> float:
-    """Return the training FLOPs per token: forward and backward (arguments as for forward)."""
+    """Return the training FLOPs per token, forward and backward."""
     return 3 * forward_flops_per_token(args, seq_len, causal)

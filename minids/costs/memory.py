@@ -4,7 +4,6 @@ Source: DeepSeek-V3 (arXiv 2412.19437) section 3, whose recipe is the default.
 """
 
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import NamedTuple
 
 from minids.base.fields import Settings, option, require
@@ -58,7 +57,7 @@ class Sharding(Settings):
     def share(self, level: int, own: int, experts: int) -> int:
         """Return the elements on one GPU of a state that ZeRO splits from `level` on.
 
-        own: elements that every replica of the stage has; experts: of this GPU's routed experts
+        own: elements that every replica has; experts: those of this GPU's routed experts
         """
         if self.zero < level:
             return own + experts
@@ -67,23 +66,16 @@ class Sharding(Settings):
 
 
 class Piece(NamedTuple):
-    """Unit that a pipeline distributes: the embedding, a block, an MTP module or the head.
-
-    own, experts: trained parameters outside and inside the routed experts
-    layer: index of the block, MTP modules continuing from n_layers; None for embedding and head
-    """
+    """Unit that a pipeline distributes: the embedding, a block, an MTP module or the head."""
 
     name: str
-    own: int
-    experts: int
-    layer: int | None = None
+    own: int  # trained parameters outside the routed experts
+    experts: int  # and inside
+    layer: int | None = None  # index of the block, MTP modules continuing from n_layers
 
 
 def pipeline_pieces(args: ModelArgs) -> list[Piece]:
-    """Return the model's pieces in the order of the forward pass.
-
-    Gate biases are not trained and not counted.
-    """
+    """Return the model's pieces in the order of the forward pass; gate biases are not trained."""
     table = args.vocab_size * args.dim
     names = [f"layer {n}" for n in range(args.n_layers)]
     names += [f"MTP {n + 1}" for n in range(args.n_mtp_layers)]
@@ -100,13 +92,12 @@ def pipeline_pieces(args: ModelArgs) -> list[Piece]:
 def saved_bytes(args: ModelArgs, layer: int, sharding: Sharding, recompute: str) -> int:
     """Return the bytes that block `layer` saves for the backward pass, per token.
 
-    recompute: "none": inputs and outputs of both norms, of the norms on the latents, queries,
+    recompute: "none": inputs and outputs of both norms and of the norms on the latents, queries,
         keys, values, attention's output, the gate's scores, four elements per hidden unit of
         SwiGLU, and each activated expert's input and output
-        "v3": of these the residual stream twice, the latents before their norms, attention's
-        output, the gate's scores, two elements per hidden unit, and each expert's input; an
-        expert's output is not saved (its gate's weight can scale the input of w2)
-        "block": the block's input
+        "v3": the residual stream twice, the latents before their norms, attention's output, the
+        gate's scores, two elements per hidden unit, and each expert's input (its gate's weight
+        can scale the input of w2); "block": the block's input
     """
     if recompute == "block":
         return args.dim * sharding.activation_bytes
@@ -125,15 +116,11 @@ def saved_bytes(args: ModelArgs, layer: int, sharding: Sharding, recompute: str)
 
 
 class Memory(NamedTuple):
-    """Memory that training takes on one GPU, bytes.
+    """Memory that training takes on one GPU, bytes."""
 
-    rank: pipeline rank, from 0; holds: the pieces of the model on that rank, in words
-    parameters: how many of the model's parameters this GPU computes with
-    """
-
-    rank: int
-    holds: str
-    parameters: int
+    rank: int  # pipeline rank, from 0
+    holds: str  # the pieces of the model on that rank, in words
+    parameters: int  # that this GPU computes with
     weights: int
     gradients: int
     optimizer: int
@@ -148,10 +135,10 @@ class Memory(NamedTuple):
 def training_memory(args: ModelArgs, sharding: Sharding) -> Memory:
     """Return the training memory of a GPU of the fullest pipeline rank.
 
-    Pieces (embedding, blocks, MTP modules, head) go to the stages in order, in equal numbers where
-    possible; a rank with an MTP module but without embedding or head has a copy. A rank holds the
-    activations of pipeline - rank micro-batches (1F1B), or with DualPipe of pipeline + 1, half of
-    them for each of its stages (V3 table 2). Experts are assumed to be balanced.
+    Pieces go to the stages in order, in equal numbers where possible; a rank with an MTP module but
+    without embedding or head has a copy. A rank holds the activations of pipeline - rank
+    micro-batches (1F1B), or with DualPipe of pipeline + 1, half of them for each of its stages (V3
+    table 2). Experts are assumed to be balanced.
     Left out: gate biases, FP8 scales, activations of embedding and head (logits, their gradient),
     attention scores, the indexer's activations, gradients before ZeRO splits them, communication
     buffers and other workspace, fragmentation, and the framework's own memory.
@@ -165,13 +152,12 @@ def training_memory(args: ModelArgs, sharding: Sharding) -> Memory:
 def stages_of(args: ModelArgs, sharding: Sharding, rank: int) -> list[list[Piece]]:
     """Return the stage of one pipeline rank, or with DualPipe its two stages."""
     pieces, count = pipeline_pieces(args), sharding.pipeline
-    bounds = [len(pieces) * i // count for i in range(count + 1)]
-    stages = [pieces[start:end] for start, end in pairwise(bounds)]
-    return [stages[rank]] + ([stages[-1 - rank]] if sharding.dualpipe else [])
+    stages = [rank, count - 1 - rank] if sharding.dualpipe else [rank]
+    return [pieces[len(pieces) * i // count:len(pieces) * (i + 1) // count] for i in stages]
 
 
 def rank_memory(args: ModelArgs, sharding: Sharding, rank: int) -> Memory:
-    """Return the memory of each GPU of one pipeline rank (see `training_memory`)."""
+    """Return the memory of each GPU of one pipeline rank."""
     stages = stages_of(args, sharding, rank)
     pieces = [piece for stage in stages for piece in stage]
     names = {piece.name for piece in pieces}
@@ -186,10 +172,8 @@ def rank_memory(args: ModelArgs, sharding: Sharding, rank: int) -> Memory:
 
     layers = [piece.layer for piece in pieces if piece.layer is not None]
     saved = sum(saved_bytes(args, layer, sharding, sharding.recompute) for layer in layers)
-    if sharding.dualpipe:  # of the micro-batches in flight
-        saved = saved * (sharding.pipeline + 1) // 2
-    else:
-        saved *= sharding.pipeline - rank
+    saved = (saved * (sharding.pipeline + 1) // 2 if sharding.dualpipe
+             else saved * (sharding.pipeline - rank))  # of all micro-batches in flight
     if sharding.recompute == "block":  # the block at work is whole
         saved += max((saved_bytes(args, layer, sharding, "none") for layer in layers), default=0)
     return Memory(

@@ -1,9 +1,7 @@
 """Count parameters: of a model, of the part that one token uses, of a released checkpoint.
 
-Every count is exact and includes norm weights and the gates' selection biases.
-
-Source: DeepSeek-V3 (arXiv 2412.19437) sections 2 and 4.2 for the shapes, DeepSeek-V3.2
-(arXiv 2512.02556) section 2 for the indexer.
+Every count is exact and includes norm weights and the gates' selection biases. Source: DeepSeek-V3
+(arXiv 2412.19437) sections 2 and 4.2, DeepSeek-V3.2 (arXiv 2512.02556) section 2 for the indexer.
 """
 
 import math
@@ -12,45 +10,32 @@ from dataclasses import dataclass
 from minids.config import ModelArgs
 
 BLOCK = 128  # rows and columns of an FP8 weight that share one scale; elements of an FP8 vector
-DTYPE_BYTES = {"F8_E4M3": 1, "BF16": 2, "F32": 4}  # under the names that safetensors uses
-
 Shapes = dict[str, tuple[int, int]]  # matrix -> (out, in)
 
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Parameters of a model, and how many of them one token uses.
+    """Parameters of a model, and how many of them one token uses."""
 
-    parts: part -> parameters of the main model, without MTP; they add up to `total`
-    active_parts: part -> parameters that one token uses; they add up to `active`
-    mtp: parameters that only the MTP modules have; they share embedding and head with the model
-    mtp_stored: the same as a released checkpoint stores it, with copies of embedding and head
-    """
-
-    parts: dict[str, int]
-    active_parts: dict[str, int]
-    mtp: int
-    mtp_stored: int
+    parts: dict[str, int]  # part -> parameters of the main model, without MTP
+    active_parts: dict[str, int]  # part -> parameters that one token uses
+    mtp: int  # that only the MTP modules have; they share embedding and head with the model
+    mtp_stored: int  # as a released checkpoint stores them, with copies of embedding and head
 
     @property
     def total(self) -> int:
-        """Return the parameters of the main model, norms and gate biases included."""
+        """Return the sum of `parts`."""
         return sum(self.parts.values())
 
     @property
     def active(self) -> int:
-        """Return the parameters that one token uses, embedding and head included."""
+        """Return the sum of `active_parts`."""
         return sum(self.active_parts.values())
 
     @property
     def active_without_embedding(self) -> int:
         """Return `active` without the embedding, which is looked up and not multiplied."""
         return self.active - self.active_parts["embedding"]
-
-    @property
-    def active_without_both(self) -> int:
-        """Return the active parameters of the blocks and the final norm."""
-        return self.active_without_embedding - self.active_parts["head"]
 
 
 def mlp_matrices(args: ModelArgs, width: int) -> Shapes:
@@ -67,11 +52,10 @@ def block_matrices(args: ModelArgs, layer: int) -> dict[str, Shapes]:
     queries = {"wq": (query_width, args.dim)}
     if args.q_lora_rank:
         queries = {"wq_a": (args.q_lora_rank, args.dim), "wq_b": (query_width, args.q_lora_rank)}
-    attention = queries | {  # V3 equations 1 to 11
+    parts = {"indexer": {}, "attention": queries | {  # V3 equations 1 to 11
         "wkv_a": (args.kv_lora_rank + args.qk_rope_head_dim, args.dim),
         "wkv_b": (args.n_heads * (args.qk_nope_head_dim + args.v_head_dim), args.kv_lora_rank),
-        "wo": (args.dim, args.n_heads * args.v_head_dim)}
-    parts = {"attention": attention, "indexer": {}}
+        "wo": (args.dim, args.n_heads * args.v_head_dim)}}
     if args.has_indexer:  # V3.2 equation 1
         parts["indexer"] = {
             "wq_b": (args.index_n_heads * args.index_head_dim, args.q_lora_rank or args.dim),
@@ -115,10 +99,7 @@ def mtp_join(args: ModelArgs) -> int:
 
 
 def count_parameters(args: ModelArgs) -> ParameterCount:
-    """Count the parameters of a configuration.
-
-    For the preset "v3": total 671,026,419,200, active 37,552,297,472.
-    """
+    """Count parameters; for the preset "v3": total 671,026,419,200, active 37,552,297,472."""
     block = block_parts(args, args.n_layers, args.n_routed_experts)
     mtp = args.n_mtp_layers * (sum(block.values()) + mtp_join(args))
     copies = args.n_mtp_layers * 2 * args.vocab_size * args.dim
@@ -135,11 +116,10 @@ def scale_blocks(rows: int, columns: int) -> int:
 def stored_elements(args: ModelArgs) -> tuple[dict[str, int], int]:
     """Count what a checkpoint stores in V3's format, MTP modules and their copies included.
 
-    Returns type -> elements stored in it, and how many of them are scales. All matrices are FP8,
-    with an FP32 scale per 128 x 128 block, except embedding, head, gate weights, eh_proj and the
-    indexer's weights_proj: these and the norms are BF16, gate biases FP32. The type of the
-    indexer's k_norm is not documented; it is counted with the other norms, which changes no total.
-    For "v3" 684,531,386,000 in all.
+    Returns type, as safetensors names it -> elements, and how many of them are scales; for "v3"
+    684,531,386,000 in all. All matrices are FP8 with an FP32 scale per 128 x 128 block, except
+    embedding, head, gate weights, eh_proj and weights_proj: these and the norms are BF16, gate
+    biases FP32. The type of the indexer's k_norm is not documented; taken as that of a norm.
     """
     fp8 = scales = biases = 0
     for layer in range(args.n_layers + args.n_mtp_layers):

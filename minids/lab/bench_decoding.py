@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from minids.apply.folded import fold
-from minids.costs import drafting
+from minids.costs.decoding import drafting
 from minids.infer.decoding import new_cache
 from minids.infer.generation import Generation, generate
 from minids.infer.selections import Rule, selecting
@@ -151,7 +151,7 @@ def decode(model: Transformer, prompts: list[list[int]], new_tokens: int, drafts
 
 
 def constants(model: Transformer, prompt: list[int]) -> tuple[float, float]:
-    """Return `call` and `row` of `minids.costs.drafting`, measured on passes of 1 and 2 tokens.
+    """Return `call` and `row` of `drafting`, measured on passes of 1 and 2 tokens.
 
     They are the time beyond reading the weights, at the rate at which the head is read.
     """

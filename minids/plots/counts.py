@@ -1,7 +1,5 @@
 """Figures of what is counted: parameters, cache, work, vocabularies, money."""
 
-from pathlib import Path
-
 from minids.plots import style
 
 PARTS = {  # part of a ParameterCount -> its label and colour
@@ -22,59 +20,49 @@ def short(count: float) -> str:
 
 
 @style.house_style()
-def parameter_map(counts: dict, path: str | Path | None = None):
+def parameter_map(counts: dict, path: style.File = None):
     """Draw where the parameters are: all of them, and those that one token uses.
 
     counts: model name -> its `minids.costs.ParameterCount` (parts and active_parts are read)
     Left: both totals, on a log scale. Middle and right: the parts of each total, percent.
     """
     figure = style.new_figure(10.5, 1.5 + 0.42 * len(counts))
-    totals, *shares = figure.subplots(1, 3, sharey=True, width_ratios=[1.1, 1, 1])
-    draw_totals(totals, counts)
+    left, *shares = figure.subplots(1, 3, sharey=True, width_ratios=[1.1, 1, 1])
+    names = list(counts)
+    total = [sum(count.parts.values()) for count in counts.values()]
+    active = [sum(count.active_parts.values()) for count in counts.values()]
+    left.hlines(names, active, total, color=style.GREY, linewidth=2)
+    left.plot(active, names, "o", markersize=8, color=style.ORANGE, label="active")
+    left.plot(total, names, "s", color=style.BLUE, label="total")
+    for name, low, high in zip(names, active, total, strict=True):
+        style.note(left, short(low), (low, name), (-7, 0), ha="right", va="center")
+        style.note(left, short(high), (high, name), (7, 0), va="center")
+    room = max(4, (max(total) / min(active)) ** 0.3)  # for the numbers at both ends
+    left.set(title="How many", xscale="log", xlim=(min(active) / room, max(total) * room),
+             xlabel="parameters (count, log scale)")
+    left.invert_yaxis()  # the first model on top
+    left.xaxis.set_major_formatter(lambda count, _: short(count))
+    left.legend(loc="lower right", bbox_to_anchor=(1.02, 1), borderaxespad=0.3, ncols=2,
+                handletextpad=0, columnspacing=0.8)
+
     for ax, title, field in zip(shares, ("All parameters", "Those that one token meets"),
                                 ("parts", "active_parts"), strict=True):
-        draw_shares(ax, {name: getattr(count, field) for name, count in counts.items()})
-        ax.set_title(title)
-    totals.invert_yaxis()  # the first model on top
-    handles, labels = shares[0].get_legend_handles_labels()
+        of_each, ends = [getattr(count, field) for count in counts.values()], [0.0] * len(counts)
+        for part, (label, colour) in PARTS.items():
+            widths = [100 * parts[part] / sum(parts.values()) for parts in of_each]
+            if any(widths):  # the legend names no part that none of the models has
+                ax.barh(names, widths, left=ends, height=0.68, color=colour, label=label)
+            ends = [a + b for a, b in zip(ends, widths, strict=True)]
+        ax.set(title=title, xlim=(0, 100), xlabel="share (percent)")
+        ax.grid(axis="y", visible=False)
+    handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), handlelength=1,
                   columnspacing=1.4)
     return style.finish(figure, path)
 
 
-def draw_totals(ax, counts: dict) -> None:
-    """Draw for each model a line from active to total, with both written out."""
-    names = list(counts)
-    total = [sum(count.parts.values()) for count in counts.values()]
-    active = [sum(count.active_parts.values()) for count in counts.values()]
-    ax.hlines(names, active, total, color=style.GREY, linewidth=2)
-    ax.plot(active, names, "o", markersize=8, color=style.ORANGE, label="active")
-    ax.plot(total, names, "s", color=style.BLUE, label="total")
-    for name, low, high in zip(names, active, total, strict=True):
-        style.note(ax, short(low), (low, name), (-7, 0), ha="right", va="center")
-        style.note(ax, short(high), (high, name), (7, 0), va="center")
-    room = max(4, (max(total) / min(active)) ** 0.3)  # for the numbers at both ends
-    ax.set(xscale="log", xlim=(min(active) / room, max(total) * room), title="How many",
-           xlabel="parameters (count, log scale)")
-    ax.xaxis.set_major_formatter(lambda count, _: short(count))
-    ax.legend(loc="lower right", bbox_to_anchor=(1.02, 1), borderaxespad=0.3, ncols=2,
-              handletextpad=0, columnspacing=0.8)
-
-
-def draw_shares(ax, parts_by_model: dict[str, dict[str, int]]) -> None:
-    """Draw stacked bars that add up to 100 percent for each model."""
-    left = [0.0] * len(parts_by_model)
-    for part, (label, colour) in PARTS.items():
-        shares = [100 * parts[part] / sum(parts.values()) for parts in parts_by_model.values()]
-        if any(shares):  # the legend names no part that none of the models has
-            ax.barh(list(parts_by_model), shares, left=left, height=0.68, color=colour, label=label)
-        left = [a + b for a, b in zip(left, shares, strict=True)]
-    ax.set(xlim=(0, 100), xlabel="share (percent)")
-    ax.grid(axis="y", visible=False)
-
-
 @style.house_style()
-def compression_curve(rows: list[dict], path: str | Path | None = None):
+def compression_curve(rows: list[dict], path: style.File = None):
     """Draw what a larger vocabulary gains: fewer tokens for the same text, and a lower loss.
 
     rows: one dict per tokenizer: vocab_size (entries), bytes_per_token (of text that it was not
@@ -85,8 +73,9 @@ def compression_curve(rows: list[dict], path: str | Path | None = None):
     upper, lower = style.new_figure(7.0, 4.6).subplots(2, 1, sharex=True)
     style.lines(upper, sizes, {"": [row["bytes_per_token"] for row in rows]}, [style.BLUE], 5)
     style.lines(lower, sizes, {"": [row["bits_per_byte"] for row in rows]}, [style.GREEN], 5)
-    style.name_axes(upper, "", "compression\n(bytes per token)")
-    style.name_axes(lower, "vocabulary (entries, log scale)", "loss\n(bits per byte)", (2, 0))
+    upper.set_ylabel("compression\n(bytes per token)")
+    lower.set(xlabel="vocabulary (entries, log scale)", ylabel="loss\n(bits per byte)")
+    lower.set_xscale("log", base=2)
     for ax in (upper, lower):
         ax.margins(y=0.15)
     lower.set_xticks(sizes, [f"{size:,}" for size in sizes])
@@ -94,7 +83,7 @@ def compression_curve(rows: list[dict], path: str | Path | None = None):
 
 
 @style.house_style()
-def curves(panels: list[dict], x: list[float], xlabel: str, path: str | Path | None = None):
+def curves(panels: list[dict], x: list[float], xlabel: str, path: style.File = None):
     """Draw lines over a common horizontal axis, both axes logarithmic, one panel each.
 
     panels: title, ylabel (with its unit) and lines: label -> values at x; optionally levels:
@@ -108,20 +97,19 @@ def curves(panels: list[dict], x: list[float], xlabel: str, path: str | Path | N
         for label, height in panel.get("levels", {}).items():
             ax.axhline(height, color=style.GREY, linewidth=1.2)
             style.note(ax, label, (x[0], height), (2, 3))
-        style.name_axes(ax, xlabel, panel["ylabel"], (2, 10))
+        ax.set_xscale("log", base=2)
+        ax.set(title=panel["title"], xlabel=xlabel, ylabel=panel["ylabel"], yscale="log")
         ax.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:.0f}K" if n >= 1024 else f"{n:.0f}")
-        ax.set_title(panel["title"])
         ax.legend(**dict(loc="center left", bbox_to_anchor=(1.02, 0.5)) if crowded else {})
     return style.finish(figure, path)
 
 
 @style.house_style()
 def bill_figure(shares: dict[str, float], tokens: list[float], bills: dict[str, list[float]],
-                paid: tuple[float, float], path: str | Path | None = None):
+                paid: tuple[float, float], path: style.File = None):
     """Draw each model's right answers, and what pre-training costs.
 
-    shares: model -> share of right answers
-    tokens: of pre-training; bills: model -> USD at each
+    shares: model -> share of right answers; tokens: of pre-training; bills: model -> USD at each
     paid: tokens and USD of a run as published
     """
     left, right = style.new_figure(9.0, 3.6).subplots(1, 2)
@@ -132,8 +120,8 @@ def bill_figure(shares: dict[str, float], tokens: list[float], bills: dict[str, 
     left.grid(axis="y", visible=False)
     style.lines(right, tokens, bills, [(style.SKY, ":"), (style.ORANGE, "--"), (style.GREEN, "-")])
     right.plot(*paid, "o", color=style.BLACK, label="V3 as published")
-    style.name_axes(right, "pre-training (tokens)", "cost (USD)", (10, 10))
-    right.yaxis.set_major_formatter(lambda usd, _: f"{usd:,.0f}")
-    right.set_title("pre-training on H800 at 2 USD an hour")
+    right.set(title="pre-training on H800 at 2 USD an hour", xscale="log", yscale="log",
+              xlabel="pre-training (tokens)", ylabel="cost (USD)")
+    right.yaxis.set_major_formatter("{x:,.0f}")
     right.legend()
     return style.finish(left.figure, path)

@@ -1,7 +1,6 @@
 """Figures of training: pre-training, ablations, fine-tuning, reinforcement learning."""
 
 from itertools import cycle
-from pathlib import Path
 
 from minids.plots import style
 
@@ -13,7 +12,7 @@ def column(metrics: list[dict], name: str) -> tuple[list, list]:
 
 
 @style.house_style()
-def loss_curve(metrics: list[dict], path: str | Path | None = None):
+def loss_curve(metrics: list[dict], path: style.File = None):
     """Draw the course of a training run: losses, validation, balance of the experts.
 
     metrics: lines of a run's metrics.jsonl, of which step, main and mtp (nats per token),
@@ -23,59 +22,48 @@ def loss_curve(metrics: list[dict], path: str | Path | None = None):
     """
     if not metrics:
         raise ValueError("metrics is empty: a run has to log a step before it can be drawn")
-    from matplotlib.ticker import MaxNLocator
-    panels = [(draw_losses, 3.0)]
-    if any(row.get("valid_bpb") is not None for row in metrics):
-        panels.append((draw_validation, 2.0))
-    if any(row.get("max_vio") for row in metrics):
-        panels.append((draw_balance, 1.8))
-    heights = [height for _, height in panels]
-    axes = style.new_figure(7.0, 0.5 + sum(heights)).subplots(
-        len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for ax, (draw, _) in zip(axes, panels, strict=True):
-        draw(ax, metrics)
-    axes[-1].set_xlabel("step")
-    axes[-1].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    return style.finish(axes[-1].figure, path)
+    import matplotlib
+    heights = {"main": 3.0, "valid_bpb": 2.0, "max_vio": 1.8}
+    heights = {name: height for name, height in heights.items()
+               if name == "main" or any(column(metrics, name)[1])}
+    axes = style.new_figure(7.0, 0.5 + sum(heights.values())).subplots(
+        len(heights), 1, sharex=True, squeeze=False, height_ratios=[*heights.values()])[:, 0]
+    panels = dict(zip(heights, axes, strict=True))
 
-
-def draw_losses(ax, metrics: list[dict]) -> None:
-    """Draw the training losses of the next token and, with MTP, of the one after."""
     for name, label, colour in [("mtp", "token after next (MTP)", style.ORANGE),
                                 ("main", "next token", style.BLUE)]:
         steps, values = column(metrics, name)
         if any(values):
-            style.series(ax, steps, values, colour, label)
-    ax.set_ylabel("training loss\n(nats per token)")
-    ax.legend(reverse=True)
+            style.series(axes[0], steps, values, colour, label)
+    axes[0].set_ylabel("training loss\n(nats per token)")
+    axes[0].legend(reverse=True)
 
+    if ax := panels.get("valid_bpb"):
+        steps, values = column(metrics, "valid_bpb")
+        style.lines(ax, steps, {f"last: {values[-1]:.3f}": values}, [style.GREEN], 4)
+        ax.set_ylabel("validation\n(bits per byte)")
+        ax.legend(loc="upper right")
 
-def draw_validation(ax, metrics: list[dict]) -> None:
-    """Draw the validation loss, with its last value written out."""
-    steps, values = column(metrics, "valid_bpb")
-    style.lines(ax, steps, {f"last: {values[-1]:.3f}": values}, [style.GREEN], 4)
-    ax.set_ylabel("validation\n(bits per byte)")
-    ax.legend(loc="upper right")
+    if ax := panels.get("max_vio"):  # early layers dark, late ones light
+        steps, values = column(metrics, "max_vio")
+        width = min(map(len, values))  # MTP modules come last, and leave when their weight is 0
+        layers = [*zip(*(value[:width] for value in values), strict=True)]
+        last = len(layers) - 1
+        for i, layer in enumerate(layers):
+            label = {0: "first MoE layer", last: "last"}.get(i, "_between") if last else "MoE layer"
+            shade = matplotlib.colormaps["viridis"](0.85 * i / max(1, last))
+            style.series(ax, steps, layer, shade, label)
+        ax.set(ylabel="MaxVio\n(largest / mean load - 1)", ylim=(0, None))
+        ax.legend(ncols=2)
 
-
-def draw_balance(ax, metrics: list[dict]) -> None:
-    """Draw MaxVio of each MoE layer, early layers dark and late ones light."""
-    import matplotlib
-    steps, values = column(metrics, "max_vio")
-    width = min(map(len, values))  # MTP modules come last, and leave when their weight is 0
-    layers = list(zip(*(value[:width] for value in values), strict=True))
-    last = len(layers) - 1
-    for i, layer in enumerate(layers):
-        label = {0: "first MoE layer", last: "last"}.get(i, "_between") if last else "MoE layer"
-        shade = matplotlib.colormaps["viridis"](0.85 * i / max(1, last))
-        style.series(ax, steps, layer, shade, label)
-    ax.set(ylabel="MaxVio\n(largest / mean load - 1)", ylim=(0, None))
-    ax.legend(ncols=2)
+    axes[-1].set_xlabel("step")
+    axes[-1].locator_params("x", nbins=10, integer=True, steps=[1, 2, 5, 10])
+    return style.finish(axes[-1].figure, path)
 
 
 @style.house_style()
 def ablation_figure(tokens: list[int], losses: dict[str, list], costs: dict[str, list],
-                    path: str | Path | None = None):
+                    path: style.File = None):
     """Draw losses during training, and what each change of the model costs at the end.
 
     tokens: seen after each step; losses: label -> loss at each step, nats per token
@@ -93,7 +81,7 @@ def ablation_figure(tokens: list[int], losses: dict[str, list], costs: dict[str,
 
 
 @style.house_style()
-def grpo_figure(runs: dict[str, list[dict]], path: str | Path | None = None):
+def grpo_figure(runs: dict[str, list[dict]], path: style.File = None):
     """Draw the course of reinforcement learning, one line per run.
 
     runs: name -> lines of a run's metrics.jsonl, of which step, reward_accuracy (share of the
@@ -109,9 +97,8 @@ def grpo_figure(runs: dict[str, list[dict]], path: str | Path | None = None):
         for (label, metrics), dash in zip(runs.items(), cycle(style.DASHES), strict=False):
             steps, values = column(metrics, name)
             style.lines(ax, steps, {label: values}, [dash])
-        ax.set_title(title)
-        style.name_axes(ax, "step", unit)
-        ax.set_ylim(bottom=0, top=1.05 if "share" in unit else None)
+        ax.set(title=title, xlabel="step", ylabel=unit,
+               ylim=(0, 1.05 if "share" in unit else None))
     if len(runs) > 1:
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center",
                       ncols=min(len(runs), 5))
@@ -120,7 +107,7 @@ def grpo_figure(runs: dict[str, list[dict]], path: str | Path | None = None):
 
 @style.house_style()
 def cold_start_figure(steps: list[int], accuracy: dict[str, list[float]], form: list[float],
-                      path: str | Path | None = None):
+                      path: style.File = None):
     """Draw what fine-tuning teaches first: the form of a reply, then right answers.
 
     steps: optimizer steps at which the model was examined
@@ -131,10 +118,8 @@ def cold_start_figure(steps: list[int], accuracy: dict[str, list[float]], form: 
     names = {"think": "made to think", "direct": "made to answer", "free": "left to choose"}
     style.lines(left, steps, {"": form}, [style.BLACK], 4)
     style.lines(right, steps, {names[mode]: row for mode, row in accuracy.items()}, size=4)
-    left.set_title("well-formed replies, left to choose")
-    right.set_title("right answers to held-out questions")
+    for ax, title in ((left, "well-formed replies, left to choose"),
+                      (right, "right answers to held-out questions")):
+        ax.set(title=title, xlabel="step", ylabel="replies (share)", ylim=(0, 1.05))
     right.legend()
-    for ax in (left, right):
-        style.name_axes(ax, "step", "replies (share)")
-        ax.set_ylim(0, 1.05)
     return style.finish(left.figure, path)

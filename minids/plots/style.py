@@ -1,11 +1,9 @@
 """The one style of every figure, what is drawn into a panel, and how a figure becomes a picture.
 
-No window is opened and no backend is chosen: the figures do not pass through pyplot, so that they
-look the same on a server and on a laptop. matplotlib is imported where it is used.
-
-The background is white and opaque, a card that stays readable on a dark page too. The colours are
-those of Okabe and Ito, which readers with any common colour blindness can tell apart; lines that
-share a panel differ in lightness or dash as well.
+The figures do not pass through pyplot: no window is opened and no backend is chosen, so that they
+look the same on a server and on a laptop. The background is opaque, a card that stays readable on a
+dark page. The colours are those of Okabe and Ito, which readers with any common colour blindness
+can tell apart; lines that share a panel differ in lightness or dash as well.
 """
 
 import contextlib
@@ -15,25 +13,22 @@ from pathlib import Path
 
 from minids.base.files import write_whole
 
+File = str | Path | None  # a PNG file to write, or none
 BLACK, GREY, ORANGE, SKY = "#222222", "#9a9a9a", "#e69f00", "#56b4e9"
 GREEN, YELLOW, BLUE, RED, PINK = "#009e73", "#f0e442", "#0072b2", "#d55e00", "#cc79a7"
 DASHES = [(BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (RED, ":"), (PINK, "-"), (BLACK, "--")]
-STYLE = {
-    "figure.facecolor": "white", "axes.facecolor": "white", "text.color": BLACK,
-    "axes.edgecolor": GREY, "axes.labelcolor": BLACK, "xtick.color": BLACK, "ytick.color": BLACK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
-    "axes.axisbelow": True, "grid.color": "#e4e4e4", "grid.linewidth": 0.8, "grid.linestyle": "-",
-    "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 10.5,
-    "axes.titlelocation": "left", "axes.labelsize": 10, "legend.fontsize": 9,
-    "legend.frameon": False, "lines.linewidth": 1.8, "figure.dpi": 100,
-}
+STYLE = {  # beside matplotlib's own defaults
+    "text.color": BLACK, "axes.edgecolor": GREY, "axes.labelcolor": BLACK, "xtick.color": BLACK,
+    "ytick.color": BLACK, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "axes.axisbelow": True, "grid.color": "#e4e4e4", "axes.titlesize": 10.5, "legend.fontsize": 9,
+    "axes.titlelocation": "left", "legend.frameon": False, "lines.linewidth": 1.8}
 
 
 @contextlib.contextmanager
 def house_style():
     """Draw what follows in the one style, whatever the reader's own settings are."""
-    import matplotlib
-    with matplotlib.rc_context(STYLE):
+    import matplotlib.style
+    with matplotlib.style.context(["default", STYLE]):
         yield
 
 
@@ -53,7 +48,7 @@ def png(figure) -> bytes:
     return buffer.getvalue()
 
 
-def finish(figure, path: str | Path | None):
+def finish(figure, path: File):
     """Fix the figure's ticks and layout, save it as a PNG file if there is a path, and return it.
 
     Left to itself matplotlib makes the ticks at the first drawing, in the style of that moment,
@@ -62,18 +57,9 @@ def finish(figure, path: str | Path | None):
     figure.draw_without_rendering()
     figure.set_layout_engine("none")
     if path is not None:
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, png(figure))
     return figure
-
-
-def name_axes(ax, xlabel: str, ylabel: str, log: tuple[int, int] = (0, 0)) -> None:
-    """Name both axes, with their units; log: base of each axis if it is logarithmic, else 0."""
-    ax.set(xlabel=xlabel, ylabel=ylabel)
-    for base, scale in zip(log, (ax.set_xscale, ax.set_yscale), strict=True):
-        if base:
-            scale("log", base=base)
 
 
 def lines(ax, x: list, rows: dict[str, list], styles=DASHES, size: float = 0) -> None:
@@ -105,15 +91,12 @@ def training_losses(ax, tokens: list[int], losses: dict[str, list], colours: tup
     """Draw training losses over the tokens seen after each step."""
     for (name, row), colour in zip(losses.items(), colours, strict=True):
         series(ax, tokens, row, colour, name)
-    name_axes(ax, "tokens seen (count)", "training loss\n(nats per token)")
+    ax.set(xlabel="tokens seen (count)", ylabel="training loss\n(nats per token)")
     ax.legend()
 
 
 def heat_map(ax, rows: list[list], first: float = 0, cmap: str = "viridis", norm=None):
-    """Draw a number per cell as a colour, and return the picture.
-
-    rows: from the top; first: the first column's number; norm: matplotlib's map to 0..1
-    """
+    """Draw a number per cell as a colour, return the picture; first: number of the first column."""
     ax.grid(visible=False)
     extent = (first - 0.5, first + len(rows[0]) - 0.5, len(rows) - 0.5, -0.5)
     return ax.imshow(rows, cmap=cmap, norm=norm, aspect="auto", interpolation="nearest",

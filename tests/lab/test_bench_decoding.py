@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from minids.config import ModelArgs
-from minids.costs import count_parameters, pair_flops
+from minids.costs import count_parameters
+from minids.costs.flops import pair_flops
 from minids.kernels.registry import using
 from minids.lab import bench_decoding
 from minids.lab.bench_decoding import Sparse, count_flops

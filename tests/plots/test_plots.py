@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from minids import ModelArgs, plots
+from minids import ModelArgs
 from minids.costs import count_parameters
+from minids.plots import counts, model, runs
 from minids.plots.counts import PARTS, short
 from minids.plots.style import png
 
@@ -54,9 +55,9 @@ def axes_without_a_unit(figure) -> list[str]:
     return [name for name, label in labels.items() if "(" not in label and label != "step"]
 
 
-FIGURES = {"loss_curve": (plots.loss_curve, run_of(30)),
-           "parameter_map": (plots.parameter_map, COUNTS),
-           "compression_curve": (plots.compression_curve, ROWS)}
+FIGURES = {"loss_curve": (runs.loss_curve, run_of(30)),
+           "parameter_map": (counts.parameter_map, COUNTS),
+           "compression_curve": (counts.compression_curve, ROWS)}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -109,7 +110,7 @@ def test_picture_is_on_disk_and_in_the_notebook_on_opaque_white(name, tmp_path):
 
 def test_loss_curve_shows_each_step():
     metrics = run_of(30)
-    figure = plots.loss_curve(metrics)
+    figure = runs.loss_curve(metrics)
     steps = [row["step"] for row in metrics]
     losses, validation, balance = range(3)
     assert shows(figure, losses, steps, [row["main"] for row in metrics])
@@ -125,7 +126,7 @@ def test_loss_curve_shows_each_step():
 def test_mean_of_a_long_run_does_not_lag():
     """On a straight line a centred mean changes nothing; one that looks back lies above it."""
     values = [5 - 0.01 * step for step in range(400)]
-    figure = plots.loss_curve([dict(step=i, main=v) for i, v in enumerate(values)])
+    figure = runs.loss_curve([dict(step=i, main=v) for i, v in enumerate(values)])
     (_, each), (steps, means) = drawn(figure, 0)
     assert each == values and steps == list(range(5, 395))
     # Sums of eleven numbers below 5 in FP64: rounding is far below 1e-12.
@@ -136,22 +137,22 @@ def test_mean_of_a_long_run_does_not_lag():
 
 def test_panels_without_data_are_left_out():
     dense = [dict(step=i, loss=3.0, main=3.0, mtp=0.0, max_vio=[]) for i in range(1, 4)]
-    figure = plots.loss_curve(dense)
+    figure = runs.loss_curve(dense)
     assert len(figure.axes) == 1
     assert all(ys == [3.0, 3.0, 3.0] for _, ys in drawn(figure, 0))
     unevaluated = [row | {"valid_bpb": None} for row in run_of(3)]
-    assert len(plots.loss_curve(unevaluated).axes) == 2
-    assert len(plots.loss_curve(run_of(5)).axes) == 3
+    assert len(runs.loss_curve(unevaluated).axes) == 2
+    assert len(runs.loss_curve(run_of(5)).axes) == 3
 
 
 def test_one_step_is_enough_and_none_is_refused():
-    assert png(plots.loss_curve(run_of(1, layers=1)))
+    assert png(runs.loss_curve(run_of(1, layers=1)))
     with pytest.raises(ValueError, match="metrics is empty"):
-        plots.loss_curve([])
+        runs.loss_curve([])
 
 
 def test_last_validation_is_written_out():
-    figure = plots.loss_curve(run_of(10))
+    figure = runs.loss_curve(run_of(10))
     texts = [text.get_text() for text in figure.axes[1].get_legend().get_texts()]
     assert texts == [f"last: {run_of(10)[-1]['valid_bpb']:.3f}"]
 
@@ -163,7 +164,7 @@ def bars(ax) -> dict[str, list[tuple[float, float]]]:
 
 @pytest.mark.parametrize("axis, field", [(1, "parts"), (2, "active_parts")])
 def test_parameter_map_shares(axis, field):
-    shown = bars(plots.parameter_map(COUNTS).axes[axis])
+    shown = bars(counts.parameter_map(COUNTS).axes[axis])
     for i, count in enumerate(COUNTS.values()):
         parts = getattr(count, field)
         end = 0.0
@@ -179,7 +180,7 @@ def test_parameter_map_shares(axis, field):
 
 
 def test_parameter_map_totals():
-    ax = plots.parameter_map(COUNTS).axes[0]
+    ax = counts.parameter_map(COUNTS).axes[0]
     names = list(COUNTS)
     lines = {line.get_label(): (list(line.get_xdata()), list(line.get_ydata()))
              for line in ax.get_lines()}
@@ -190,7 +191,7 @@ def test_parameter_map_totals():
 
 def test_parameter_map_of_a_single_small_model_keeps_its_numbers_inside():
     parts = dict.fromkeys(PARTS, 10)
-    figure = plots.parameter_map({"one": SimpleNamespace(parts=parts, active_parts=parts)})
+    figure = counts.parameter_map({"one": SimpleNamespace(parts=parts, active_parts=parts)})
     low, high = figure.axes[0].get_xlim()
     assert low <= 90 / 4 and high >= 90 * 4
 
@@ -202,7 +203,7 @@ def test_short_numbers(count, text):
 
 
 def test_compression_curve_is_sorted_and_exact():
-    figure = plots.compression_curve(ROWS)
+    figure = counts.compression_curve(ROWS)
     assert shows(figure, 0, [512, 1024, 4096], [1.9, 2.3, 3.1])
     assert shows(figure, 1, [512, 1024, 4096], [1.9, 1.7, 1.6])
     assert not shows(figure, 0, [4096, 512, 1024], [3.1, 1.9, 2.3])
@@ -212,14 +213,14 @@ def test_compression_curve_is_sorted_and_exact():
 
 
 def test_reader_settings_neither_matter_nor_change():
-    plain = png(plots.loss_curve(run_of(5)))
+    plain = png(runs.loss_curve(run_of(5)))
     with matplotlib.rc_context({"axes.facecolor": "black", "font.size": 30}):
-        assert png(plots.loss_curve(run_of(5))) == plain
+        assert png(runs.loss_curve(run_of(5))) == plain
         assert matplotlib.rcParams["font.size"] == 30
 
 
 def test_neither_matplotlib_at_import_nor_a_window_ever():
-    code = ("import sys, minids.plots as p; assert 'matplotlib' not in sys.modules; "
+    code = ("import sys, minids.plots.runs as p; assert 'matplotlib' not in sys.modules; "
             "p.loss_curve([{'step': 1, 'main': 2.0}])._repr_png_(); "
             "assert 'matplotlib.pyplot' not in sys.modules; "
             "sys.exit('torch' in sys.modules)")
@@ -229,7 +230,7 @@ def test_neither_matplotlib_at_import_nor_a_window_ever():
 
 def test_parameter_map_names_the_parts_that_the_models_have():
     v32 = {"v3.2": count_parameters(ModelArgs.preset("v3.2"))}
-    with_indexer, without = plots.parameter_map(COUNTS | v32), plots.parameter_map(COUNTS)
+    with_indexer, without = counts.parameter_map(COUNTS | v32), counts.parameter_map(COUNTS)
     names = [{text.get_text() for text in figure.legends[0].get_texts()}
              for figure in (with_indexer, without)]
     assert names[0] == {label for label, _ in PARTS.values()}
@@ -249,7 +250,7 @@ def test_curves_show_the_numbers_given():
                    levels={"one GPU": 80}),
               dict(title="b", ylabel="work (FLOPs)",  # more lines than styles
                    lines={str(n): [n, 2 * n, 3 * n] for n in range(1, 9)})]
-    figure = plots.curves(panels, [256, 1024, 4096], "context (tokens)")
+    figure = counts.curves(panels, [256, 1024, 4096], "context (tokens)")
     left, right = figure.axes
     assert lines_of(left) == panels[0]["lines"] and lines_of(right) == panels[1]["lines"]
     assert [ax.get_ylabel() for ax in (left, right)] == ["cache (GB)", "work (FLOPs)"]
@@ -266,7 +267,7 @@ YARN = dict(
 
 
 def test_yarn_figure_shows_wavelengths_and_means_of_the_losses():
-    figure = plots.yarn_figure(**YARN)
+    figure = model.yarn_figure(**YARN)
     for wavelengths in YARN["wavelengths"].values():
         assert shows(figure, 0, range(32), wavelengths)
     for row in YARN["losses"].values():
@@ -279,14 +280,14 @@ def test_yarn_figure_shows_wavelengths_and_means_of_the_losses():
 
 
 def test_yarn_figure_names_the_three_regions():
-    texts = {text.get_text() for text in plots.yarn_figure(**YARN).axes[0].texts}
+    texts = {text.get_text() for text in model.yarn_figure(**YARN).axes[0].texts}
     assert texts == {"left alone\n0-10", "mixed\n11-22", "divided\n23-31", "4,096", "163,840"}
-    shifted = plots.yarn_figure(**YARN | dict(low=11)).axes[0].texts  # wrong variant
+    shifted = model.yarn_figure(**YARN | dict(low=11)).axes[0].texts  # wrong variant
     assert {text.get_text() for text in shifted} != texts
 
 
 def test_yarn_figure_has_one_line_style_a_label():
-    figure = plots.yarn_figure(**YARN)
+    figure = model.yarn_figure(**YARN)
     styles = [[(line.get_color(), line.get_linestyle()) for line in ax.get_lines()
                if len(line.get_xdata()) > 2] for ax in figure.axes]
     assert len(set(styles[1])) == 4 and styles[0] == [styles[1][0], styles[1][2]]
@@ -296,11 +297,11 @@ def test_yarn_figure_has_one_line_style_a_label():
 
 def test_a_last_part_that_is_shorter_has_its_own_mean():
     losses = {"short": [1.0, 3.0] * 8 + [8.0, 9.0]}
-    assert shows(plots.yarn_figure(**YARN | dict(losses=losses)), 1, [7.5, 16.5], [2.0, 8.5])
+    assert shows(model.yarn_figure(**YARN | dict(losses=losses)), 1, [7.5, 16.5], [2.0, 8.5])
 
 
 def test_yarn_figure_is_readable():
-    figure = plots.yarn_figure(**YARN)
+    figure = model.yarn_figure(**YARN)
     assert axes_without_a_unit(figure) == [] and collisions(figure) == []
     figure.axes[1].set_ylabel("loss")  # wrong variant
     assert axes_without_a_unit(figure) == ["y1"]
@@ -308,7 +309,7 @@ def test_yarn_figure_is_readable():
 
 def test_moe_figure_shows_the_numbers_given():
     losses = {"experts": [3.0, 2.0, 1.0], "dense": [3.0, 2.5, 2.0]}
-    figure = plots.moe_figure([10, 20, 30], losses, ["name", "number"], [[75, 25], [5, 95]])
+    figure = model.moe_figure([10, 20, 30], losses, ["name", "number"], [[75, 25], [5, 95]])
     left, right, _ = figure.axes
     assert lines_of(left) == losses
     assert [text.get_text() for text in right.texts] == ["75", "25", "5", "95"]
@@ -317,7 +318,7 @@ def test_moe_figure_shows_the_numbers_given():
 
 def test_mtp_figure_shows_the_numbers_given():
     kinds = {"names": (55.0, 65.0), "punctuation": (70.0, 75.0)}
-    figure = plots.mtp_figure(kinds, {"greedy": [1, 1.8, 2.4], "temperature 1": [1, 1.6, 2.0]})
+    figure = model.mtp_figure(kinds, {"greedy": [1, 1.8, 2.4], "temperature 1": [1, 1.6, 2.0]})
     left, right = figure.axes
     assert [[bar.get_width() for bar in bars] for bars in left.containers] == [[55, 70], [65, 75]]
     assert [label.get_text() for label in left.get_yticklabels()] == list(kinds)
@@ -329,7 +330,7 @@ def test_mtp_figure_shows_the_numbers_given():
 def test_dsa_figure_shows_the_numbers_given():
     held = {"attention's best": [0.5, 0.9], "indexer": [0.4, 0.8], "window": [0.1, 0.2],
             "random": [0.0, 0.1]}
-    figure = plots.dsa_figure([1, 2], held, [[0.0, 1.0, 0.0], [0.25, 0.0, 0.75]],
+    figure = model.dsa_figure([1, 2], held, [[0.0, 1.0, 0.0], [0.25, 0.0, 0.75]],
                               [[11], [12, 3]], 10, [1024, 2048],
                               {"dense": [1e9, 2e9], "sparse": [1e9, 1e9]})
     left, middle, right = figure.axes
@@ -343,17 +344,17 @@ def test_dsa_figure_shows_the_numbers_given():
 def test_balance_figure_shows_the_numbers_given():
     shares = {name: [[n, 2 - n], [1.0, 1.0], [0.5, 1.5]] for n, name in enumerate("abcd")}
     max_vio = {name: [1.0, 0.0, n / 2] for n, name in enumerate("abcd")}
-    figure = plots.balance_figure(shares, max_vio)
-    maps = figure.axes[:4]
+    figure = model.balance_figure(shares, max_vio)
+    *maps, below = figure.axes[:5]
     assert [ax.get_title("left") for ax in maps] == list("abcd") and collisions(figure) == []
     assert [ax.images[0].get_array().T.tolist() for ax in maps] == [*shares.values()]
     assert maps[0].images[0].norm(1.0) == 0.5  # the even share is the middle of the colours
-    assert lines_of(figure.axes[-1]) == max_vio
+    assert lines_of(below) == max_vio
 
 
 def test_ablation_figure_shows_the_numbers_given():
     losses = {"everything": [3.0, 2.0], "AdamW": [3.0, 2.5], "dense": [3.0, 2.2]}
-    figure = plots.ablation_figure([10, 20], losses, {"a": [0.1, 0.2], "b": [-0.1, 0.0]})
+    figure = runs.ablation_figure([10, 20], losses, {"a": [0.1, 0.2], "b": [-0.1, 0.0]})
     left, right = figure.axes
     assert lines_of(left) == losses
     dots = [line.get_xdata().tolist() for line in right.get_lines()[:2]]
@@ -364,7 +365,7 @@ def test_ablation_figure_shows_the_numbers_given():
 def test_fp8_figure_shows_the_numbers_given():
     outliers = {"tensor": [3.0, 90.0], "block": [3.0, 9.0], "tile": [3.0, 3.0]}
     sums = {"14 bits": [0.1, 2.0], "moved": [0.1, 0.2]}
-    figure = plots.fp8_figure([1.0, 100.0], outliers, [128, 4096], sums)
+    figure = model.fp8_figure([1.0, 100.0], outliers, [128, 4096], sums)
     left, right = figure.axes
     assert lines_of(left) == outliers and lines_of(right) == sums
     assert axes_without_a_unit(figure) == []
@@ -376,16 +377,16 @@ def some_metrics(steps: int, scale: float) -> list[dict]:
 
 
 def test_grpo_figure_shows_the_numbers_given():
-    runs = {"reward": some_metrics(4, 1.0), "shuffled": some_metrics(3, 0.5)}
-    figure = plots.grpo_figure(runs)
+    given = {"reward": some_metrics(4, 1.0), "shuffled": some_metrics(3, 0.5)}
+    figure = runs.grpo_figure(given)
     for ax, name in zip(figure.axes, ("reward_accuracy", "thinking", "length", "kl"), strict=True):
-        assert lines_of(ax) == {run: [m[name] for m in ms] for run, ms in runs.items()}
+        assert lines_of(ax) == {run: [m[name] for m in ms] for run, ms in given.items()}
     assert axes_without_a_unit(figure) == [] and collisions(figure) == []
 
 
 def test_cold_start_figure_shows_the_numbers_given():
     series = {"think": [0.0, 1.0], "direct": [0.1, 0.2], "free": [0.1, 0.3]}
-    left, right = plots.cold_start_figure([20, 40], series, [0.5, 1.0]).axes
+    left, right = runs.cold_start_figure([20, 40], series, [0.5, 1.0]).axes
     assert left.get_lines()[0].get_ydata().tolist() == [0.5, 1.0]
     assert lines_of(right) == {"made to think": [0.0, 1.0], "made to answer": [0.1, 0.2],
                                "left to choose": [0.1, 0.3]}
@@ -393,7 +394,7 @@ def test_cold_start_figure_shows_the_numbers_given():
 
 def test_bill_figure_shows_the_numbers_given():
     bills = {"small": [1.0, 10.0], "large": [5.0, 50.0]}
-    figure = plots.bill_figure({"teacher": 1.0, "student": 0.25}, [1e9, 1e10], bills, (1e10, 7.0))
+    figure = counts.bill_figure({"teacher": 1.0, "student": 0.25}, [1e9, 1e10], bills, (1e10, 7.0))
     left, right = figure.axes
     assert sorted(bar.get_width() for bar in left.patches) == [0.25, 1.0]
     assert lines_of(right) == bills | {"V3 as published": [7.0]}
