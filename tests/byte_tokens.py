@@ -2,12 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-
-from minids.text.token_cache import Tokens
 
 SPECIAL = 8
 
@@ -76,10 +73,6 @@ def fails(check, *args) -> bool:
 def write_rows(path: Path, **columns) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table(columns), path, row_group_size=7)
-
-
-def read_all(tokens: Tokens) -> np.ndarray:
-    return tokens.read(0, len(tokens))
 
 
 def take(loader, sizes) -> list[torch.Tensor]:

@@ -11,10 +11,7 @@ from minids.base.fields import bounds, nearest
 
 
 class Stopped(Exception):
-    """A signal stopped the program after it had saved its state.
-
-    number: the signal's; flags: the flags that continue the program
-    """
+    """Signal `number` stopped the program, which has saved its state; `flags` continue it."""
 
     def __init__(self, number: int, flags: list[str]):
         super().__init__(number)
@@ -34,11 +31,11 @@ class OneLineParser(argparse.ArgumentParser):
 
 def to_bool(text: str) -> bool:
     """Return the truth value of 'true', 'false' or one of their usual spellings."""
-    words = {"true": True, "yes": True, "1": True, "on": True,
-             "false": False, "no": False, "0": False, "off": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return words[text.lower()]
+    if text.lower() in ("true", "yes", "1", "on"):
+        return True
+    if text.lower() in ("false", "no", "0", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
 def flag_of(f) -> str:
@@ -59,23 +56,21 @@ def add_flags(parser: argparse.ArgumentParser, cls, title: str) -> None:
         valid = f"; {bounds(f)}" if bounds(f) else ""
         text = f"{f.metadata['help']}{valid} [{default}]".replace("%", "%%")
         spec = dict(dest=f.name, default=argparse.SUPPRESS, help=text)
+        spec |= dict(type=f.type, metavar=f.type.__name__.upper())
         if f.type is bool:
-            spec |= dict(type=to_bool, nargs="?", const=True, metavar="BOOL")
-        else:
-            spec |= dict(type=f.type, metavar=f.type.__name__.upper())
+            spec |= dict(type=to_bool, nargs="?", const=True)
         if f.metadata["choices"]:
             spec |= dict(choices=f.metadata["choices"], metavar=None)
         group.add_argument(flag_of(f), **spec)
 
 
 def parse(program: str, doc: str, *classes, argv: list[str] | None = None) -> list[dict]:
-    """Parse the command line of a program.
+    """Parse a program's command line; return one dict per class, with only the flags given.
 
     program: name after `python -m`, e.g. "minids.train"
     doc: the module's docstring; it opens the help
     classes: dataclasses whose fields are the flags
     argv: the words; None takes `sys.argv[1:]`
-    Returns one dict per class, with only the flags that were given.
     """
     parser = OneLineParser(prog=f"python -m {program}", description=doc, allow_abbrev=False,
                            usage=f"python -m {program} [--flag VALUE ..]",

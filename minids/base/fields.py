@@ -13,12 +13,10 @@ def option(default, help: str, choices: tuple = (), flag: str = "", low: float |
            high: float | None = None, above: float | None = None):
     """Declare a dataclass field that is also a command-line flag.
 
-    default: the value when the flag is absent
-    help: one line, with the unit
+    default: the value when the flag is absent; help: one line, with the unit
     choices: the only valid values; empty allows any value of the field's type
     flag: the flag's name if no field can have it, such as "from"
-    low, high: smallest and largest valid value
-    above: a lower bound that is not itself valid
+    low, high: smallest and largest valid value; above: a lower bound that is not itself valid
     """
     return field(default=default, metadata=dict(help=help, choices=choices, flag=flag, low=low,
                                                 high=high, above=above))
@@ -38,7 +36,7 @@ def require(args, name: str, holds: bool, valid: str) -> None:
 
 def bounds(f) -> str:
     """Return what a field's bounds allow, in words; '' if it has none."""
-    low, high, above = (f.metadata.get(key) for key in ("low", "high", "above"))
+    low, high, above = map(f.metadata.get, ("low", "high", "above"))
     if above is not None:
         return f"above {above}" + (f" and at most {high}" if high is not None else "")
     if low is not None and high is not None:
@@ -59,15 +57,14 @@ def check_types(args) -> None:
         require(args, f.name, f.type is not float or math.isfinite(value), "a finite number")
         if choices := f.metadata.get("choices"):
             require(args, f.name, value in choices, f"one of {', '.join(map(str, choices))}")
-        low, high, above = (f.metadata.get(key) for key in ("low", "high", "above"))
-        holds = ((low is None or value >= low) and (high is None or value <= high)
-                 and (above is None or value > above))
-        require(args, f.name, holds, bounds(f))
+        low, high, above = map(f.metadata.get, ("low", "high", "above"))
+        require(args, f.name, (low is None or value >= low) and (high is None or value <= high)
+                and (above is None or value > above), bounds(f))
 
 
 @dataclass(frozen=True)
 class Settings:
-    """A program's settings; types, choices and bounds are checked on construction.
+    """A program's settings, checked on construction.
 
     A subclass checks rules that cross fields in its own `__post_init__`, after calling this one.
     """

@@ -11,10 +11,8 @@ from typing import Any
 
 def write_flushed(file: Path, data: bytes) -> None:
     """Write a file and wait until it is on the disk."""
-    with open(file, "wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
+    file.write_bytes(data)
+    flush(file)
 
 
 def flush(path: Path) -> None:
@@ -36,7 +34,7 @@ def write_whole(path: str | Path, data: bytes | str) -> None:
     """Write a file whole or not at all: under a temporary name beside it, then rename.
 
     data: the contents; text is written as UTF-8
-    Raises `OSError` naming the file when the disk refuses; an older file stays as it was.
+    Raises `OSError` naming the file if that fails; an older file stays as it was.
     """
     path = Path(path)
     temp = path.with_name(f".tmp_{path.name}")
@@ -75,8 +73,8 @@ def read_json(path: str | Path) -> dict:
 def publish(temp: Path, final: Path) -> None:
     """Rename a complete folder to its final name, replacing an older folder of that name.
 
-    A folder cannot be renamed over another one in a single step. The older one is therefore set
-    aside as NAME.replaced, a name that readers know too, so that one of the two always exists.
+    No single step does that. The older one is set aside as NAME.replaced, a name that readers know
+    too, so that one of the two always exists.
     """
     aside = final.with_name(final.name + ".replaced")
     if final.exists():

@@ -66,8 +66,8 @@ def learn_merges(texts: Iterable[str], n_merges: int) -> list[bytes]:
     """Return at most `n_merges` merged tokens, in the order in which BPE finds them.
 
     Of two equally frequent pairs, the one whose parts have the lower numbers in the trainer goes
-    first: the bytes in the order of their printable characters, then the merges. Neither the order
-    of the texts nor the number of threads matters.
+    first: bytes in the order of their printable characters, then merges. Neither the order of the
+    texts nor the number of threads matters.
     """
     from tokenizers import models, trainers
 
@@ -139,10 +139,7 @@ def check_byte_level(spec: dict, model: str) -> None:
 
 
 def without_added(spec: dict, special: dict[str, int]) -> dict:
-    """Return a tokenizer.json that takes any text as text: no added tokens, nothing cut or padded.
-
-    special: the added tokens, removed from the vocabulary as well
-    """
+    """Return a tokenizer.json that takes any text as text: without added tokens (`special`)."""
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in special}
     off = dict.fromkeys(("truncation", "padding", "post_processor"))
     model = spec["model"] | {"vocab": vocab, "unk_token": None, "dropout": None}
@@ -150,13 +147,10 @@ def without_added(spec: dict, special: dict[str, int]) -> dict:
 
 
 def end_id(end: str, ids: dict[str, int], tokenizer_config: dict, config: dict) -> int:
-    """Return the id of BOS or EOS in a released tokenizer.
-
-    end: "bos" or "eos"
-    ids: id of each token
+    """Return the id of "bos" or "eos" in a released tokenizer; ids: id of each token.
 
     tokenizer_config.json names it; failing that, config.json numbers it (the first of several);
-    failing both, it has DeepSeek's name. Raises `ValueError` if the tokenizer lacks it.
+    failing both, it has DeepSeek's name.
     """
     name, number = tokenizer_config.get(f"{end}_token"), config.get(f"{end}_token_id")
     if isinstance(name, dict):

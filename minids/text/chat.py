@@ -6,8 +6,6 @@
 One model answers in both ways, and the last token of the prompt decides which (DeepSeek-V3.1's
 hybrid template): after <think> it thinks, after </think> it answers at once, and with neither the
 model chooses. Earlier replies stand in the history without their thoughts but with the closing tag.
-Each tag is a single id that is inserted as a number, so no text of a user can turn into one
-(`minids.tokenizer`).
 
 A base model has never seen a tag. R1-Zero asked it in plain text (arXiv 2501.12948, section 2.2.1);
 we ask it in the form of the worked examples that it was trained on:
@@ -27,8 +25,7 @@ MODES = ("think", "direct", "free")
 class Reply(NamedTuple):
     """A model's reply, taken apart.
 
-    thought: None if the model did not think
-    answer: None if the reply is malformed
+    thought: None if the model did not think; answer: None if the reply is malformed
     ended: whether the model ended it with EOS
     tokens: its length, with EOS and a tag that the prompt forced
     """
@@ -69,9 +66,9 @@ class Chat:
         """Return the ids of a whole conversation and its loss mask.
 
         messages: as in `prompt`, but ending with the assistant, whose messages may have a "thought"
-        The loss covers the assistant's tokens, tags and EOS included: those of its last message,
-        and those of earlier ones that had no thought. An earlier message that had one stands in
-        the history without it, and no model should learn to answer like that.
+        The loss covers the assistant's tokens, tags and EOS included, except in earlier messages
+        that had a thought: they stand in the history without it, and no model should learn to
+        answer like that.
         """
         messages = checked(messages)
         if messages[-1]["role"] != "assistant":
@@ -83,16 +80,14 @@ class Chat:
         t = self.tokenizer
         ids, learnt = [t.bos_id], [False]
         for message in messages:
-            text, last = t.encode(message["content"]), message is messages[-1]
+            text, last, learn = t.encode(message["content"]), message is messages[-1], False
             if message["role"] == "assistant":
                 thought = message.get("thought")
                 shown = [t.think_id, *t.encode(thought)] if thought is not None and last else []
                 new = [*shown, t.end_think_id, *text, t.eos_id]
                 learn = last or thought is None
             else:
-                user = message["role"] == "user"
-                new = [t.user_id, *text, t.assistant_id] if user else text
-                learn = False
+                new = [t.user_id, *text, t.assistant_id] if message["role"] == "user" else text
             ids += new
             learnt += [learn] * len(new)
         return ids, learnt
@@ -101,16 +96,10 @@ class Chat:
         """Return the reply that the model generated after a prompt of this mode."""
         t, size = self.tokenizer, len(ids) + len(self.forced[mode])
         ids, ended = ended_by(self.forced[mode] + ids, t.eos_id)
-        if ids[:1] == [t.end_think_id]:
-            return Reply(None, text_of(t, ids[1:]), ended, size)
-        if ids[:1] != [t.think_id]:
-            return Reply(None, None, ended, size)
-        if t.end_think_id not in ids:
-            return Reply(text_of(t, ids[1:]), None, ended, size)
-        end = ids.index(t.end_think_id)
-        thought = text_of(t, ids[1:end])
-        answer = None if thought is None else text_of(t, ids[end + 1:])
-        return Reply(thought, answer, ended, size)
+        end = ids.index(t.end_think_id) if t.end_think_id in ids else len(ids)
+        thought = text_of(t, ids[1:end]) if ids[:1] == [t.think_id] else None
+        closed = end < len(ids) and (end == 0 or thought is not None)
+        return Reply(thought, text_of(t, ids[end + 1:]) if closed else None, ended, size)
 
 
 class Plain:
@@ -129,16 +118,14 @@ class Plain:
         """Return the reply that the model generated after a prompt of this mode."""
         t = self.tokenizer
         size, (ids, ended) = len(ids), ended_by(ids, t.eos_id)
-        text = text_of(t, ids)
+        text, thought, answer = text_of(t, ids), None, None
         text = "" if text is None else self.forced[mode] + text
         if text.startswith(" ="):
-            return Reply(None, text[2:].strip(), ended, size)
-        if not text.startswith(":"):
-            return Reply(None, None, ended, size)
-        thought, equals, answer = text[1:].rpartition(" = ")
-        if not equals:
-            return Reply(text[1:], None, ended, size)
-        return Reply(thought.strip(), answer.strip(), ended, size)
+            answer = text[2:].strip()
+        elif text.startswith(":"):
+            before, equals, after = text[1:].rpartition(" = ")
+            thought, answer = (before.strip(), after.strip()) if equals else (after, None)
+        return Reply(thought, answer, ended, size)
 
 
 TEMPLATES = {"chat": Chat, "plain": Plain}

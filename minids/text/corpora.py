@@ -12,6 +12,8 @@ A hash of its path or text decides whether a document is validation, so that it 
 side when other documents come or go.
 """
 
+import codecs
+import glob
 import hashlib
 import random
 import sysconfig
@@ -20,21 +22,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from minids.base.fields import nearest
-from minids.text.documents import check_file, find_files, read_documents
-from minids.text.hub import HubDocuments, open_hub
-from minids.text.splits import held_out
-from minids.text.tasks import open_task, plain_text
+from minids.base.files import read_jsonl
+from minids.text.hub import open_hub, text_column
+from minids.text.tasks import held_out, open_task, plain_text
 
 HOLD_OUT = 20      # one document in this many is validation
 EXAMPLES = 60_000  # training documents of a task
+SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
+SKIPPED_FOLDERS = {"test", "tests", "idlelib", "tkinter", "lib2to3", "distutils", "ensurepip",
+                   "turtledemo", "site-packages", "dist-packages"}
 
 
 @dataclass(frozen=True)
 class Corpus:
     """A named body of text, split into training and validation.
 
-    name: the word the user gave
-    train, valid: the documents, iterable any number of times
+    name: the word the user gave; train, valid: the documents, iterable any number of times
     fingerprint: hash of the content; for the hub, name and revision of the data set
     note: which files were left out, in words; empty if none
     """
@@ -45,19 +48,9 @@ class Corpus:
     fingerprint: str
     note: str = ""
 
-    @property
-    def streams(self) -> bool:
-        """Return whether the training text is streamed: it is too large to tokenise first."""
-        return isinstance(self.train, HubDocuments)
-
 
 def open_corpus(spec: str) -> Corpus:
-    """Return the corpus that `spec` names.
-
-    spec: pystdlib, text:PATH, task:NAME or hf:NAME[@REVISION][:CONFIG[:COLUMN]]
-
-    Raises `ValueError` naming the setting `data`, its value and what is valid.
-    """
+    """Return the corpus that `spec` names (see above); raises `ValueError` for any other."""
     kind, _, rest = spec.partition(":")
     try:
         if spec == "pystdlib":
@@ -75,10 +68,6 @@ def open_corpus(spec: str) -> Corpus:
         raise ValueError(f"data = {spec!r} is not valid: {error}") from None
 
 
-SKIPPED_FOLDERS = {"test", "tests", "idlelib", "tkinter", "lib2to3", "distutils", "ensurepip",
-                   "turtledemo", "site-packages", "dist-packages"}
-
-
 def library_files(root: Path) -> Iterator[tuple[str, str]]:
     """Yield POSIX path and text of each file of the Python library under `root`, sorted by path.
 
@@ -87,9 +76,9 @@ def library_files(root: Path) -> Iterator[tuple[str, str]]:
     seen = set()
     for path in sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py")):
         *folders, name = path.split("/")
-        if (SKIPPED_FOLDERS & set(folders) or name.startswith("_sysconfigdata")
-                or path == "pydoc_data/topics.py"
-                or folders[:1] == ["encodings"] and name not in ("__init__.py", "aliases.py")):
+        table = (name.startswith("_sysconfigdata") or path == "pydoc_data/topics.py"
+                 or folders[:1] == ["encodings"] and name not in ("__init__.py", "aliases.py"))
+        if table or SKIPPED_FOLDERS & set(folders):
             continue
         raw = (root / path).read_bytes().replace(b"\r\n", b"\n")
         digest = hashlib.sha256(raw).digest()
@@ -128,27 +117,23 @@ def open_examples(spec: str, name: str) -> Corpus:
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of local files, read anew at each iteration.
-
-    paths: the files
-    valid: which side of the split to read; None reads both
-    """
+    """The documents of one side of local files, read anew at each iteration."""
 
     paths: list[Path]
-    valid: bool | None = None
+    valid: bool
 
     def __iter__(self) -> Iterator[str]:
+        readers = {".jsonl": read_rows, ".parquet": read_parquet}
         for path in self.paths:
-            for text in read_documents(path):
-                if text.strip() and self.valid in (None, held_out(text.encode(), HOLD_OUT)):
+            for text in readers.get(path.suffix, read_plain)(path):
+                if text.strip() and held_out(text.encode(), HOLD_OUT) == self.valid:
                     yield text
 
 
 def open_text(spec: str, path: str) -> Corpus:
     """Return the text of a file, a folder or a glob pattern, split by the hash of each document.
 
-    If that leaves one side empty, as with a single document, the last 5 % of the text are
-    validation.
+    If that leaves a side empty, as with a single document, the last 5 % of the text validate.
     """
     paths = find_files(path)
     checked = {p: check_file(p) for p in paths}
@@ -158,7 +143,7 @@ def open_text(spec: str, path: str) -> Corpus:
         raise ValueError(f"{paths[0]} {bad[paths[0]]}; give a file of UTF-8 text")
     train, valid = Documents(good, valid=False), Documents(good, valid=True)
     if not any(True for _ in train) or not any(True for _ in valid):
-        train, valid = split_tail(list(Documents(good)))
+        train, valid = split_tail([*train, *valid])
     if not train or not valid:
         raise ValueError("the text is too short to hold out a part for validation")
     content = hashlib.sha256("".join(p.suffix + checked[p][0] for p in good).encode())
@@ -179,3 +164,77 @@ def split_tail(documents: list[str]) -> tuple[list[str], list[str]]:
         train.append(text[:stop])
         valid.append(text[stop:])
     return [t for t in train if t.strip()], [t for t in valid if t.strip()]
+
+
+def find_files(path: str) -> list[Path]:
+    """Return the readable files of a file, folder (without hidden ones) or glob pattern, sorted."""
+    root = Path(path).expanduser()
+    if root.is_dir():
+        found = [p for p in root.rglob("*")
+                 if not any(part.startswith(".") for part in p.relative_to(root).parts)]
+        missing = "the folder holds no text"
+    elif root.is_file():
+        found, missing = [root], f"a file {root.suffix or 'without suffix'} is not read"
+    elif glob.has_magic(path):
+        found = [Path(p) for p in glob.glob(str(root), recursive=True)]
+        missing = "the pattern matches no text"
+    else:
+        siblings = [p.name for p in root.parent.iterdir()] if root.parent.is_dir() else []
+        raise ValueError(f"there is no file or folder {root}; {nearest(root.name, siblings)}"
+                         "give an existing file, folder or pattern")
+    paths = sorted(p for p in found if p.suffix in SUFFIXES and p.is_file())
+    if not paths:
+        raise ValueError(f"{missing}; valid are {' '.join(SUFFIXES)}")
+    return paths
+
+
+def check_file(path: Path) -> tuple[str, str]:
+    """Return the SHA-256 of a file's content, and why it is not readable text ("" if it is)."""
+    digest, blank = hashlib.sha256(), True
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    is_text = path.suffix != ".parquet"
+    with path.open("rb") as file:
+        while chunk := file.read(2**20):
+            digest.update(chunk)
+            blank = blank and not chunk.strip()
+            try:
+                if is_text and "\0" in decoder.decode(chunk):
+                    return "", "is binary"
+            except UnicodeDecodeError:
+                return "", "is binary or not UTF-8"
+    if is_text and decoder.getstate()[0]:
+        return "", "is cut short in the middle of a character"
+    return digest.hexdigest(), "is empty" if blank else ""
+
+
+def read_plain(path: Path) -> Iterator[str]:
+    """Yield the whole of a plain file, its line ends as line feeds."""
+    yield path.read_text(encoding="utf-8-sig")
+
+
+def read_rows(path: Path) -> Iterator[str]:
+    """Yield the text column of a JSONL file; the first row decides which column that is."""
+    column = None
+    for number, row in read_jsonl(path, skip_blank=True):
+        if not isinstance(row, dict):
+            raise ValueError(f"{path} line {number} must be a JSON object")
+        column = column or text_column({k: isinstance(v, str) for k, v in row.items()}, path)
+        if column not in row:
+            raise ValueError(f"{path} line {number} has no {column!r}, only {list(row)}")
+        yield str(row[column] or "")
+
+
+def read_parquet(path: Path) -> Iterator[str]:
+    """Yield the text column of a Parquet file, reading 1,024 rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid:
+        raise ValueError(f"{path} is damaged or not a parquet file") from None
+    with file:
+        is_text = {f.name: pa.types.is_string(f.type) or pa.types.is_large_string(f.type)
+                   for f in file.schema_arrow}
+        column = text_column(is_text, path)
+        for batch in file.iter_batches(batch_size=1024, columns=[column]):
+            yield from (text or "" for text in batch.column(0).to_pylist())

@@ -8,7 +8,8 @@ import re
 from fractions import Fraction
 
 LONGEST_ANSWER, LONGEST_NUMBER, DEEPEST = 200, 9, 30  # characters, digits, nested parentheses
-TOKEN = re.compile(r"\s*(?:(\d+)|([-+*/()]))", re.ASCII)
+TOKEN = rf"\d{{1,{LONGEST_NUMBER}}}(?!\d)|[-+*/()]"  # a whole number or a sign
+TOKENS = re.compile(rf"(?:\s*(?:{TOKEN}))* *", re.ASCII)
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?", re.ASCII)
 
 
@@ -22,19 +23,11 @@ def parse_expression(text: str) -> tuple[Fraction, list[int]] | None:
     """Return the value of an arithmetic expression and the numbers in it, or None if it is invalid.
 
     "(4*7)+2" gives 30 and [4, 7, 2]. An expression consists of whole numbers, + - * /, parentheses
-    and signs before a term. Invalid are more than LONGEST_ANSWER characters, LONGEST_NUMBER digits
-    or DEEPEST levels, and a division by zero.
+    and signs before a term. Invalid are also one beyond the limits and a division by zero.
     """
-    if len(text) > LONGEST_ANSWER:
+    if len(text) > LONGEST_ANSWER or not TOKENS.fullmatch(text):
         return None
-    tokens, at = [], 0
-    text = text.rstrip(" ")
-    while at < len(text):
-        match = TOKEN.match(text, at)
-        if match is None or len(match[1] or "") > LONGEST_NUMBER:
-            return None
-        tokens.append(match[1] or match[2])
-        at = match.end()
+    tokens = re.findall(TOKEN, text, re.ASCII)
     try:
         parser = Parser(tokens)
         value = parser.sum(0)

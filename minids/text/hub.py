@@ -12,10 +12,10 @@ import threading
 import urllib.request
 import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 from minids.base.fields import nearest
-from minids.text.documents import text_column
 
 HUB_VALID_DOCUMENTS = 1000  # validation reads this many documents
 
@@ -23,26 +23,23 @@ HUB_VALID_DOCUMENTS = 1000  # validation reads this many documents
 class HubDocuments:
     """The documents of a streamed data set, readable from the start or from a saved state.
 
-    dataset: an iterable data set of the `datasets` library
-    column: the column that holds the text
+    dataset: an iterable data set of the `datasets` library; column: the one that holds the text
     """
 
     def __init__(self, dataset, column: str):
-        self.dataset, self.column = dataset, column
-        self.running = []
+        self.dataset, self.column, self.running = dataset, column, []
         # A stream that is still open when Python unloads its modules complains on stderr.
         weakref.finalize(self, lambda running: [rows.close() for rows in running], self.running)
 
-    def __iter__(self) -> Iterator[str]:
-        return self.read_from(None)
-
-    def read_from(self, state: dict | None) -> Iterator[str]:
+    def read_from(self, state: dict | None = None) -> Iterator[str]:
         """Iterate from where `state` was taken; None is the start."""
         self.dataset.load_state_dict(state)
         rows = iter(self.dataset)
         self.running[:] = [rows]
         for row in rows:
             yield row[self.column] or ""
+
+    __iter__ = read_from
 
     def state_dict(self) -> dict:
         """Return the position of the running iteration, after the last document it yielded."""
@@ -53,9 +50,7 @@ def open_hub(rest: str) -> tuple[HubDocuments, HubDocuments, str]:
     """Return training documents, validation documents and the fingerprint of a data set.
 
     rest: NAME[@REVISION][:CONFIG[:COLUMN]]
-
-    Validation is the data set's own split, or else its first documents, which training then
-    skips. Raises `ValueError` if the data set cannot be opened.
+    Validation is the data set's own split, or else its first documents, which training skips.
     """
     path, config, column = (*rest.split(":", 2), "", "")[:3]
     name, _, revision = path.partition("@")
@@ -84,6 +79,21 @@ def open_hub(rest: str) -> tuple[HubDocuments, HubDocuments, str]:
             fingerprint)
 
 
+def text_column(is_text: dict[str, bool], where: Path | str, asked: str = "") -> str:
+    """Return the column to read: `asked`, `text`, `content`, or the only one that holds strings.
+
+    is_text: for each column, whether it holds strings; where: the file or data set, for the error
+    """
+    strings = [name for name, holds in is_text.items() if holds]
+    wanted = [asked] if asked else ["text", "content", *(strings if len(strings) == 1 else [])]
+    for name in wanted:
+        if name in strings:
+            return name
+    listed = ", ".join(name if is_text[name] else f"{name} (not text)" for name in is_text)
+    need = f"column {asked!r}" if asked else "column text or content, nor a single one of strings"
+    raise ValueError(f"{where} has no {need}: {nearest(asked, strings)}its columns are {listed}")
+
+
 def hub_reason(error: Exception, name: str, config: str) -> str:
     """Return what to tell the user about an error of the `datasets` library."""
     from datasets.exceptions import DatasetNotFoundError
@@ -100,8 +110,7 @@ def hub_reason(error: Exception, name: str, config: str) -> str:
 def check_network() -> None:
     """Raise `ValueError` if neither the hub nor the proxy in front of it accepts a connection.
 
-    `datasets` itself would retry for a minute. HF_HUB_OFFLINE, for downloaded data sets, skips
-    the check.
+    `datasets` would retry for a minute. HF_HUB_OFFLINE, for downloaded data, skips the check.
     """
     offline = os.environ.get("HF_HUB_OFFLINE", os.environ.get("HF_DATASETS_OFFLINE", ""))
     if offline.upper() in ("1", "ON", "YES", "TRUE"):

@@ -3,11 +3,10 @@
     data = open_data("pystdlib", tokenizer, seq_len=256)
     tokens, targets = data.loader.next_batch(8)      # (8, 256) each, targets one token ahead
 
-A loader's position is a few numbers that a checkpoint can hold: the order of an epoch is computed
-from (seed, epoch), never stored.
+A loader's position is a few numbers in a checkpoint: the order of an epoch is computed from
+(seed, epoch), never stored.
 
-Simplified: V3 randomly splits some tokens that join punctuation and a line break, we do not; a
-file of plain text is held in memory; every rank reads and tokenises the whole of a stream.
+Simplified: a file of plain text is held in memory; every rank reads and tokenises a whole stream.
 """
 
 import os
@@ -22,7 +21,7 @@ import torch
 
 from minids.text.corpora import open_corpus
 from minids.text.packing import encode_documents
-from minids.text.token_cache import CACHE, Tokens, cached_tokens
+from minids.text.token_cache import CACHE, cached_tokens
 
 SHUFFLE_BLOCK = 2048      # documents of a stream that are shuffled together
 STREAM_DOCUMENTS = 32     # documents of a stream that are tokenised at once
@@ -52,16 +51,13 @@ class PackedLoader:
     With world = 4 and batch_size = 8 the four ranks hold the 32 rows that a single one would get
     from next_batch(32), in rank order.
 
-    tokens: the training text
-    seq_len: length of a sequence, tokens
-    rank, world: index and number of the data-parallel processes
+    tokens: (N,), the training text
     identity: further settings that a saved position must share, by name
-
-    Raises `ValueError` if the text is shorter than one sequence and its last target.
+    The other arguments are those of `open_data`.
     """
 
-    def __init__(self, tokens: Tokens, seq_len: int, seed: int = 0, rank: int = 0, world: int = 1,
-                 identity: dict | None = None):
+    def __init__(self, tokens: np.ndarray, seq_len: int, seed: int = 0, rank: int = 0,
+                 world: int = 1, identity: dict | None = None):
         if len(tokens) < seq_len + 1:
             raise ValueError(f"seq_len = {seq_len} is longer than the text, {len(tokens)} tokens: "
                              f"it must be at most {len(tokens) - 1}, or the text longer")
@@ -79,8 +75,9 @@ class PackedLoader:
             rng = np.random.default_rng([self.seed, epoch])
             self._epoch, self._offset = epoch, int(rng.integers(len(self.tokens)))
             self._order = rng.permutation(self.sequences_per_epoch)
-        start = (self._offset + int(self._order[i]) * self.seq_len) % len(self.tokens)
-        return self.tokens.read(start, self.seq_len + 1)
+        start = self._offset + int(self._order[i]) * self.seq_len
+        positions = np.arange(start, start + self.seq_len + 1)
+        return self.tokens.take(positions, mode="wrap").astype(np.int64)
 
     def next_batch(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the next tokens and targets of this rank, (batch_size, S) int64 each."""
@@ -103,18 +100,16 @@ class StreamLoader:
     """Batches from documents that arrive one after the other: tokenise, pack, keep the rest.
 
     Documents are shuffled in blocks of SHUFFLE_BLOCK. The `datasets` library's rolling buffer
-    loses its content at a restart; a block can be read again from its start. The position is
-    therefore exact: the stream's state at the start of the block, the number of documents taken
-    from it, and the tokens left over. After the last document the next epoch begins.
+    loses its content at a restart; a block can be read again. The position is therefore exact: the
+    stream's state at the start of the block, the number of documents taken from it, and the tokens
+    left over. After the last document the next epoch begins.
 
     documents: has `read_from(state)` and `state_dict()`, as HubDocuments
-    workers: threads that tokenise
     The other arguments are those of PackedLoader and `open_data`.
     """
 
     def __init__(self, documents, tokenizer, seq_len: int, seed: int = 0, fim_rate: float = 0.0,
-                 rank: int = 0, world: int = 1, workers: int = 1,
-                 identity: dict | None = None):
+                 rank: int = 0, world: int = 1, workers: int = 1, identity: dict | None = None):
         self.documents, self.seq_len, self.seed = documents, seq_len, seed
         self.encode = partial(encode_documents, tokenizer=tokenizer, fim_rate=fim_rate, seed=seed,
                               workers=workers)
@@ -132,10 +127,7 @@ class StreamLoader:
         self.block_state, self.seen = stream_state, seen
 
     def _encode_some(self) -> np.ndarray:
-        """Return the tokens of the next few documents, reading the next block when one is used up.
-
-        After the last block comes the first one again.
-        """
+        """Return the tokens of the next few documents; after the last block comes the first."""
         if self.taken == len(self.block):
             seen = self.seen + len(self.block)
             self._read_block(self.documents.state_dict() if self.block else None, seen)
@@ -177,14 +169,11 @@ class StreamLoader:
 
 @dataclass(frozen=True)
 class Data:
-    """The text of a training run.
+    """The text of a training run; name, fingerprint and note are those of its corpus.
 
-    name: the corpus as the user named it
     loader: yields the training batches; a StreamLoader for a data set of the hub
     valid: (N,) int64, validation tokens, the same in every run, never cut for fill-in-the-middle
-    fingerprint: hash of the text; for the hub, name and revision of the data set
     n_train_tokens: tokens per epoch, None for a stream
-    note: which files were left out
     """
 
     name: str
@@ -207,13 +196,11 @@ def open_data(spec: str, tokenizer, seq_len: int, seed: int = 0, fim_rate: float
               cache: Path = CACHE, workers: int = 0, rank: int = 0, world: int = 1) -> Data:
     """Return the training batches and the validation text of a corpus.
 
-    spec: see `open_corpus`
-    tokenizer: encodes, names its special ids and has a `fingerprint`
+    spec: see `open_corpus`; tokenizer: encodes, names its special ids and has a `fingerprint`
     seq_len: length of a sequence, tokens
     seed: decides the order, and the cuts of fill-in-the-middle
     fim_rate: share of the training documents cut for fill-in-the-middle, 0 to 1; V3 uses 0.1
-    cache: folder for the tokens
-    workers: threads that tokenise; 0 means one per core
+    cache: folder for the tokens; workers: threads that tokenise, 0 means one per core
     rank, world: index and number of the data-parallel processes
 
     Raises `ValueError` naming the setting, its value and what is valid.
@@ -230,12 +217,11 @@ def open_data(spec: str, tokenizer, seq_len: int, seed: int = 0, fim_rate: float
     tokens = cached_tokens(corpus, tokenizer, Path(cache), fim_rate, seed, workers)
     identity = dict(data=corpus.fingerprint, tokenizer=tokenizer.fingerprint, fim_rate=fim_rate)
     shared = dict(seed=seed, rank=rank, world=world, identity=identity)
-    if corpus.streams:
-        loader = StreamLoader(corpus.train, tokenizer, seq_len, fim_rate=fim_rate,
-                              workers=workers, **shared)
+    size = len(tokens["train"]) if "train" in tokens else None
+    if size is None:
+        loader = StreamLoader(corpus.train, tokenizer, seq_len, fim_rate=fim_rate, workers=workers,
+                              **shared)
     else:
         loader = PackedLoader(tokens["train"], seq_len, **shared)
-    valid = tokens["valid"].read(0, min(len(tokens["valid"]), MAX_VALID_TOKENS))
-    size = None if corpus.streams else len(tokens["train"])
-    return Data(corpus.name, loader, torch.from_numpy(valid), corpus.fingerprint, size,
-                corpus.note)
+    valid = torch.from_numpy(tokens["valid"][:MAX_VALID_TOKENS].astype(np.int64))
+    return Data(corpus.name, loader, valid, corpus.fingerprint, size, corpus.note)

@@ -32,12 +32,10 @@ def pieces(text: str, longest: int = PIECE_CHARACTERS) -> Iterator[str]:
 def document_parts(text: str, index: int, tokenizer, fim_rate: float, seed: int) -> list:
     """Return document number `index` as special token ids (int) and text to encode (str)."""
     t = tokenizer
-    if fim_rate:
-        rng = np.random.default_rng([seed, index])
-        if rng.random() < fim_rate:
-            a, b = sorted(rng.integers(0, len(text) + 1, size=2))
-            return [t.bos_id, t.fim_begin_id, *pieces(text[:a]), t.fim_hole_id, *pieces(text[b:]),
-                    t.fim_end_id, *pieces(text[a:b]), t.eos_id]
+    if fim_rate and (rng := np.random.default_rng([seed, index])).random() < fim_rate:
+        a, b = sorted(rng.integers(0, len(text) + 1, size=2))
+        return [t.bos_id, t.fim_begin_id, *pieces(text[:a]), t.fim_hole_id, *pieces(text[b:]),
+                t.fim_end_id, *pieces(text[a:b]), t.eos_id]
     return [t.bos_id, *pieces(text), t.eos_id]
 
 
@@ -46,8 +44,7 @@ def encode_documents(texts: list[str], tokenizer, first: int = 0, fim_rate: floa
     """Return the tokens of the documents, joined: (N,) int64.
 
     first: number of the first document in its corpus; with `seed` it decides the FIM cuts
-    fim_rate: share of the documents that are cut, 0 to 1
-    workers: threads that tokenise
+    fim_rate: share of the documents that are cut, 0 to 1; workers: threads that tokenise
     """
     parts = [part for i, text in enumerate(texts, first)
              for part in document_parts(text, i, tokenizer, fim_rate, seed)]

@@ -9,6 +9,8 @@ A seed generates an endless stream of problems. A hash of its question decides w
 belongs to training or is held out, so that no seed ever trains on a held-out problem.
 """
 
+import hashlib
+import operator
 import random
 from collections.abc import Iterator
 from itertools import islice
@@ -18,10 +20,15 @@ from typing import NamedTuple
 from minids.base.fields import nearest
 from minids.base.files import read_jsonl
 from minids.text.expressions import last_number, parse_expression
-from minids.text.splits import held_out
 
 TASKS = "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or jsonl:PATH"
 HELD_OUT = 10  # one question in this many, by its hash
+SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+
+
+def held_out(key: bytes, one_in: int) -> bool:
+    """Return whether the hash of a path, text or question holds it out, as one in `one_in`."""
+    return int(hashlib.sha256(key).hexdigest()[:8], 16) % one_in == 0
 
 
 class Problem(NamedTuple):
@@ -53,19 +60,14 @@ class Task:
             self.level = level
         self.name = f"{self.kind}:{self.level}"
         if self.level not in self.levels:
-            raise ValueError(f"task = {self.name!r} is not valid: the level must be from "
-                             f"{self.levels[0]} to {self.levels[-1]}")
+            raise ValueError(f"the level must be from {self.levels[0]} to {self.levels[-1]}")
 
     def draw(self, rng: random.Random) -> Problem:
         """Return one problem, from either side of the split."""
         raise NotImplementedError
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
-        """Yield problems without end.
-
-        split: "train" or "held-out"
-        seed: decides which problems come, and in what order
-        """
+        """Yield problems of a split ("train" or "held-out") without end, drawn by the seed."""
         rng = random.Random(f"{self.name} {split} {seed}")
         while True:
             problem = self.draw(rng)
@@ -77,7 +79,7 @@ class Task:
         return list(islice(self.problems(split, seed), count))
 
     def right(self, problem: Problem, answer: str) -> bool:
-        """Return whether an answer is right."""
+        """Return whether `answer` solves the problem."""
         return answer.strip() == problem.answer
 
 
@@ -98,7 +100,7 @@ class Calculator(Task):
         for _ in range(self.level):
             sign = rng.choice("+-*")
             digit = rng.choice(self.DIGITS[sign])
-            value = apply(sign, value, int(digit)) % 10
+            value = SIGNS[sign](value, int(digit)) % 10
             question += sign + digit
             thought += f"{sign}{digit}={value}"
         return Problem(question, thought, str(value))
@@ -125,16 +127,13 @@ class Countdown(Task):
         return Problem(question, ";".join([*wrong, tape]), answer)
 
     def chain(self, numbers: list[int], rng: random.Random) -> tuple[str, str, int]:
-        """Return a random chain: its tape 4*7=28+2=30, expression (4*7)+2, and result 30.
-
-        Every result on the way is between 0 and LARGEST.
-        """
+        """Return a random chain: its tape 4*7=28+2=30, expression (4*7)+2, and result 30."""
         while True:
             first, *rest = rng.sample(numbers, len(numbers))
             tape, text, value, results = str(first), str(first), first, []
             for number in rest:
                 sign = rng.choice("+-*")
-                value = apply(sign, value, number)
+                value = SIGNS[sign](value, number)
                 tape += f"{sign}{number}={value}"
                 text = f"{f'({text})' if results else text}{sign}{number}"
                 results.append(value)
@@ -150,11 +149,10 @@ class Countdown(Task):
 
 
 class Questions(Task):
-    """Questions in words whose answer is a number or a word.
+    """Questions in words whose answer is a number or a word; `ValueError` for a side without any.
 
     train, test: (question, solution) of each side of the split; as in GSM8K, a solution may be
         worked out and end in "#### 42"
-    Raises `ValueError` for a side without questions.
     """
 
     kind = "questions"
@@ -164,7 +162,7 @@ class Questions(Task):
         self.name, self.sides = name, {"train": train, "held-out": test}
         for side, rows in self.sides.items():
             if not rows:
-                raise ValueError(f"task = {name!r} is not valid: it has no {side} questions")
+                raise ValueError(f"it has no {side} questions")
 
     def problems(self, split: str, seed: int) -> Iterator[Problem]:
         """Yield all questions of a side in a random order, then again in another."""
@@ -186,41 +184,33 @@ class Questions(Task):
 def open_task(spec: str) -> Task:
     """Return the task that `spec` names (see above); raises `ValueError` for any other."""
     kind, _, rest = spec.partition(":")
-    for known in (Calculator, Countdown):
-        if kind == known.kind and (not rest or rest.isdecimal()):
-            return known(int(rest) if rest else None)
-    if spec == "gsm8k":  # Cobbe et al., arXiv 2110.14168; split as published
-        from datasets import load_dataset  # nothing else needs it
-        sides = load_dataset("openai/gsm8k", "main")
-        return Questions(spec, *([(row["question"], row["answer"]) for row in sides[side]]
-                                 for side in ("train", "test")))
-    if kind == "jsonl" and rest:
-        return open_questions(spec, Path(rest))
-    valid = ["calculator", "countdown", "gsm8k", "jsonl"]
-    raise ValueError(f"task = {spec!r} is not valid: {nearest(kind, valid)}valid are {TASKS}")
-
-
-def open_questions(spec: str, path: Path) -> Questions:
-    """Return a file's lines {"question": .., "answer": ..} as a task, split by hash.
-
-    Raises `ValueError` naming the first line that is not valid.
-    """
-    sides: tuple[list, list] = [], []
-    if not path.is_file():
-        raise ValueError(f"task = {spec!r} is not valid: there is no file {path}")
     try:
-        for number, row in read_jsonl(path):
-            match row:
-                case {"question": str(question), "answer": str(answer)}:
-                    sides[held_out(question.encode(), HELD_OUT)].append((question, answer))
-                case _:
-                    raise ValueError(f"{path} line {number} must be an object with the strings "
-                                     '"question" and "answer"')
+        for known in (Calculator, Countdown):
+            if kind == known.kind and (not rest or rest.isdecimal()):
+                return known(int(rest) if rest else None)
+        if spec == "gsm8k":  # Cobbe et al., arXiv 2110.14168; split as published
+            from datasets import load_dataset  # nothing else needs it
+            sides = load_dataset("openai/gsm8k", "main")
+            return Questions(spec, *([(row["question"], row["answer"]) for row in sides[side]]
+                                     for side in ("train", "test")))
+        if kind == "jsonl" and rest:
+            return Questions(spec, *read_questions(Path(rest)))
+        valid = ["calculator", "countdown", "gsm8k", "jsonl"]
+        raise ValueError(f"{nearest(kind, valid)}valid are {TASKS}")
     except ValueError as error:
         raise ValueError(f"task = {spec!r} is not valid: {error}") from None
-    return Questions(spec, *sides)
 
 
-def apply(sign: str, a: int, b: int) -> int:
-    """Return a + b, a - b or a * b."""
-    return a + b if sign == "+" else a - b if sign == "-" else a * b
+def read_questions(path: Path) -> tuple[list, list]:
+    """Return a file's lines {"question": .., "answer": ..} as pairs, split by hash."""
+    sides: tuple[list, list] = [], []
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    for number, row in read_jsonl(path):
+        match row:
+            case {"question": str(question), "answer": str(answer)}:
+                sides[held_out(question.encode(), HELD_OUT)].append((question, answer))
+            case _:
+                raise ValueError(f"{path} line {number} must be an object with the strings "
+                                 '"question" and "answer"')
+    return sides

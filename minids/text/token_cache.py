@@ -4,16 +4,15 @@ A corpus lies in a folder named by a hash of everything that decides its bytes: 
 tokenizer and the fill-in-the-middle settings. The folder appears whole or not at all; a damaged
 one is made again.
 
-    cache/<hash>/train_00000.bin   tokens, two or four bytes each, little-endian
-    cache/<hash>/valid_00000.bin
-    cache/<hash>/index.json        files, sizes, checksums
+    cache/<hash>/train.bin    tokens, two or four bytes each, little-endian
+    cache/<hash>/valid.bin
+    cache/<hash>/index.json   checksums
 
 The cache is `data/cache` in a clone of the repository, and `minids` in the user's cache folder
 (`$XDG_CACHE_HOME`, or `~/.cache`) where minids was installed from a wheel.
 """
 
 import hashlib
-import json
 import os
 import shutil
 import zlib
@@ -25,45 +24,16 @@ import numpy as np
 from filelock import FileLock
 from tqdm import tqdm
 
-from minids.base.files import flush, write_flushed
+from minids.base.files import flush, read_json, write_json
 from minids.text.corpora import Corpus
+from minids.text.hub import HubDocuments
 from minids.text.packing import encode_documents
 from minids.text.tokenizer import CLONE
 
 CACHE = (CLONE / "data" / "cache" if CLONE else
          Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minids")
-CACHE_FORMAT = 1
-SHARD_TOKENS = 2**25      # tokens in one file
+CACHE_FORMAT = 2
 BATCH_CHARACTERS = 2**22  # text tokenised at once
-
-
-class Tokens:
-    """One long sequence of tokens, stored in several arrays, memory-mapped or not."""
-
-    def __init__(self, arrays: list[np.ndarray]):
-        self.arrays = arrays
-        self.ends = np.cumsum([len(a) for a in arrays])
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        """Return `count` tokens from position `start`, wrapping round: (count,) int64."""
-        out, done = np.empty(count, np.int64), 0
-        while done < count:
-            i = int(np.searchsorted(self.ends, start, side="right"))
-            array = self.arrays[i]
-            offset = start - (int(self.ends[i]) - len(array))
-            part = array[offset:offset + count - done]
-            out[done:done + len(part)] = part
-            done += len(part)
-            start = (start + len(part)) % len(self)
-        return out
-
-
-def token_dtype(vocab_size: int) -> np.dtype:
-    """Return the type of a stored token: two bytes if the vocabulary fits, else four."""
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
 
 
 def batches(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -79,93 +49,69 @@ def batches(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-def append_tokens(folder: Path, split: str, shards: list[dict], tokens: np.ndarray, dtype) -> None:
-    """Write tokens after those of a split's last file, starting a new file when one is full.
-
-    shards: the entries of the split's files in index.json, extended in place
-    """
-    while len(tokens):
-        if not shards or shards[-1]["tokens"] == SHARD_TOKENS:
-            shards.append({"file": f"{split}_{len(shards):05d}.bin", "tokens": 0, "crc32": 0})
-        shard = shards[-1]
-        part, tokens = np.split(tokens, [SHARD_TOKENS - shard["tokens"]])
-        raw = part.astype(dtype).tobytes()
-        with (folder / shard["file"]).open("ab") as file:
-            file.write(raw)
-        shard["tokens"] += len(part)
-        shard["crc32"] = zlib.crc32(raw, shard["crc32"])
-
-
-def write_split(folder: Path, split: str, documents: Iterable[str], encode, dtype) -> dict:
-    """Tokenise the documents of a split into files; return the split's entry of index.json."""
-    shards, count = [], 0
+def write_split(file: Path, documents: Iterable[str], encode, dtype: np.dtype) -> dict:
+    """Tokenise the documents of a split into a file; return the split's entry of index.json."""
+    count = checksum = 0
     total = len(documents) if isinstance(documents, list) else None
     # disable=None: no bar unless stderr is a terminal
-    with tqdm(desc=f"tokenise {split}", total=total, unit="doc", disable=None) as bar:
+    with (file.open("wb") as out,
+          tqdm(desc=f"tokenise {file.stem}", total=total, unit="doc", disable=None) as bar):
         for batch in batches(documents):
-            append_tokens(folder, split, shards, encode(batch, first=count), dtype)
+            raw = encode(batch, first=count).astype(dtype).tobytes()
+            out.write(raw)
+            checksum = zlib.crc32(raw, checksum)
             count += len(batch)
             bar.update(len(batch))
-    for shard in shards:
-        flush(folder / shard["file"])
-    return {"documents": count, "shards": shards}
+    if not count:
+        raise ValueError(f"data has no document for {file.stem}")
+    flush(file)
+    return {"documents": count, "crc32": checksum}
 
 
-def write_cache(folder: Path, corpus: Corpus, splits: dict, dtype: np.dtype) -> dict:
-    """Tokenise into a temporary folder and rename it, so that a kill leaves no half-made cache.
-
-    splits: by name, the documents and the function that encodes a list of them
-
-    Returns the content of index.json.
-    """
+def write_cache(folder: Path, corpus: Corpus, splits: dict, dtype: np.dtype) -> None:
+    """Tokenise `splits` (documents, their encoder) into a temporary folder, and rename it."""
     making = folder.with_suffix(".tmp")
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
     try:
         index = {"corpus": corpus.name, "fingerprint": corpus.fingerprint, "dtype": dtype.str,
-                 "splits": {name: write_split(making, name, documents, encode, dtype)
+                 "splits": {name: write_split(making / f"{name}.bin", documents, encode, dtype)
                             for name, (documents, encode) in splits.items()}}
-        write_flushed(making / "index.json", json.dumps(index, indent=1).encode())
+        write_json(making / "index.json", index)
         shutil.rmtree(folder, ignore_errors=True)
         making.rename(folder)
     except BaseException:
         shutil.rmtree(making, ignore_errors=True)
         raise
-    return index
 
 
-def read_index(folder: Path) -> dict | None:
-    """Return the index of a cache folder if its files have the right size and checksum."""
+def is_whole(folder: Path) -> bool:
+    """Return whether the files of a cache folder have the right checksums."""
     try:
-        index = json.loads((folder / "index.json").read_text())
-        width = np.dtype(index["dtype"]).itemsize
-        for split in index["splits"].values():
-            for shard in split["shards"]:
-                raw = np.memmap(folder / shard["file"], np.uint8, "r")
-                if len(raw) != shard["tokens"] * width or zlib.crc32(raw) != shard["crc32"]:
-                    return None
+        splits = read_json(folder / "index.json")["splits"]
+        return all(zlib.crc32(np.memmap(folder / f"{name}.bin", np.uint8, "r")) == split["crc32"]
+                   for name, split in splits.items())
     except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return index
+        return False
 
 
 def cached_tokens(corpus: Corpus, tokenizer, cache: Path, fim_rate: float = 0.0, seed: int = 0,
-                  workers: int = 1) -> dict[str, Tokens]:
-    """Return the tokens of each split, from the cache or tokenised into it.
+                  workers: int = 1) -> dict[str, np.ndarray]:
+    """Return the tokens of each split, memory-mapped, from the cache or tokenised into it.
 
     Validation text is never cut for fill-in-the-middle. Of a stream only validation is cached.
     """
     fim = f"{fim_rate}:{seed}" if fim_rate else "none"
     key = "\n".join([str(CACHE_FORMAT), corpus.fingerprint, tokenizer.fingerprint, fim])
     folder = cache / hashlib.sha256(key.encode()).hexdigest()[:24]
-    dtype = token_dtype(tokenizer.vocab_size)
+    dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
     encode = partial(encode_documents, tokenizer=tokenizer, seed=seed, workers=workers)
     splits = {"valid": (corpus.valid, encode)}
-    if not corpus.streams:
+    if not isinstance(corpus.train, HubDocuments):
         splits["train"] = (corpus.train, partial(encode, fim_rate=fim_rate))
     cache.mkdir(parents=True, exist_ok=True)
     # With the lock, one rank tokenises for all ranks of a machine; a killed owner releases it.
     with FileLock(cache / f"{folder.name}.lock"):
-        index = read_index(folder) or write_cache(folder, corpus, splits, dtype)
-    return {name: Tokens([np.memmap(folder / s["file"], dtype, "r") for s in split["shards"]])
-            for name, split in index["splits"].items()}
+        if not is_whole(folder):
+            write_cache(folder, corpus, splits, dtype)
+    return {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name in splits}

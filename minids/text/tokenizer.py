@@ -3,7 +3,7 @@
 A model reads integers. Byte-pair encoding (Sennrich et al., arXiv 1508.07909) starts with the 256
 bytes, so that every text has an encoding. It then gives the most frequent pair of neighbouring
 tokens an id of its own, again and again, until the vocabulary is full. A pattern first splits the
-text into words, numbers, punctuation and spaces; no token spans such a split.
+text into words, numbers, punctuation and spaces, which no token spans.
 
 The ids have a fixed order: special tokens (DeepSeek's strings; BOS is 0, EOS 1), the bytes 0 to
 255, then the merges, earliest first. A special token is only ever inserted by its id: `encode`
@@ -12,8 +12,7 @@ nor speak for the assistant. The model's rows up to the next multiple of 64 stay
 
 A tokenizer's folder holds `ranks.tiktoken` (a line `base64(token) id` per token, tiktoken's own
 format) and `meta.json` (pattern, special tokens, fingerprint, how it was made). `save_hf` writes
-the same tokenizer for transformers. The folder of a released model (`tokenizer.json`) is used as
-it is.
+the same for transformers. The folder of a released model (`tokenizer.json`) is used as it is.
 
 Different from DeepSeek-V3 (arXiv 2412.19437, section 4.1): thousands of tokens instead of 128K;
 runs of Chinese characters and kana are not split from other letters; tokens that join punctuation
@@ -34,7 +33,7 @@ import torch
 
 from minids.base.files import read_json, write_whole
 from minids.text import bpe
-from minids.text.bpe import PATTERN, RELEASED, SPECIAL, TOKENIZER, TOKENIZER_CONFIG
+from minids.text.bpe import CONFIG, PATTERN, RELEASED, SPECIAL, TOKENIZER, TOKENIZER_CONFIG
 
 PACKAGE = Path(__file__).resolve().parents[1]
 CLONE = PACKAGE.parent if (PACKAGE.parent / "data" / "tokenizer").is_dir() else None
@@ -53,8 +52,7 @@ class Tokenizer:
     n_tokens: highest id plus one
     vocab_size: n_tokens padded to a multiple of 64, the rows of the model's embedding
     special: id of each special token's string; the common ones are attributes (`bos_id`, ..)
-    pattern: the regular expression that splits the text
-    made: corpus, sizes and versions it was made with
+    pattern: the regular expression that splits the text; made: how the tokenizer was made
     fingerprint: 16 hex digits of a hash of ids, special tokens and pattern, which decide how a
         text is encoded; a checkpoint stores it and accepts no other tokenizer
     """
@@ -89,8 +87,6 @@ class Tokenizer:
         vocab_size: number of ids, special tokens and bytes included; a short text may give fewer,
             because a pair that occurs once is never merged
         corpus: a name for the texts, stored in `made`
-
-        Raises `ValueError` if vocab_size leaves no room for the special tokens and the bytes.
         """
         if vocab_size < SMALLEST:
             raise ValueError(f"vocab_size = {vocab_size} is not valid: it must be at least "
@@ -108,8 +104,6 @@ class Tokenizer:
     def load(cls, folder: str | Path = DEFAULT) -> "Tokenizer":
         """Load a tokenizer that `save` wrote, or a released model's `tokenizer.json`.
 
-        folder: by default the tokenizer that comes with minids
-
         Raises `ValueError` naming the folder if a file is missing, cut short or changed.
         """
         folder = Path(folder)
@@ -125,37 +119,25 @@ class Tokenizer:
             if fingerprint(ranks, special, pattern) != meta["fingerprint"]:
                 raise ValueError(f"{RANKS} and {META} do not belong together")
             return cls(ranks, special, pattern, meta["made"])
-        except KeyError as error:
-            problem = f"{META} has no {error}"
-        except (ValueError, TypeError) as error:
-            problem = str(error)
-        raise ValueError(f"no whole tokenizer in {folder}: {problem}; build one with "
-                         f"python -m minids.tokenizer --out {folder}")
+        except (KeyError, ValueError, TypeError) as error:
+            problem = f"{META} has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"no whole tokenizer in {folder}: {problem}; build one with "
+                             f"python -m minids.tokenizer --out {folder}") from error
 
     @classmethod
     def open(cls, name: str) -> "Tokenizer":
-        """Return the tokenizer that a program's flag names.
-
-        name: a folder; "bytes" for one without merges, the vocabulary of very small models; ""
-            for the tokenizer that comes with minids
-        """
+        """Return the tokenizer of a folder, "bytes" (without merges) or "" (comes with minids)."""
         if name == "bytes":
             return cls.train([], SMALLEST, "none: bytes")
         return cls.load(name) if name else cls.load()
 
     def save(self, folder: str | Path) -> None:
-        """Write the two files, replacing a tokenizer that is already there.
-
-        Raises `ValueError` if the folder holds something else.
-        """
-        folder = Path(folder)
-        check_target(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        """Write the two files; the folder is new, empty, or holds a tokenizer to replace."""
+        check_target(Path(folder))
         meta = {"fingerprint": self.fingerprint, "n_tokens": self.n_tokens, "made": self.made,
                 "pattern": self.pattern, "special": self.special}
-        lines = [rank_line(piece, token) for piece, token in self.ranks.items()]
-        write_whole(folder / RANKS, "".join(line + "\n" for line in lines))
-        write_whole(folder / META, json_text(meta))
+        lines = [rank_line(piece, token) + "\n" for piece, token in self.ranks.items()]
+        write_files(folder, {RANKS: "".join(lines), META: meta})
 
     def save_hf(self, folder: str | Path) -> None:
         """Write the tokenizer for transformers: `AutoTokenizer.from_pretrained(folder)`.
@@ -163,36 +145,25 @@ class Tokenizer:
         It gives the same ids. There too, no text becomes a special token (unless it is called with
         split_special_tokens=False), and BOS is not added unasked. Other files in the folder stay.
         """
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        engine = bpe.to_library(self.ranks, self.special, self.pattern)
-        bos, eos = SPECIAL[:2]
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": bos,
-                  "eos_token": eos, "split_special_tokens": True,
+        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0],
+                  "eos_token": SPECIAL[1], "split_special_tokens": True,
                   "clean_up_tokenization_spaces": False}
-        write_whole(folder / TOKENIZER, engine.to_str(pretty=True) + "\n")
-        write_whole(folder / TOKENIZER_CONFIG, json_text(config))
+        spec = bpe.to_library(self.ranks, self.special, self.pattern).to_str(pretty=True) + "\n"
+        write_files(folder, {TOKENIZER: spec, TOKENIZER_CONFIG: config})
 
     def encode(self, text: str | bytes) -> list[int]:
         """Return the ids of a text, none of them special; `decode_bytes` returns the same bytes.
 
-        text: any text or any bytes. Invalid UTF-8 becomes one token per byte, and so does a lone
-            surrogate, which a str can hold and UTF-8 cannot, as its three bytes.
+        Invalid UTF-8 becomes one token per byte, and so does a lone surrogate, which a str can
+        hold and UTF-8 cannot, as its three bytes.
         """
         raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else bytes(text)
         try:
             return self._encode_text(raw.decode("utf-8"))
         except UnicodeDecodeError:
-            return self._encode_invalid(raw)
-
-    def _encode_text(self, text: str) -> list[int]:
-        """Encode text that UTF-8 can hold."""
-        return self._encoding.encode_ordinary(text)
-
-    def _encode_invalid(self, raw: bytes) -> list[int]:
-        """Encode bytes that are not UTF-8: valid stretches as text, the rest byte by byte."""
+            stretches = INVALID.split(raw.decode("utf-8", "surrogateescape"))
         ids = []
-        for i, stretch in enumerate(INVALID.split(raw.decode("utf-8", "surrogateescape"))):
+        for i, stretch in enumerate(stretches):
             if i % 2 == 0:  # valid, invalid, valid, ..
                 ids += self._encode_text(stretch)
                 continue
@@ -202,16 +173,17 @@ class Tokenizer:
                 ids.append(self.ranks[bytes([byte])])
         return ids
 
+    def _encode_text(self, text: str) -> list[int]:
+        """Encode text that UTF-8 can hold."""
+        return self._encoding.encode_ordinary(text)
+
     def encode_batch(self, texts: Iterable[str | bytes], threads: int) -> list[list[int]]:
         """Encode each text, on `threads` threads: the libraries run without Python's lock."""
         with ThreadPoolExecutor(threads) as pool:
             return list(pool.map(self.encode, texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """Return the bytes of the ids: a special token gives its string, an unused id nothing.
-
-        Raises `ValueError` naming an id outside 0 .. vocab_size - 1.
-        """
+        """Return the bytes of the ids: a special token gives its string, an unused id nothing."""
         pieces = []
         for token in ids:
             if not 0 <= token < self.vocab_size:
@@ -242,7 +214,6 @@ class ReleasedTokenizer(Tokenizer):
     special: all added tokens, BOS and EOS. A common one that the file lacks is None, `fim_hole_id`
         for example; BOS and EOS are what the files say (`end_id`), whatever they are called
     vocab_size: the rows of the model whose config.json is beside it, else padded as for our own
-    files: content of the files, by name; `save` writes it again
     """
 
     def __init__(self, files: dict[str, dict]):
@@ -266,10 +237,7 @@ class ReleasedTokenizer(Tokenizer):
 
     @classmethod
     def load(cls, folder: str | Path) -> "ReleasedTokenizer":
-        """Load tokenizer.json, and tokenizer_config.json and config.json if they exist.
-
-        Raises `ValueError` naming folder, file and field.
-        """
+        """Load tokenizer.json, and tokenizer_config.json and config.json if they exist."""
         paths = [Path(folder) / name for name in RELEASED]
         try:
             return cls({path.name: read_json(path) for path in paths if path.exists()})
@@ -277,23 +245,13 @@ class ReleasedTokenizer(Tokenizer):
             raise ValueError(f"no usable tokenizer in {folder}: {error}") from error
 
     def save(self, folder: str | Path) -> None:
-        """Write what was read, replacing a tokenizer.json that is already there.
-
-        Raises `ValueError` if the folder holds something else.
-        """
+        """Write what was read; the folder is new, empty, or holds a tokenizer.json to replace."""
         check_target(Path(folder), TOKENIZER)
-        self._write(folder, RELEASED)
+        write_files(folder, self.files)
 
     def save_hf(self, folder: str | Path) -> None:
         """Write what was read except config.json, which is a model's; other files stay."""
-        self._write(folder, (TOKENIZER, TOKENIZER_CONFIG))
-
-    def _write(self, folder: str | Path, names: tuple[str, ...]) -> None:
-        """Write the files of these names that were read."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for name in names:
-            if name in self.files:
-                write_whole(Path(folder) / name, json_text(self.files[name]))
+        write_files(folder, {name: self.files[name] for name in self.files if name != CONFIG})
 
     def _encode_text(self, text: str) -> list[int]:
         """Encode text that UTF-8 can hold, without adding anything to it."""
@@ -301,12 +259,9 @@ class ReleasedTokenizer(Tokenizer):
 
 
 def logged(texts: Iterable[str], made: dict) -> Iterator[str]:
-    """Yield the texts, counting and hashing them in `made`.
-
-    The trainer accepts UTF-8 only: a lone surrogate is replaced by '?'.
-    """
+    """Yield the texts, counting and hashing them in `made`."""
     for text in texts:
-        raw = text.encode("utf-8", "replace")
+        raw = text.encode("utf-8", "replace")  # the trainer takes no lone surrogate
         made["documents"] += 1
         made["bytes"] += len(raw)
         made["sha256"].update(hashlib.sha256(raw).digest())
@@ -348,9 +303,13 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     return ranks
 
 
-def json_text(value: dict) -> str:
-    """Return the text of a tokenizer's JSON file."""
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
+def write_files(folder: str | Path, files: dict[str, str | dict]) -> None:
+    """Write files by their names: a text as it is, anything else as JSON."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        if not isinstance(content, str):
+            content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_whole(Path(folder) / name, content)
 
 
 def check_target(folder: Path, file: str = RANKS) -> None:

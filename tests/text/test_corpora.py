@@ -9,7 +9,7 @@ from byte_tokens import TOKENIZER, fails, write_rows
 from minids.text import corpora
 from minids.text.corpora import HOLD_OUT, library_files, open_corpus
 from minids.text.loaders import open_data
-from minids.text.splits import held_out
+from minids.text.tasks import held_out
 
 
 def test_library_is_filtered_and_split_by_path():

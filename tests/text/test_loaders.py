@@ -22,12 +22,11 @@ from minids.text import loaders
 from minids.text.corpora import open_corpus
 from minids.text.loaders import PackedLoader, StreamLoader, open_data
 from minids.text.packing import encode_documents
-from minids.text.token_cache import Tokens
 
 
-def counting(n: int, parts: int = 3) -> Tokens:
-    """Return the tokens 0 .. n-1 in several arrays: each token is its own position."""
-    return Tokens(np.array_split(np.arange(n, dtype="<u2"), parts))
+def counting(n: int) -> np.ndarray:
+    """Return the tokens 0 .. n-1: each token is its own position."""
+    return np.arange(n, dtype="<u2")
 
 
 def check_epoch(batches, n: int, seq_len: int):
@@ -57,13 +56,18 @@ def check_targets(tokens, targets, n: int):
     assert torch.equal(targets, (tokens + 1) % n)
 
 
-def test_targets_are_one_token_ahead():
-    loader = PackedLoader(counting(97), 8)
+@pytest.mark.parametrize("n, seq_len", [(97, 8), (20, 19), (2**16, 3)])
+def test_targets_are_one_token_ahead_also_round_the_end(n, seq_len):
+    loader = PackedLoader(counting(n), seq_len)
     for _ in range(30):
         tokens, targets = loader.next_batch(3)
-        assert tokens.shape == targets.shape == (3, 8)
+        assert tokens.shape == targets.shape == (3, seq_len)
         assert tokens.dtype == targets.dtype == torch.int64
-        check_targets(tokens, targets, 97)
+        check_targets(tokens, targets, n)
+
+
+def test_wrong_targets_are_noticed():
+    tokens, _ = PackedLoader(counting(97), 8).next_batch(3)
     assert fails(check_targets, tokens, (tokens + 2) % 97, 97)
     assert fails(check_targets, tokens, tokens, 97)
 

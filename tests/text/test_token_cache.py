@@ -1,5 +1,6 @@
 """The token cache: made once, read back equal, made again where damaged, never half."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,24 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from byte_tokens import TOKENIZER, ByteTokenizer, read_all
-from hypothesis import given
-from hypothesis import strategies as st
+from byte_tokens import TOKENIZER, ByteTokenizer
 
 from minids.text import token_cache
 from minids.text.corpora import Corpus
 from minids.text.packing import encode_documents
-from minids.text.token_cache import Tokens, cached_tokens, token_dtype
+from minids.text.token_cache import cached_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@given(st.lists(st.integers(1, 5), min_size=1, max_size=5), st.data())
-def test_tokens_read_across_arrays_and_round_the_end(lengths, draw):
-    n = sum(lengths)
-    tokens = Tokens(np.split(np.arange(n), np.cumsum(lengths)[:-1]))
-    start, count = draw.draw(st.integers(0, n - 1)), draw.draw(st.integers(0, 2 * n))
-    assert tokens.read(start, count).tolist() == [(start + i) % n for i in range(count)]
 
 
 @pytest.fixture
@@ -36,22 +27,19 @@ def corpus():
 
 
 def test_cache_is_made_once_and_read_back(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_cache, "SHARD_TOKENS", 100)
     monkeypatch.setattr(token_cache, "BATCH_CHARACTERS", 64)
     tokenizer = ByteTokenizer()
     tokens = cached_tokens(corpus, tokenizer, tmp_path, fim_rate=0.3, seed=5)
     expected = encode_documents(corpus.train, tokenizer, fim_rate=0.3, seed=5)
-    assert np.array_equal(read_all(tokens["train"]), expected)
-    assert np.array_equal(read_all(tokens["valid"]), encode_documents(corpus.valid, tokenizer))
-    sizes = [len(a) for a in tokens["train"].arrays]
-    assert set(sizes[:-1]) == {100} and 0 < sizes[-1] <= 100
+    assert np.array_equal(tokens["train"], expected)
+    assert np.array_equal(tokens["valid"], encode_documents(corpus.valid, tokenizer))
     (folder,) = cache_folders(tmp_path)
-    splits = token_cache.read_index(folder)["splits"]
+    splits = json.loads((folder / "index.json").read_text())["splits"]
     assert [splits[name]["documents"] for name in ("train", "valid")] == [50, 10]
     encoded = tokenizer.encoded
     again = cached_tokens(corpus, tokenizer, tmp_path, fim_rate=0.3, seed=5)
     assert tokenizer.encoded == encoded
-    assert np.array_equal(read_all(again["train"]), expected)
+    assert np.array_equal(again["train"], expected)
 
 
 def cache_folders(cache: Path) -> list[Path]:
@@ -74,24 +62,25 @@ def test_cache_key_follows_everything_that_decides_the_bytes(corpus, tmp_path):
 
 
 def test_wide_vocabulary_takes_four_bytes(corpus, tmp_path):
-    assert token_dtype(2**16).itemsize == 2 and token_dtype(2**16 + 1).itemsize == 4
+    narrow = cached_tokens(corpus, ByteTokenizer("narrow", vocab_size=2**16), tmp_path)
+    assert narrow["train"].dtype == np.dtype("<u2")
     tokens = cached_tokens(corpus, ByteTokenizer(vocab_size=2**16 + 1), tmp_path)
-    assert tokens["train"].arrays[0].dtype == np.dtype("<u4")
-    assert np.array_equal(read_all(tokens["train"]), encode_documents(corpus.train, TOKENIZER))
+    assert tokens["train"].dtype == np.dtype("<u4")
+    assert np.array_equal(tokens["train"], encode_documents(corpus.train, TOKENIZER))
 
 
 def damage_cut(folder):
-    os.truncate(folder / "train_00000.bin", 50)
+    os.truncate(folder / "train.bin", 50)
 
 
 def damage_flip(folder):
-    raw = bytearray((folder / "train_00000.bin").read_bytes())
+    raw = bytearray((folder / "train.bin").read_bytes())
     raw[7] ^= 1
-    (folder / "train_00000.bin").write_bytes(raw)
+    (folder / "train.bin").write_bytes(raw)
 
 
 def damage_lose(folder):
-    (folder / "valid_00000.bin").unlink()
+    (folder / "valid.bin").unlink()
 
 
 def damage_index(folder):
@@ -100,12 +89,18 @@ def damage_index(folder):
 
 @pytest.mark.parametrize("damage", [damage_cut, damage_flip, damage_lose, damage_index])
 def test_damaged_cache_is_made_again(corpus, tmp_path, damage):
-    good = read_all(cached_tokens(corpus, TOKENIZER, tmp_path)["train"])
+    good = cached_tokens(corpus, TOKENIZER, tmp_path)["train"].copy()  # damage reaches the map
     (folder,) = cache_folders(tmp_path)
-    assert token_cache.read_index(folder)
+    assert token_cache.is_whole(folder)
     damage(folder)
-    assert token_cache.read_index(folder) is None
-    assert np.array_equal(read_all(cached_tokens(corpus, TOKENIZER, tmp_path)["train"]), good)
+    assert not token_cache.is_whole(folder)
+    assert np.array_equal(cached_tokens(corpus, TOKENIZER, tmp_path)["train"], good)
+
+
+def test_an_empty_split_is_refused_and_leaves_nothing(corpus, tmp_path):
+    with pytest.raises(ValueError, match="data has no document for valid"):
+        cached_tokens(Corpus("made up", corpus.train, [], "f" * 64), TOKENIZER, tmp_path)
+    assert cache_folders(tmp_path) == []
 
 
 def test_failed_tokenisation_leaves_nothing(corpus, tmp_path):
@@ -149,7 +144,7 @@ def test_kill_while_tokenising_leaves_no_usable_half(corpus, tmp_path):
     (half,) = cache_folders(tmp_path)
     assert half.suffix == ".tmp" and list(half.iterdir())
     # Wrong: had the folder had its final name, the missing index would still refuse it.
-    assert token_cache.read_index(half) is None
+    assert not token_cache.is_whole(half)
     tokens = cached_tokens(corpus, TOKENIZER, tmp_path)  # the dead owner's lock is free
-    assert np.array_equal(read_all(tokens["train"]), encode_documents(corpus.train, TOKENIZER))
+    assert np.array_equal(tokens["train"], encode_documents(corpus.train, TOKENIZER))
     assert [p.suffix for p in cache_folders(tmp_path)] == [""]
