@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 
 from minids.base.files import read_jsonl
-from minids.sft import read_conversations
+from minids.sft import SftArgs, open_conversations
 
 
 def old_reader(path):
@@ -56,11 +56,12 @@ def test_a_blank_line_is_refused_unless_skipped(content, line, values, tmp_path)
 
 def test_conversations_refuse_a_blank_line(tmp_path):
     path, row = tmp_path / "talk.jsonl", json.dumps({"messages": [{"role": "user"}]})
+    args = SftArgs(data=f"jsonl:{path}")
     path.write_text(f"{row}\n{row}\n")
-    assert len(read_conversations(path)) == 2
+    assert len(open_conversations(args)) == 2
     path.write_text(f"{row}\n\n{row}\n")
     with pytest.raises(ValueError, match=re.escape(f"not valid: {path} line 2 is blank")):
-        read_conversations(path)
+        open_conversations(args)
 
 
 def test_the_last_line_needs_no_end_and_windows_ends_are_fine(tmp_path):
