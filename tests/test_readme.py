@@ -1,8 +1,8 @@
 """Run every command of the four pages, as it stands there, made small by more flags.
 
-All run in this process, by `runpy`, in a temporary folder: importing torch takes seconds. A
-command is run here or named in ELSEWHERE with the test that runs it; one that stands on two pages
-is run once.
+All run in this process, or in one more, by `runpy`, in a temporary folder: importing torch takes
+seconds. A command is run here or named in ELSEWHERE with the test that runs it; one that stands on
+two pages is run once.
 """
 
 import contextlib
@@ -12,10 +12,11 @@ import re
 import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,7 +31,7 @@ PAGES = ("README.md", "minids/README.md", "notebooks/README.md", "figures/README
 PROGRAMS = ("python", "pip", "pytest", "jupyter", "nbgrader", "cd")
 
 # The beginning of a command -> flags that make it small. The longest beginning counts.
-GIVEN = "--steps 2 --batch-size 2 --seq-len 64 --eval-every 0 --threads 1"
+GIVEN = "--steps 2 --batch-size 2 --seq-len 64 --max-seq-len 64 --eval-every 0 --threads 1"
 TRAIN = f"{GIVEN} --data text:my_folder"
 BENCH = "--preset nano --pairs 1 --steps-per-timing 1 --batch-size 1 --seq-len 32 --threads 1"
 SMALL = {
@@ -181,14 +182,8 @@ class Said(NamedTuple):
 
 
 def run_here(folder: Path, command: str, extra: str = "") -> Said:
-    """Run `python ..` of a page, made small, in a folder, as the program of this process.
-
-    What reads the hub gets a process of its own: the hub's address is read when it is imported.
-    """
+    """Run `python ..` of a page, made small, in a folder, as the program of this process."""
     _, *words = shlex.split(f"{command} {extra}")
-    if re.search("hf:|gsm8k", command):
-        done = subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True)
-        return Said(done.returncode, done.stdout, done.stderr)
     name = words.pop(1) if words[0] == "-m" else ""
     out, err, status = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(), \
@@ -204,6 +199,13 @@ def run_here(folder: Path, command: str, extra: str = "") -> Said:
         except SystemExit as end:
             status = end.code or 0
     return Said(status, out.getvalue(), err.getvalue())
+
+
+@pytest.fixture(scope="module")
+def online(surroundings) -> ProcessPoolExecutor:
+    """One more process, for what reads the hub: its library reads the address when imported."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        yield pool
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -263,11 +265,14 @@ def released(folder: Path) -> None:
 
 @pytest.mark.parametrize("commands", [pytest.param(
     c, marks=pytest.mark.slow if c[0].startswith(SLOW) else ()) for c in HERE], ids=title)
-def test_the_commands_of_a_block_run(commands, first_run, tmp_path):
+def test_the_commands_of_a_block_run(commands, first_run, online, tmp_path):
     prepare(tmp_path, first_run, commands)
     for command in commands:
         more = "--help" if command in NAMED else SMALL[beginning(command, SMALL)]
-        said = run_here(tmp_path, command, more)
+        if re.search("hf:|gsm8k", command):
+            said = online.submit(run_here, tmp_path, command, more).result()
+        else:
+            said = run_here(tmp_path, command, more)
         assert said.status == 0, f"{command}\n{said.out}\n{said.err}"
 
 

@@ -206,7 +206,7 @@ BAD_STAGES = {
     "indexer from the start": (["--preset", "nano", "--index-n-heads", "4"], "index_n_heads = 4",
                                "--from RUN --dsa warmup"),
     "too long": (["--from", "{unbroken}", "--dsa", "warmup", "--seq-len", "300"], "seq_len = 300",
-                 "max_seq_len = 256"),
+                 "max_seq_len = 64"),
 }
 
 

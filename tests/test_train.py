@@ -7,6 +7,7 @@ import pytest
 import torch
 import training_runs
 from training_runs import (
+    SAMPLED,
     STEPS,
     VOCABULARY,
     make_trainer,
@@ -223,7 +224,8 @@ def test_run_folder_describes_itself(home, unbroken):
     model, args = ModelArgs(**config["model"]), TrainArgs(**config["train"])
     expected = settings(home) | {"out": str(unbroken)}
     assert args == TrainArgs.for_preset("nano", **expected)
-    assert asdict(model) == asdict(replace(ModelArgs.preset("nano"), vocab_size=VOCABULARY))
+    assert asdict(model) == asdict(replace(
+        ModelArgs.preset("nano"), vocab_size=VOCABULARY, max_seq_len=SAMPLED))
     tokenizer = Tokenizer.load(unbroken / "tokenizer")
     assert config["tokenizer"] == tokenizer.fingerprint
     assert config["versions"].keys() >= {"minids", "torch", "python"}

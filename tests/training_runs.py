@@ -28,6 +28,7 @@ from minids.train import Trainer
 
 STEPS = 24
 VOCABULARY = 320
+SAMPLED = 64  # longest text; else the sample at a run's end takes twice the time of its steps
 
 
 class Said(NamedTuple):
@@ -82,7 +83,7 @@ def as_flags(options: dict) -> list[str]:
 
 @pytest.fixture(scope="module")
 def flags(home) -> list[str]:
-    return ["--preset", "nano", *as_flags(settings(home))]
+    return ["--preset", "nano", "--max-seq-len", str(SAMPLED), *as_flags(settings(home))]
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,8 @@ def make_trainer(home: Path, run: Path, **changes) -> Trainer:
     torch.set_num_threads(1)
     args = TrainArgs.for_preset("nano", **settings(home) | {"out": str(run)} | changes)
     tokenizer = Tokenizer.load(args.tokenizer)
-    model_args = replace(ModelArgs.preset("nano"), vocab_size=tokenizer.vocab_size)
+    model_args = replace(ModelArgs.preset("nano"), vocab_size=tokenizer.vocab_size,
+                         max_seq_len=SAMPLED)
     return Trainer(args, model_args, run, tokenizer)
 
 

@@ -15,10 +15,12 @@ side when other documents come or go.
 import codecs
 import glob
 import hashlib
+import os
 import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from minids.base.fields import nearest
@@ -73,12 +75,14 @@ def library_files(root: Path) -> Iterator[tuple[str, str]]:
 
     Skipped are tests, generated tables, files under 256 bytes, duplicates, and what is not UTF-8.
     """
-    seen = set()
-    for path in sorted(p.relative_to(root).as_posix() for p in root.rglob("*.py")):
+    seen, found = set(), []
+    for folder, inner, names in os.walk(root):
+        inner[:] = set(inner) - SKIPPED_FOLDERS  # not entered: there may be many packages
+        found += [Path(folder, n).relative_to(root).as_posix() for n in names if n.endswith(".py")]
+    for path in sorted(found):
         *folders, name = path.split("/")
-        table = (name.startswith("_sysconfigdata") or path == "pydoc_data/topics.py"
-                 or folders[:1] == ["encodings"] and name not in ("__init__.py", "aliases.py"))
-        if table or SKIPPED_FOLDERS & set(folders):
+        if (name.startswith("_sysconfigdata") or path == "pydoc_data/topics.py"
+                or folders[:1] == ["encodings"] and name not in ("__init__.py", "aliases.py")):
             continue
         raw = (root / path).read_bytes().replace(b"\r\n", b"\n")
         digest = hashlib.sha256(raw).digest()
@@ -103,6 +107,7 @@ def open_pystdlib() -> Corpus:
     return Corpus("pystdlib", train, valid, content.hexdigest())
 
 
+@cache
 def open_examples(spec: str, name: str) -> Corpus:
     """Return problems of a task as plain text, some worked out, some with the answer only."""
     task = open_task(name)
