@@ -28,6 +28,7 @@ from minids.runs.checkpoints import load_weights, newest_checkpoint, resolve
 from minids.runs.open import open_source
 from minids.runs.settings import TrainArgs
 from minids.sft import SftArgs, sft
+from minids.text import corpora
 from minids.train import train
 
 SMALL = dict(questions=4, group=4, max_new_tokens=12, eval_problems=8, eval_every=2, threads=1,
@@ -39,7 +40,8 @@ PARTS = "accuracy", "format", "language", "length"  # of a reward
 def base(tmp_path_factory) -> Path:
     """A model that has learnt the form of a reply but not how to calculate."""
     home = tmp_path_factory.mktemp("grpo")
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "EXAMPLES", 2000)
         train(TrainArgs.for_preset("micro", out=str(home / "base"), steps=10, eval_every=0,
                                    threads=1))
         sft(SftArgs.for_preset(from_run=str(home / "base"), out=str(home / "sft"), steps=20,

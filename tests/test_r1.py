@@ -24,6 +24,7 @@ from minids.runs.checkpoints import load_weights, resolve
 from minids.runs.learner import Learner
 from minids.runs.open import open_model
 from minids.sft import SftArgs, open_conversations
+from minids.text import corpora
 from minids.text.chat import Reply
 from minids.text.tasks import Problem, open_task
 
@@ -40,11 +41,13 @@ BRIEF = dict(
 def shorten(patch: pytest.MonkeyPatch) -> None:
     """Make the pipeline a few steps long, with teachers that are always right."""
     patch.setitem(PRESETS, "tiny", BRIEF)
+    patch.setattr(corpora, "EXAMPLES", 2000)
     patch.setattr(distill_module, "verdict", lambda *_: "kept")
     patch.setattr(distill_module, "ask", lambda model, tokenizer, questions, *_, **__: [
         Reply("1+1=2", "2", True, 9) for _ in questions])
-    for name in ("early", "early-sft"):
-        patch.setitem(ALL, name, CONTROLS[name]._replace(changed=dict(steps=2)))
+    for name, changed in (("early", dict(steps=2)), ("early-sft", dict(steps=2)),
+                          ("direct", dict(think=0.0, examples=64))):
+        patch.setitem(ALL, name, CONTROLS[name]._replace(changed=changed))
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ import random
 import sysconfig
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from minids.base.fields import nearest
@@ -107,7 +106,6 @@ def open_pystdlib() -> Corpus:
     return Corpus("pystdlib", train, valid, content.hexdigest())
 
 
-@cache
 def open_examples(spec: str, name: str) -> Corpus:
     """Return problems of a task as plain text, some worked out, some with the answer only."""
     task = open_task(name)

@@ -156,10 +156,10 @@ def test_nested_answers_are_compared_number_by_number(answer, expected, right):
 
 
 def test_a_huge_answer_is_not_written_out():
-    start = time.monotonic()
+    start = time.process_time()
     assert problems(lambda: [0] * 10 ** 7, [((), 3, "hint")]) == [
         "<lambda>() gives a list of length 10000000 instead of 3: hint"]
-    assert time.monotonic() - start < 2.0
+    assert time.process_time() - start < 2.0
 
 
 @pytest.mark.parametrize("answer", [3, None, torch.nn.Identity()])

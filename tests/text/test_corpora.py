@@ -96,7 +96,6 @@ def test_several_documents_none_held_out(tmp_path):
 
 def test_examples_of_a_task_are_split_and_partly_worked_out(monkeypatch):
     monkeypatch.setattr(corpora, "EXAMPLES", 2000)
-    monkeypatch.setattr(corpora, "open_examples", corpora.open_examples.__wrapped__)  # anew
     corpus, again = open_corpus("task:calculator:3"), open_corpus("task:calculator:3")
     assert (len(corpus.train), len(corpus.valid)) == (2000, 100)
     assert (corpus.train, corpus.valid) == (again.train, again.valid)
