@@ -146,6 +146,18 @@ def all_checkpoints(run: Path) -> list[Path]:
     return [path for _, _, path in sorted(found, reverse=True)]
 
 
+def forget_beginning(run: Path) -> None:
+    """Remove the step 0 of a run that was killed before it began; another run may take its place.
+
+    Raises `ValueError` for later checkpoints: they belong to a run whose config.json is lost.
+    """
+    for path in all_checkpoints(run):
+        if int(NAME.fullmatch(path.name)[1]):
+            raise ValueError(f"out = {str(run)!r} is not valid: it holds {path.name} but no "
+                             "config.json; put that back, or name another folder")
+        discard(path)
+
+
 def read_manifest(path: Path) -> dict:
     """Read a checkpoint's manifest; raise `ValueError` if missing, unreadable or changed."""
     file = Path(path) / MANIFEST

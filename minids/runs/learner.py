@@ -139,10 +139,9 @@ class Learner:
                     raise Stopped(self.stop_signal, ["--resume", "--out", str(self.run)])
 
     def begin_from(self, source: Source) -> None:
-        """Take over weights, and save them as step 0: the run's own folder is then all it needs."""
+        """Take over weights; step 0 is saved when this, and what a subclass adds, is done."""
         self.source = source.describe()
         load_weights_without_indexer(self.model, source.weights())
-        self.save()
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, with this run's peak rates."""
@@ -229,8 +228,10 @@ def run_learner(learner: Learner, source: Source | None) -> None:
         else:
             if learner.args.resume:
                 print(f"{learner.run} holds no run yet: starting from the beginning", flush=True)
+            checkpoints.forget_beginning(learner.run)
             if source:
                 learner.begin_from(source)
+                learner.save()  # the run's own folder is then all it needs
             learner.tokenizer.save(learner.run / "tokenizer")
             learner.write_config()  # comes last, so a folder that has it is complete
         learner.train()

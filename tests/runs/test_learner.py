@@ -35,7 +35,7 @@ from training_runs import (
 )
 
 from minids.base.command_line import Stopped, run_program
-from minids.runs.checkpoints import newest_checkpoint
+from minids.runs.checkpoints import load_weights, newest_checkpoint, save_checkpoint
 from minids.runs.optimizers import Muon
 from minids.text.loaders import PackedLoader
 from minids.train import Trainer
@@ -98,6 +98,23 @@ def test_run_killed_before_its_first_checkpoint_starts_over(tmp_path, unbroken):
     run = cut_back(unbroken, tmp_path / "run", 0)
     said = run_train("--resume", "--out", str(run))
     assert said.status == 0 and differences(unbroken, run) == []
+
+
+def test_a_run_that_never_began_leaves_no_step_to_resume_from(tmp_path, unbroken, flags):
+    """It was to begin with another run's weights, and was killed before its config.json."""
+    run = tmp_path / "run"
+    save_checkpoint(run, 0, load_weights(newest_checkpoint(unbroken)), {})
+    assert run_train(*flags, "--out", str(run)).status == 0
+    assert not (run / "checkpoints/step_000000").exists() and differences(unbroken, run) == []
+
+
+def test_checkpoints_without_their_config_are_not_written_over(tmp_path, unbroken, flags):
+    shutil.copytree(unbroken, tmp_path / "run")
+    (tmp_path / "run/config.json").unlink()
+    before = everything(tmp_path / "run")
+    said = run_train(*flags, "--out", str(tmp_path / "run"))
+    training_runs.assert_refused(said, "out = ", f"step_{STEPS:06d} but no config.json")
+    assert everything(tmp_path / "run") == before
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "manifest.json"])
