@@ -18,18 +18,18 @@ from torch import Tensor
 
 from minids.apply.fp8 import use_fp8
 from minids.base.command_line import parse, run_program
-from minids.base.fields import Settings, option
+from minids.base.fields import option
 from minids.base.tables import format_table
 from minids.infer.generation import generate
 from minids.infer.selections import compare_selections, selection_table
 from minids.infer.validation import draft_agreement, evaluate, kinds_of_tokens, windows
-from minids.runs.device import pick_device, prepare_cpu
+from minids.runs.device import Machine
 from minids.runs.open import open_model
 from minids.text.loaders import open_data
 
 
 @dataclass(frozen=True)
-class EvaluateArgs(Settings):
+class EvaluateArgs(Machine):
     """Which run to evaluate, and on what."""
 
     run: str = option("runs/tiny", "run folder, one of its checkpoints, or a Hugging Face folder")
@@ -41,9 +41,6 @@ class EvaluateArgs(Settings):
     index_topk: int = option(0, "k of --selections; 0: the model's or an eighth of a window", low=0)
     drafts: bool = option(False, "measure how often the MTP modules predict the model's choice")
     fp8: bool = option(False, "products of linear layers and experts in FP8")
-    device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
-    bodies: str = option("auto", "the fastest bodies, or off: plain definitions", ("auto", "off"))
 
 
 def draft_table(run, text: Tensor, seq_len: int, batch_size: int, max_tokens: int | None) -> str:
@@ -68,8 +65,7 @@ def main() -> None:
     """Run the command line."""
     [given] = parse("minids.evaluate", __doc__, EvaluateArgs)
     args = EvaluateArgs(**given)
-    prepare_cpu(args.threads, args.bodies)
-    run = open_model(args.run, pick_device(args.device))
+    run = open_model(args.run, args.prepare())
     # A Hugging Face folder does not say what its model was trained on.
     train = run.config.get("train") or {"data": "pystdlib",
                                         "seq_len": min(run.model.args.max_seq_len, 1024)}

@@ -16,9 +16,9 @@ import sys
 from dataclasses import dataclass
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import Settings, option
+from minids.base.fields import option
 from minids.infer.generation import check_arguments, generate
-from minids.runs.device import pick_device, prepare_cpu
+from minids.runs.device import Machine
 from minids.runs.open import open_model
 from minids.text.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ class Writer:
 
 
 @dataclass(frozen=True)
-class GenerateArgs(Settings):
+class GenerateArgs(Machine):
     """Sampling"""
 
     run: str = option("runs/tiny", "run folder, one of its checkpoints, or a Hugging Face folder")
@@ -55,13 +55,11 @@ class GenerateArgs(Settings):
     samples: int = option(1, "number of texts, written one after the other", low=1)
     speculative: int = option(0, "tokens that the MTP modules draft for each pass; 0: none", low=0)
     device: str = option("cpu", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
-    bodies: str = option("auto", "the fastest bodies, or off: plain definitions", ("auto", "off"))
 
 
 def write_samples(args: GenerateArgs) -> None:
     """Load the run and print its samples as they come, then a line of statistics on stderr."""
-    run = open_model(args.run, pick_device(args.device))
+    run = open_model(args.run, args.prepare())
     tokenizer = run.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
     how = args.max_new_tokens, args.temperature, args.top_k, args.top_p
@@ -82,9 +80,7 @@ def write_samples(args: GenerateArgs) -> None:
 def main() -> None:
     """Run the command line."""
     [given] = parse("minids.generate", __doc__, GenerateArgs)
-    args = GenerateArgs(**given)
-    prepare_cpu(args.threads, args.bodies)
-    write_samples(args)
+    write_samples(GenerateArgs(**given))
 
 
 if __name__ == "__main__":

@@ -43,9 +43,8 @@ from minids.rl.examination import Asking, examine_modes
 from minids.rl.objectives import OBJECTIVES, ObjectiveArgs, advantages, objective, token_weights
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.rl.rollout import Rollout, log_probs, roll_out
-from minids.runs.device import prepare_cpu
-from minids.runs.learner import Learner, run_learner
-from minids.runs.open import Source, settings, source_of
+from minids.runs.learner import Learner, learn
+from minids.runs.open import Source, settings
 from minids.runs.settings import LearnArgs
 from minids.text.chat import MODES, TEMPLATES, Reply
 from minids.text.tasks import TASKS, Problem, open_task
@@ -252,6 +251,11 @@ class Reinforcer(Learner):
         record.update(found)
         return 1 - max(marks["accuracy"] for marks in found.values())
 
+    def describe(self) -> str:
+        args = self.args
+        return (f"{args.task}, {args.questions} questions with {args.group} replies each, "
+                f"objective {args.objective}")
+
     def line(self, record: dict) -> str:
         marks = ", ".join(f"{m} {record[m]['accuracy']:.3f}" for m in MODES if m in record)
         return (f"reward {record['reward']:.3f}, thinking {record['thinking']:.2f}, "
@@ -260,17 +264,8 @@ class Reinforcer(Learner):
 
 
 def grpo(args: GrpoArgs) -> Path:
-    """Reinforce a model, or continue the run in `args.out` if `args.resume`; returns its folder.
-
-    Raises `ValueError` for settings that do not fit, before anything is written.
-    """
-    prepare_cpu(args.threads, args.bodies)
-    source = source_of(args)
-    learner = Reinforcer(args, source.args, Path(args.out), source.tokenizer)
-    print(f"grpo    {args.task}, {args.questions} questions with {args.group} replies each, "
-          f"objective {args.objective}; run {args.out}, on {learner.device}", flush=True)
-    run_learner(learner, source)
-    return learner.run
+    """Reinforce a model; see `minids.runs.learner.learn`."""
+    return learn(Reinforcer, args)
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minids.base.command_line import Stopped, parse, run_program
-from minids.base.fields import Settings, option
+from minids.base.fields import option
 from minids.base.files import read_json, write_json
 from minids.base.tables import format_table
 from minids.distill import CorpusArgs, write_corpus
@@ -39,7 +39,7 @@ from minids.grpo import GrpoArgs, grpo
 from minids.plots.runs import grpo_figure
 from minids.rl.examination import Asking, examine_modes, pass_curve
 from minids.runs.checkpoints import newest_checkpoint
-from minids.runs.device import prepare_cpu
+from minids.runs.device import Machine
 from minids.runs.learner import read_metrics
 from minids.runs.open import open_model
 from minids.runs.settings import TrainArgs
@@ -109,7 +109,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class R1Args(Settings):
+class R1Args(Machine):
     """Stages, folder and device."""
 
     preset: str = option("tiny", "tiny calculates; countdown searches, for longer", tuple(PRESETS))
@@ -117,7 +117,6 @@ class R1Args(Settings):
     controls: bool = option(False, "run the controls too")
     problems: int = option(400, "held-out problems that the table is measured on", low=1)
     seed: int = option(0, "decides weights, data and samples", low=0, high=2 ** 32 - 1)
-    device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(1, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
 
 
@@ -147,7 +146,8 @@ class Pipeline:
         """Run a stage to its last step, unless it is there."""
         args, examples = self.args, f"task:{self.task.name}"
         given = dict(self.preset[stage.like or name], **stage.changed, out=str(self.run / name),
-                     resume=True, seed=args.seed, device=args.device, threads=args.threads)
+                     resume=True, seed=args.seed, device=args.device, threads=args.threads,
+                     bodies=args.bodies)
         if stage.before:
             given |= dict(from_run=str(self.run / stage.before), task=self.task.name)
         if stage.program is train:
@@ -229,7 +229,7 @@ def r1(args: R1Args) -> dict[str, dict]:
 
     Raises `ValueError` for settings that do not fit, and `Stopped` after a signal.
     """
-    prepare_cpu(args.threads)
+    args.prepare()
     pipeline = Pipeline(args)
     for name, stage in (ALL if args.controls else STAGES).items():
         pipeline.make(name, stage)

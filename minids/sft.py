@@ -28,9 +28,8 @@ from minids.base.files import read_jsonl
 from minids.config import ModelArgs
 from minids.model.objective import Packed
 from minids.rl.examination import Asking, examine_modes
-from minids.runs.device import prepare_cpu
-from minids.runs.learner import Learner, run_learner
-from minids.runs.open import settings, source_of
+from minids.runs.learner import Learner, learn
+from minids.runs.open import settings
 from minids.runs.settings import LearnArgs
 from minids.text.chat import MODES, Chat
 from minids.text.tasks import Problem, open_task
@@ -187,24 +186,19 @@ class FineTuner(Learner):
                                         how))
         return 1 - (record["think"]["accuracy"] + record["direct"]["accuracy"]) / 2
 
+    def describe(self) -> str:
+        tokens, mask = self.rows.tokens, self.rows.loss_mask
+        return (f"{self.args.data}: {len(tokens):,} rows of {tokens.size(1)} tokens, "
+                f"{int(mask.sum()):,} tokens in the loss mask")
+
     def line(self, record: dict) -> str:
         marks = "".join(f", {m} {record[m]['accuracy']:.3f}" for m in MODES if m in record)
         return f"loss {record['loss']:.3f}{marks}"
 
 
 def sft(args: SftArgs) -> Path:
-    """Fine-tune a model, or continue the run in `args.out` if `args.resume`; returns its folder.
-
-    Raises `ValueError` for settings that do not fit, before anything is written.
-    """
-    prepare_cpu(args.threads, args.bodies)
-    source = source_of(args)
-    tuner = FineTuner(args, source.args, Path(args.out), source.tokenizer)
-    print(f"sft     {args.data}: {len(tuner.rows.tokens):,} rows of {args.seq_len} tokens, "
-          f"{int(tuner.rows.loss_mask.sum()):,} tokens in the loss mask; run {args.out}, on "
-          f"{tuner.device}", flush=True)
-    run_learner(tuner, source)
-    return tuner.run
+    """Fine-tune a model; see `minids.runs.learner.learn`."""
+    return learn(FineTuner, args)
 
 
 def main() -> None:

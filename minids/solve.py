@@ -12,17 +12,17 @@ samples, pass@k is the probability that one of k replies is right (`minids.rl.ex
 from dataclasses import dataclass
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import Settings, option, require
+from minids.base.fields import option, require
 from minids.base.tables import format_table
 from minids.rl.examination import Asking, ask, mark, pass_curve
-from minids.runs.device import pick_device, prepare_cpu
+from minids.runs.device import Machine
 from minids.runs.open import open_model
 from minids.text.chat import MODES, TEMPLATES
 from minids.text.tasks import TASKS, open_task
 
 
 @dataclass(frozen=True)
-class SolveArgs(Settings):
+class SolveArgs(Machine):
     """The problems and how they are asked."""
 
     run: str = option("runs/r1/final", "run folder, checkpoint, or Hugging Face folder")
@@ -36,8 +36,6 @@ class SolveArgs(Settings):
     samples: int = option(1, "replies to each problem; more than one also give pass@k", low=1)
     show: int = option(0, "number of replies to print", low=0)
     seed: int = option(0, "decides the samples", low=0, high=2 ** 32 - 1)
-    device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,7 +45,7 @@ class SolveArgs(Settings):
 
 def report(args: SolveArgs) -> str:
     """Return the table of marks; print some replies, and pass@k, on the way."""
-    task, run = open_task(args.task), open_model(args.run, pick_device(args.device))
+    task, run = open_task(args.task), open_model(args.run, args.prepare())
     problems = task.some(args.problems, "held-out", seed=0)
     rows = [["mode", "accuracy", "well formed", "thinks", "tokens"]]
     for mode in [args.mode] if args.mode else MODES:
@@ -68,9 +66,7 @@ def report(args: SolveArgs) -> str:
 def main() -> None:
     """Run the command line."""
     [given] = parse("minids.solve", __doc__, SolveArgs)
-    args = SolveArgs(**given)
-    prepare_cpu(args.threads)
-    print(report(args))
+    print(report(SolveArgs(**given)))
 
 
 if __name__ == "__main__":

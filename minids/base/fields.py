@@ -28,10 +28,15 @@ def nearest(name: str, valid) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
-def require(args, name: str, holds: bool, valid: str) -> None:
-    """Raise the one-line `ValueError` that names a field, its value and what is valid."""
+def demand(name: str, value, holds: bool, valid: str) -> None:
+    """Raise the one-line `ValueError` that names a value and what is valid, unless it `holds`."""
     if not holds:
-        raise ValueError(f"{name} = {getattr(args, name)!r} is not valid: it must be {valid}")
+        raise ValueError(f"{name} = {value!r} is not valid: it must be {valid}")
+
+
+def require(args, name: str, holds: bool, valid: str) -> None:
+    """Demand a rule of a field of settings."""
+    demand(name, getattr(args, name), holds, valid)
 
 
 def bounds(f) -> str:

@@ -8,7 +8,7 @@ the key "minids", if they differ from what the other fields imply.
 import re
 from dataclasses import replace
 
-from minids.base.fields import nearest, require
+from minids.base.fields import demand, nearest, require
 from minids.config import ModelArgs
 from minids.fp8 import BLOCK
 
@@ -90,12 +90,6 @@ def config_from_args(args: ModelArgs) -> dict:
     own = {name: getattr(args, name) for name in OWN_FIELDS
            if getattr(args, name) != getattr(back, name)}
     return config | ({OWN_KEY: own} if own else {})
-
-
-def demand(name: str, value, holds: bool, valid: str) -> None:
-    """Raise the one-line `ValueError` that names a field of config.json, unless `holds`."""
-    if not holds:
-        raise ValueError(f"{name} = {value!r} is not valid: it must be {valid}")
 
 
 def demand_each(given: dict, valid: dict[str, tuple], where: str = "", note: str = "") -> None:

@@ -19,12 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from minids.base.fields import demand
 from minids.base.files import flush, publish, read_json
 from minids.config import ModelArgs
 from minids.fp8 import quantize_weight
 from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, goes_to_fp8, own_dtype, to_hf
 from minids.hf.reading import aside_of
-from minids.hf.settings import FP8_CONFIG, QUANTIZE, config_from_args, demand, model_type_of
+from minids.hf.settings import FP8_CONFIG, QUANTIZE, config_from_args, model_type_of
 from minids.model.transformer import Transformer
 from minids.text.tokenizer import Tokenizer
 

@@ -13,6 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from minids.base.fields import demand
 from minids.infer.decoding import last_states, new_cache, next_token, prefill, right_pad
 from minids.infer.sampling import Sampler
 from minids.infer.speculative import speculative_rounds
@@ -122,8 +123,7 @@ def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, sp
             ("speculative", speculative, speculative >= 0, "0 or more"),
             ("speculative", speculative, speculative == 0 or args.n_mtp_layers > 0,
              "0: this model has no MTP module to draft with")):
-        if not holds:
-            raise ValueError(f"{name} = {value!r} is not valid: it must be {valid}")
+        demand(name, value, holds, valid)
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("prompts: one is empty, or there are none: each needs at least one token")
     for token in chain.from_iterable(prompts):

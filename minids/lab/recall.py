@@ -31,14 +31,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import Settings, option, require
+from minids.base.fields import option, require
 from minids.base.files import read_json, write_json
 from minids.base.tables import format_table
 from minids.config import ModelArgs
 from minids.infer.selections import all_scores, attention_recall, best, everything, selecting
 from minids.model.sparse_attention import freeze_all_but_indexers, load_weights_without_indexer
 from minids.model.transformer import Transformer
-from minids.runs.device import pick_device, pick_dtype, prepare_cpu
+from minids.runs.device import Machine, pick_dtype
 from minids.runs.optimizers import build_optimizers, clip_gradients, set_learning_rate
 from minids.runs.settings import TrainArgs
 
@@ -50,7 +50,7 @@ INIT_STD = 0.02  # at 0.1 this model does not learn the task
 
 
 @dataclass(frozen=True)
-class RecallArgs(Settings):
+class RecallArgs(Machine):
     """The task and its training."""
 
     seq_len: int = option(2048, "tokens per sequence, a multiple of 16", low=2 * SHORTEST)
@@ -72,8 +72,6 @@ class RecallArgs(Settings):
                         ("auto", "bf16", "fp32"))
     out: str = option("", "folder to save the models of both stages in; none saves nothing")
     seed: int = option(0, "seed of weights and sequences", low=0, high=2 ** 32 - 1)
-    device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
 
     def __post_init__(self):
         super().__post_init__()
@@ -227,11 +225,11 @@ def main() -> None:
     """Train; print `accuracies`, and save the model, after the stages "warmup" and "sparse"."""
     [given] = parse("minids.lab.recall", __doc__, RecallArgs)
     args = RecallArgs(**given)
-    prepare_cpu(args.threads)
+    device = args.prepare()
     print(f"recall over {args.seq_len} tokens, {pairs_in(args.seq_len)} pairs, chance "
           f"{1 / VALUES:.2%}; {args.device}, torch {torch.__version__}", flush=True)
     torch.manual_seed(args.seed)
-    model, start = Transformer(args.model()).to(pick_device(args.device)), time.perf_counter()
+    model, start = Transformer(args.model()).to(device), time.perf_counter()
     for length, steps in train_dense(args, model):
         spent = time.perf_counter() - start
         print(f"{length} tokens solved after {steps} steps, {spent:.0f} s", flush=True)

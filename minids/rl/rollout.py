@@ -16,11 +16,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minids.infer.decoding import last_states, new_cache, next_token, prefill, right_pad
 from minids.infer.sampling import Sampler
-from minids.model.moe import Routing
 from minids.model.transformer import Transformer
 
 
@@ -62,61 +62,40 @@ class Rollout(NamedTuple):
 def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler,
              eos_id: int) -> Rollout:
     """Write a reply to each prompt, of at most `max_new_tokens`, at a temperature above 0."""
-    text, lengths = right_pad(prompts, model.head.weight.device)  # (B, P), (B,)
-    cache = new_cache(model, len(text), text.size(1) + max_new_tokens)
-    columns, logps, masks, passes = [], [], [], []
-    running = torch.ones(len(text), dtype=torch.bool, device=text.device)
+    weight = model.head.weight
+    text, lengths = right_pad(prompts, weight.device)  # (B, P), (B,)
+    (batch, longest), row = text.shape, torch.arange(len(text), device=weight.device)
+    tokens = F.pad(text, (0, max_new_tokens))  # (B, L)
+    room = batch, longest + max_new_tokens - 1
+    logp = weight.new_zeros(room, dtype=torch.promote_types(weight.dtype, torch.float32))
+    written = torch.zeros_like(logp, dtype=torch.bool)
+    allowed = written.new_zeros(*room, len(weight)) if sampler.cuts else None
+    routes = {block.layer: text.new_zeros(*room, model.args.n_activated_experts)
+              for block in model.layers if block.is_moe}
+    running = torch.ones_like(row, dtype=torch.bool)
+    cache = new_cache(model, batch, tokens.size(1))
     with torch.inference_mode():
         found = prefill(model, cache, text, lengths)
+        for kept, routing in zip(routes.values(), found.routings, strict=True):
+            kept[:, :longest] = routing.indices
         states = last_states(found.states, lengths)  # (B, D)
-        while True:
-            passes.append(found.routings)
+        for step in range(max_new_tokens):
+            at = lengths + step  # (B,), positions of the tokens to draw
             probs = sampler.distribution(model.head(states))  # (B, V)
             token = sampler.draw(probs)  # (B,)
-            columns.append(token)
-            logps.append(probs.gather(1, token[:, None]).squeeze(1).log())
+            tokens[row, at] = token
+            written[row, at - 1] = running
+            logp[row, at - 1] = probs[row, token].log().masked_fill(~running, 0.0)
             if sampler.cuts:
-                masks.append(probs > 0)
+                allowed[row, at - 1] = probs > 0
             running &= token != eos_id
-            if len(columns) == max_new_tokens or not running.any():
+            if step == max_new_tokens - 1 or not running.any():
                 break
             found = next_token(model, cache, token)
+            for kept, routing in zip(routes.values(), found.routings, strict=True):
+                kept[row, at] = routing.indices[:, 0]
             states = found.states[:, -1]
-    layers = [block.layer for block in model.layers if block.is_moe]
-    routes = dict(zip(layers, zip(*passes, strict=True), strict=True))
-    return align(text, lengths, torch.stack(columns, 1), torch.stack(logps, 1),
-                 torch.stack(masks, 1) if masks else None, routes, eos_id)
-
-
-def align(text: Tensor, lengths: Tensor, written: Tensor, logp: Tensor, allowed: Tensor | None,
-          routes: dict[int, tuple[Routing, ...]], eos_id: int) -> Rollout:
-    """Put what was sampled behind its prompts.
-
-    text: (B, P), lengths: (B,); written, logp: (B, T); allowed: (B, T, V)
-    routes: by layer, the routing of the prompts, (B, P), and of each of the T - 1 steps, (B, 1)
-    """
-    ends = (written == eos_id).long()
-    alive = ends.cumsum(1) == ends  # (B, T), up to the first EOS
-    row = torch.arange(len(text), device=text.device)[:, None]
-    at = lengths[:, None] + torch.arange(written.size(1), device=text.device)  # (B, T), positions
-    size = text.size(1) + written.size(1)
-
-    def behind(positions: Tensor, values: Tensor, start: Tensor | None = None) -> Tensor:
-        full = values.new_zeros(len(text), size - 1, *values.shape[2:])
-        if start is not None:
-            full[:, :start.size(1)] = start
-        full[row, positions] = values
-        return full
-
-    tokens = torch.cat([text, torch.zeros_like(written)], dim=1)
-    tokens[row, at] = written
-    chosen = {layer: torch.cat([step.indices for step in steps], dim=1)
-              for layer, steps in routes.items()}  # (B, P + T - 1, K)
-    return Rollout(
-        tokens, behind(at - 1, alive), behind(at - 1, logp.masked_fill(~alive, 0.0)),
-        {layer: behind(at[:, :-1], indices[:, text.size(1):], indices[:, :text.size(1)])
-         for layer, indices in chosen.items()},
-        None if allowed is None else behind(at - 1, allowed)).part(slice(None))
+    return Rollout(tokens, written, logp, routes, allowed).part(slice(None))
 
 
 def log_probs(model: Transformer, rollout: Rollout, temperature: float = 1.0,

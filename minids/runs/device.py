@@ -5,13 +5,28 @@ import os
 import platform
 import resource
 import sys
+from dataclasses import dataclass
 
 import torch
 
-from minids.base.fields import nearest
+from minids.base.fields import Settings, nearest, option
 from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.kernels.registry import use
+
+
+@dataclass(frozen=True)
+class Machine(Settings):
+    """Where a program runs."""
+
+    device: str = option("auto", "auto, cpu or cuda")
+    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
+    bodies: str = option("auto", "the fastest bodies, or off: plain definitions", ("auto", "off"))
+
+    def prepare(self) -> torch.device:
+        """Set threads and bodies, and return the device."""
+        prepare_cpu(self.threads, self.bodies)
+        return pick_device(self.device)
 
 
 def pick_device(name: str) -> torch.device:

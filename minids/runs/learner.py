@@ -24,8 +24,8 @@ from minids.config import ModelArgs
 from minids.model.sparse_attention import load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.runs import checkpoints, optimizers
-from minids.runs.device import check_memory, pick_device, pick_dtype
-from minids.runs.open import Source, read_config, resumes
+from minids.runs.device import check_memory, pick_device, pick_dtype, prepare_cpu
+from minids.runs.open import Source, read_config, resumes, source_of
 from minids.runs.settings import LearnArgs
 from minids.text.tokenizer import Tokenizer
 
@@ -70,6 +70,9 @@ class Learner:
 
     def line(self, record: dict) -> str:
         """Return what the progress bar, or a log file without one, says about a step."""
+
+    def describe(self) -> str:
+        """Return what the first line that `learn` prints says about the run."""
 
     def prepare(self) -> None:
         """Freeze or convert the model before the optimizers are built."""
@@ -235,6 +238,17 @@ def run_learner(learner: Learner, source: Source | None) -> None:
             learner.tokenizer.save(learner.run / "tokenizer")
             learner.write_config()  # comes last, so a folder that has it is complete
         learner.train()
+
+
+def learn(kind: type[Learner], args: LearnArgs) -> Path:
+    """Train after another run, or continue the run in `args.out` if `args.resume`; returns its
+    folder. Raises `ValueError` for settings that do not fit, before anything is written."""
+    prepare_cpu(args.threads, args.bodies)
+    source = source_of(args)
+    learner = kind(args, source.args, Path(args.out), source.tokenizer)
+    print(f"{kind.program:<8}{learner.describe()}; run {args.out}, on {learner.device}", flush=True)
+    run_learner(learner, source)
+    return learner.run
 
 
 def read_metrics(run: Path) -> list[dict]:

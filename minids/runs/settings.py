@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minids.base.fields import Settings, option, require
+from minids.base.fields import option, require
 from minids.config import MODEL_PRESETS
+from minids.runs.device import Machine
 
 
 @dataclass(frozen=True)
-class LearnArgs(Settings):
+class LearnArgs(Machine):
     """The settings of a run that trains a model."""
 
     from_run: str = option("", "run, checkpoint or Hugging Face folder to begin with", flag="from")
@@ -31,9 +32,6 @@ class LearnArgs(Settings):
     save_every: int = option(50, "steps between checkpoints", low=1)
     keep_last: int = option(2, "newest checkpoints to keep, beside the best; 0: all", low=0)
     seed: int = option(0, "decides weights, data order and samples", low=0, high=2 ** 32 - 1)
-    device: str = option("auto", "auto, cpu or cuda")
-    threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
-    bodies: str = option("auto", "the fastest bodies, or off: plain definitions", ("auto", "off"))
 
     # What a resumed run may be given anew; any other setting would make it another run.
     may_change: ClassVar[set[str]] = {"out", "resume", "steps", "device", "threads", "bodies",
