@@ -14,15 +14,10 @@ text; the last row has the drafts for the model's own output.
 
 from dataclasses import dataclass
 
-from torch import Tensor
-
 from minids.apply.fp8 import use_fp8
 from minids.base.command_line import parse, run_program
 from minids.base.fields import option
-from minids.base.tables import format_table
-from minids.infer.generation import generate
-from minids.infer.selections import compare_selections, selection_table
-from minids.infer.validation import draft_agreement, evaluate, kinds_of_tokens, windows
+from minids.infer.validation import compare_selections, draft_table, evaluate, selection_table
 from minids.runs.device import Machine
 from minids.runs.open import open_model
 from minids.text.loaders import open_data
@@ -41,24 +36,6 @@ class EvaluateArgs(Machine):
     index_topk: int = option(0, "k of --selections; 0: the model's or an eighth of a window", low=0)
     drafts: bool = option(False, "measure how often the MTP modules predict the model's choice")
     fp8: bool = option(False, "products of linear layers and experts in FP8")
-
-
-def draft_table(run, text: Tensor, seq_len: int, batch_size: int, max_tokens: int | None) -> str:
-    """Return `draft_agreement` as text, with a last row for the model's own greedy output."""
-    tables = draft_agreement(run.model, text, kinds_of_tokens(text, run.tokenizer), seq_len,
-                             batch_size, max_tokens)
-    rows = [("drafts that are the model's choice", "tokens", *(
-        f"draft {k}{how}" for how in ("", ", sampled") for k in range(1, len(tables) + 1)))]
-    for name, first in sorted(tables[0].items(), key=lambda item: (item[0] == "all", -item[1][0])):
-        each = [table[name] for table in tables]
-        rows.append((name, first.tokens, *(f"{a.greedy:.1%}" for a in each),
-                     *(f"{a.sampled:.1%}" for a in each)))
-    prompts = windows(text, seq_len // 2, 16 * (seq_len // 2))[:, :-1].tolist()
-    new = seq_len // 2 - 2 * len(tables)
-    shares = [generate(run.model, prompts, new, t, speculative=len(tables)).acceptance
-              for t in (0.0, 1.0)]
-    return format_table([*rows, ("on its own text", len(prompts) * new,
-                                 *(f"{share:.1%}" for own in shares for share in own))])
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ class Writer:
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
 
-    def write(self, token: int) -> None:
+    def write(self, row: int, token: int) -> None:
         """Print the characters that this token completes; EOS prints nothing."""
         if token != self.tokenizer.eos_id:
             text = self.decoder.decode(self.tokenizer.decode_bytes([token]))
@@ -68,7 +68,7 @@ def write_samples(args: GenerateArgs) -> None:
         writer = Writer(tokenizer)
         print(args.prompt, end="", flush=True)
         done = generate(run.model, [prompt], *how, args.seed + sample_number, tokenizer.eos_id,
-                        args.speculative, lambda row, token, write=writer.write: write(token))
+                        args.speculative, writer.write)
         writer.close()
         drafted = (f"{done.tokens_per_pass:.2f} tokens per pass, drafts accepted: "
                    + " ".join(f"{share:.0%}" for share in done.acceptance) + ", ")

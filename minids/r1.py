@@ -41,7 +41,7 @@ from minids.rl.examination import Asking, examine_modes, pass_curve
 from minids.runs.checkpoints import newest_checkpoint
 from minids.runs.device import Machine
 from minids.runs.learner import read_metrics
-from minids.runs.open import open_model
+from minids.runs.open import open_model, refuse_changes
 from minids.runs.settings import TrainArgs
 from minids.sft import SftArgs, sft
 from minids.text.chat import MODES
@@ -130,11 +130,7 @@ class Pipeline:
         self.args, self.run, self.preset = args, Path(args.out), PRESETS[args.preset]
         self.task = open_task(self.preset["task"])
         given = dict(preset=args.preset, seed=args.seed)
-        stored = self.stored("r1.json") or given
-        for name, value in given.items():
-            if stored.get(name) != value:
-                raise ValueError(f"{name} = {value!r} is not valid: the run in {self.run} has "
-                                 f"{stored.get(name)!r}; name another folder with --out")
+        refuse_changes(self.run, self.stored("r1.json") or given, given)
         self.run.mkdir(parents=True, exist_ok=True)
         write_json(self.run / "r1.json", given)
 

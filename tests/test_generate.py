@@ -193,7 +193,7 @@ TEXT = "naïve 漢字 🙂 def f():\n    return 'é'"
 def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
     """What the writer prints for each token, and at the end."""
     writer, parts = Writer(tokenizer), []
-    for call in [*([writer.write, token] for token in tokens), [writer.close]]:
+    for call in [*([writer.write, 0, token] for token in tokens), [writer.close]]:
         with contextlib.redirect_stdout(io.StringIO()) as out:
             call[0](*call[1:])
         parts.append(out.getvalue())

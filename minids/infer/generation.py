@@ -46,8 +46,7 @@ class Generation:
     @property
     def tokens_per_pass(self) -> float:
         """Return the tokens per sequence that one pass yields, 1 without drafts."""
-        rounds = [passed for row in self.passed for passed in row]
-        return 1 + sum(rounds) / max(len(rounds), 1)
+        return 1 + sum(map(sum, self.passed)) / max(sum(map(len, self.passed)), 1)
 
     @property
     def acceptance(self) -> list[float]:

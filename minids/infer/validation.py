@@ -1,4 +1,4 @@
-"""Measurements on held-out text: bits per byte, experts' balance, drafts; Python in a sample.
+"""Measurements on held-out text: bits per byte, balance, drafts, selections; Python in a sample.
 
 Bits per byte is the cross-entropy of all tokens, in bits, over the number of bytes they stand for.
 Unlike the loss per token it does not depend on the vocabulary, so models with different tokenizers
@@ -6,14 +6,20 @@ can be compared (V3's table of base models has it as Pile BPB, section 4.4).
 
 A draft of an MTP module (V3 section 5.4.3) is compared with the model's own prediction from the
 same true text, so a module cannot profit from the repetitions of a model's own output.
+
+What does sparse attention (V3.2 section 2.1) lose, and why? The same model attends to all tokens,
+to the k that its indexer selects, to the k that attention itself weighs most, to the last k, and to
+k at random.
 """
 
 import ast
 import contextlib
+import functools
 import io
 import keyword
 import math
 import tokenize
+from collections.abc import Callable, Iterator
 from itertools import accumulate, islice
 from typing import NamedTuple
 
@@ -21,7 +27,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minids.base.fields import demand
+from minids.base.tables import format_table
+from minids.infer.generation import generate
+from minids.kernels.indexer import few_queries
+from minids.model.mla import MLA, Context, seen_by
 from minids.model.moe import max_violation
+from minids.model.sparse_attention import Selection, attention_mass, select
+
+# From a layer's attention, its input (B, S, D), its query latent and the context of the pass:
+Scores = Callable[[MLA, Tensor, Tensor, Context], Tensor]  # of each query for each token, (B, S, T)
+Rule = Callable[[MLA, Tensor, Tensor, Context], Selection | None]  # what queries see; None: all
 
 KINDS = {tokenize.COMMENT: "comments", tokenize.STRING: "strings", tokenize.NUMBER: "numbers",
          tokenize.OP: "punctuation"}
@@ -98,16 +114,12 @@ def parse_share(text: str) -> tuple[int, int]:
             blocks[-1] += "\n" + line
         elif line.strip():
             blocks.append(line)
-    return sum(map(parses, blocks[:-1])), len(blocks[:-1])
-
-
-def parses(block: str) -> bool:
-    """Return whether Python's own parser accepts a text."""
-    try:
-        ast.parse(block)
-    except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return False
-    return True
+    parsed = 0
+    for block in blocks[:-1]:
+        with contextlib.suppress(SyntaxError, ValueError, MemoryError, RecursionError):
+            ast.parse(block)
+            parsed += 1
+    return parsed, len(blocks[:-1])
 
 
 class Agreement(NamedTuple):
@@ -177,3 +189,131 @@ def draft_agreement(model, tokens: Tensor, kinds: list[str], seq_len: int, batch
     rows = [dict(zip(names, depth, strict=True)) | {"all": depth.sum(0)} for depth in sums]
     return [{name: Agreement(int(n), float(g / n), float(s / n))
              for name, (n, g, s) in row.items() if n} for row in rows]
+
+
+def draft_table(run, text: Tensor, seq_len: int, batch_size: int, max_tokens: int | None) -> str:
+    """Return `draft_agreement` as text, with a last row for the model's own greedy output."""
+    tables = draft_agreement(run.model, text, kinds_of_tokens(text, run.tokenizer), seq_len,
+                             batch_size, max_tokens)
+    rows = [("drafts that are the model's choice", "tokens", *(
+        f"draft {k}{how}" for how in ("", ", sampled") for k in range(1, len(tables) + 1)))]
+    for name, first in sorted(tables[0].items(), key=lambda item: (item[0] == "all", -item[1][0])):
+        each = [table[name] for table in tables]
+        rows.append((name, first.tokens, *(f"{a.greedy:.1%}" for a in each),
+                     *(f"{a.sampled:.1%}" for a in each)))
+    prompts = windows(text, seq_len // 2, 16 * (seq_len // 2))[:, :-1].tolist()
+    new = seq_len // 2 - 2 * len(tables)
+    shares = [generate(run.model, prompts, new, t, speculative=len(tables)).acceptance
+              for t in (0.0, 1.0)]
+    return format_table([*rows, ("on its own text", len(prompts) * new,
+                                 *(f"{share:.1%}" for own in shares for share in own))])
+
+
+@contextlib.contextmanager
+def selecting(model: torch.nn.Module, rule: Rule) -> Iterator[None]:
+    """Make every layer attend to what `rule` selects, in place of its own indexer's selection."""
+    layers = [module for module in model.modules() if isinstance(module, MLA)]
+    for attn in layers:
+        attn.selection = functools.partial(rule, attn)
+    try:
+        yield
+    finally:
+        for attn in layers:
+            del attn.selection
+
+
+def everything(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> None:
+    """Select all tokens: dense attention."""
+
+
+def best(k: int, scores: Scores) -> Rule:
+    """Return the rule that gives each query the k tokens of the highest scores."""
+    def rule(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Selection | None:
+        wanted = scores(attn, x, c_q, context)  # (B, S, T)
+        keys = wanted.size(2)
+        return select(wanted, seen_by(context, x, keys), k) if keys > k else None
+    return rule
+
+
+def indexer_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+    """Return the scores of the layer's indexer."""
+    return attn.indexer.scores(x, c_q, attn.indexer.keys(x, context.rotation), context.rotation)
+
+
+def attention_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+    """Return the probabilities of dense attention, the mean over its heads."""
+    q = torch.cat(attn.queries(c_q, context.rotation), dim=-1)  # (B, S, H, qk_head_dim)
+    k, _ = attn.expand(attn.latent(x, context.rotation))
+    seen = seen_by(context, x, k.size(1))
+    return torch.cat([attention_mass(q[:, rows], k, seen[:, rows], attn.scale)
+                      for rows in few_queries(q.size(1), k, q.size(2))], dim=1)
+
+
+def position_scores(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> Tensor:
+    """Return higher scores for later tokens: a sliding window."""
+    return torch.arange(float(x.size(1)), device=x.device).expand(*x.shape[:2], -1)
+
+
+def random_scores(seed: int = 0) -> Scores:
+    """Return a function that draws scores at random, new ones for each query and layer."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda attn, x, *_: torch.rand(*x.shape[:2], x.size(1), generator=generator).to(x.device)
+
+
+def all_scores(model: torch.nn.Module) -> dict[str, Scores]:
+    """Return the ways of scoring by name, with "indexer" if the model has one."""
+    own = {"indexer": indexer_scores} if model.args.has_indexer else {}
+    return own | {"attention": attention_scores, "window": position_scores,
+                  "random": random_scores()}
+
+
+@torch.no_grad()
+def attention_recall(model, tokens: Tensor, k: int) -> dict[str, list[float]]:
+    """Return how much of dense attention each way of selecting k tokens holds.
+
+    tokens: (B, S) int64
+    Returns, by the names of `all_scores`, for each layer the share of the probability (the mean
+    over heads) on the selected tokens, averaged over the queries that see more than k. "attention"
+    is the largest possible share. Raises `ValueError` if no query sees more than k.
+    """
+    demand("index_topk", k, k < tokens.size(1),
+           f"less than the {tokens.size(1)} tokens of a window, else nothing is left out")
+    ways, held = all_scores(model), {}
+
+    def measure(attn: MLA, x: Tensor, c_q: Tensor, context: Context) -> None:
+        mass = attention_scores(attn, x, c_q, context)[:, k:]  # of queries that see more than k
+        for name, scores in ways.items():
+            chosen = best(k, scores)(attn, x, c_q, context)
+            share = mass.gather(-1, chosen.indices[:, k:]).sum(-1).mean()
+            held.setdefault(name, []).append(share.item())
+
+    with selecting(model, measure):
+        model.hidden(tokens)
+    return held
+
+
+def compare_selections(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: int,
+                       k: int, max_tokens: int | None = None) -> dict[str, tuple]:
+    """Evaluate a model under dense attention, then under every way of selecting k tokens.
+
+    The other arguments are those of `evaluate`. Returns by name the bits per byte and each layer's
+    `attention_recall`, of one batch of the text; raises `ValueError` as that does.
+    """
+    batch = windows(tokens, seq_len, batch_size * seq_len)[:, :-1]
+    recall = attention_recall(model, batch.to(model.head.weight.device), k)
+    rules = {"dense": everything} | {n: best(k, s) for n, s in all_scores(model).items()}
+    found = {}
+    for name, rule in rules.items():
+        with selecting(model, rule):
+            result = evaluate(model, tokens, n_bytes, seq_len, batch_size, max_tokens)
+        found[name] = result.bits_per_byte, recall.get(name, [1.0] * model.args.n_layers)
+    return found
+
+
+def selection_table(found: dict[str, tuple], k: int) -> str:
+    """Return `compare_selections` as text."""
+    dense, _ = found["dense"]
+    return format_table([
+        (f"attention to {k} tokens", "bits/byte", "above dense", "recall of attention by layer"),
+        *((name, f"{bits:.4f}", f"{bits / dense - 1:+.2%}", " ".join(f"{x:.3f}" for x in recall))
+          for name, (bits, recall) in found.items())])

@@ -15,8 +15,7 @@ from minids.apply.folded import fold
 from minids.costs.decoding import drafting
 from minids.infer.decoding import new_cache
 from minids.infer.generation import Generation, generate
-from minids.infer.selections import Rule, selecting
-from minids.infer.validation import windows
+from minids.infer.validation import Rule, selecting, windows
 from minids.lab.bench_setup import Bench
 from minids.lab.timing import in_turn
 from minids.model.sparse_attention import Selection, load_weights_without_indexer

@@ -35,7 +35,7 @@ from minids.base.fields import option, require
 from minids.base.files import read_json, write_json
 from minids.base.tables import format_table
 from minids.config import ModelArgs
-from minids.infer.selections import all_scores, attention_recall, best, everything, selecting
+from minids.infer.validation import all_scores, attention_recall, best, everything, selecting
 from minids.model.sparse_attention import freeze_all_but_indexers, load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.runs.device import Machine, pick_dtype

@@ -184,7 +184,8 @@ def refuse_changes(run: Path, stored: dict, given: dict) -> None:
     for name, value in given.items():
         if stored[name] != value:
             raise ValueError(f"{name} = {value!r} is not valid: the run in {run} has "
-                             f"{stored[name]!r}, and a resumed run keeps its configuration")
+                             f"{stored[name]!r}, and a resumed run keeps its configuration; name "
+                             "another folder with --out")
 
 
 def newest_run(program: str, preset: str = "") -> Path:

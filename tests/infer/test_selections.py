@@ -8,17 +8,17 @@ from small_models import LITTLE, scrambled
 from test_validation import SEQ_LEN, text
 
 from minids import Transformer
-from minids.infer.selections import (
+from minids.infer.validation import (
     all_scores,
     attention_recall,
     best,
     compare_selections,
+    evaluate,
     everything,
     position_scores,
     random_scores,
     selecting,
 )
-from minids.infer.validation import evaluate
 from minids.model.mla import Context, causal
 from minids.model.rope import rotations
 

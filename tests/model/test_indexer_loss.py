@@ -10,7 +10,7 @@ from test_sparse_attention import KINDS, SPARSE, dense_twin
 
 from minids import ModelArgs, Transformer
 from minids.apply.recompute import recompute_blocks
-from minids.infer.selections import attention_recall
+from minids.infer.validation import attention_recall
 from minids.kernels import indexer as kernel
 from minids.kernels.registry import using
 from minids.model import mla, sparse_attention
