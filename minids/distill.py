@@ -119,7 +119,6 @@ def write_corpus(args: CorpusArgs) -> None:
 
 
 def main() -> None:
-    """Run the command line."""
     given, for_student = parse("minids.distill", __doc__, CorpusArgs, SftArgs)
     args = CorpusArgs(**given)
     if "data" in for_student:

@@ -39,7 +39,6 @@ class EvaluateArgs(Machine):
 
 
 def main() -> None:
-    """Run the command line."""
     [given] = parse("minids.evaluate", __doc__, EvaluateArgs)
     args = EvaluateArgs(**given)
     run = open_model(args.run, args.prepare())

@@ -57,8 +57,10 @@ class GenerateArgs(Machine):
     device: str = option("cpu", "auto, cpu or cuda")
 
 
-def write_samples(args: GenerateArgs) -> None:
-    """Load the run and print its samples as they come, then a line of statistics on stderr."""
+def main() -> None:
+    """Print the samples as they come, each with a line of statistics on stderr."""
+    [given] = parse("minids.generate", __doc__, GenerateArgs)
+    args = GenerateArgs(**given)
     run = open_model(args.run, args.prepare())
     tokenizer = run.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
@@ -75,12 +77,6 @@ def write_samples(args: GenerateArgs) -> None:
         print(f"{len(done.tokens[0])} tokens after {done.prompt_tokens} in {done.seconds:.2f} s, "
               f"{done.tokens_per_second:.0f} tokens/s, {drafted if args.speculative else ''}"
               f"{run.path}", file=sys.stderr)
-
-
-def main() -> None:
-    """Run the command line."""
-    [given] = parse("minids.generate", __doc__, GenerateArgs)
-    write_samples(GenerateArgs(**given))
 
 
 if __name__ == "__main__":

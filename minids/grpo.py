@@ -269,7 +269,6 @@ def grpo(args: GrpoArgs) -> Path:
 
 
 def main() -> None:
-    """Run the command line."""
     [given] = parse("minids.grpo", __doc__, GrpoArgs)
     grpo(settings("grpo", GrpoArgs, given, "-grpo"))
 

@@ -247,7 +247,6 @@ def r1(args: R1Args) -> dict[str, dict]:
 
 
 def main() -> None:
-    """Run the command line."""
     [given] = parse("minids.r1", __doc__, R1Args)
     try:
         r1(R1Args(**given))

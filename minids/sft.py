@@ -202,7 +202,6 @@ def sft(args: SftArgs) -> Path:
 
 
 def main() -> None:
-    """Run the command line."""
     [given] = parse("minids.sft", __doc__, SftArgs)
     sft(settings("sft", SftArgs, given, "-sft"))
 

@@ -64,7 +64,6 @@ def report(args: SolveArgs) -> str:
 
 
 def main() -> None:
-    """Run the command line."""
     [given] = parse("minids.solve", __doc__, SolveArgs)
     print(report(SolveArgs(**given)))
 

@@ -86,7 +86,6 @@ def convert(args: HfArgs) -> str:
 
 
 def main() -> None:
-    """Run the command line."""
     [given] = parse("minids.hf", __doc__, HfArgs)
     args = HfArgs(**given)
     print(convert(args) if args.out else describe(args.folder))
