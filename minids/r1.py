@@ -40,7 +40,7 @@ from minids.plots.runs import grpo_figure
 from minids.rl.examination import Asking, examine_modes, pass_curve
 from minids.runs.checkpoints import newest_checkpoint
 from minids.runs.device import Machine
-from minids.runs.learner import read_metrics
+from minids.runs.metrics import read_metrics
 from minids.runs.open import open_model, refuse_changes
 from minids.runs.settings import TrainArgs
 from minids.sft import SftArgs, sft

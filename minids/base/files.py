@@ -70,6 +70,18 @@ def read_json(path: str | Path) -> dict:
     return found
 
 
+def sealed(body: dict) -> bytes:
+    """Return `body` as JSON with its SHA-256 under "seal", so that any changed byte shows."""
+    seal = hashlib.sha256(json.dumps(body).encode()).hexdigest()
+    return (json.dumps(body | {"seal": seal}, indent=2) + "\n").encode()
+
+
+def is_sealed(path: Path, found: dict) -> bool:
+    """Return whether a file holds what `sealed` made of `found`, its own seal aside."""
+    body = {key: value for key, value in found.items() if key != "seal"}
+    return Path(path).read_bytes() == sealed(body)
+
+
 def publish(temp: Path, final: Path) -> None:
     """Rename a complete folder to its final name, replacing an older folder of that name.
 

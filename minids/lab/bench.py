@@ -54,7 +54,7 @@ from minids.lab.bench_setup import DEFAULT_TABLES, Bench, BenchArgs, Stepper, mi
 from minids.lab.bench_transformers import decode_table, memory_table, rollout_table, train_table
 from minids.lab.timing import RATIOS
 from minids.runs.device import pick_device, prepare_cpu
-from minids.runs.learner import read_metrics
+from minids.runs.metrics import read_metrics
 from minids.runs.open import free_folder
 from minids.runs.settings import TrainArgs
 from minids.train import train

@@ -37,7 +37,7 @@ from minids.base.tables import format_table
 from minids.config import ModelArgs
 from minids.infer.validation import evaluate
 from minids.runs.device import pick_device
-from minids.runs.learner import read_metrics
+from minids.runs.metrics import read_metrics
 from minids.runs.open import is_run, open_model, read_config
 from minids.text.loaders import open_data
 

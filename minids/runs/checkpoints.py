@@ -3,7 +3,8 @@
 A run folder holds `checkpoints/step_NNNNNN/`, each with three files:
     model.safetensors   the weights, for any tool that reads safetensors
     state.pt            optimizer, loader, random-number and schedule state, to resume from
-    manifest.json       step, metric, versions; size and SHA-256 of the other two, and its own seal
+    manifest.json       step, metric, versions; size and SHA-256 of the other two, its own seal;
+                        the run's config.json at that time, and what metrics.jsonl held
 
 Why so careful? A training process is killed, a disk fills up, a copy is cut short. A checkpoint is
 therefore written under a temporary name, each file is flushed, and the folder is renamed when it is
@@ -16,7 +17,6 @@ Simplified: one process writes to a run at a time, and holds all the weights.
 """
 
 import contextlib
-import hashlib
 import json
 import math
 import pickle
@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from minids.base.fields import nearest
-from minids.base.files import digest, discard, flush, publish, write_flushed
+from minids.base.files import digest, discard, flush, is_sealed, publish, sealed, write_flushed
 
 FORMAT = 1
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
@@ -42,7 +42,8 @@ NAME = re.compile(r"step_(\d{6,})(\.replaced)?")
 
 
 def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dict,
-                    keep_last: int = 3, metric: float | None = None) -> Path:
+                    keep_last: int = 3, metric: float | None = None,
+                    record: dict | None = None) -> Path:
     """Write `checkpoints/step_NNNNNN` whole, then remove older checkpoints; returns its folder.
 
     A kill at any moment leaves the old checkpoints, or the old ones and the new one, which replaces
@@ -53,6 +54,7 @@ def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dic
     state: tensors and plain values, nested in dicts, lists and tuples
     keep_last: newest checkpoints to keep, beside the best one; 0 keeps all
     metric: what the best one is judged by, lower is better
+    record: what else the manifest is to hold, such as the run's configuration
     Raises `ValueError` for a state that could not be read back or a metric that is not finite;
     `OSError` when the disk refuses, with the checkpoints before it intact.
     """
@@ -71,7 +73,7 @@ def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dic
             if aside.with_suffix("").exists():
                 discard(aside)
         temp.mkdir()
-        write_files(temp, step, weights, state, metric)
+        write_files(temp, step, weights, state, metric, record)
         publish(temp, final)
     except (OSError, SafetensorError) as error:
         reason, before = getattr(error, "strerror", None) or error, newest_checkpoint(run)
@@ -97,7 +99,8 @@ def check_plain(value, where: str) -> None:
                          "it must be a tensor, a number, a string, None, or a dict or list of them")
 
 
-def write_files(folder: Path, step: int, weights: dict, state: dict, metric: float | None) -> None:
+def write_files(folder: Path, step: int, weights: dict, state: dict, metric: float | None,
+                record: dict | None = None) -> None:
     """Write and flush the three files of a checkpoint, the manifest last."""
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous()
               for name, tensor in weights.items()}  # safetensors refuses shared memory
@@ -112,14 +115,9 @@ def write_files(folder: Path, step: int, weights: dict, state: dict, metric: flo
         flush(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
     write_flushed(folder / MANIFEST, sealed({"format": FORMAT, "step": step, "metric": metric,
-                                             "torch": torch.__version__, "files": files}))
+                                             "torch": torch.__version__, "files": files}
+                                            | (record or {})))
     flush(folder)
-
-
-def sealed(body: dict) -> bytes:
-    """Return the manifest's bytes: `body` and its checksum, so that any changed byte shows."""
-    seal = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-    return (json.dumps(body | {"seal": seal}, indent=2) + "\n").encode()
 
 
 def prune(run: Path, saved: Path, keep_last: int) -> None:
@@ -167,14 +165,27 @@ def read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(data)
         version = manifest["format"]
-        body = {key: value for key, value in manifest.items() if key != "seal"}
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{file} is not a readable manifest ({len(data)} bytes)") from None
     if version != FORMAT:
         raise ValueError(f"{file} has format {version!r}: this version reads format {FORMAT}")
-    if data != sealed(body):
+    if not is_sealed(file, manifest):
         raise ValueError(f"{file} was changed: it does not match its seal")
     return manifest
+
+
+def recorded(run: Path, name: str, checkpoint: Path | None = None) -> dict | None:
+    """Return what a manifest holds under `name`; None if it holds nothing, as of earlier versions.
+
+    checkpoint: whose manifest; None: the newest one that can be read
+    """
+    for path in [checkpoint] if checkpoint else all_checkpoints(run):
+        try:
+            return read_manifest(path).get(name)
+        except (ValueError, OSError):
+            if checkpoint:
+                raise
+    return None
 
 
 def verify(path: Path, names: tuple[str, ...] = (WEIGHTS, STATE)) -> dict:

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import math
 import platform
 import random
@@ -19,13 +18,22 @@ from tqdm import tqdm
 
 from minids import __version__
 from minids.base.command_line import Stopped
-from minids.base.files import read_jsonl, write_json, write_whole
+from minids.base.files import sealed, write_whole
 from minids.config import ModelArgs
 from minids.model.sparse_attention import load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.runs import checkpoints, optimizers
 from minids.runs.device import check_memory, pick_device, pick_dtype, prepare_cpu
-from minids.runs.open import Source, read_config, resumes, source_of
+from minids.runs.metrics import METRICS, append, line_of, read_metrics, settle, summary
+from minids.runs.open import (
+    CONFIG,
+    Source,
+    fitting,
+    read_config,
+    resumes,
+    source_of,
+    tokenizer_files,
+)
 from minids.runs.settings import LearnArgs
 from minids.text.tokenizer import Tokenizer
 
@@ -144,14 +152,16 @@ class Learner:
     def begin_from(self, source: Source) -> None:
         """Take over weights; step 0 is saved when this, and what a subclass adds, is done."""
         self.source = source.describe()
-        load_weights_without_indexer(self.model, source.weights())
+        with fitting(source.path):
+            load_weights_without_indexer(self.model, source.weights())
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, with this run's peak rates."""
-        self.source = read_config(self.run).get("source")
+        self.source, checkpoint = read_config(self.run).get("source"), None
         if checkpoints.all_checkpoints(self.run):
             checkpoint = checkpoints.resolve(self.run)
-            self.model.load_state_dict(checkpoints.load_weights(checkpoint))
+            with fitting(checkpoint):
+                self.model.load_state_dict(checkpoints.load_weights(checkpoint))
             state = checkpoints.load_state(checkpoint)
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
                 peaks = [group["peak_lr"] for group in optimizer.param_groups]
@@ -162,8 +172,8 @@ class Learner:
             checkpoints.set_rng_state(state["rng"])
             for name in self.numbers:
                 setattr(self, name, state[name])
-        self.metrics = [m for m in read_metrics(self.run) if m["step"] <= self.step]
-        write_whole(self.run / "metrics.jsonl", "".join(json.dumps(m) + "\n" for m in self.metrics))
+        self.metrics = read_metrics(self.run, checkpoint)[:self.step]
+        write_whole(self.run / METRICS, b"".join(map(line_of, self.metrics)))
 
     def save(self, metric: float | None = None) -> Path:
         """Write a checkpoint; refuse to save NaN or Inf weights; metric: measured at this step."""
@@ -172,8 +182,10 @@ class Learner:
         numbers = {name: getattr(self, name) for name in self.numbers}
         state = dict(optimizers=[o.state_dict() for o in self.optimizers],
                      rng=checkpoints.rng_state(), **self.more_state(), **numbers)
+        settle(self.run)
+        record = dict(config=self.config(), metrics=summary(self.metrics))
         return checkpoints.save_checkpoint(self.run, self.step, self.model.state_dict(), state,
-                                           self.args.keep_last, metric)
+                                           self.args.keep_last, metric, record)
 
     def diverged(self, what: str) -> ValueError:
         """Return the error that says what happened, where to continue from, and what to try."""
@@ -186,18 +198,22 @@ class Learner:
     def write_record(self, record: dict) -> None:
         """Append a line to metrics.jsonl."""
         self.metrics.append(record)
-        with open(self.run / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append(self.run, record)
 
-    def write_config(self) -> None:
-        """Write every setting as it is now: a resumed run may have changed some."""
+    def config(self) -> dict:
+        """Return every setting as it is now, and what a reader of the run has to know."""
         versions = dict(minids=__version__, torch=torch.__version__,
                         python=platform.python_version())
-        write_json(self.run / "config.json", ({"source": self.source} if self.source else {}) | {
+        return ({"source": self.source} if self.source else {}) | {
             "model": dataclasses.asdict(self.model.args),
             self.program: dataclasses.asdict(self.args),
-            "tokenizer": self.tokenizer.fingerprint, **self.more_config,
-            "dtype": str(self.dtype).removeprefix("torch."), "versions": versions})
+            "tokenizer": self.tokenizer.fingerprint, "files": tokenizer_files(self.run),
+            **self.more_config, "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": versions}
+
+    def write_config(self) -> None:
+        """Write config.json, sealed; written anew by a resumed run, which may have other values."""
+        write_whole(self.run / CONFIG, sealed(self.config()))
 
 
 @contextlib.contextmanager
@@ -232,10 +248,10 @@ def run_learner(learner: Learner, source: Source | None) -> None:
             if learner.args.resume:
                 print(f"{learner.run} holds no run yet: starting from the beginning", flush=True)
             checkpoints.forget_beginning(learner.run)
+            learner.tokenizer.save(learner.run / "tokenizer")
             if source:
                 learner.begin_from(source)
                 learner.save()  # the run's own folder is then all it needs
-            learner.tokenizer.save(learner.run / "tokenizer")
             learner.write_config()  # comes last, so a folder that has it is complete
         learner.train()
 
@@ -249,15 +265,3 @@ def learn(kind: type[Learner], args: LearnArgs) -> Path:
     print(f"{kind.program:<8}{learner.describe()}; run {args.out}, on {learner.device}", flush=True)
     run_learner(learner, source)
     return learner.run
-
-
-def read_metrics(run: Path) -> list[dict]:
-    """Return the lines of a run's metrics.jsonl, without one that a crash cut short."""
-    path, records = run / "metrics.jsonl", []
-    try:
-        for _, record in read_jsonl(path) if path.exists() else []:
-            records.append(record)
-    except ValueError as error:
-        if isinstance(error.__cause__, UnicodeDecodeError):
-            raise
-    return records

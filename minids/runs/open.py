@@ -7,21 +7,28 @@ the model. `stored_run` has the rules of resuming.
 import contextlib
 import dataclasses
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from minids import hf
-from minids.base.files import read_json
+from minids.base.fields import nearest
+from minids.base.files import digest, is_sealed, read_json
 from minids.config import ModelArgs
 from minids.model.transformer import Transformer
-from minids.runs.checkpoints import load_weights, read_manifest, resolve
+from minids.runs.checkpoints import load_weights, read_manifest, recorded, resolve
 from minids.runs.settings import LearnArgs
 from minids.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
+PROGRAMS = "train", "sft", "grpo"
+# The keys of config.json and the types of their values.
+KINDS = {"source": dict, "model": dict, **dict.fromkeys(PROGRAMS, dict), "tokenizer": str,
+         "files": dict, "data": str, "dtype": str, "versions": dict, "seal": str}
 
 
 class Source(NamedTuple):
@@ -58,22 +65,76 @@ def is_run(folder: Path) -> bool:
 
 
 def read_config(run: Path, program: str = "", cls: type | None = None) -> dict:
-    """Return a run's config.json; raise `ValueError` if missing, damaged or of another version.
+    """Return a run's config.json; raise `ValueError` naming it if missing, damaged or changed.
 
     program, cls: require a run of this program whose settings `cls` accepts
+
+    Its seal shows any changed byte, and the manifests of the run's checkpoints which field it was;
+    they also show the config.json of another run. Runs of an earlier version have neither: of
+    theirs only keys, types and bounds are checked.
     """
     path = Path(run) / CONFIG
     if not path.exists():
         raise ValueError(f"{run} is not a run folder: it has no {CONFIG}")
+    before = recorded(run, "config") or {}
     try:
         config = read_json(path)
+        intact = is_sealed(path, config) or not (before or "seal" in config)
+        changed = [c for c in changes(config, before) if not intact or (c.was is not None and (
+            c.section in ("model", "tokenizer", "files")
+            or cls and c.section == program and c.field not in cls.may_change))]
+        if changed or not intact:
+            raise ValueError(was_changed(changed))
+        for key, value in config.items():
+            if type(value) is not KINDS.get(key):
+                raise ValueError(f"{key!r} is not valid there: {nearest(key, KINDS)}or its value "
+                                 "is of another type")
         ModelArgs(**config["model"])
         if cls:
             cls(**config[program])
     except (ValueError, KeyError, TypeError) as error:
         kind = f"minids, or not a run of minids.{program}" if program else "minids"
-        raise ValueError(f"{path} is damaged, of another version of {kind}: {error}") from error
+        raise ValueError(f"{path} is damaged, changed, of another version of {kind}: {error}"
+                         ) from error
     return config
+
+
+class Change(NamedTuple):
+    """A value in config.json that is not the one in a checkpoint's manifest."""
+
+    section: str
+    field: str
+    found: Any
+    was: Any
+
+    def __str__(self) -> str:
+        name = f"{self.section}.{self.field}" if self.field else self.section
+        return f"{name} is {self.found!r} and was {self.was!r}"
+
+
+def changes(config: dict, before: dict) -> Iterator[Change]:
+    """Yield the differences between a config.json and the one that a manifest has, if any."""
+    for section, was in before.items():
+        found = config.get(section)
+        if isinstance(was, dict) and isinstance(found, dict):
+            yield from (Change(section, field, found.get(field), was.get(field))
+                        for field in was | found if found.get(field) != was.get(field))
+        elif found != was:
+            yield Change(section, "", found, was)
+
+
+def was_changed(changed: list[Change]) -> str:
+    """Return what was changed in a config.json, and the flags that are meant for it."""
+    flags = ["--" + c.field.removesuffix("_run").replace("_", "-")
+             for c in changed if c.section in ("model", *PROGRAMS)]
+    return (("; ".join(map(str, changed[:3])) or "it does not match its seal") + "; put it back"
+            + (f": such values are set with {', '.join(flags[:3])}" if flags else ""))
+
+
+def tokenizer_files(run: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a run's tokenizer, by its place in the run."""
+    return {f"tokenizer/{file.name}": digest(file)
+            for file in sorted((run / "tokenizer").glob("*")) if file.is_file()}
 
 
 def folder_of(path: str | Path) -> Path:
@@ -91,6 +152,10 @@ def open_run(run: Path, path: Path) -> Source:
         raise ValueError(f"tokenizer in {run} is not the run's: its fingerprint is "
                          f"{tokenizer.fingerprint}, the run's is {config['tokenizer']}; put that "
                          "one back")
+    for name, sha256 in config.get("files", {}).items():
+        if digest(run / name) != sha256:
+            raise ValueError(f"{run / name} was changed: its SHA-256 is not the one in {CONFIG}; "
+                             "put the file back")
     return Source(run, path, ModelArgs(**config["model"]), tokenizer, config)
 
 
@@ -127,9 +192,21 @@ def open_model(path: str | Path, device: torch.device | str = "cpu",
     else:
         with torch.device("meta"):
             model = Transformer(source.args)
-        model.load_state_dict(source.weights(), assign=True)
+        with fitting(source.path):
+            model.load_state_dict(source.weights(), assign=True)
         model = model.to(device).eval()
     return source._replace(model=model)
+
+
+@contextlib.contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Raise a one-line `ValueError` if weights of `path` have other names or sizes than a model."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason = " ".join(str(error).split("\n\t")[1].split()) if "\n\t" in str(error) else error
+        raise ValueError(f"{path}: its weights do not fit the model of {CONFIG}: {reason}"
+                         ) from None
 
 
 def resumes(args: LearnArgs) -> bool:
@@ -192,10 +269,12 @@ def newest_run(program: str, preset: str = "") -> Path:
     """Return the run in runs/ that this program wrote to last, of this preset unless it is ""."""
     found = []
     for file in Path("runs").glob(f"*/{CONFIG}"):
-        with contextlib.suppress(ValueError, AttributeError):
+        try:
             stored = read_json(file).get(program, {})
             if stored and preset in ("", stored.get("preset")):
                 found.append(file)
+        except (ValueError, AttributeError) as error:
+            print(f"left out {file.parent}: {error}", file=sys.stderr)
     if not found:
         kind = f" with preset {preset!r}" if preset else ""
         raise ValueError(f"resume: runs/ holds no run of minids.{program}{kind}; name its folder "

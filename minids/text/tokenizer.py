@@ -291,7 +291,8 @@ def read_ranks(path: Path) -> dict[bytes, int]:
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
     ranks = {}
-    for number, line in enumerate(path.read_text("utf-8").removesuffix("\n").split("\n"), 1):
+    text = path.read_bytes().decode("latin-1")  # any byte is a character, so that its line is named
+    for number, line in enumerate(text.removesuffix("\n").split("\n"), 1):
         code, _, token = line.partition(" ")
         try:
             piece, token = base64.b64decode(code), int(token)
