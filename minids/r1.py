@@ -23,6 +23,7 @@ With --controls also:
     early       base before it could calculate, with a short cold start and GRPO: it plateaus
 """
 
+import importlib
 import sys
 import time
 from collections.abc import Callable
@@ -113,7 +114,7 @@ class R1Args(Machine):
     """Stages, folder and device."""
 
     preset: str = option("tiny", "tiny calculates; countdown searches, for longer", tuple(PRESETS))
-    out: str = option("runs/r1", "run folder; a run that is there continues")
+    out: str = option("runs/r1", "run folder; a run that is there continues", folder=True)
     controls: bool = option(False, "run the controls too")
     problems: int = option(400, "held-out problems that the table is measured on", low=1)
     seed: int = option(0, "decides weights, data and samples", low=0, high=2 ** 32 - 1)
@@ -226,6 +227,7 @@ def r1(args: R1Args) -> dict[str, dict]:
     Raises `ValueError` for settings that do not fit, and `Stopped` after a signal.
     """
     args.prepare()
+    importlib.import_module("matplotlib")  # the figure at the end needs it
     pipeline = Pipeline(args)
     for name, stage in (ALL if args.controls else STAGES).items():
         pipeline.make(name, stage)
@@ -239,7 +241,7 @@ def r1(args: R1Args) -> dict[str, dict]:
     print(f"\n{text}\n\n{args.problems} held-out problems, greedy; "
           f"{sum(times[name] for name in TO_FINAL):.0f} s from random weights to the final model, "
           f"{sum(times.values()):.0f} s in all")
-    (pipeline.run / "table.txt").write_text(text + "\n")
+    (pipeline.run / "table.txt").write_text(text + "\n", encoding="utf-8")
     drawn = [name for name in ("rl", "zero", "shuffled", "early-rl", "alone") if name in marks]
     grpo_figure({ALL[name].label: read_metrics(pipeline.run / name) for name in drawn},
                 pipeline.run / "r1.png")

@@ -11,8 +11,9 @@ loss covers only the assistant's tokens. Several samples are packed into a row, 
 another (V3, arXiv 2412.19437, section 5.1). The gates' biases are frozen.
 
 A JSONL file has lines {"messages": [{"role": "user", "content": ..}, {"role": "assistant",
-"thought": .., "content": ..}]}. A task supplies problems from its training side; a share of the
-answers includes the worked solution as a thought. A sample longer than a row is refused.
+"thought": .., "content": ..}]}; `minids.text.chat.checked` reads the thought's other spellings. A
+task supplies problems from its training side; a share of the answers includes the worked solution
+as a thought. A sample longer than a row is refused.
 """
 
 import random
@@ -31,7 +32,7 @@ from minids.rl.examination import Asking, examine_modes
 from minids.runs.learner import Learner, learn
 from minids.runs.open import settings
 from minids.runs.settings import LearnArgs
-from minids.text.chat import MODES, Chat
+from minids.text.chat import MODES, Chat, checked
 from minids.text.tasks import Problem, open_task
 from minids.text.tokenizer import Tokenizer
 
@@ -131,11 +132,12 @@ def open_conversations(args: SftArgs) -> list[list[dict]]:
         if not Path(rest).is_file():
             raise ValueError("there is no such file")
         for number, row in read_jsonl(Path(rest)):
-            messages = row.get("messages") if isinstance(row, dict) else None
-            if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
-                raise ValueError(f'{rest} line {number} must be an object with a list "messages" '
-                                 "of objects")
-            found.append(messages)
+            if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+                raise ValueError(f'{rest} line {number} must be an object with a list "messages"')
+            try:
+                found.append(checked(row["messages"], "assistant"))
+            except ValueError as error:
+                raise ValueError(f"{rest} line {number}: {error}") from None
         if not found:
             raise ValueError("it is empty")
     except ValueError as error:

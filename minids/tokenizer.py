@@ -24,7 +24,7 @@ class TokenizerArgs(Settings):
     vocab_size: int = option(4096, "number of ids, special tokens and bytes included", low=SMALLEST)
     data: str = option("pystdlib", "corpus: pystdlib, text:PATH, task:NAME or "
                                    "hf:NAME[:CONFIG[:COLUMN]]")
-    out: str = option("data/tokenizer", "folder to write")
+    out: str = option("data/tokenizer", "folder to write", folder=True)
     max_bytes: int = option(200_000_000, "longest text to learn from, bytes; a stream has no end",
                             low=1)
 

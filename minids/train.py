@@ -24,6 +24,7 @@ Simplified: one process. The sequence length is fixed, and there is no context e
 """
 
 import dataclasses
+import importlib
 import math
 from pathlib import Path
 
@@ -78,6 +79,7 @@ class Trainer(Learner):
         self.valid_bpb = math.nan  # of the last validation
         self.prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]  # samples continue it
         windows(self.data.valid, args.seq_len, max_tokens=1)  # refuses now what would fail later
+        importlib.import_module("matplotlib")  # the figure at the end needs it
         if len(self.prompt) >= model_args.max_seq_len:
             raise ValueError(f"prompt = {args.prompt!r} is not valid: its {len(self.prompt)} "
                              f"tokens must be fewer than max_seq_len = {model_args.max_seq_len}")

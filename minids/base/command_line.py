@@ -1,13 +1,21 @@
 """Command lines: the fields of a dataclass become flags, and a user's mistake becomes one line."""
 
 import argparse
+import io
 import os
+import re
 import shlex
 import sys
 from dataclasses import MISSING, fields
 from typing import NoReturn
 
 from minids.base.fields import bounds, nearest
+
+NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory"
+                       "|Storage size calculation overflowed")  # torch's RuntimeErrors
+
+OUTSIDE = {"safetensors", "safetensors_rust", "pyarrow", "datasets", "huggingface_hub", "httpx",
+           "httpcore"}
 
 
 class Stopped(Exception):
@@ -81,12 +89,37 @@ def parse(program: str, doc: str, *classes, argv: list[str] | None = None) -> li
     return [{f.name: given[f.name] for f in fields(cls) if f.name in given} for cls in classes]
 
 
+def told(error: Exception) -> str:
+    """Return an error from outside in one line: a value, a file, memory, a package; "" for a bug.
+
+    torch's errors are known by their text and those of `OUTSIDE` by their module: none is imported.
+    """
+    text = " ".join(str(error).split())
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "minids").split(".")[0]
+        if package in sys.stdlib_module_names:
+            return f"Python has no {package} on {sys.platform}: use Linux or macOS"
+        return "" if package == "minids" else f"{package} is not installed: pip install {package}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, RecursionError):
+        return f"something is nested too deeply: {text}"
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(text):
+        asked = re.search(r"allocate ([\d.]+ \w+)", text)
+        return f"not enough memory{f' for {asked[1]}' if asked else ''}; take smaller sizes"
+    known = isinstance(error, ValueError | OSError | OverflowError)
+    return text if known or type(error).__module__.split(".")[0] in OUTSIDE else ""
+
+
 def run_program(program: str, main) -> NoReturn:
     """Run `main()` and exit with its status.
 
-    A user's mistake (`ValueError`, `OSError`) becomes one line on stderr and status 2; `Stopped`
-    becomes the command that continues the program, and the signal's status.
+    What `told` has a line for becomes that line on stderr and status 2; `Stopped` becomes the
+    command that continues the program, and the signal's status.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 ends no run
+            stream.reconfigure(errors="backslashreplace")
     try:
         sys.exit(main() or 0)
     except Stopped as stopped:
@@ -95,8 +128,10 @@ def run_program(program: str, main) -> NoReturn:
     except BrokenPipeError:  # the reader, say `head`, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (ValueError, OSError) as error:
-        print(f"python -m {program}: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if not (line := told(error)):
+            raise
+        print(f"python -m {program}: {line}", file=sys.stderr)
+        sys.exit(2)

@@ -7,19 +7,21 @@ fields: the error message, `--help` and the one test of all bounds read them fro
 import difflib
 import math
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 
 
 def option(default, help: str, choices: tuple = (), flag: str = "", low: float | None = None,
-           high: float | None = None, above: float | None = None):
+           high: float | None = None, above: float | None = None, folder: bool = False):
     """Declare a dataclass field that is also a command-line flag.
 
     default: the value when the flag is absent; help: one line, with the unit
     choices: the only valid values; empty allows any value of the field's type
     flag: the flag's name if no field can have it, such as "from"
     low, high: smallest and largest valid value; above: a lower bound that is not itself valid
+    folder: whether it names a folder to write, so that an existing file is not valid
     """
     return field(default=default, metadata=dict(help=help, choices=choices, flag=flag, low=low,
-                                                high=high, above=above))
+                                                high=high, above=above, folder=folder))
 
 
 def nearest(name: str, valid) -> str:
@@ -60,6 +62,11 @@ def check_types(args) -> None:
             object.__setattr__(args, f.name, value)
         require(args, f.name, type(value) is f.type, f"of type {f.type.__name__}")
         require(args, f.name, f.type is not float or math.isfinite(value), "a finite number")
+        require(args, f.name, f.type is not int or abs(value) < 2 ** 63, "a number of 64 bits")
+        require(args, f.name, f.type is not str or "\0" not in value, "text without a zero byte")
+        if f.metadata.get("folder") and value:
+            taken = [p for p in (Path(value), *Path(value).parents) if p.is_file()][:1]
+            require(args, f.name, not taken, f"a folder, and {''.join(map(str, taken))} is a file")
         if choices := f.metadata.get("choices"):
             require(args, f.name, value in choices, f"one of {', '.join(map(str, choices))}")
         low, high, above = map(f.metadata.get, ("low", "high", "above"))

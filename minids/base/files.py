@@ -63,7 +63,7 @@ def read_json(path: str | Path) -> dict:
         raise ValueError(f"{path} is missing")
     try:
         found = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, not an object of fields")

@@ -37,7 +37,7 @@ class HfArgs(Settings):
 
     run: str = option("", "run folder, or one of its checkpoint folders, to export")
     folder: str = option("", "Hugging Face folder to describe, or with --out to convert")
-    out: str = option("", "folder to write")
+    out: str = option("", "folder to write", folder=True)
     overwrite: bool = option(False, "replace the model in --out; other files there stay")
     dtype: str = option("", "precision of the weights written: fp32 or bf16; none: unchanged",
                         ("", *DTYPES))

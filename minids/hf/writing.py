@@ -5,7 +5,6 @@ the disk. `minids.hf.names` describes where MTP modules are stored.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -20,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids.base.fields import demand
-from minids.base.files import flush, publish, read_json
+from minids.base.files import flush, publish, read_json, write_json
 from minids.config import ModelArgs
 from minids.fp8 import quantize_weight
 from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, goes_to_fp8, own_dtype, to_hf
@@ -60,7 +59,7 @@ def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
     check_target(folder, overwrite)
     with replacing(folder, f"{OWN_FILE}|{TOKENIZER_FILE}" if tokenizer else OWN_FILE) as temp:
         write_weights(model, temp, dtype, shard_bytes, quantize)
-        (temp / CONFIG).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        write_json(temp / CONFIG, config)
         if isinstance(tokenizer, Tokenizer):
             tokenizer.save_hf(temp)
         elif tokenizer is not None:
@@ -211,7 +210,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int
     if count > 1:
         index = {"metadata": {"total_size": total},
                  "weight_map": {name: files[n] for name, n in sorted(shard_of.items())}}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
+        write_json(folder / INDEX, index)
 
 
 def grouped(tensors: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:

@@ -91,9 +91,9 @@ def play(check: Callable, cases: list[tuple], ended: mmap.mmap) -> None:
     for stream in (sys.stdout, sys.stderr):  # a notebook's streams, if something else holds them
         with contextlib.suppress(AttributeError):
             stream.write = len
-    sys.stdout = sys.stderr = open(os.devnull, "w")
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     torch.set_num_threads(1)  # OpenMP's other threads were not copied
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    pages = int(Path("/proc/self/statm").read_text("utf-8").split()[0])
     limit = pages * mmap.PAGESIZE + MEMORY
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for i, (arguments, expected, _) in enumerate(cases):
@@ -125,7 +125,7 @@ def watch(child: int, seconds: float) -> str:
 
 def waits(process: int, seconds: float) -> bool:
     """Return whether a process sleeps and has hardly computed; one short of CPU time does not."""
-    state, *fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    state, *fields = Path(f"/proc/{process}/stat").read_text("utf-8").rpartition(")")[2].split()
     computed = sum(map(int, fields[10:12])) / os.sysconf("SC_CLK_TCK")
     return state != "R" and computed < seconds / 50
 

@@ -60,7 +60,7 @@ class ClaimArgs(Settings):
     preset: str = option("tiny", "model and recipe: " + ", ".join(ModelArgs.presets()))
     seeds: int = option(5, "runs of each regime", low=2, high=max(T95))
     steps: int = option(0, "steps of each run; 0: the preset's number", low=0)
-    out: str = option("runs/claims", "folder for the runs")
+    out: str = option("runs/claims", "folder for the runs", folder=True)
     jobs: int = option(1, "runs at a time", low=1)
     threads: int = option(2, "CPU threads of each run", low=1, high=1024)
     device: str = option("cpu", "device of the runs", ("cpu", "cuda"))
@@ -104,7 +104,7 @@ def train_one(args: ClaimArgs, regime: str, seed: int) -> Trained:
             flags += ["--steps", str(args.steps)] if args.steps else []
         flags += ["--out", str(folder), "--device", args.device, "--threads", str(args.threads)]
         done = subprocess.run([sys.executable, "-m", "minids.train", *flags],
-                              capture_output=True, text=True)
+                              capture_output=True, encoding="utf-8")
         if done.returncode:
             raise ChildProcessError(f"{folder}: {done.stderr.strip().splitlines()[-1]}")
     return Trained(folder, read_metrics(folder))
@@ -175,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     [given] = parse("minids.lab.claims", __doc__, ClaimArgs, argv=argv)
     args = ClaimArgs(**given)
+    ModelArgs.preset(args.preset)  # refuses what is not there before the first run
+    pick_device(args.device)
     runs = train_all(args)
     torch.set_num_threads(args.threads * args.jobs)  # as many as the runs had together
     print(format_table(TABLES[args.what](args, runs)))

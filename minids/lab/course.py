@@ -34,7 +34,7 @@ c.ClearSolutions.code_stub = {{"python": {stub!r}}}
 class CourseArgs(Settings):
     """Settings of a course."""
 
-    out: str = option("runs/course", "folder of the course, inside the clone")
+    out: str = option("runs/course", "folder of the course, inside the clone", folder=True)
     blank: bool = option(False, "write only blank/, the notebooks without answers, to work alone")
     force: bool = option(False, "overwrite notebooks that you changed in source/ or blank/")
 

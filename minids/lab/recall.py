@@ -70,7 +70,7 @@ class RecallArgs(Machine):
     test_sequences: int = option(16, "sequences on which accuracy is measured", low=1)
     dtype: str = option("auto", "precision; auto: bf16 where the hardware multiplies it",
                         ("auto", "bf16", "fp32"))
-    out: str = option("", "folder to save the models of both stages in; none saves nothing")
+    out: str = option("", "folder for the models of both stages; none: saves nothing", folder=True)
     seed: int = option(0, "seed of weights and sequences", low=0, high=2 ** 32 - 1)
 
     def __post_init__(self):

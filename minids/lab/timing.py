@@ -47,7 +47,7 @@ def speed_cells(taken: list[list[float]], tokens: int) -> list[str]:
 
 def process_memory(field: str) -> int:
     """Return a field of this process's status in bytes: VmRSS, in use now; VmHWM, the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text("utf-8").splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(field + ":"))
 
 
@@ -61,7 +61,7 @@ def watch_memory(work: Callable[[], object], device: str) -> tuple[int, int]:
         return before, torch.cuda.max_memory_allocated()
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)  # or memory freed by building the model would be reused
-    Path("/proc/self/clear_refs").write_text("5")  # reset VmHWM
+    Path("/proc/self/clear_refs").write_text("5", "utf-8")  # reset VmHWM
     before = process_memory("VmRSS")
     work()
     return before, process_memory("VmHWM")

@@ -3,7 +3,6 @@
 import ctypes
 import os
 import platform
-import resource
 import sys
 from dataclasses import dataclass
 
@@ -70,6 +69,7 @@ def memory_mib(device: torch.device) -> int:
     """Return the peak memory so far, MiB: the GPU's, or on a CPU the process's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
+    import resource  # Windows has none
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak >> (20 if sys.platform == "darwin" else 10)
 

@@ -13,7 +13,7 @@ class LearnArgs(Machine):
     """The settings of a run that trains a model."""
 
     from_run: str = option("", "run, checkpoint or Hugging Face folder to begin with", flag="from")
-    out: str = option("", "run folder; none is named after the run before")
+    out: str = option("", "run folder; none is named after the run before", folder=True)
     resume: bool = option(False, "continue the run in --out, or the newest one")
     steps: int = option(100, "optimizer steps", low=1)
     optimizer: str = option("adamw", "muon: for the matrices inside the blocks", ("adamw", "muon"))
@@ -54,7 +54,7 @@ class TrainArgs(LearnArgs):
     preset: str = option("tiny", "model and settings to train: " + ", ".join(MODEL_PRESETS))
     data: str = option("pystdlib", "pystdlib, text:PATH, hf:NAME[:CONFIG[:COLUMN]] or task:NAME")
     tokenizer: str = option("", "its folder, or bytes: one token per byte; none is data/tokenizer")
-    out: str = option("", "run folder; none is the first free of runs/PRESET, runs/PRESET-2, ..")
+    out: str = option("", "run folder; none: the first free runs/PRESET, PRESET-2, ..", folder=True)
     from_run: str = option("", "run or checkpoint to begin with: weights and settings", flag="from")
     dsa: str = option("", "sparse attention, after --from: the indexers learn alone (warmup), or"
                           " with the model (sparse)", ("", "warmup", "sparse"))

@@ -14,12 +14,14 @@ we ask it in the form of the worked examples that it was trained on:
     3*7+5 = 6                   without one
 """
 
+import re
 from typing import NamedTuple
 
 from minids.base.fields import nearest
 from minids.text.tokenizer import Tokenizer
 
 MODES = ("think", "direct", "free")
+THOUGHTS = ("thought", "reasoning_content")  # names of an assistant's thought in a message
 
 
 class Reply(NamedTuple):
@@ -50,17 +52,14 @@ class Chat:
         """Return the ids of a prompt, which the model continues.
 
         messages: a question, or [{"role": .., "content": ..}, ..]: optionally a system message,
-            then user and assistant in turn, ending with the user
+            then user and assistant in turn, ending with the user; see `checked`
         mode: "think", "direct" or "free"
         Raises `ValueError` for another mode, and for messages that are not of this form.
         """
         if mode not in MODES:
             raise ValueError(f"mode = {mode!r} is not valid: {nearest(mode, MODES)}it must be one "
                              f"of {', '.join(MODES)}")
-        messages = checked(messages)
-        if messages[-1]["role"] != "user":
-            raise ValueError("messages: the last one must be the user's, for the model to answer")
-        return self.turns(messages)[0] + self.forced[mode]
+        return self.turns(checked(messages, "user"))[0] + self.forced[mode]
 
     def sample(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """Return the ids of a whole conversation and its loss mask.
@@ -70,10 +69,7 @@ class Chat:
         that had a thought: they stand in the history without it, and no model should learn to
         answer like that.
         """
-        messages = checked(messages)
-        if messages[-1]["role"] != "assistant":
-            raise ValueError("messages: the last one must be the assistant's, to learn from")
-        return self.turns(messages)
+        return self.turns(checked(messages, "assistant"))
 
     def turns(self, messages: list[dict]) -> tuple[list[int], list[bool]]:
         """Return the ids of all turns, and their loss mask."""
@@ -131,25 +127,56 @@ class Plain:
 TEMPLATES = {"chat": Chat, "plain": Plain}
 
 
-def checked(messages: str | list[dict]) -> list[dict]:
-    """Return the messages after checking roles, order and types; a string is one question."""
+def checked(messages: str | list[dict], last: str) -> list[dict]:
+    """Return the messages with a role, a content and the assistant's thought each; checks the form.
+
+    messages: a string is one question. The thought may also be called "reasoning_content", as in
+        DeepSeek's API, or begin the content as <think>..</think>, as its models write
+    last: the role of the last message
+    Raises `ValueError` naming what is wrong: an unknown key too, unless it is null.
+    """
     if isinstance(messages, str):
         messages = [dict(role="user", content=messages)]
-    if not messages:
+    if not isinstance(messages, list) or not messages:
         raise ValueError("messages: there are none")
-    body = messages[1:] if messages[0].get("role") == "system" else messages
+    for i, message in enumerate(messages, 1):
+        if not isinstance(message, dict):
+            raise ValueError(f"messages: number {i} is {message!r:.60}: it must be an object")
+    given = [{key: value for key, value in m.items() if value is not None} for m in messages]
+    body = given[1:] if given[0].get("role") == "system" else given
     for i, message in enumerate(body):
         wanted = ("user", "assistant")[i % 2]
         if message.get("role") != wanted:
             raise ValueError(f"messages: role {message.get('role')!r} is not valid at turn {i + 1}:"
                              f" it must be {wanted!r} (user and assistant in turn)")
-    for message in messages:
-        for name, valid in (("content", str), ("thought", str | None)):
-            if not isinstance(text := message.get(name), valid):
-                raise ValueError(f"messages: {name} = {text!r} is not valid: it must be a string")
+    for message in given:
+        valid = ["role", "content", *(THOUGHTS if message["role"] == "assistant" else [])]
+        for name, text in ({"content": None} | message).items():
+            if name not in valid:
+                raise ValueError(f"messages: {name!r} is not valid in a message of the "
+                                 f"{message['role']}: {nearest(name, valid)}valid are "
+                                 f"{', '.join(valid)}")
+            if not isinstance(text, str):
+                raise ValueError(f"messages: {name} = {text!r:.60} is not valid: it must be a "
+                                 "string")
     if not body:
         raise ValueError("messages: there is only a system message")
-    return messages
+    if body[-1]["role"] != last:
+        raise ValueError(f"messages: the last one must be the {last}'s")
+    return [with_thought(message) for message in given]
+
+
+def with_thought(message: dict) -> dict:
+    """Return a message whose thought, if it is an assistant's and has one, is called so."""
+    if message["role"] != "assistant":
+        return message
+    thoughts = [message[name] for name in THOUGHTS if name in message]
+    if found := re.fullmatch("\\s*<think>(.*?)</think>(.*)", content := message["content"], re.S):
+        thoughts, content = [*thoughts, found[1]], found[2]
+    if len(thoughts) > 1:
+        raise ValueError(f"messages: a message has {len(thoughts)} thoughts: thought, "
+                         "reasoning_content and <think>..</think> are the same thing")
+    return dict(role="assistant", content=content, thought=thoughts[0] if thoughts else None)
 
 
 def ended_by(ids: list[int], eos_id: int) -> tuple[list[int], bool]:

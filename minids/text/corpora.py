@@ -29,6 +29,8 @@ from minids.text.tasks import held_out, open_task, plain_text
 
 HOLD_OUT = 20      # one document in this many is validation
 EXAMPLES = 60_000  # training documents of a task
+UNPACKED = 100       # times its size that a compressed file may unpack to
+BATCH_BYTES = 2**24  # of a row group that are unpacked at a time
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".parquet")
 SKIPPED_FOLDERS = {"test", "tests", "idlelib", "tkinter", "lib2to3", "distutils", "ensurepip",
                    "turtledemo", "site-packages", "dist-packages"}
@@ -99,7 +101,7 @@ def open_pystdlib() -> Corpus:
     root = Path(sysconfig.get_paths()["stdlib"])
     train, valid, content = [], [], hashlib.sha256()
     for path, text in library_files(root):
-        (valid if held_out(path.encode(), HOLD_OUT) else train).append(text)
+        (valid if held_out(path, HOLD_OUT) else train).append(text)
         content.update(f"{path}\0{text}\0".encode())
     if not train or not valid:
         raise ValueError(f"{root} holds no Python library; use text:PATH")
@@ -129,7 +131,7 @@ class Documents:
         readers = {".jsonl": read_rows, ".parquet": read_parquet}
         for path in self.paths:
             for text in readers.get(path.suffix, read_plain)(path):
-                if text.strip() and held_out(text.encode(), HOLD_OUT) == self.valid:
+                if text.strip() and held_out(text, HOLD_OUT) == self.valid:
                     yield text
 
 
@@ -224,20 +226,49 @@ def read_rows(path: Path) -> Iterator[str]:
         column = column or text_column({k: isinstance(v, str) for k, v in row.items()}, path)
         if column not in row:
             raise ValueError(f"{path} line {number} has no {column!r}, only {list(row)}")
-        yield str(row[column] or "")
+        if not isinstance(text := row[column], str | None):
+            raise ValueError(f"{path} line {number}: {column} = {text!r:.60} is not text")
+        yield text or ""
+
+
+def is_text(kind) -> bool:
+    """Return whether an Arrow type holds text, as itself or as the values of a dictionary."""
+    import pyarrow.types as types
+    kind = kind.value_type if types.is_dictionary(kind) else kind
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
+
+
+def check_unpacked(path: Path, size: int) -> None:
+    """Raise `ValueError` if a file's text is too large to be believed; size: characters or bytes"""
+    if size > max(UNPACKED * path.stat().st_size, 2 ** 28):
+        raise ValueError(f"{path} unpacks to more than {UNPACKED} times its size, which no text "
+                         "does: it is damaged, or repeats itself")
 
 
 def read_parquet(path: Path) -> Iterator[str]:
-    """Yield the text column of a Parquet file, reading 1,024 rows at a time."""
+    """Yield the text column of a Parquet file, a bounded part of a row group at a time.
+
+    A column is kept as a dictionary, in which a repeated text takes room once; what unpacks to many
+    times its file is refused (`check_unpacked`).
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
     try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid:
-        raise ValueError(f"{path} is damaged or not a parquet file") from None
-    with file:
-        is_text = {f.name: pa.types.is_string(f.type) or pa.types.is_large_string(f.type)
-                   for f in file.schema_arrow}
-        column = text_column(is_text, path)
-        for batch in file.iter_batches(batch_size=1024, columns=[column]):
-            yield from (text or "" for text in batch.column(0).to_pylist())
+        column = text_column({f.name: is_text(f.type) for f in pq.read_schema(path)}, path)
+        with pq.ParquetFile(path, read_dictionary=[column]) as file:
+            schema, unpacked = file.metadata.schema, 0
+            leaf = [schema.column(i).path for i in range(len(schema))].index(column)
+            for group in range(file.num_row_groups):
+                meta = file.metadata.row_group(group)
+                stored = meta.column(leaf).total_uncompressed_size
+                check_unpacked(path, stored)
+                rows = max(1, min(1024, BATCH_BYTES * meta.num_rows // max(stored, 1)))
+                for batch in file.iter_batches(rows, [group], [column]):
+                    for i in range(len(batch)):  # one by one: `to_pylist` would copy repeated text
+                        text = batch.column(0)[i].as_py() or ""
+                        unpacked += len(text)
+                        check_unpacked(path, unpacked)
+                        yield text
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path} is damaged or not a parquet file: {reason}") from None

@@ -20,15 +20,17 @@ from typing import NamedTuple
 from minids.base.fields import nearest
 from minids.base.files import read_jsonl
 from minids.text.expressions import last_number, parse_expression
+from minids.text.hub import check_network
 
 TASKS = "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or jsonl:PATH"
 HELD_OUT = 10  # one question in this many, by its hash
 SIGNS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 
 
-def held_out(key: bytes, one_in: int) -> bool:
+def held_out(key: str, one_in: int) -> bool:
     """Return whether the hash of a path, text or question holds it out, as one in `one_in`."""
-    return int(hashlib.sha256(key).hexdigest()[:8], 16) % one_in == 0
+    raw = key.encode("utf-8", "surrogatepass")  # JSON can hold lone surrogates
+    return int(hashlib.sha256(raw).hexdigest()[:8], 16) % one_in == 0
 
 
 class Problem(NamedTuple):
@@ -71,7 +73,7 @@ class Task:
         rng = random.Random(f"{self.name} {split} {seed}")
         while True:
             problem = self.draw(rng)
-            if held_out(problem.question.encode(), HELD_OUT) == (split == "held-out"):
+            if held_out(problem.question, HELD_OUT) == (split == "held-out"):
                 yield problem
 
     def some(self, count: int, split: str, seed: int) -> list[Problem]:
@@ -189,6 +191,7 @@ def open_task(spec: str) -> Task:
             if kind == known.kind and (not rest or rest.isdecimal()):
                 return known(int(rest) if rest else None)
         if spec == "gsm8k":  # Cobbe et al., arXiv 2110.14168; split as published
+            check_network()
             from datasets import load_dataset  # nothing else needs it
             sides = load_dataset("openai/gsm8k", "main")
             return Questions(spec, *([(row["question"], row["answer"]) for row in sides[side]]
@@ -209,7 +212,7 @@ def read_questions(path: Path) -> tuple[list, list]:
     for number, row in read_jsonl(path):
         match row:
             case {"question": str(question), "answer": str(answer)}:
-                sides[held_out(question.encode(), HELD_OUT)].append((question, answer))
+                sides[held_out(question, HELD_OUT)].append((question, answer))
             case _:
                 raise ValueError(f"{path} line {number} must be an object with the strings "
                                  '"question" and "answer"')

@@ -1,12 +1,17 @@
 """Command lines: flags from fields, help that says everything, and mistakes in one line."""
 
+import json  # noqa: F401, as some below: a program's body needs it
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, fields
 
+import numpy  # noqa: F401
 import pytest
+import safetensors.torch  # noqa: F401
+import torch  # noqa: F401
 
-from minids.base.command_line import flag_of, parse
+from minids.base.command_line import Stopped, flag_of, parse, run_program  # noqa: F401
 from minids.base.fields import bounds, option
 from minids.config import ModelArgs
 from minids.runs.settings import TrainArgs
@@ -85,37 +90,67 @@ def test_help_opens_with_the_docstring_and_shows_unit_and_default_of_every_flag(
     assert undocumented(text.replace(", degrees", ""), Recipe) == ["heat"]
 
 
-PROGRAM = """
-from minids.config import ModelArgs
-from minids.base.command_line import run_program
-run_program("bakery", lambda: {body})
-"""
+def end_of(body: str, capsys) -> tuple[int, str, str]:
+    """Status, stdout and stderr of a program that evaluates `body`."""
+    with pytest.raises(SystemExit) as end:
+        run_program("bakery", lambda: eval(body, globals() | {"raise_": raise_}))
+    return end.value.code, *capsys.readouterr()
+
+
+def raise_(error: Exception):
+    raise error
 
 
 @pytest.mark.parametrize("body, status, err", [
     ("ModelArgs(n_heads=0)", 2,
      "python -m bakery: n_heads = 0 is not valid: it must be at least 1\n"),
     ("ModelArgs.preset('v33')", 2, "python -m bakery: preset 'v33' is unknown: did you mean"),
-    ("open('/no/such/file')", 2, "python -m bakery: [Errno 2] No such file or directory"),
+    ("open('/no/such/file')", 2, "python -m bakery: /no/such/file: No such file or directory"),
+    ("__import__('os').mkdir('/')", 2, "python -m bakery: /: File exists\n"),
+    ("json.loads('[' * 10**6)", 2, "python -m bakery: something is nested too deeply: maximum"),
+    ("bytearray(10**16)", 2, "python -m bakery: not enough memory; take smaller sizes\n"),
+    ("torch.empty(10**15)", 2,
+     "python -m bakery: not enough memory for 4000000000000000 bytes; take smaller sizes\n"),
+    ("torch.empty(10**18, 10**5)", 2, "python -m bakery: not enough memory; take smaller sizes\n"),
+    ("numpy.ones(10**15)", 2, "python -m bakery: not enough memory for 7.11 PiB; take smaller"),
+    ("raise_(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 ..'))",
+     2, "python -m bakery: not enough memory for 20.00 GiB; take smaller sizes\n"),
+    ("safetensors.torch.load(bytes(20))", 2, "python -m bakery: Error while deserializing"),
+    ("__import__('matplotlib.figure')", 2,
+     "python -m bakery: matplotlib is not installed: pip install matplotlib\n"),
+    ("__import__('resource')", 2, "python -m bakery: Python has no resource on "),
+    ("(10**400) / 3", 2, "python -m bakery: integer division result too large for a float\n"),
+    ("ModelArgs(max_seq_len=10**30)", 2, "python -m bakery: max_seq_len = 1000000000000000000000"),
+    ("ModelArgs(moe_inter_dim=-2**63)", 2, "python -m bakery: moe_inter_dim = -9223372036854775808 "
+     "is not valid: it must be a number of 64 bits\n"),
     ("None", 0, ""),
     ("3", 3, ""),
 ])
-def test_a_program_ends_with_one_line_and_a_status(body, status, err):
-    run = subprocess.run([sys.executable, "-c", PROGRAM.format(body=body)], capture_output=True,
-                         text=True)
-    assert run.returncode == status and run.stdout == ""
-    assert run.stderr.startswith(err) and run.stderr.count("\n") == bool(err)
+def test_a_program_ends_with_one_line_and_a_status(body, status, err, capsys, monkeypatch):
+    for name in ("matplotlib", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
+    code, out, told = end_of(body, capsys)
+    assert code == status and out == ""
+    assert told.startswith(err) and told.count("\n") == bool(err)
 
 
-def test_a_bug_of_ours_keeps_its_traceback():
-    run = subprocess.run([sys.executable, "-c", PROGRAM.format(body="1 / 0")], capture_output=True,
-                         text=True)
-    assert run.returncode == 1 and "ZeroDivisionError" in run.stderr
+@pytest.mark.parametrize("body, error", [
+    ("1 / 0", ZeroDivisionError), ("__import__('minids.nothing')", ModuleNotFoundError),
+    ("raise_(RuntimeError('sizes differ'))", RuntimeError), ("{}['a']", KeyError)])
+def test_a_bug_of_ours_keeps_its_traceback(body, error):
+    with pytest.raises(error):
+        run_program("bakery", lambda: eval(body, globals() | {"raise_": raise_}))
 
 
-def test_a_stopped_program_says_how_to_continue_and_ends_with_the_signals_status():
-    body = "exec('raise Stopped(15, [\"--out\", \"my runs/x\"])')"
-    source = "from minids.base.command_line import Stopped\n" + PROGRAM.format(body=body)
-    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
-    assert (run.returncode, run.stderr) == (143, "")
-    assert run.stdout == "stopped; continue with: python -m bakery --out 'my runs/x'\n"
+def test_a_terminal_that_is_not_utf_8_ends_no_run():
+    program = ("from minids.base.command_line import run_program\n"
+               "run_program('bakery', lambda: print('\\u00e9\\ud800'))")
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True,
+                         env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert (run.returncode, run.stdout, run.stderr) == (0, "\\xe9\\ud800\n", "")
+
+
+def test_a_stopped_program_says_how_to_continue_and_ends_with_the_signals_status(capsys):
+    status, out, err = end_of("raise_(Stopped(15, ['--out', 'my runs/x']))", capsys)
+    assert (status, err) == (143, "")
+    assert out == "stopped; continue with: python -m bakery --out 'my runs/x'\n"

@@ -11,6 +11,7 @@ import pytest
 import minids
 from minids.base.command_line import flag_of, parse, run_program
 from minids.base.fields import Settings, bounds, check_types, option
+from minids.config import ModelArgs
 
 
 def all_settings() -> list[type]:
@@ -62,7 +63,7 @@ def refusal(cls: type, f, value, capsys) -> str:
     The program parses its command line and checks its fields; it must end with status 2, or 0.
     """
     def main():
-        [given] = parse("minids.x", "A program.", cls, argv=[f"{flag_of(f)}={value!r}"])
+        [given] = parse("minids.x", "A program.", cls, argv=[f"{flag_of(f)}={value}"])
         made = valid_settings(cls)
         for name, found in given.items():
             object.__setattr__(made, name, found)
@@ -148,3 +149,23 @@ def test_a_field_that_is_declared_again_keeps_its_bounds():
             own = {f.name: f for f in fields(cls)}
             for f in fields(base) if base in CLASSES else ():
                 assert edges(own[f.name]) == edges(f), f"{cls.__name__}.{f.name}"
+
+
+def test_a_folder_to_write_is_no_file_and_lies_in_none(tmp_path, capsys):
+    (file := tmp_path / "file").write_text("x", "utf-8")
+    outs = [(cls, f) for cls in CLASSES for f in fields(cls) if f.metadata.get("folder")]
+    assert len(outs) >= 8 and {f.name for _, f in outs} == {"out"}
+    assert all(f.metadata.get("folder") for cls in CLASSES for f in fields(cls) if f.name == "out")
+    for cls, f in outs:
+        for value in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "a" / "b"):
+            told = f"out = '{value}' is not valid: it must be a folder, and {file} is a file"
+            assert refusal(cls, f, str(value), capsys) == f"python -m minids.x: {told}\n"
+        for value in (tmp_path, tmp_path / "new" / "run", ""):
+            assert refusal(cls, f, str(value), capsys) == ""
+
+
+@pytest.mark.parametrize("changes", [
+    dict(dim=2 ** 63), dict(qk_nope_head_dim=10 ** 30), dict(n_activated_experts=-10 ** 30)])
+def test_numbers_fit_in_64_bits(changes):
+    with pytest.raises(ValueError, match="is not valid: it must be a number of 64 bits"):
+        ModelArgs(**changes)

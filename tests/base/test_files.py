@@ -1,5 +1,6 @@
 """Files: written whole or not at all, and read with errors that name them."""
 
+import ast
 import json
 import os
 import resource
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import minids
 from minids.base.files import read_json, write_json, write_whole
 
 
@@ -49,7 +51,8 @@ def test_text_is_utf_8_and_bytes_are_bytes(tmp_path):
 
 @pytest.mark.parametrize("data, problem", [
     (None, "is missing"), (b"", "is not JSON"), (b'{"a": ', "is not JSON"),
-    (b"\xff{}", "is not JSON"), (b"[1]", "holds list, not an object of fields")])
+    (b"\xff{}", "is not JSON"), (b"[" * 10**6, "is not JSON"), (b"9" * 5000, "is not JSON"),
+    (b"[1]", "holds list, not an object of fields")])
 def test_json_that_cannot_be_read_is_named_in_one_line(tmp_path, data, problem):
     path = tmp_path / "config.json"
     if data is not None:
@@ -62,3 +65,34 @@ def test_json_that_cannot_be_read_is_named_in_one_line(tmp_path, data, problem):
 def test_json_comes_back(tmp_path):
     write_json(tmp_path / "x.json", {"a": [1, "ü", None]})
     assert read_json(tmp_path / "x.json") == {"a": [1, "ü", None]}
+
+
+def without_encoding(source: str) -> list[str]:
+    """Calls that open a file as text, in whatever encoding the machine prefers."""
+    found = []
+    for call in (n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call)):
+        name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+        given = [*call.args, *(k.value for k in call.keywords if k.arg in ("encoding", "mode"))]
+        words = [a.value for a in given if isinstance(a, ast.Constant) and type(a.value) is str]
+        said = any("utf" in word for word in words) or any(
+            isinstance(word, str) and "b" in word and len(word) <= 3 for word in words)
+        piped = any(k.arg in ("text", "universal_newlines") for k in call.keywords)
+        if name in ("read_text", "write_text", "fdopen") and not said or piped or (
+                name == "open" and not said and isinstance(call.func, ast.Name)):
+            found.append(ast.unparse(call))
+    return found
+
+
+def test_every_text_file_is_opened_with_its_encoding_stated():
+    files = sorted(Path(minids.__file__).parent.rglob("*.py"))
+    assert len(files) > 50
+    assert {str(f): calls for f in files if (calls := without_encoding(f.read_text("utf-8")))} == {}
+
+
+@pytest.mark.parametrize("call, wrong", [
+    ("open(p)", True), ("open(p, 'w')", True), ("open(p, 'rb')", False),
+    ("open(p, 'a', encoding='utf-8')", False), ("p.read_text()", True),
+    ("p.read_text('utf-8-sig')", False), ("p.write_text(text)", True), ("p.open('wb')", False),
+    ("p.write_text(text, encoding='utf-8')", False), ("run(words, text=True)", True)])
+def test_a_text_file_without_encoding_is_noticed(call, wrong):
+    assert bool(without_encoding(call)) is wrong

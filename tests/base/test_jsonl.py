@@ -55,7 +55,8 @@ def test_a_blank_line_is_refused_unless_skipped(content, line, values, tmp_path)
 
 
 def test_conversations_refuse_a_blank_line(tmp_path):
-    path, row = tmp_path / "talk.jsonl", json.dumps({"messages": [{"role": "user"}]})
+    path, row = tmp_path / "talk.jsonl", json.dumps({"messages": [
+        dict(role="user", content="a"), dict(role="assistant", content="b")]})
     args = SftArgs(data=f"jsonl:{path}")
     path.write_text(f"{row}\n{row}\n")
     assert len(open_conversations(args)) == 2

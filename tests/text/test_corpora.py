@@ -2,12 +2,17 @@
 
 import re
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from byte_tokens import TOKENIZER, fails, write_rows
 
 from minids.text import corpora
-from minids.text.corpora import HOLD_OUT, library_files, open_corpus
+from minids.text.corpora import HOLD_OUT, library_files, open_corpus, read_parquet
 from minids.text.loaders import open_data
 from minids.text.tasks import held_out
 
@@ -87,7 +92,7 @@ def test_single_document_keeps_its_last_part_for_validation(tmp_path):
 
 def test_several_documents_none_held_out(tmp_path):
     texts = [name * 200 for name in "abc"]
-    assert not any(held_out(t.encode(), HOLD_OUT) for t in texts)
+    assert not any(held_out(t, HOLD_OUT) for t in texts)
     for text in texts:
         (tmp_path / f"{text[0]}.txt").write_text(text)
     corpus = open_corpus(f"text:{tmp_path}")
@@ -121,7 +126,9 @@ BAD_FILES = {
     "cut.txt": "é".encode()[:1], "bad.jsonl": b'{"text": "a"}\n{"text": \n',
     "list.jsonl": b"[1]\n", "columns.jsonl": b'{"title": "a", "body": "b", "n": 1}\n',
     "later.jsonl": b'{"text": "a"}\n\n{"body": "b"}\n', "bad.parquet": b"not parquet",
-    "data.csv": b"a,b\n", "one.txt": b"x",
+    "data.csv": b"a,b\n", "one.txt": b"x", "number.jsonl": b'{"text": "a"}\n{"text": 5}\n',
+    "cut.parquet": b"PAR1" + bytes(99) + b"PAR1", "deep.jsonl": b'{"text": "a"}\n' + b"[" * 10**5,
+    "long.jsonl": b'{"text": ' + b"9" * 5000 + b"}",
 }
 BAD_SPECS = {
     "": "valid are pystdlib", "pystdlb": "did you mean 'pystdlib'", "text:": "valid are",
@@ -137,6 +144,11 @@ BAD_SPECS = {
     "text:HERE/later.jsonl": "line 3 has no 'text', only ['body']",
     "text:HERE/bad.parquet": "not a parquet file", "text:HERE/two.parquet": "columns are a, b, n",
     "text:HERE/data.csv": "a file .csv is not read", "text:HERE/one.txt": "too short",
+    "text:HERE/number.jsonl": "number.jsonl line 2: text = 5 is not text",
+    "text:HERE/cut.parquet": "cut.parquet is damaged or not a parquet file",
+    "text:HERE/deep.jsonl": "deep.jsonl line 2 is not JSON",
+    "text:HERE/long.jsonl": "long.jsonl line 1 is not JSON",
+    "text:HERE/lists.parquet": "its columns are words (not text)",
 }
 
 
@@ -146,10 +158,60 @@ def test_bad_input_is_one_line_that_says_what_would_work(spec, tmp_path):
         (tmp_path / name).write_bytes(content)
     (tmp_path / "hollow").mkdir()
     write_rows(tmp_path / "two.parquet", a=["x"], b=["y"], n=[1])
+    write_rows(tmp_path / "lists.parquet", words=[["x"], ["y"]])
     with pytest.raises(ValueError) as error:
         open_corpus(spec.replace("HERE", str(tmp_path)))
     message = str(error.value)
     assert BAD_SPECS[spec].replace("HERE", str(tmp_path)) in message and "\n" not in message
+
+
+@pytest.mark.parametrize("kind", [
+    pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int8(), pa.string()),
+    pa.dictionary(pa.int32(), pa.large_string())], ids=str)
+def test_a_column_of_text_may_have_any_of_arrows_types(kind, tmp_path):
+    """pandas writes a category as a dictionary."""
+    texts = ["one é", None, "two", "one é"] * 50
+    table = pa.table({"n": range(200), "text": pa.array(texts).cast(kind)})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=70)
+    assert [*read_parquet(tmp_path / "a.parquet")] == [text or "" for text in texts]
+
+
+REPEATED = "the same words " * 200_000  # 3 MB
+
+
+def repeated_file(path: Path, form: str) -> None:
+    """Write one text again and again in a few kB: 3 GB as a dictionary, 300 MB as it is."""
+    if form == "dictionary":
+        text = pa.DictionaryArray.from_arrays(pa.array([0] * 1000), pa.array([REPEATED]))
+        pq.write_table(pa.table({"text": text}), path, compression="zstd", store_schema=False)
+    else:
+        table = pa.table({"text": [REPEATED] * (100 if form == "group" else 10)})
+        how = dict(compression="zstd", use_dictionary=False)
+        with pq.ParquetWriter(path, table.schema, **how) as writer:
+            for _ in range(1 if form == "group" else 10):
+                writer.write_table(table, row_group_size=1000)
+
+
+MEASURED = """
+import resource, sys
+from minids.text.corpora import open_corpus
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    open_corpus(f"text:{sys.argv[1]}")
+except ValueError as error:
+    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10, error)
+"""
+
+
+@pytest.mark.parametrize("form", ["dictionary", "groups", "group"])
+def test_a_small_file_that_unpacks_to_gigabytes_is_refused_in_little_memory(form, tmp_path):
+    repeated_file(tmp_path / "a.parquet", form)
+    assert (tmp_path / "a.parquet").stat().st_size < 2**20
+    done = subprocess.run([sys.executable, "-c", MEASURED, str(tmp_path)], capture_output=True,
+                          text=True)
+    used, _, error = done.stdout.partition(" ")
+    assert "a.parquet unpacks to more than 100 times its size" in error, done.stderr
+    assert int(used) < 700  # MiB; the texts before the bound, 256 MiB, are held to be split
 
 
 def test_bad_settings(tmp_path):

@@ -11,8 +11,10 @@ import pytest
 from byte_tokens import write_rows
 from local_hub import serve
 
+from minids.sft import SftArgs, open_conversations
 from minids.text import hub
 from minids.text.corpora import open_corpus
+from minids.text.tasks import open_task
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -142,7 +144,10 @@ def test_streams_from_a_hub_and_resumes_within_a_file(tmp_path):
 
 
 @pytest.mark.parametrize("answer", ["refused", "silent"])
-def test_without_network_it_says_so_within_two_seconds(answer, monkeypatch):
+@pytest.mark.parametrize("ask", [
+    lambda: open_corpus("hf:roneneldan/TinyStories"), lambda: open_task("gsm8k"),
+    lambda: open_corpus("task:gsm8k"), lambda: open_conversations(SftArgs(data="task:gsm8k"))])
+def test_without_network_it_says_so_within_two_seconds(ask, answer, monkeypatch):
     for name in list(os.environ):
         if name.lower().endswith("_proxy") or name.startswith("HF_"):
             monkeypatch.delenv(name)
@@ -154,5 +159,5 @@ def test_without_network_it_says_so_within_two_seconds(answer, monkeypatch):
         monkeypatch.setattr(hub.socket, "create_connection", look_up)
     began = time.monotonic()
     with pytest.raises(ValueError, match="no network: .* use pystdlib or text:PATH"):
-        open_corpus("hf:roneneldan/TinyStories")
+        ask()
     assert time.monotonic() - began < 2
