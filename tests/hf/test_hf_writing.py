@@ -314,4 +314,4 @@ def test_all_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
                 if path.stat().st_ino not in order[:last]}
     assert unflushed() == set()
     monkeypatch.setattr(hf.writing, "flush", lambda path: None)  # wrong
-    assert CONFIG in unflushed()
+    assert any(name.endswith(".safetensors") for name in unflushed())
