@@ -26,10 +26,11 @@ class ModelArgs(Settings):
     dim: int = option(256, "width of the residual stream", low=1)
     inter_dim: int = option(512, "hidden width of the dense feed-forward layers", low=1)
     moe_inter_dim: int = option(128, "hidden width of one expert")
-    n_layers: int = option(4, "transformer blocks, without the MTP module", low=1)
+    n_layers: int = option(4, "transformer blocks, without the MTP module", low=1, high=1024)
     n_dense_layers: int = option(1, "leading blocks with a dense feed-forward layer", low=0)
     n_heads: int = option(4, "attention heads", low=1)
-    n_routed_experts: int = option(8, "routed experts in one MoE layer; 0: no layer has any", low=0)
+    n_routed_experts: int = option(8, "routed experts in one MoE layer; 0: no layer has any", low=0,
+                                   high=2 ** 16)
     n_shared_experts: int = option(1, "shared experts in one MoE layer", low=0)
     n_activated_experts: int = option(2, "routed experts that one token visits")
     n_expert_groups: int = option(1, "groups that the routed experts are split into")
@@ -54,7 +55,7 @@ class ModelArgs(Settings):
     index_topk: int = option(128, "tokens that the indexer lets a query attend to", low=1)
     index_hadamard: bool = option(False, "Hadamard transform of the indexer's queries and keys")
     index_fp8: bool = option(False, "round the indexer's queries and keys to FP8, as deployed")
-    n_mtp_layers: int = option(1, "multi-token prediction modules", low=0)
+    n_mtp_layers: int = option(1, "multi-token prediction modules", low=0, high=64)
     init_std: float = option(0.006, "standard deviation of the initial weights", above=0)
 
     def __post_init__(self):

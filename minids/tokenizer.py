@@ -14,14 +14,15 @@ from pathlib import Path
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option
 from minids.text.corpora import open_corpus
-from minids.text.tokenizer import SMALLEST, Tokenizer, check_target
+from minids.text.tokenizer import LARGEST, SMALLEST, Tokenizer, check_target
 
 
 @dataclass(frozen=True)
 class TokenizerArgs(Settings):
     """Training of a tokenizer"""
 
-    vocab_size: int = option(4096, "number of ids, special tokens and bytes included", low=SMALLEST)
+    vocab_size: int = option(4096, "number of ids, special tokens and bytes included", low=SMALLEST,
+                             high=LARGEST)
     data: str = option("pystdlib", "corpus: pystdlib, text:PATH, task:NAME or "
                                    "hf:NAME[:CONFIG[:COLUMN]]")
     out: str = option("data/tokenizer", "folder to write", folder=True)

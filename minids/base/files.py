@@ -82,6 +82,18 @@ def is_sealed(path: Path, found: dict) -> bool:
     return Path(path).read_bytes() == sealed(body)
 
 
+def inside(path: Path) -> Path:
+    """Return a file's path; raise `ValueError` if it is a link that leaves its folder.
+
+    A link may lead to the blobs of the hub's cache, which has all files of a snapshot as links.
+    """
+    folder, target = path.absolute().parent, path.resolve()
+    hub = [folder.parents[1].resolve() / "blobs"] if folder.parent.name == "snapshots" else []
+    if not any(target.is_relative_to(own) for own in (folder.resolve(), *hub)):
+        raise ValueError(f"{path} is a link to {target}, outside its folder: it is not read")
+    return path
+
+
 def publish(temp: Path, final: Path) -> None:
     """Rename a complete folder to its final name, replacing an older folder of that name.
 

@@ -5,6 +5,7 @@ peak is the model and the largest tensor. FP8 weights are multiplied by their bl
 arXiv 2412.19437, section 3.3.2; `weight_scale_inv` in the files, FP32 or UE8M0).
 """
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from tqdm import tqdm
 from minids.base.fields import nearest
 from minids.base.files import read_json
 from minids.config import ModelArgs
+from minids.costs import count_parameters
 from minids.fp8 import BLOCK, dequantize
 from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, own_dtype, shapes, skeleton, to_hf
 from minids.hf.settings import args_from_config
@@ -72,6 +74,10 @@ def inspect(folder: str | Path) -> Source:
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
     headers = read_headers(folder)
+    total, there = count_parameters(args).total, sum(math.prod(h.shape) for h in headers.values())
+    if total > 2 * there:  # told here, since `check_tensors` lists all of the model's tensors
+        raise ValueError(f"{folder / CONFIG}: its sizes make {total:,} parameters, and the files "
+                         f"have {there:,}")
     if not any(name.startswith(f"model.layers.{args.n_layers}.") for name in headers):
         args = replace(args, n_mtp_layers=0)
     source = Source(folder, args, headers)

@@ -19,13 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids.base.fields import demand
-from minids.base.files import flush, publish, read_json, write_json
+from minids.base.files import flush, inside, publish, read_json, write_json
 from minids.config import ModelArgs
 from minids.fp8 import quantize_weight
 from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, goes_to_fp8, own_dtype, to_hf
 from minids.hf.reading import aside_of
 from minids.hf.settings import FP8_CONFIG, QUANTIZE, config_from_args, model_type_of
 from minids.model.transformer import Transformer
+from minids.text.corpora import check_file
 from minids.text.tokenizer import Tokenizer
 
 OWN_FILE = (r"config\.json|model(-\d+-of-\d+)?\.safetensors|mtp\.safetensors"
@@ -56,15 +57,15 @@ def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
     """
     folder = Path(folder).resolve()
     config = saved_config(model, dtype, tokenizer, quantize)
+    copied = tokenizer_files(tokenizer) if isinstance(tokenizer, Path) else []
     check_target(folder, overwrite)
     with replacing(folder, f"{OWN_FILE}|{TOKENIZER_FILE}" if tokenizer else OWN_FILE) as temp:
         write_weights(model, temp, dtype, shard_bytes, quantize)
         write_json(temp / CONFIG, config)
         if isinstance(tokenizer, Tokenizer):
             tokenizer.save_hf(temp)
-        elif tokenizer is not None:
-            for file in tokenizer_files(Path(tokenizer)):
-                shutil.copy2(file, temp)
+        for file in copied:
+            shutil.copy2(file, temp)
 
 
 def saved_config(model: Transformer, dtype: torch.dtype | None,
@@ -101,9 +102,18 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
-    """Return the files of a folder that make up its tokenizer, with its generation settings."""
-    return sorted(path for path in folder.iterdir()
-                  if path.is_file() and re.fullmatch(TOKENIZER_FILE, path.name))
+    """Return the files of a folder that make up its tokenizer, with its generation settings.
+
+    Raises `ValueError` for one that is no object of JSON or no text, or leads out of the folder.
+    """
+    found = sorted(path for path in folder.iterdir()
+                   if path.is_file() and re.fullmatch(TOKENIZER_FILE, path.name))
+    for path in map(inside, found):
+        if path.suffix == ".json":
+            read_json(path)
+        elif path.suffix != ".model" and (problem := check_file(path)[1]) not in ("", "is empty"):
+            raise ValueError(f"{path} {problem}")
+    return found
 
 
 @contextlib.contextmanager

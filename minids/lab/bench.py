@@ -53,7 +53,7 @@ from minids.lab.bench_decoding import sparse_table, speculative_table
 from minids.lab.bench_setup import DEFAULT_TABLES, Bench, BenchArgs, Stepper, minids_loss
 from minids.lab.bench_transformers import decode_table, memory_table, rollout_table, train_table
 from minids.lab.timing import RATIOS
-from minids.runs.device import pick_device, prepare_cpu
+from minids.runs.device import check_memory, pick_device, prepare_cpu
 from minids.runs.metrics import read_metrics
 from minids.runs.open import free_folder
 from minids.runs.settings import TrainArgs
@@ -138,9 +138,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     given, changes = parse("minids.lab.bench", __doc__, BenchArgs, ModelArgs, argv=argv)
     s = BenchArgs(**given)
-    pick_device(s.device)  # refuses a GPU that is not there
     prepare_cpu(s.threads)
     args = replace(ModelArgs.preset(s.preset), **changes)
+    check_memory(args, pick_device(s.device))  # refuses a GPU that is not there, too
     if s.what in BESIDE_TRANSFORMERS:
         config_from_args(args)  # refuses a model that transformers has no class for
     bench = Bench(s, args)

@@ -31,7 +31,8 @@ from pathlib import Path
 import tiktoken
 import torch
 
-from minids.base.files import read_json, write_whole
+from minids.base.fields import demand
+from minids.base.files import inside, read_json, write_whole
 from minids.text import bpe
 from minids.text.bpe import CONFIG, PATTERN, RELEASED, SPECIAL, TOKENIZER, TOKENIZER_CONFIG
 
@@ -41,6 +42,8 @@ DEFAULT = CLONE / "data" / "tokenizer" if CLONE else PACKAGE / "default_tokenize
 RANKS, META = "ranks.tiktoken", "meta.json"
 ROW_MULTIPLE = 64                 # the model's rows are padded to a multiple of this
 SMALLEST = len(SPECIAL) + 256     # ids of a tokenizer without merges
+LARGEST = 2**20                   # ids of one that is trained
+SPARE = 2**16                     # unused ids, beside as many as there are tokens
 INVALID = re.compile("([\udc80-\udcff]+)")  # what "surrogateescape" makes of invalid bytes
 EVERY_BYTE = "".join(map(chr, (   # contains each byte that UTF-8 uses, capitals and accents
     *range(0x801), *range(0x1000, 0x10000, 0x1000), *range(0x10000, 0x110000, 0x30000))))
@@ -60,13 +63,25 @@ class Tokenizer:
     def __init__(self, ranks: dict[bytes, int], special: dict[str, int], pattern: str, made: dict):
         self.pattern, self.made = pattern, made
         self._number(ranks, special)
+        if len({*ranks.values(), *special.values()}) < len(ranks) + len(special):
+            raise ValueError("two of its tokens have the same id")
+        if any(bytes([b]) not in ranks for b in range(256)):
+            raise ValueError("one of the 256 bytes has no id")
         self.fingerprint = fingerprint(ranks, special, pattern)
         # tiktoken is not told of the special tokens, so no text can become one
         self._encoding = tiktoken.Encoding(name=self.fingerprint, pat_str=pattern,
                                            mergeable_ranks=ranks, special_tokens={})
 
     def _number(self, ranks: dict[bytes, int], special: dict[str, int], rows: int = 0) -> None:
-        """Set the sizes and the bytes of each id; rows: those of the model, if known."""
+        """Set the sizes and the bytes of each id; rows: those of the model, if known.
+
+        Raises `ValueError` for ids and rows far beyond the number of tokens: each takes memory.
+        """
+        ids = [*ranks.values(), *special.values()]
+        most = 2 * len(ids) + SPARE
+        for number in (*ids, rows):
+            demand("id, or vocab_size,", number, type(number) is int and 0 <= number < most,
+                   f"a whole number below {most} for {len(ids)} tokens")
         self.ranks, self.special = ranks, special
         self.n_tokens = 1 + max([*ranks.values(), *special.values()])
         padded = -(-self.n_tokens // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -80,6 +95,12 @@ class Tokenizer:
         for piece, token in ranks.items():
             self._bytes[token] = piece
 
+    def _check_text(self, problem: str) -> None:
+        """Raise `ValueError` with this text unless any text comes back."""
+        for text in (EVERY_BYTE, f" {EVERY_BYTE}  "):
+            if self.decode(self.encode(text)) != text:
+                raise ValueError(problem)
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, corpus: str = "") -> "Tokenizer":
         """Learn the merges from `texts`; the order of the texts and the threads do not matter.
@@ -88,9 +109,9 @@ class Tokenizer:
             because a pair that occurs once is never merged
         corpus: a name for the texts, stored in `made`
         """
-        if vocab_size < SMALLEST:
-            raise ValueError(f"vocab_size = {vocab_size} is not valid: it must be at least "
-                             f"{SMALLEST} ({len(SPECIAL)} special tokens and 256 bytes)")
+        demand("vocab_size", vocab_size, SMALLEST <= vocab_size <= LARGEST,
+               f"at least {SMALLEST} ({len(SPECIAL)} special tokens and 256 bytes) and at most "
+               f"{LARGEST}")
         import tokenizers  # needed for training only
         made = {"corpus": corpus, "sha256": hashlib.sha256(), "documents": 0, "bytes": 0}
         merged = bpe.learn_merges(logged(texts, made), vocab_size - SMALLEST)
@@ -118,7 +139,9 @@ class Tokenizer:
             special, pattern = meta["special"], meta["pattern"]
             if fingerprint(ranks, special, pattern) != meta["fingerprint"]:
                 raise ValueError(f"{RANKS} and {META} do not belong together")
-            return cls(ranks, special, pattern, meta["made"])
+            tokenizer = cls(ranks, special, pattern, meta["made"])
+            tokenizer._check_text(f"the pattern in {META} leaves out some text")
+            return tokenizer
         except (KeyError, ValueError, TypeError) as error:
             problem = f"{META} has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"no whole tokenizer in {folder}: {problem}; build one with "
@@ -230,17 +253,15 @@ class ReleasedTokenizer(Tokenizer):
         self.bos_id, self.eos_id = bos, eos
         self.fingerprint = digest([spec, bos, eos])
         self._engine = bpe.read_engine(bpe.without_added(spec, special))
-        for text in (EVERY_BYTE, f" {EVERY_BYTE}  "):
-            if self.decode(self.encode(text)) != text:
-                raise ValueError(f"{TOKENIZER} does not keep all text: its normalizer must be "
-                                 "empty, its vocabulary have all bytes, ByteLevel add no space")
+        self._check_text(f"{TOKENIZER} does not keep all text: its normalizer must be empty, its "
+                         "vocabulary have all bytes, ByteLevel add no space")
 
     @classmethod
     def load(cls, folder: str | Path) -> "ReleasedTokenizer":
         """Load tokenizer.json, and tokenizer_config.json and config.json if they exist."""
         paths = [Path(folder) / name for name in RELEASED]
         try:
-            return cls({path.name: read_json(path) for path in paths if path.exists()})
+            return cls({path.name: read_json(inside(path)) for path in paths if path.exists()})
         except ValueError as error:
             raise ValueError(f"no usable tokenizer in {folder}: {error}") from error
 

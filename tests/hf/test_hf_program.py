@@ -1,9 +1,11 @@
 """The program: a run becomes a folder that every program takes, and mistakes are one line."""
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -130,6 +132,55 @@ def test_fp8_is_made_wide_and_the_tokenizer_copied(run, exported, tmp_path, caps
     assert open_model(tmp_path / "wide").model.head.weight.dtype == torch.float32
     assert open_model(tmp_path / "wide", dtype=torch.bfloat16).model.head.weight.dtype \
         == torch.bfloat16
+
+
+def secret_link(folder: Path, name: str) -> None:
+    """The folder's file becomes a link to another file of its user."""
+    secret = folder.parent / "secret"
+    secret.write_text('{"password": "swordfish"}', "utf-8")
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(secret)
+
+
+def file_of(name: str, content: bytes):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize("harm, told", [
+    *((partial(secret_link, name=name), f"{name} is a link to") for name in (
+        "tokenizer_config.json", "tokenizer.json", "chat_template.jinja", "merges.txt",
+        "generation_config.json", "tokenizer.model", "tokenization_own.py")),
+    (file_of("special_tokens_map.json", b"root:x:0:0"), "special_tokens_map.json is not JSON"),
+    (file_of("generation_config.json", b"[]"), "generation_config.json holds list"),
+    (file_of("chat_template.jinja", b"a\0b"), "chat_template.jinja is binary"),
+    (file_of("merges.txt", b"\xff\xfe"), "merges.txt is binary or not UTF-8")])
+def test_tokenizer_files_are_copied_when_they_are_understood(harm, told, exported, tmp_path, capsys,
+                                                            monkeypatch):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    shutil.copytree(exported, folder)
+    harm(folder)
+    for words in (["--folder", folder, "--out", out], ["--folder", folder]):
+        status, said, err = call(capsys, monkeypatch, *words)
+        assert (status, said, err.count("\n")) == (2, "", 1) and told in err and not out.exists()
+
+
+def test_the_links_of_a_hubs_cache_are_followed(exported, tmp_path, capsys, monkeypatch):
+    """Every file of a snapshot is a link to a blob beside all snapshots."""
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    shutil.copytree(exported, blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../blobs") / path.name)
+    status, _, err = call(capsys, monkeypatch, "--folder", snapshot, "--out", tmp_path / "out")
+    assert (status, err) == (0, "")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (blobs / name).read_bytes()
+        assert not (tmp_path / "out" / name).is_symlink()
+    shutil.rmtree(blobs)
+    shutil.copytree(exported, tmp_path / "elsewhere")
+    blobs.symlink_to(tmp_path / "elsewhere")  # a cache that somebody else has packed
+    status, _, err = call(capsys, monkeypatch, "--folder", snapshot)
+    assert status == 2 and "outside its folder" in err
 
 
 def test_a_new_tokenizer_replaces_the_old_one_whole(exported, tmp_path):

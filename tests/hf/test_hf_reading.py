@@ -55,6 +55,14 @@ def text(file: str, content: str):
 WO, EXPERT = "model.layers.1.self_attn.o_proj.weight", "model.layers.1.mlp.experts.3.up_proj.weight"
 SCALE = f"{EXPERT}_scale_inv"
 CONFIGS = {
+    "a million layers": (config_with(num_hidden_layers=10**6), "num_hidden_layers = 1000000"),
+    "a billion experts": (config_with(n_routed_experts=10**9), "n_routed_experts = 1000000000"),
+    "a million MTP": (config_with(num_nextn_predict_layers=10**6), "predict_layers = 1000000"),
+    "many of both": (config_with(num_hidden_layers=1000, n_routed_experts=60_000),
+                     " parameters, and the files have "),
+    **{f"wide {name}": (config_with(**{name: 10**15}), " parameters, and the files have ") for name
+       in ("hidden_size", "vocab_size", "intermediate_size", "v_head_dim", "kv_lora_rank")},
+    "nested": (lambda folder: (folder / CONFIG).write_bytes(b"[" * 10**6), "is not JSON"),
     "unknown type": (config_with(model_type="deepseek_v4"), "model_type = 'deepseek_v4'"),
     "near type": (config_with(model_type="deepseek-v3"), "did you mean 'deepseek_v3'?"),
     "no type": (config_with(model_type=...), "model_type = None"),

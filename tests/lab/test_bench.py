@@ -140,7 +140,7 @@ def test_lower_bits_per_byte_win():
     (["--new-tokens", "250"], "new_tokens"),
     (["--pairs", "0"], "pairs"),
     (["--decode-batch", "99999"], "decode_batch"),
-    (["--preset", "nanoo"], "did you mean 'nano'"),
+    (["--preset", "nanoo"], "did you mean 'nano'"), (["--preset", "v3"], "does not fit"),
 ])
 def test_bad_settings_are_named(settings, flags, named, monkeypatch):
     # refused for what it is, before anything is built

@@ -293,7 +293,25 @@ def written(text: bytes, file: str = bpe.TOKENIZER):
 
 METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "always",
              "split": True}
+def far_token(id: int):
+    return lambda folder: edit(folder, lambda spec: spec["added_tokens"].append(
+        dict(spec["added_tokens"][0], id=id, content="<far>")) or spec["model"]["vocab"].update(
+            {"<far>": id}))
+
+
+def linked(folder):
+    """Another file of the user, which would come out again in a run's tokenizer."""
+    (folder.parent / "secret.json").write_text('{"password": "x"}', "utf-8")
+    (folder / bpe.TOKENIZER_CONFIG).unlink()
+    (folder / bpe.TOKENIZER_CONFIG).symlink_to(folder.parent / "secret.json")
+
+
 HARMS = {
+    "far": (far_token(10**9), "id, or vocab_size, = 1000000000 is not valid: .* below"),
+    "rows": (written(b'{"vocab_size": 1000000000000}', bpe.CONFIG), "vocab_size, = 1000000000000"),
+    "link": (linked, "tokenizer_config.json is a link to .*secret.json, outside its folder"),
+    "nested": (written(b"[" * 10**6), "tokenizer.json is not JSON"),
+    "nested inside": (written(b'{"model": ' + b"[" * 900 + b"]" * 900 + b"}"), "cannot be read"),
     "cut": (lambda f: cut(f / bpe.TOKENIZER), "tokenizer.json is not JSON"),
     "garbage": (lambda f: garbage(f / bpe.TOKENIZER), "tokenizer.json is not JSON"),
     "empty": (lambda f: empty(f / bpe.TOKENIZER), "tokenizer.json is not JSON"),

@@ -290,6 +290,42 @@ def test_no_flipped_bit_of_the_ranks_passes(small, tmp_path):
             Tokenizer.load(tmp_path)
 
 
+def forged(t: Tokenizer, folder, pattern: str = PATTERN, special=None, **ranks) -> None:
+    """Write a folder whose fingerprint fits what it holds; ranks: ids of single bytes."""
+    ranks = t.ranks | {name.encode(): i for name, i in ranks.items()}
+    ranks, special = {p: i for p, i in ranks.items() if i is not None}, special or t.special
+    meta = dict(fingerprint=module.fingerprint(ranks, special, pattern), made={}, pattern=pattern,
+                special=special)
+    module.write_files(folder, {module.META: meta, module.RANKS: "".join(
+        module.rank_line(piece, i) + "\n" for piece, i in ranks.items())})
+
+
+@pytest.mark.parametrize("changes, told", [
+    (dict(a=10**9), "id, or vocab_size, = 1000000000 is not valid: it must be a whole number "),
+    (dict(a=-1), "id, or vocab_size, = -1 is not valid"), (dict(a=99), "two of its tokens"),
+    (dict(a=2**64), "id, or vocab_size, = 18446744073709551616 is not valid"),
+    (dict(a=None), "one of the 256 bytes has no id"), (dict(pattern="("), "Parsing error"),
+    (dict(pattern="[a-z]+"), "the pattern in meta.json leaves out some text"),
+    (dict(pattern=5), "cannot be converted|not an instance of 'str'"),
+    (dict(special=dict(x=True)), "id, or vocab_size, = True is not valid"),
+    (dict(special=dict(x="7")), "id, or vocab_size, = '7' is not valid"),
+    (dict(special=dict(x=10**12)), "id, or vocab_size, = 1000000000000 is not valid")])
+def test_a_folder_that_fits_its_fingerprint_is_checked_before_memory_is_taken(
+        small, tmp_path, changes, told):
+    """tiktoken would allocate for the highest id, and ends the process for the others."""
+    forged(small, tmp_path)
+    assert Tokenizer.load(tmp_path).n_tokens == small.n_tokens
+    forged(small, tmp_path, **changes)
+    with pytest.raises(ValueError, match=f"^no whole tokenizer in .*({told})"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("size", [2**20 + 1, 99_999_999_999, 10**30])
+def test_a_size_that_no_vocabulary_has_is_refused(size):
+    with pytest.raises(ValueError, match=f"vocab_size = {size} is not valid: .* 1048576"):
+        Tokenizer.train(["a b c"], size)
+
+
 def test_a_key_or_folder_that_is_missing_is_named(small, tmp_path):
     with pytest.raises(ValueError, match="meta.json is missing"):
         Tokenizer.load(tmp_path / "nowhere")
