@@ -127,7 +127,7 @@ def main() -> None:
     student = None
     if for_student.get("from_run") or for_student.get("resume"):
         student = settings("sft", SftArgs, for_student | dict(data=f"jsonl:{args.corpus}",
-                                                              task=args.about), "-distilled")
+                                                              task=args.about))
     prepare_cpu(for_student.get("threads", 0))
     if not Path(args.corpus).exists():
         write_corpus(args)
@@ -135,10 +135,10 @@ def main() -> None:
         raise ValueError(f"corpus = {args.corpus!r} is not valid: the file exists already")
     try:
         if student is not None:
-            sft(student)
+            sft(student, "-distilled")
     except Stopped as stopped:
         raise Stopped(stopped.number, [*sys.argv[1:], "--resume"]) from None
 
 
 if __name__ == "__main__":
-    run_program("minids.distill", main)
+    run_program("minids.distill", main, lasting=True)

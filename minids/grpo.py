@@ -39,7 +39,7 @@ from minids.base.fields import option, require
 from minids.config import ModelArgs
 from minids.infer.sampling import Sampler
 from minids.model.transformer import Transformer
-from minids.rl.examination import Asking, examine_modes
+from minids.rl.examination import Asking, check_room, examine_modes
 from minids.rl.objectives import OBJECTIVES, ObjectiveArgs, advantages, objective, token_weights
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.rl.rollout import Rollout, log_probs, roll_out
@@ -116,11 +116,7 @@ class Reinforcer(Learner):
 
     def __init__(self, args: GrpoArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
         self.template, self.task = TEMPLATES[args.template](tokenizer), open_task(args.task)
-        longest = max(len(self.template.prompt(p.question)) for p in self.task.some(64, "train", 0))
-        room = model_args.max_seq_len - longest
-        require(args, "max_new_tokens", args.max_new_tokens <= room,
-                f"at most {room}: max_seq_len is {model_args.max_seq_len}, and the questions have "
-                f"up to {longest} tokens")
+        check_room(args, model_args.max_seq_len, self.template, self.task)
         super().__init__(args, model_args, run, tokenizer)
         self.reference = Transformer(model_args).to(self.device).requires_grad_(False)
         self.batch: Batch | None = None
@@ -265,13 +261,13 @@ class Reinforcer(Learner):
 
 def grpo(args: GrpoArgs) -> Path:
     """Reinforce a model; see `minids.runs.learner.learn`."""
-    return learn(Reinforcer, args)
+    return learn(Reinforcer, args, "-grpo")
 
 
 def main() -> None:
     [given] = parse("minids.grpo", __doc__, GrpoArgs)
-    grpo(settings("grpo", GrpoArgs, given, "-grpo"))
+    grpo(settings("grpo", GrpoArgs, given))
 
 
 if __name__ == "__main__":
-    run_program("minids.grpo", main)
+    run_program("minids.grpo", main, lasting=True)

@@ -257,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program("minids.r1", main)
+    run_program("minids.r1", main, lasting=True)

@@ -28,7 +28,7 @@ from minids.base.fields import option, require
 from minids.base.files import read_jsonl
 from minids.config import ModelArgs
 from minids.model.objective import Packed
-from minids.rl.examination import Asking, examine_modes
+from minids.rl.examination import Asking, check_room, examine_modes
 from minids.runs.learner import Learner, learn
 from minids.runs.open import settings
 from minids.runs.settings import LearnArgs
@@ -64,6 +64,8 @@ class SftArgs(LearnArgs):
     muon_lr: float = option(3e-3, "peak learning rate of Muon", above=0)
     optimizer: str = option("muon", "muon: for the matrices inside the blocks", ("adamw", "muon"))
     constant_until: float = option(0.5, "share of the run after which lr falls", low=0, high=1)
+
+    may_change = LearnArgs.may_change | {"eval_every", "eval_problems", "max_new_tokens"}
 
     @classmethod
     def for_preset(cls, preset: str = "tiny", **given) -> "SftArgs":
@@ -162,6 +164,8 @@ class FineTuner(Learner):
         self.rows = Rows(Chat(tokenizer), conversations, args.seq_len)
         name = args.task or (args.data[5:] if args.data.startswith("task:") else "")
         self.task = open_task(name) if name else None
+        if self.task:
+            check_room(args, model_args.max_seq_len, Chat(tokenizer), self.task)
         super().__init__(args, model_args, run, tokenizer)
 
     def accumulate(self) -> tuple[dict, None]:
@@ -198,15 +202,15 @@ class FineTuner(Learner):
         return f"loss {record['loss']:.3f}{marks}"
 
 
-def sft(args: SftArgs) -> Path:
+def sft(args: SftArgs, suffix: str = "-sft") -> Path:
     """Fine-tune a model; see `minids.runs.learner.learn`."""
-    return learn(FineTuner, args)
+    return learn(FineTuner, args, suffix)
 
 
 def main() -> None:
     [given] = parse("minids.sft", __doc__, SftArgs)
-    sft(settings("sft", SftArgs, given, "-sft"))
+    sft(settings("sft", SftArgs, given))
 
 
 if __name__ == "__main__":
-    run_program("minids.sft", main)
+    run_program("minids.sft", main, lasting=True)

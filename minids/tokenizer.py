@@ -64,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program("minids.tokenizer", main)
+    run_program("minids.tokenizer", main, lasting=True)

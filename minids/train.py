@@ -26,6 +26,7 @@ Simplified: one process. The sequence length is fixed, and there is no context e
 import dataclasses
 import importlib
 import math
+import shlex
 from pathlib import Path
 
 import torch
@@ -48,6 +49,7 @@ from minids.model.sparse_attention import freeze_all_but_indexers
 from minids.plots.runs import loss_curve
 from minids.runs import open as runs
 from minids.runs.device import memory_mib, prepare_cpu
+from minids.runs.folders import free_folders, locked
 from minids.runs.learner import Learner, run_learner
 from minids.runs.optimizers import batch_size_at, bias_speed_at, mtp_weight_at
 from minids.runs.settings import TrainArgs
@@ -83,6 +85,15 @@ class Trainer(Learner):
         if len(self.prompt) >= model_args.max_seq_len:
             raise ValueError(f"prompt = {args.prompt!r} is not valid: its {len(self.prompt)} "
                              f"tokens must be fewer than max_seq_len = {model_args.max_seq_len}")
+
+    def describe(self) -> str:
+        """Return what is trained, on what and where."""
+        count = count_parameters(self.model.args)
+        threads = f", {torch.get_num_threads()} threads" if self.device.type == "cpu" else ""
+        return (f"model   {self.args.preset}: {count.total:,} parameters, {count.active:,} active, "
+                f"and {count.mtp:,} for multi-token prediction\n"
+                f"data    {self.data.describe()}\nrun     {self.run}, on {self.device}, "
+                f"{str(self.dtype).removeprefix('torch.')}{threads}")
 
     def prepare(self) -> None:
         """Set up recomputation and FP8, and freeze what a warm-up of indexers leaves alone."""
@@ -202,18 +213,19 @@ class Trainer(Learner):
             print(f"sample       {parsed} of {total} generated top-level blocks parse as Python "
                   f"({len(texts)} texts)")
         print(f"run folder   {self.run}: loss.png, sample.txt, metrics.jsonl, checkpoints")
-        print(f"next         python -m minids.{next_command(self.args, self.run)}")
+        print(f"next         python -m minids.{shlex.join(next_command(self.args, self.run))}")
 
 
-def next_command(args: TrainArgs, run: Path) -> str:
+def next_command(args: TrainArgs, run: Path) -> list[str]:
     """Return the program and the flags to use a finished run with."""
     if args.data.startswith("task:"):
-        return f"solve --run {run} --task {args.data.removeprefix('task:')} --template plain"
+        task = args.data.removeprefix("task:")
+        return ["solve", "--run", str(run), "--task", task, "--template", "plain"]
     if args.dsa == "warmup":
-        return f"train --from {run} --dsa sparse"
+        return ["train", "--from", str(run), "--dsa", "sparse"]
     if args.dsa:
-        return f"evaluate --run {run} --selections"
-    return f'generate --run {run} --prompt "def read_"'
+        return ["evaluate", "--run", str(run), "--selections"]
+    return ["generate", "--run", str(run), "--prompt", "def read_"]
 
 
 def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
@@ -229,8 +241,7 @@ def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
         return args, config["model"]
     if given.get("from_run"):
         return settings_after(given), given_model
-    out = given.get("out") or str(runs.free_folder(Path("runs") / preset))
-    return TrainArgs.for_preset(preset, **given | {"out": out}), given_model
+    return TrainArgs.for_preset(preset, **given), given_model
 
 
 def settings_after(given: dict) -> TrainArgs:
@@ -243,12 +254,18 @@ def settings_after(given: dict) -> TrainArgs:
     if given.get("tokenizer"):
         raise ValueError(f"tokenizer = {given['tokenizer']!r} is not valid with --from: the model "
                          f"knows the one in {run}")
-    # x-warm for the warm-up of run x, x-sparse for the stage after it, else x-more.
-    suffix = {"warmup": "-warm", "sparse": "-sparse"}.get(given.get("dsa"), "-more")
-    name = run.name.removesuffix("-warm") + suffix
-    out = given.get("out") or str(runs.free_folder(run.with_name(name)))
     inherited = {k: v for k, v in before.items() if k not in ("out", "resume", "from_run", "dsa")}
-    return TrainArgs.for_preset(before["preset"], inherited, **given | {"out": out})
+    return TrainArgs.for_preset(before["preset"], inherited, **given)
+
+
+def default_folder(args: TrainArgs) -> Path:
+    """Return the folder of a run that names none: if it is taken, the run takes NAME-2, .."""
+    if not args.from_run:
+        return Path("runs") / args.preset
+    run = runs.folder_of(args.from_run)
+    # x-warm for the warm-up of run x, x-sparse for the stage after it, else x-more.
+    suffix = {"warmup": "-warm", "sparse": "-sparse"}.get(args.dsa, "-more")
+    return run.with_name(run.name.removesuffix("-warm") + suffix)
 
 
 def model_after(args: TrainArgs, given: dict, source: runs.Source) -> dict:
@@ -304,22 +321,17 @@ def train(args: TrainArgs, model: dict | None = None) -> Path:
     Inf loss; `Stopped` after a signal, with the state saved.
     """
     prepare_cpu(args.threads, args.bodies)
-    run = Path(args.out) if args.out else runs.free_folder(Path("runs") / args.preset)
-    source, model = runs.source_of(args), model or {}
-    if runs.resumes(args):
-        model = dataclasses.asdict(source.args)
-    elif source:
-        model = model_after(args, model, source)
-    tokenizer = source.tokenizer if source else Tokenizer.open(args.tokenizer)
-    trainer = Trainer(args, fit_model(args, model, tokenizer), run, tokenizer)
-    count = count_parameters(trainer.model.args)
-    threads = f", {torch.get_num_threads()} threads" if trainer.device.type == "cpu" else ""
-    print(f"model   {args.preset}: {count.total:,} parameters, {count.active:,} active, and "
-          f"{count.mtp:,} for multi-token prediction\n"
-          f"data    {trainer.data.describe()}\nrun     {run}, on {trainer.device}, "
-          f"{str(trainer.dtype).removeprefix('torch.')}{threads}", flush=True)
-    run_learner(trainer, source)
-    trainer.finish()
+    with locked([Path(args.out)] if args.out else free_folders(default_folder(args))) as run:
+        args = dataclasses.replace(args, out=str(run))
+        source, model = runs.source_of(args), model or {}
+        if runs.resumes(args):
+            model = dataclasses.asdict(source.args)
+        elif source:
+            model = model_after(args, model, source)
+        tokenizer = source.tokenizer if source else Tokenizer.open(args.tokenizer)
+        trainer = Trainer(args, fit_model(args, model, tokenizer), run, tokenizer)
+        print(trainer.describe(), flush=True)
+        run_learner(trainer, source)
     return run
 
 
@@ -330,4 +342,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program("minids.train", main)
+    run_program("minids.train", main, lasting=True)

@@ -221,6 +221,20 @@ def test_a_resumed_run_ends_with_the_same_bytes(base, tmp_path, step):
     assert {"think", "direct", "free"} <= lines[2].keys() and "think" not in lines[3]
 
 
+def test_the_length_of_a_reply_is_checked_first_and_may_change(base, tmp_path):
+    run = tmp_path / "run"
+    words = ["--from", str(base), "--out", str(run), *as_flags(SMALL)]
+    status, _, err = run_sft(*words, "--max-new-tokens", "250")
+    assert status == 2 and err.count("\n") == 1 and not run.exists()
+    assert "max_new_tokens = 250 is not valid: it must be at most 2" in err
+    assert run_sft(*words)[0] == 0
+    again = ["--resume", "--out", str(run), "--steps", "7", "--max-new-tokens", "9",
+             "--eval-problems", "3", "--eval-every", "1"]
+    assert run_sft(*again)[0] == 0
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert "think" in lines[-1]
+
+
 def test_gate_biases_rest(base, tmp_path):
     run = tmp_path / "run"
     assert run_sft("--from", str(base), "--out", str(run), *as_flags(SMALL))[0] == 0

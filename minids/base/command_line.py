@@ -111,24 +111,59 @@ def told(error: Exception) -> str:
     return text if known or type(error).__module__.split(".")[0] in OUTSIDE else ""
 
 
-def run_program(program: str, main) -> NoReturn:
+def silence(stream) -> None:
+    """Send what a stream still holds, and all that follows, to nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+class Lasting:
+    """A stream of a program that goes on when nobody reads it: a closed pipe or terminal is said
+    on stderr, once."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        return self.attempt(self.stream.write, text) or len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, act, *given):
+        try:
+            return act(*given)
+        except OSError as error:
+            silence(self.stream)
+            print(f"{self.stream.name} takes no more text ({error.strerror}); the program goes on",
+                  file=sys.stderr, flush=True)
+
+
+def run_program(program: str, main, lasting: bool = False) -> NoReturn:
     """Run `main()` and exit with its status.
 
     What `told` has a line for becomes that line on stderr and status 2; `Stopped` becomes the
     command that continues the program, and the signal's status.
+
+    lasting: the program writes files, and goes on when nobody reads what it prints
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that is not UTF-8 ends no run
             stream.reconfigure(errors="backslashreplace")
+    if lasting:
+        sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:
         sys.exit(main() or 0)
     except Stopped as stopped:
         print(f"stopped; continue with: python -m {program} {shlex.join(stopped.flags)}")
         sys.exit(128 + stopped.number)
     except BrokenPipeError:  # the reader, say `head`, has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        silence(sys.stdout)
         sys.exit(0)
     except KeyboardInterrupt:
+        print(f"python -m {program}: interrupted", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         if not (line := told(error)):

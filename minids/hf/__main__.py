@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program("minids.hf", main)
+    run_program("minids.hf", main, lasting=True)

@@ -54,8 +54,8 @@ from minids.lab.bench_setup import DEFAULT_TABLES, Bench, BenchArgs, Stepper, mi
 from minids.lab.bench_transformers import decode_table, memory_table, rollout_table, train_table
 from minids.lab.timing import RATIOS
 from minids.runs.device import check_memory, pick_device, prepare_cpu
+from minids.runs.folders import free_folders
 from minids.runs.metrics import read_metrics
-from minids.runs.open import free_folder
 from minids.runs.settings import TrainArgs
 from minids.train import train
 
@@ -99,7 +99,7 @@ def quality_table(bench: Bench) -> Iterator[list[str]]:
     The third run has as many steps as fit into the first one's time, so its learning rate decays
     to the end like the first one's; a run cut off at that time would stop before the decay.
     """
-    s, folder = bench.settings, free_folder(Path("runs") / "moe-vs-dense")
+    s, folder = bench.settings, next(free_folders(Path("runs") / "moe-vs-dense"))
     moe, dense = bench.trained_args, equal_active_dense(bench.trained_args)
     steps = s.steps or TrainArgs.for_preset(s.preset).steps
     yield ["bits per byte", "experts", "dense, equal tokens", "lower", "dense, equal time", "lower",

@@ -183,4 +183,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program("minids.lab.claims", main)
+    run_program("minids.lab.claims", main, lasting=True)

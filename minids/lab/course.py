@@ -12,6 +12,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from textwrap import indent
 
 from minids.base.command_line import parse, run_program
@@ -89,11 +90,12 @@ def main() -> None:
         every += points
     print(f"{'all':24} {len(every)} exercises {sum(every)} points")
     if args.blank:
-        return print(f"next: jupyter lab {args.out}/blank")
-    print(f"next: cd {args.out} && nbgrader generate_assignment {notebooks[5].stem} --create")
+        return print(f"next: jupyter lab {quote(args.out + '/blank')}")
+    print(f"next: cd {quote(args.out)} && nbgrader generate_assignment {notebooks[5].stem} "
+          "--create")
     if importlib.util.find_spec("nbgrader") is None:
         print("nbgrader is not installed: pip install nbgrader")
 
 
 if __name__ == "__main__":
-    run_program("minids.lab.course", main)
+    run_program("minids.lab.course", main, lasting=True)

@@ -257,4 +257,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_program("minids.lab.recall", main)
+    run_program("minids.lab.recall", main, lasting=True)

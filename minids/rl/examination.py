@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from statistics import fmean
 from typing import NamedTuple
 
+from minids.base.fields import require
 from minids.infer.generation import generate
 from minids.model.transformer import Transformer
 from minids.rl.rewards import accuracy, well_formed
@@ -64,6 +65,19 @@ def mark(task: Task, problems: Sequence[Problem], replies: Sequence[Reply]) -> M
     return Marks(fmean(right), fmean(map(well_formed, replies)),
                  fmean(reply.thought is not None for reply in replies),
                  fmean(reply.tokens for reply in replies))
+
+
+def check_room(args, max_seq_len: int, form, task: Task) -> None:
+    """Raise `ValueError` unless `args.max_new_tokens` fit after every question that is examined.
+
+    args: settings that also have `eval_problems`; form: of the prompts
+    """
+    asked = [*task.some(64, "train", seed=0), *task.some(args.eval_problems, "held-out", seed=0)]
+    longest = max(len(form.prompt(p.question, mode)) for p in asked for mode in MODES)
+    room = max_seq_len - longest
+    require(args, "max_new_tokens", args.max_new_tokens <= room,
+            f"at most {room}: max_seq_len is {max_seq_len}, and the questions have up to {longest} "
+            "tokens")
 
 
 def examine(model: Transformer, tokenizer: Tokenizer, task: Task, count: int, how: Asking) -> Marks:

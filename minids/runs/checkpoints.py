@@ -67,11 +67,7 @@ def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dic
     try:
         folder.mkdir(parents=True, exist_ok=True)
         flush(folder.parent)
-        for leftover in folder.glob(".tmp_*"):  # of a save that was killed
-            shutil.rmtree(leftover)
-        for aside in folder.glob("*.replaced"):
-            if aside.with_suffix("").exists():
-                discard(aside)
+        remove_leftovers(folder)
         temp.mkdir()
         write_files(temp, step, weights, state, metric, record)
         publish(temp, final)
@@ -83,6 +79,21 @@ def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dic
         shutil.rmtree(temp, ignore_errors=True)
     prune(run, final, keep_last)
     return final
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what saves and prunings that were killed have left among the checkpoints."""
+    for leftover in folder.glob(".tmp_*"):
+        shutil.rmtree(leftover)
+    for aside in folder.glob("*.replaced"):
+        if aside.with_suffix("").exists():
+            discard(aside)
+
+
+def tidy(run: Path, newest: Path, keep_last: int) -> None:
+    """Bring the checkpoints of a run in the order in which a last save has to leave them."""
+    remove_leftovers(Path(run) / "checkpoints")
+    prune(run, newest, keep_last)
 
 
 def check_plain(value, where: str) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import math
 import platform
 import random
+import shlex
 import signal
 import sys
 import threading
@@ -18,18 +19,22 @@ from tqdm import tqdm
 
 from minids import __version__
 from minids.base.command_line import Stopped
+from minids.base.fields import require
 from minids.base.files import sealed, write_whole
 from minids.config import ModelArgs
 from minids.model.sparse_attention import load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.runs import checkpoints, optimizers
 from minids.runs.device import check_memory, pick_device, pick_dtype, prepare_cpu
+from minids.runs.folders import free_folders, locked
 from minids.runs.metrics import METRICS, append, line_of, read_metrics, settle, summary
 from minids.runs.open import (
     CONFIG,
     Source,
     fitting,
+    folder_of,
     read_config,
+    refuse_a_run,
     resumes,
     source_of,
     tokenizer_files,
@@ -103,6 +108,9 @@ class Learner:
     def restore_more(self, state: dict) -> None:
         """Restore what `more_state` returned."""
 
+    def finish(self) -> None:
+        """Write and print what a run ends with; no longer interrupted by a first signal."""
+
     def autocast(self):
         """Return a context of BF16 products over FP32 weights, if the run has them."""
         return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
@@ -172,6 +180,9 @@ class Learner:
             checkpoints.set_rng_state(state["rng"])
             for name in self.numbers:
                 setattr(self, name, state[name])
+            require(self.args, "steps", self.args.steps >= self.step,
+                    f"at least {self.step}, the steps that the run in {self.run} has done")
+            checkpoints.tidy(self.run, checkpoint, self.args.keep_last)
         self.metrics = read_metrics(self.run, checkpoint)[:self.step]
         write_whole(self.run / METRICS, b"".join(map(line_of, self.metrics)))
 
@@ -189,9 +200,9 @@ class Learner:
 
     def diverged(self, what: str) -> ValueError:
         """Return the error that says what happened, where to continue from, and what to try."""
-        good = checkpoints.newest_checkpoint(self.run)
+        good, run = checkpoints.newest_checkpoint(self.run), shlex.quote(str(self.run))
         return ValueError(f"step {self.step}: {what}; the last good checkpoint is {good or 'none'};"
-                          f" try --resume --out {self.run} with half the learning rate (--lr "
+                          f" try --resume --out {run} with half the learning rate (--lr "
                           f"{self.args.lr / 2:g} --muon-lr {self.args.muon_lr / 2:g}) or a smaller"
                           " --clip, or a new run with more --warmup-steps or --dtype fp32")
 
@@ -218,15 +229,19 @@ class Learner:
 
 @contextlib.contextmanager
 def stopping(learner: Learner):
-    """Let Ctrl-C and SIGTERM finish the step; a second signal interrupts at once."""
+    """Let Ctrl-C, SIGTERM and a closed terminal finish the step; a second signal interrupts at
+    once. What is ignored, as under nohup, stays ignored."""
     def ask(number, _frame):
         if learner.stop_signal:
             raise KeyboardInterrupt
         learner.stop_signal = number
-        print("\nfinishing the step and saving ..", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # a terminal that is closed takes no text
+            print("\nfinishing the step and saving ..", file=sys.stderr, flush=True)
 
     handled = threading.current_thread() is threading.main_thread()  # no other thread may
-    before = {n: signal.signal(n, ask) for n in (signal.SIGINT, signal.SIGTERM) if handled}
+    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
+               if handled and n and signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield
     finally:
@@ -247,6 +262,7 @@ def run_learner(learner: Learner, source: Source | None) -> None:
         else:
             if learner.args.resume:
                 print(f"{learner.run} holds no run yet: starting from the beginning", flush=True)
+            refuse_a_run(learner.run)
             checkpoints.forget_beginning(learner.run)
             learner.tokenizer.save(learner.run / "tokenizer")
             if source:
@@ -254,14 +270,21 @@ def run_learner(learner: Learner, source: Source | None) -> None:
                 learner.save()  # the run's own folder is then all it needs
             learner.write_config()  # comes last, so a folder that has it is complete
         learner.train()
+        learner.finish()
 
 
-def learn(kind: type[Learner], args: LearnArgs) -> Path:
+def learn(kind: type[Learner], args: LearnArgs, suffix: str) -> Path:
     """Train after another run, or continue the run in `args.out` if `args.resume`; returns its
-    folder. Raises `ValueError` for settings that do not fit, before anything is written."""
+    folder. Raises `ValueError` for settings that do not fit, before anything is written.
+
+    suffix: what a new folder's name adds to the other run's, if `args.out` names none
+    """
     prepare_cpu(args.threads, args.bodies)
-    source = source_of(args)
-    learner = kind(args, source.args, Path(args.out), source.tokenizer)
-    print(f"{kind.program:<8}{learner.describe()}; run {args.out}, on {learner.device}", flush=True)
-    run_learner(learner, source)
-    return learner.run
+    with locked([Path(args.out)] if args.out else free_folders(
+            Path("runs") / (folder_of(args.from_run).name + suffix))) as run:
+        args = dataclasses.replace(args, out=str(run))
+        source = source_of(args)
+        learner = kind(args, source.args, run, source.tokenizer)
+        print(f"{kind.program:<8}{learner.describe()}; run {run}, on {learner.device}", flush=True)
+        run_learner(learner, source)
+    return run

@@ -10,6 +10,7 @@ import hashlib
 import json
 import zlib
 from pathlib import Path
+from shlex import quote
 
 from minids.base.files import flush, read_jsonl
 from minids.runs.checkpoints import recorded
@@ -79,4 +80,4 @@ def read_metrics(run: Path, checkpoint: Path | None = None) -> list[dict]:
 def damaged(run: Path, path: Path, number: int, what: str) -> ValueError:
     """Return the error that names a damaged line and says what can be done."""
     return ValueError(f"{path} line {number} {what}: the file is not as the run wrote it; put it "
-                      f"back, or begin a new run with the weights, --from {run}")
+                      f"back, or begin a new run with the weights, --from {quote(str(run))}")

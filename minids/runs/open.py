@@ -234,26 +234,23 @@ def stored_run(program: str, cls: type[LearnArgs], given: dict) -> tuple[LearnAr
     if not is_run(run):
         return None
     if not resume:
-        raise ValueError(f"out = {out!r} holds a run already: continue it with --resume, or name "
-                         "another folder")
+        refuse_a_run(run)
     config = read_config(run, program, cls)
     stored = cls(**config[program])
     refuse_changes(run, vars(stored), {k: v for k, v in given.items() if k not in cls.may_change})
     return dataclasses.replace(stored, **given | {"out": str(run)}), config
 
 
-def settings(program: str, cls: type[LearnArgs], given: dict, suffix: str) -> LearnArgs:
+def settings(program: str, cls: type[LearnArgs], given: dict) -> LearnArgs:
     """Return the settings of a run that begins with another one's weights, or is resumed.
 
-    program, cls, given: see `stored_run`; suffix: what a new folder's name adds to the other run's
+    program, cls, given: see `stored_run`
     """
     if stored := stored_run(program, cls, given):
         return stored[0]
     if not given.get("from_run"):
         raise ValueError("from = '' is not valid: name the run to begin with, --from RUN")
-    before = folder_of(given["from_run"])
-    out = given.get("out") or str(free_folder(Path("runs") / (before.name + suffix)))
-    return cls.for_preset(**given | {"out": out})
+    return cls.for_preset(**given)
 
 
 def refuse_changes(run: Path, stored: dict, given: dict) -> None:
@@ -263,6 +260,13 @@ def refuse_changes(run: Path, stored: dict, given: dict) -> None:
             raise ValueError(f"{name} = {value!r} is not valid: the run in {run} has "
                              f"{stored[name]!r}, and a resumed run keeps its configuration; name "
                              "another folder with --out")
+
+
+def refuse_a_run(folder: Path) -> None:
+    """Raise `ValueError` if a folder for a new run holds one."""
+    if is_run(folder):
+        raise ValueError(f"out = {str(folder)!r} holds a run already: continue it with --resume, "
+                         "or name another folder")
 
 
 def newest_run(program: str, preset: str = "") -> Path:
@@ -280,12 +284,3 @@ def newest_run(program: str, preset: str = "") -> Path:
         raise ValueError(f"resume: runs/ holds no run of minids.{program}{kind}; name its folder "
                          "with --out")
     return max(found, key=lambda file: file.stat().st_mtime).parent
-
-
-def free_folder(wanted: Path) -> Path:
-    """Return `wanted`, or the first free one of NAME-2, NAME-3, .. if it is taken."""
-    folder, number = wanted, 1
-    while folder.exists():
-        number += 1
-        folder = wanted.with_name(f"{wanted.name}-{number}")
-    return folder

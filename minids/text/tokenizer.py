@@ -27,6 +27,7 @@ import re
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from shlex import quote
 
 import tiktoken
 import torch
@@ -145,7 +146,7 @@ class Tokenizer:
         except (KeyError, ValueError, TypeError) as error:
             problem = f"{META} has no {error}" if isinstance(error, KeyError) else error
             raise ValueError(f"no whole tokenizer in {folder}: {problem}; build one with "
-                             f"python -m minids.tokenizer --out {folder}") from error
+                             f"python -m minids.tokenizer --out {quote(str(folder))}") from error
 
     @classmethod
     def open(cls, name: str) -> "Tokenizer":
@@ -338,6 +339,7 @@ def check_target(folder: Path, file: str = RANKS) -> None:
     """Raise `ValueError` unless a folder is new, empty, or holds a tokenizer (`file`)."""
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out = {folder} is not valid: it is a file; name a folder")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / file).exists():
+    names = [path.name for path in folder.glob("*")] if folder.is_dir() else []
+    if file not in names and not all(name.startswith(".tmp_") for name in names):  # a killed save's
         raise ValueError(f"out = {folder} is not valid: it holds other files and no {file}; "
                          "name a new folder, an empty one or a tokenizer's")

@@ -6,10 +6,12 @@ own.
 
 import importlib
 import json
+import os
 import random
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -34,6 +36,7 @@ from training_runs import (
     whole_state,
 )
 
+from minids import train
 from minids.base.command_line import Stopped, run_program
 from minids.runs.checkpoints import load_weights, newest_checkpoint, save_checkpoint
 from minids.runs.optimizers import Muon
@@ -154,7 +157,8 @@ def raise_signals(monkeypatch, numbers: list[int], at_step: int) -> None:
     monkeypatch.setattr(Trainer, "accumulate", interrupted)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130),
+                                            (signal.SIGHUP, 129)])
 def test_signal_finishes_the_step_and_saves(number, status, tmp_path, flags, unbroken,
                                             monkeypatch):
     run = tmp_path / "run"
@@ -176,6 +180,75 @@ def test_second_signal_stops_at_once(tmp_path, flags, monkeypatch):
     said = run_train(*flags, "--out", str(tmp_path / "run"))
     assert said.status == 130 and newest_step(tmp_path / "run") == 3
     assert "Traceback" not in said.err
+
+
+def test_what_is_ignored_stays_ignored(tmp_path, flags, monkeypatch):
+    """As under nohup, where a closed terminal is no reason to stop."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    raise_signals(monkeypatch, [signal.SIGHUP], at_step=5)
+    try:
+        assert run_train(*flags, "--out", str(tmp_path / "run")).status == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize("signals, status", [(1, 0), (2, 130)])
+def test_a_signal_in_the_last_figure(tmp_path, flags, unbroken, monkeypatch, signals, status):
+    """The first one lets the run finish; the second stops it, which it says, and it can go on."""
+    draw, run = train.loss_curve, tmp_path / "run"
+
+    def interrupted(*given):
+        for _ in range(signals):
+            signal.raise_signal(signal.SIGINT)
+        draw(*given)
+
+    monkeypatch.setattr(train, "loss_curve", interrupted)
+    said = run_train(*flags, "--out", str(run))
+    assert said.status == status
+    assert (said.err.splitlines()[-1] == "python -m minids.train: interrupted") == bool(status)
+    monkeypatch.undo()
+    if status:
+        assert run_train("--resume", "--out", str(run)).status == 0
+    assert differences(unbroken, run) == [] and (run / "loss.png").exists()
+
+
+def test_fewer_steps_than_are_done_are_refused(tmp_path, unbroken):
+    run = shutil.copytree(unbroken, tmp_path / "run")
+    before = everything(run)
+    said = run_train("--resume", "--out", str(run), "--steps", "10")
+    training_runs.assert_refused(said, f"steps = 10 is not valid: it must be at least {STEPS}")
+    assert everything(run) == before
+
+
+def test_the_next_command_is_quoted(tmp_path, flags):
+    run = tmp_path / "a b$(touch x)"
+    said = run_train(*flags, "--out", str(run), "--steps", "1")
+    words = shlex.split(said.out.splitlines()[-1].removeprefix("next "))
+    assert words == ["python", "-m", "minids.generate", "--run", str(run), "--prompt", "def read_"]
+
+
+def test_a_reader_that_leaves_does_not_stop_a_run(tmp_path, flags, unbroken):
+    """`python -m minids.train | head -1`."""
+    process = start(flags, tmp_path / "run")
+    assert process.stdout.readline()
+    process.stdout.close()
+    [line] = process.stderr.read().splitlines()
+    assert line == "<stdout> takes no more text (Broken pipe); the program goes on"
+    assert process.wait() == 0 and differences(unbroken, tmp_path / "run") == []
+
+
+def test_a_closed_terminal_saves_the_step(tmp_path, flags):
+    """Its signal comes, and nothing can be printed any more."""
+    run, (main, child) = tmp_path / "run", os.openpty()
+    process = subprocess.Popen([sys.executable, "-m", "minids.train", *flags, "--steps", "100000",
+                                "--out", str(run)], cwd=Path(__file__).parents[2], stdin=child,
+                               stdout=child, stderr=child, start_new_session=True)
+    os.close(child)
+    wait_for_steps(run, 2)
+    os.close(main)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == 129
+    assert newest_step(run) == len((run / "metrics.jsonl").read_text().splitlines())
 
 
 def test_what_a_resume_changes_stays_changed(tmp_path, unbroken, monkeypatch):

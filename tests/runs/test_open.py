@@ -21,7 +21,6 @@ from minids.runs import open as opening
 from minids.runs.checkpoints import save_checkpoint
 from minids.runs.open import (
     folder_of,
-    free_folder,
     newest_run,
     open_model,
     open_source,
@@ -152,14 +151,6 @@ def make_run(folder: Path, program: str = "train", age: int = 0, **changes) -> P
     return folder
 
 
-def test_a_free_folder(tmp_path):
-    names = []
-    for _ in range(3):
-        names.append(free_folder(tmp_path / "x").name)
-        (tmp_path / names[-1]).mkdir()
-    assert names == ["x", "x-2", "x-3"]
-
-
 def test_a_new_run_has_nothing_stored(tmp_path):
     assert stored_run("train", TrainArgs, {}) is None
     out = str(tmp_path / "new")
@@ -214,16 +205,8 @@ def test_the_newest_run(tmp_path, monkeypatch):
     assert args.out == "runs/new"
 
 
-def test_a_run_after_another_is_named_after_it(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_run_after_another_names_it():
     for given in ({}, dict(from_run=""), dict(out="new"), dict(out="new", resume=True)):
         with pytest.raises(ValueError, match="^from = '' is not valid: name the run to begin with"):
-            opening.settings("sft", SftArgs, given, "-sft")
-    monkeypatch.setattr(opening, "folder_of", Path)  # what it begins with is checked elsewhere
-
-    def out(**given) -> str:
-        return opening.settings("sft", SftArgs, dict(from_run="runs/base") | given, "-sft").out
-
-    assert out() == "runs/base-sft" and out(out="new") == "new"
-    Path("runs/base-sft").mkdir(parents=True)
-    assert out() == "runs/base-sft-2"
+            opening.settings("sft", SftArgs, given)
+    assert opening.settings("sft", SftArgs, dict(from_run="x")).out == ""  # chosen when it begins

@@ -1,0 +1,52 @@
+"""Which folder a run works in: one in which no other process works.
+
+The system releases the lock of a process that is killed, so none is ever stuck.
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from itertools import count
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+LOCK = ".lock"
+
+
+def free_folders(wanted: Path) -> Iterator[Path]:
+    """Yield those of NAME, NAME-2, NAME-3, .. that are not taken; a lock alone takes none."""
+    for number in count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        if not folder.exists() or [path.name for path in folder.glob("*")] == [LOCK]:
+            yield folder
+
+
+@contextlib.contextmanager
+def locked(folders: Iterable[Path]) -> Iterator[Path]:
+    """Hold the lock of the first of these folders in which no other process works; yield it.
+
+    A folder that was made for the lock and holds nothing else is removed at the end.
+    Raises `ValueError` if other processes work in all of them.
+    """
+    for folder in folders:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"out = {str(folder)!r} is not valid: it is a file; name a folder")
+        made = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / LOCK, thread_local=False)
+        try:
+            lock.acquire(timeout=0)
+            break
+        except Timeout:
+            continue
+    else:
+        raise ValueError(f"out = {str(folder)!r} is not valid: another process works in that "
+                         "folder; wait for its end, or name another one")
+    try:
+        yield folder
+    finally:
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+        for path in made:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
