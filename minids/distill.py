@@ -14,6 +14,7 @@ Without --from the program only writes the corpus: lines {"messages": [..]}, and
 it with the counts. With --from it also fine-tunes a student on it, with the flags of `minids.sft`.
 """
 
+import hashlib
 import json
 import random
 import sys
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from minids.base.command_line import Stopped, parse, run_program
 from minids.base.fields import Settings, option, require
-from minids.base.files import write_json, write_whole
+from minids.base.files import digest, read_sealed, sealed, write_whole
 from minids.rl.examination import BATCH, Asking, ask, parts
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.runs.device import pick_device, prepare_cpu
@@ -110,12 +111,32 @@ def write_corpus(args: CorpusArgs) -> None:
                          f"replies was kept ({wrong} wrong, {malformed} malformed)")
     path = Path(args.corpus)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path.with_name(path.name + ".json"), dict(
-        counts, conversations=len(conversations), teacher=args.teacher, task=args.about))
-    write_whole(path, "".join(json.dumps(dict(messages=messages), ensure_ascii=False) + "\n"
-                              for messages in conversations))
+    text = "".join(json.dumps(dict(messages=messages), ensure_ascii=False) + "\n"
+                   for messages in conversations)
+    write_whole(counts_of(path), sealed(dict(
+        counts, conversations=len(conversations), teacher=args.teacher, task=args.about,
+        sha256=hashlib.sha256(text.encode()).hexdigest())))
+    write_whole(path, text)
     print(f"corpus  {kept} of {counts.total()} replies kept: {wrong} wrong, {malformed} malformed "
           f"or too long, {other_language} in another language; {args.corpus}", flush=True)
+
+
+def counts_of(corpus: Path) -> Path:
+    """Return the file beside a corpus that has the counts."""
+    return corpus.with_name(corpus.name + ".json")
+
+
+def check_corpus(path: Path) -> None:
+    """Raise `ValueError` if a corpus is not the one that was written; CORPUS.json has its hash.
+
+    A corpus of an earlier version has none there, and one from elsewhere no such file.
+    """
+    known = {*VERDICTS, "conversations", "teacher", "task"}
+    if counts_of(path).exists():
+        sha256 = read_sealed(counts_of(path), known.__contains__).get("sha256")
+        if sha256 not in (None, digest(path)):
+            raise ValueError(f"{path} was changed: its SHA-256 is not the one in {counts_of(path)};"
+                             " an edited corpus is trained on with minids.sft --data jsonl:FILE")
 
 
 def main() -> None:
@@ -129,10 +150,12 @@ def main() -> None:
         student = settings("sft", SftArgs, for_student | dict(data=f"jsonl:{args.corpus}",
                                                               task=args.about))
     prepare_cpu(for_student.get("threads", 0))
-    if not Path(args.corpus).exists():
+    if Path(args.corpus).exists():
+        if student is None:
+            raise ValueError(f"corpus = {args.corpus!r} is not valid: the file exists already")
+        check_corpus(Path(args.corpus))
+    else:
         write_corpus(args)
-    elif student is None:
-        raise ValueError(f"corpus = {args.corpus!r} is not valid: the file exists already")
     try:
         if student is not None:
             sft(student, "-distilled")

@@ -24,6 +24,7 @@ With --controls also:
 """
 
 import importlib
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -33,17 +34,18 @@ from typing import NamedTuple
 
 from minids.base.command_line import Stopped, parse, run_program
 from minids.base.fields import option
-from minids.base.files import read_json, write_json
+from minids.base.files import read_sealed, sealed, write_whole
 from minids.base.tables import format_table
-from minids.distill import CorpusArgs, write_corpus
+from minids.distill import CorpusArgs, check_corpus, write_corpus
 from minids.grpo import GrpoArgs, grpo
 from minids.plots.runs import grpo_figure
 from minids.rl.examination import Asking, examine_modes, pass_curve
 from minids.runs.checkpoints import newest_checkpoint
 from minids.runs.device import Machine
+from minids.runs.folders import LOCK, locked
 from minids.runs.metrics import read_metrics
 from minids.runs.open import open_model, refuse_changes
-from minids.runs.settings import TrainArgs
+from minids.runs.settings import LearnArgs, TrainArgs
 from minids.sft import SftArgs, sft
 from minids.text.chat import MODES
 from minids.text.tasks import open_task
@@ -88,6 +90,7 @@ CONTROLS = {
 }
 ALL = STAGES | CONTROLS
 TO_FINAL = "base", "sft", "rl", "rl.jsonl", "rejected", "final"
+KEYS = {"preset", "seed", *ALL, *(f"{stage.teacher}.jsonl" for stage in ALL.values())}
 SAMPLES = 32  # replies to a problem, for pass@k
 
 # For each preset: the model's preset, the fields in which the student differs from it, and for each
@@ -132,12 +135,16 @@ class Pipeline:
         self.task = open_task(self.preset["task"])
         given = dict(preset=args.preset, seed=args.seed)
         refuse_changes(self.run, self.stored("r1.json") or given, given)
-        self.run.mkdir(parents=True, exist_ok=True)
-        write_json(self.run / "r1.json", given)
+        self.store("r1.json", given)
 
     def stored(self, name: str) -> dict:
         """Return the object in a JSON file of the run; {} if there is none yet."""
-        return read_json(self.run / name) if (self.run / name).exists() else {}
+        path = self.run / name
+        return read_sealed(path, lambda key: key.split()[0] in KEYS) if path.exists() else {}
+
+    def store(self, name: str, found: dict) -> None:
+        """Write an object to a JSON file of the run."""
+        write_whole(self.run / name, sealed(found))
 
     def make(self, name: str, stage: Stage) -> None:
         """Run a stage to its last step, unless it is there."""
@@ -156,11 +163,18 @@ class Pipeline:
         if name == "direct":
             given |= dict(steps=self.equal_steps())
         settings = SETTINGS[stage.program].for_preset(**given)
-        done = newest_checkpoint(self.run / name)
-        if done is None or done.name != f"step_{settings.steps:06d}":
+        if not self.is_done(name, settings):
             print(f"\n{name}", flush=True)
             model = [self.preset["smaller"]] if name == "student" else []
             self.timed(name, stage.program, settings, *model)
+
+    def is_done(self, name: str, settings: LearnArgs) -> bool:
+        """Return whether a stage came to its end; one that was killed there has a lock left."""
+        folder = self.run / name
+        done = newest_checkpoint(folder)
+        ended = isinstance(settings, TrainArgs) <= (folder / "sample.txt").exists()
+        return (done is not None and done.name == f"step_{settings.steps:06d}" and ended
+                and not (folder / LOCK).exists())
 
     def timed(self, name: str, work: Callable, *given) -> None:
         """Call `work`, and add its wall-clock time to what the stage has taken so far."""
@@ -170,12 +184,14 @@ class Pipeline:
         finally:
             times = self.stored("times.json")
             times[name] = times.get(name, 0.0) + time.perf_counter() - start
-            write_json(self.run / "times.json", times)
+            self.store("times.json", times)
 
     def answers(self, teacher: str) -> str:
         """Return the corpus of a stage's right answers, as `SftArgs.data`; make it if needed."""
         path = self.run / f"{teacher}.jsonl"
-        if not path.exists():
+        if path.exists():
+            check_corpus(path)
+        else:
             self.timed(path.name, write_corpus, CorpusArgs(
                 teacher=str(self.run / teacher), corpus=str(path), about=self.task.name,
                 draws=self.args.seed, on=self.args.device, **self.preset["corpus"]))
@@ -208,7 +224,7 @@ class Pipeline:
                                    how._replace(mode=self.preset["curve"], temperature=1.0))
                 row["pass"] = {str(k): share for k, share in curve.items()}
             found[keys[name]] = row
-            write_json(self.run / "marks.json", found)
+            self.store("marks.json", found)
         return {name: found[key] for name, key in keys.items() if key in found}
 
 
@@ -228,7 +244,13 @@ def r1(args: R1Args) -> dict[str, dict]:
     """
     args.prepare()
     importlib.import_module("matplotlib")  # the figure at the end needs it
-    pipeline = Pipeline(args)
+    with locked([Path(args.out)]):
+        return run_stages(Pipeline(args))
+
+
+def run_stages(pipeline: Pipeline) -> dict[str, dict]:
+    """Run what is not there yet, print and draw the results, and return the marks."""
+    args = pipeline.args
     for name, stage in (ALL if args.controls else STAGES).items():
         pipeline.make(name, stage)
     marks = pipeline.marks()
@@ -238,10 +260,10 @@ def r1(args: R1Args) -> dict[str, dict]:
         text += (f"\npass@k, {pipeline.preset['curve']}, temperature 1, {STAGES[name].label}   "
                  f"{curve}")
     times = pipeline.stored("times.json")
-    print(f"\n{text}\n\n{args.problems} held-out problems, greedy; "
-          f"{sum(times[name] for name in TO_FINAL):.0f} s from random weights to the final model, "
-          f"{sum(times.values()):.0f} s in all")
-    (pipeline.run / "table.txt").write_text(text + "\n", encoding="utf-8")
+    to_final = sum(times.get(name, 0) for name in TO_FINAL)
+    print(f"\n{text}\n\n{args.problems} held-out problems, greedy; {to_final:.0f} s from random "
+          f"weights to the final model, {sum(times.values()):.0f} s in all")
+    write_whole(pipeline.run / "table.txt", text + "\n")
     drawn = [name for name in ("rl", "zero", "shuffled", "early-rl", "alone") if name in marks]
     grpo_figure({ALL[name].label: read_metrics(pipeline.run / name) for name in drawn},
                 pipeline.run / "r1.png")
@@ -252,8 +274,8 @@ def main() -> None:
     [given] = parse("minids.r1", __doc__, R1Args)
     try:
         r1(R1Args(**given))
-    except Stopped as stopped:
-        raise Stopped(stopped.number, sys.argv[1:]) from None
+    except (Stopped, KeyboardInterrupt) as stopped:  # within a stage, or between two
+        raise Stopped(getattr(stopped, "number", signal.SIGINT), sys.argv[1:]) from None
 
 
 if __name__ == "__main__":

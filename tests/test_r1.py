@@ -6,21 +6,25 @@ A pipeline of a few steps; whether it learns is what `python -m minids.r1` print
 import contextlib
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from run_damage import accepted_flips, some_bits
 
 from minids import distill as distill_module
 from minids import r1 as r1_module
 from minids.base.command_line import Stopped, run_program
+from minids.base.files import write_json
 from minids.config import ModelArgs
 from minids.distill import CorpusArgs, sift, verdict
 from minids.grpo import Reinforcer
-from minids.r1 import ALL, CONTROLS, PRESETS, R1Args, r1, table
+from minids.r1 import ALL, CONTROLS, PRESETS, Pipeline, R1Args, r1, table
 from minids.rl.examination import Asking, examine
 from minids.runs.checkpoints import load_weights, resolve
+from minids.runs.folders import LOCK
 from minids.runs.learner import Learner
 from minids.runs.open import open_model
 from minids.sft import SftArgs, open_conversations
@@ -99,6 +103,61 @@ def test_a_stage_begins_where_the_one_before_ended(finished):
     assert (student["dim"], student["n_heads"]) == (48, 3)
     messages = open_conversations(SftArgs(data=f"jsonl:{run}/rl.jsonl"))
     assert {"thought" in m[-1] for m in messages} == {True, False}  # both modes
+
+
+def test_a_flipped_bit_in_the_files_of_the_pipeline_is_named(brief, finished):
+    """Its marks, times and corpora; the stages are runs like others."""
+    run, _ = finished
+
+    def read(run: Path) -> None:
+        pipeline = Pipeline(args_for(run))
+        for name in ("times.json", "marks.json"):
+            pipeline.stored(name)
+        for teacher in ("rl", "final"):
+            pipeline.answers(teacher)
+
+    read(run)
+    for name in ("r1.json", "times.json", "marks.json", "rl.jsonl", "rl.jsonl.json"):
+        assert accepted_flips(run, run / name, some_bits(run / name, 40), read) == [], name
+
+
+def test_files_of_an_earlier_version_have_no_seal(brief, finished, tmp_path):
+    run = shutil.copytree(finished[0], tmp_path / "r1")
+    for name in ("r1.json", "times.json", "marks.json", "rl.jsonl.json"):
+        found = json.loads((run / name).read_text())
+        write_json(run / name, {k: v for k, v in found.items() if k not in ("seal", "sha256")})
+    assert quiet(args_for(run))[0].keys() <= finished[1].keys()
+
+
+def test_a_pipeline_that_cannot_begin_leaves_nothing(brief, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device = 'cuda' is not valid"):
+        r1(R1Args(out=str(tmp_path / "runs/r1"), device="cuda"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_stage_that_was_killed_at_its_end_ends_again(brief, finished, tmp_path):
+    """After its last checkpoint, before its samples: the lock is left."""
+    run = shutil.copytree(finished[0], tmp_path / "r1")
+    (run / "base/sample.txt").unlink()
+    (run / "rl" / LOCK).write_text("")
+    (run / "rl/checkpoints/.tmp_removed_step_000001").mkdir()
+    _, said = quiet(args_for(run))
+    assert said.count("resumed at step 2 of 2") == 2
+    assert (run / "base/sample.txt").exists() and not (run / "rl" / LOCK).exists()
+    assert not list((run / "rl/checkpoints").glob(".tmp*"))
+
+
+def test_an_interrupt_between_two_stages_says_how_to_go_on(brief, finished, monkeypatch, capsys):
+    def interrupt(pipeline):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Pipeline, "marks", interrupt)
+    monkeypatch.setattr(sys, "argv", ["minids.r1", "--out", str(finished[0])])
+    with pytest.raises(SystemExit) as end:
+        run_program("minids.r1", r1_module.main)
+    assert end.value.code == 130
+    assert f"continue with: python -m minids.r1 --out {finished[0]}" in capsys.readouterr().out
 
 
 def test_a_pipeline_that_was_stopped_ends_with_the_same_bytes(brief, finished, tmp_path,

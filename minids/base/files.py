@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +92,17 @@ def inside(path: Path) -> Path:
     if not any(target.is_relative_to(own) for own in (folder.resolve(), *hub)):
         raise ValueError(f"{path} is a link to {target}, outside its folder: it is not read")
     return path
+
+
+def read_sealed(path: Path, known: Callable[[str], bool]) -> dict:
+    """Return what `sealed` wrote to a file; raise `ValueError` naming the file if it was changed.
+
+    known: whether a key may be there; a file of an earlier version has such keys and no seal
+    """
+    found = read_json(path)
+    if ("seal" in found or not all(map(known, found))) and not is_sealed(path, found):
+        raise ValueError(f"{path} was changed: it does not match its seal; put it back")
+    return {key: value for key, value in found.items() if key != "seal"}
 
 
 def publish(temp: Path, final: Path) -> None:

@@ -29,8 +29,6 @@ def locked(folders: Iterable[Path]) -> Iterator[Path]:
     Raises `ValueError` if other processes work in all of them.
     """
     for folder in folders:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"out = {str(folder)!r} is not valid: it is a file; name a folder")
         made = [path for path in (folder, *folder.parents) if not path.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / LOCK, thread_local=False)

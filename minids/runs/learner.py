@@ -230,7 +230,7 @@ class Learner:
 @contextlib.contextmanager
 def stopping(learner: Learner):
     """Let Ctrl-C, SIGTERM and a closed terminal finish the step; a second signal interrupts at
-    once. What is ignored, as under nohup, stays ignored."""
+    once. Under nohup, a closed terminal stays ignored."""
     def ask(number, _frame):
         if learner.stop_signal:
             raise KeyboardInterrupt
@@ -239,8 +239,10 @@ def stopping(learner: Learner):
             print("\nfinishing the step and saving ..", file=sys.stderr, flush=True)
 
     handled = threading.current_thread() is threading.main_thread()  # no other thread may
-    numbers = [n for n in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None))
-               if handled and n and signal.getsignal(n) != signal.SIG_IGN]
+    numbers = [signal.SIGINT, signal.SIGTERM] if handled else []
+    hangup = getattr(signal, "SIGHUP", None)
+    if handled and hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+        numbers.append(hangup)
     before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield

@@ -12,6 +12,7 @@ The cache is `data/cache` in a clone of the repository, and `minids` in the user
 (`$XDG_CACHE_HOME`, or `~/.cache`) where minids was installed from a wheel.
 """
 
+import contextlib
 import hashlib
 import os
 import shutil
@@ -21,7 +22,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from minids.base.files import flush, read_json, write_json
@@ -80,9 +81,17 @@ def write_cache(folder: Path, corpus: Corpus, splits: dict, dtype: np.dtype) -> 
         write_json(making / "index.json", index)
         shutil.rmtree(folder, ignore_errors=True)
         making.rename(folder)
-    except BaseException:
+    except OSError as error:
+        raise OSError(f"{folder} could not be written: {error.strerror}") from error
+    finally:
         shutil.rmtree(making, ignore_errors=True)
-        raise
+
+
+def remove_unfinished(cache: Path) -> None:
+    """Remove what killed processes have left, unless another one is making it anew."""
+    for left in cache.glob("*.tmp"):
+        with contextlib.suppress(Timeout), FileLock(left.with_suffix(".lock"), timeout=0):
+            shutil.rmtree(left)
 
 
 def is_whole(folder: Path) -> bool:
@@ -110,6 +119,7 @@ def cached_tokens(corpus: Corpus, tokenizer, cache: Path, fim_rate: float = 0.0,
     if not isinstance(corpus.train, HubDocuments):
         splits["train"] = (corpus.train, partial(encode, fim_rate=fim_rate))
     cache.mkdir(parents=True, exist_ok=True)
+    remove_unfinished(cache)
     # With the lock, one rank tokenises for all ranks of a machine; a killed owner releases it.
     with FileLock(cache / f"{folder.name}.lock"):
         if not is_whole(folder):

@@ -1,38 +1,26 @@
 """A run folder that was damaged or edited: every reader refuses it and names the file.
 
-Bits are flipped in every file that something reads; `python tests/runs/test_damaged_runs.py` flips
-each of them.
+Bits are flipped in every file that something reads: drawn ones here, each of them by
+`python tests/run_damage.py RUN`.
 """
 
-import contextlib
-import io
 import json
-import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import training_runs
+from run_damage import accepted_flips, read_all, read_files, some_bits
 from training_runs import STEPS, assert_refused, cut_back, read_records, run_train
 
 from minids.base.files import sealed, write_json
 from minids.runs import checkpoints
 from minids.runs.metrics import read_metrics
-from minids.runs.open import open_model, open_source, read_config, stored_run
+from minids.runs.open import open_model, read_config
 from minids.runs.settings import TrainArgs
 from minids.sft import SftArgs, sft
 
 home, flags, unbroken = training_runs.home, training_runs.flags, training_runs.unbroken
-
-
-def read_all(run: Path) -> None:
-    """Read what `generate`, `evaluate`, `solve`, `hf`, --from and --resume read, in their way."""
-    open_source(run)
-    stored_run("train", TrainArgs, dict(out=str(run), resume=True))
-    read_metrics(run)
-    checkpoints.load_weights(checkpoints.resolve(run))
-    checkpoints.load_state(checkpoints.resolve(run))
 
 
 @pytest.fixture(scope="module")
@@ -43,37 +31,6 @@ def one(home, unbroken) -> Path:
     for path in checkpoints.all_checkpoints(run)[1:]:
         shutil.rmtree(path)
     return run
-
-
-def read_files(run: Path) -> list[Path]:
-    """Return the files of a run that something reads."""
-    return [file for file in sorted(run.rglob("*"))
-            if file.is_file() and file.name not in ("loss.png", "sample.txt")]
-
-
-def accepted_flips(run: Path, file: Path, bits, check) -> list[int]:
-    """Flip each bit in turn; return those after which `check` passes, or does not name the file."""
-    whole, accepted = file.read_bytes(), []
-    for bit in bits:
-        data = bytearray(whole)
-        data[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(data)
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said):
-                check(run)
-            accepted.append(bit)
-        except ValueError as error:
-            if file.name not in f"{error}{said.getvalue()}" or "\n" in str(error):
-                accepted.append(bit)
-    file.write_bytes(whole)
-    return accepted
-
-
-def some_bits(file: Path, count: int = 60) -> list[int]:
-    """Return bits of a file, at both ends and between."""
-    size = 8 * file.stat().st_size
-    return sorted({0, size - 1, *random.Random(size).sample(range(size), min(count, size))})
 
 
 def test_a_flipped_bit_in_any_file_is_named(one):
@@ -247,16 +204,3 @@ def test_only_a_torn_last_line_is_dropped(unbroken, tmp_path):
     lines = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     assert not lines[-1].endswith(b"\n")
     assert read_metrics(run) == read_records(unbroken)[:len(lines) - 1]
-
-
-def main() -> None:
-    """Flip every bit of every file of a finished run that something reads."""
-    run = Path(sys.argv[1])
-    for file in read_files(run):
-        bits = range(8 * file.stat().st_size)
-        accepted = accepted_flips(run, file, bits, read_all)
-        print(f"{file}: {len(bits)} flips, {len(accepted)} accepted {accepted[:5]}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,239 @@
+"""Kill a program before each of its file-system operations, run it again, compare the ends.
+
+    python tests/crash_points.py train          every point of one program, killed, then a full disk
+    python tests/crash_points.py r1 --drawn 12  twelve points of each kind
+
+A short run is recorded first: whatever makes, writes, renames, flushes or removes a file. It is
+then started once per operation, and dies before it; where a file is opened for writing also just
+after, with half a line in the file. Started again as a user would, it has to end with the bytes of
+the unbroken run, and with no file more or less. With a full disk every operation from there on that
+needs room fails; the program says so in one line, and goes on once there is room.
+
+One process imports torch and forks the runs.
+"""
+
+import argparse
+import contextlib
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+R1 = ROOT / "data" / "r1"
+NEEDS_ROOM = {"open", "os.mkdir", "os.link", "fsync"}
+RENAMES = {"os.rename", "os.remove", "os.rmdir"}
+BRIEF = ["--threads", "1", "--save-every", "2", "--keep-last", "1"]
+ANSWERS = [*BRIEF, "--steps", "3", "--eval-every", "2", "--eval-problems", "2",
+           "--max-new-tokens", "4"]
+TRAIN = [*BRIEF, "--preset", "nano", "--data", "text:texts", "--tokenizer", "tok", "--steps", "3",
+         "--batch-size", "2", "--seq-len", "32", "--eval-tokens", "64"]
+COMMANDS = {
+    "train": ["train", "--out", "run", *TRAIN],
+    "sft": ["sft", "--out", "run", "--from", str(R1 / "base"), "--examples", "16", *ANSWERS],
+    "grpo": ["grpo", "--out", "run", "--from", str(R1 / "sft"), "--questions", "2", "--group", "2",
+             "--updates", "2", *ANSWERS],
+    "r1": ["r1", "--out", "run", "--threads", "1", "--problems", "4"],
+    "tokenizer": ["tokenizer", "--out", "made", "--data", "text:texts", "--vocab-size", "300"],
+    "course": ["lab.course", "--out", "course"],
+    "hf": ["hf", "--run", "given", "--out", "made"],
+    "hf-over": ["hf", "--run", "given", "--out", "there", "--overwrite"],
+}
+NAMES = "run", "made", "there", "course", "cache"  # one of them has to be named when it is full
+AGAIN = {"train": ["--resume"], "sft": ["--resume"], "grpo": ["--resume"], "hf": ["--overwrite"]}
+
+
+class Point(NamedTuple):
+    """Where a run is disturbed: the number of the operation, from 1, and how."""
+
+    number: int
+    how: str  # "kill", "torn" (in the middle of a write) or "full"
+
+
+class Disk:
+    """Sees every operation of this process on files below `root`; disturbs one."""
+
+    def __init__(self, root: str, point: Point | None):
+        self.root, self.point, self.seen = root, point, []
+        sys.addaudithook(self.hook)
+        flush = os.fsync
+
+        def fsync(handle):
+            self.touch("fsync", None, 0)
+            flush(handle)
+        os.fsync = fsync
+
+    def hook(self, event: str, args: tuple) -> None:
+        if event == "open":
+            path, _, flags = args
+            writes = flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
+            if isinstance(path, (str, bytes)) and writes and self.is_inside(path):
+                self.touch(event, os.fsdecode(path), flags)
+        elif event in RENAMES | NEEDS_ROOM:
+            held = isinstance(args[-1], int) and args[-1] != -1  # a name in an open folder
+            if held or self.is_inside(args[0]):
+                self.touch(event, os.fsdecode(args[0]), 0)
+
+    def is_inside(self, path) -> bool:
+        return os.path.abspath(os.fsdecode(path)).startswith(self.root + "/")
+
+    def touch(self, event: str, path: str | None, flags: int) -> None:
+        self.seen.append(event)
+        if self.point is None:
+            return
+        number, how = self.point
+        if how == "full" and len(self.seen) >= number and event in NEEDS_ROOM:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
+        if len(self.seen) == number and how != "full":
+            if how == "torn":
+                with contextlib.suppress(OSError):  # opened by its name in an open folder
+                    os.write(os.open(path, flags | os.O_CREAT, 0o644), b'{"ste')
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def work(job: dict) -> None:
+    """Run a program in this process, a fork; its end is the process's."""
+    from crash_setup import program
+    os.chdir(job["folder"])
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    main, run_program = program(job["words"][0], Path(job["folder"]))
+    sys.argv = job["words"]
+    disk = Disk(job["folder"], job["point"] and Point(*job["point"]))
+    status = 1
+    try:
+        run_program(f"minids.{job['words'][0]}", main, lasting=True)
+    except SystemExit as end:
+        status = end.code
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    disk.point = None
+    if job["seen"]:
+        Path(job["seen"]).write_text(json.dumps(disk.seen))
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(status)
+
+
+def serve() -> None:
+    """Fork a run for each line of stdin; print how it ended."""
+    import crash_setup  # noqa: F401  (imports torch, once)
+    for line in sys.stdin:
+        if (child := os.fork()) == 0:
+            work(json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+class Server:
+    """The process that forks the runs; `scratch` holds what they print.
+
+    wrong: the wrong variant, whose programs write a tokenizer in place
+    """
+
+    def __init__(self, scratch: Path, wrong: bool = False):
+        self.scratch = scratch
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
+                                    "WRITE_IN_PLACE": "yes" if wrong else ""}
+        self.process = subprocess.Popen([sys.executable, __file__, "--serve"], env=environment,
+                                        text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, words: list[str], folder: Path, point: Point | None = None
+            ) -> tuple[int, str, list[str]]:
+        """Run a program in a folder; its status, its stderr, and its operations if undisturbed."""
+        files = {name: str(self.scratch / name) for name in ("out", "err", "seen")}
+        job = dict(files, words=words, folder=str(folder), point=point)
+        self.process.stdin.write(json.dumps(job) + "\n")
+        self.process.stdin.flush()
+        status = int(self.process.stdout.readline())
+        seen = json.loads(Path(files["seen"]).read_text()) if point is None else []
+        return status, Path(files["err"]).read_text(), seen
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(timeout=60)
+        self.process.stdout.close()
+
+
+def points(seen: list[str]) -> list[Point]:
+    """Return all points of a run with these operations."""
+    found = []
+    for number, event in enumerate(seen, start=1):
+        found.append(Point(number, "kill"))
+        if event == "open":
+            found.append(Point(number, "torn"))
+        if event in NEEDS_ROOM:
+            found.append(Point(number, "full"))
+    return found
+
+
+class Trial:
+    """One program: its unbroken run, and what comes of it when it is disturbed."""
+
+    def __init__(self, name: str, scratch: Path, server: Server):
+        from crash_setup import set_up
+        self.name, self.scratch, self.server = name, scratch, server
+        self.words, self.start = COMMANDS[name], scratch / "start"
+        set_up(name, self.start, server)
+        self.whole = shutil.copytree(self.start, scratch / "whole", symlinks=True)
+        status, said, seen = server.run(self.words, self.whole)
+        assert status == 0, said
+        self.points = points(seen)
+
+    def problems(self, point: Point) -> list[str]:
+        """Disturb a run there, start it again; return what is wrong then, in words."""
+        from crash_setup import differences
+        folder = self.scratch / "broken"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(self.start, folder, symlinks=True)
+        status, said, _ = self.server.run(self.words, folder, point)
+        found = []
+        if point.how != "full":
+            assert status == -signal.SIGKILL, (point, status, said)
+        elif status != 0 and (status != 2 or said.count("\n") != 1
+                              or not any(name in said for name in NAMES)):
+            found.append(f"a full disk: status {status}, {said!r}")
+        status, said, _ = self.server.run(self.words + AGAIN.get(self.name, []), folder)
+        if status or said:
+            found.append(f"again: status {status}, {said.strip()[-300:]!r}")
+        return found + differences(self.whole, folder)
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("programs", nargs="*", help=", ".join(COMMANDS))
+    parser.add_argument("--drawn", type=int, default=0, help="how many points; 0: all [0]")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.serve:
+        return serve()
+    bad = 0
+    for name in args.programs or COMMANDS:
+        with tempfile.TemporaryDirectory() as scratch:
+            server = Server(Path(scratch))
+            trial = Trial(name, Path(scratch), server)
+            some = trial.points
+            if args.drawn:
+                some = random.Random(0).sample(some, min(args.drawn, len(some)))
+            print(f"{name}: {len(some)} of {len(trial.points)} points", flush=True)
+            for point in some:
+                if found := trial.problems(point):
+                    bad += 1
+                    print(f"{name} {point.how} {point.number}: {'; '.join(found[:4])}", flush=True)
+            server.close()
+    print(f"{bad} points with problems")
+    sys.exit(bool(bad))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""What `crash_points` starts: short runs of each program that writes, and how ends are compared."""
+
+import importlib
+import json
+import os
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import pytest
+from kill_and_resume import leaves, read_state
+from test_r1 import shorten
+from training_runs import VOCABULARY, write_texts
+
+from minids import train
+from minids.base.command_line import run_program
+from minids.lab import course
+from minids.text import loaders
+from minids.text import tokenizer as text_tokenizer
+from minids.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[1]
+TIMES = {"seconds", "tokens_per_s", "mfu", "memory_mib", "sampling_s"}  # never twice the same
+SAMPLE = train.Trainer.sample
+with tempfile.TemporaryDirectory() as scratch:  # imports what draws, once
+    train.loss_curve([dict(step=1, main=1.0)], Path(scratch) / "loss.png")
+SETTINGS = {"resume", "seal", "overwrite"}  # of the second start
+
+
+def program(name: str, folder: Path):
+    """Return the `main` of a program, made short, with its cache in `folder`; and its runner."""
+    train.Trainer.sample = lambda self, _, count=1: SAMPLE(self, 2, count)
+    train.open_data = partial(loaders.open_data, cache=folder / "cache")
+    if os.environ["WRITE_IN_PLACE"]:
+        text_tokenizer.write_whole = lambda path, data: Path(path).write_text(data, "utf-8")
+    if name == "r1":
+        shorten(pytest.MonkeyPatch())
+    if name == "lab.course":
+        course.ROOT = folder
+    path = "minids.hf.__main__" if name == "hf" else f"minids.{name}"
+    return importlib.import_module(path).main, run_program
+
+
+def set_up(name: str, folder: Path, server) -> None:
+    """Fill the folder that a program is started in."""
+    folder.mkdir()
+    if name in ("train", "tokenizer"):
+        write_texts(folder / "texts", documents=12)
+        texts = (path.read_text() for path in sorted((folder / "texts").iterdir()))
+        Tokenizer.train(texts, VOCABULARY).save(folder / "tok")
+    if name == "course":
+        (folder / "notebooks").mkdir()
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb"))[:6]:
+            shutil.copy(path, folder / "notebooks")
+    if name.startswith("hf"):
+        from crash_points import COMMANDS
+        words = ["given" if word == "run" else word for word in COMMANDS["sft"]]
+        status, said, _ = server.run(words, folder)
+        assert status == 0, said
+        if name == "hf-over":
+            status, said, _ = server.run(["hf", "--run", "given", "--out", "there"], folder)
+            assert status == 0, said
+            (folder / "there/config.json").write_text("{}")
+            (folder / "there/own.txt").write_text("stays")
+
+
+def contents(file: Path):
+    """Return what has to be equal in a file."""
+    if file.name in ("times.json", "manifest.json") or file.suffix in (".png", ".lock"):
+        return file.stat().st_size > 0 or file.suffix == ".lock"
+    if file.name == "state.pt":
+        return {place: value for place, value in read_state(file).items()
+                if place.rpartition(".")[2] not in TIMES}
+    if file.name == "metrics.jsonl":
+        return [without(json.loads(line)) for line in file.read_text().splitlines()]
+    if file.name == "config.json":
+        return dict(leaves(without(json.loads(file.read_text()))))
+    return file.read_bytes()
+
+
+def without(value):
+    """Return what JSON can hold without what a clock or the second start decides."""
+    if isinstance(value, dict):
+        return {k: without(v) for k, v in value.items() if k not in TIMES | SETTINGS}
+    return [without(v) for v in value] if isinstance(value, list) else value
+
+
+def differences(whole: Path, other: Path) -> list[str]:
+    """Return what differs between two folders, in words."""
+    names = [{path.relative_to(folder) for path in folder.rglob("*")} for folder in (whole, other)]
+    found = [f"{name} is {'missing' if name in names[0] else 'left over'}"
+             for name in sorted(names[0] ^ names[1])]
+    for name in sorted(names[0] & names[1]):
+        if (whole / name).is_file() and contents(whole / name) != contents(other / name):
+            found.append(f"{name} differs")
+    return found

@@ -1,0 +1,50 @@
+"""Programs that are killed, or find the disk full, at each of their file-system operations.
+
+Twelve drawn points a program are slow tests, all points are exhaustive ones; `crash_points` says
+what a point is, and is a command too.
+"""
+
+import random
+
+import pytest
+from crash_points import COMMANDS, Server, Trial
+
+
+@pytest.fixture
+def trial(request, tmp_path):
+    server = Server(tmp_path)
+    yield Trial(request.param, tmp_path, server)
+    server.close()
+
+
+def wrong(trial: Trial, points: list) -> dict:
+    """The points after which something is wrong, and what."""
+    found = {point: trial.problems(point) for point in points}
+    return {point: problems for point, problems in found.items() if problems}
+
+
+@pytest.mark.parametrize("trial", ["tokenizer"], indirect=True)
+def test_every_point_of_a_program(trial):
+    """The one that is quick; it tries the checks as well."""
+    assert len(trial.points) > 15 and wrong(trial, trial.points) == {}
+
+
+def test_the_check_notices_files_that_are_written_in_place(tmp_path):
+    """Wrong variant: half of a tokenizer has its name, and the next start refuses or uses it."""
+    server = Server(tmp_path, wrong=True)
+    trial = Trial("tokenizer", tmp_path, server)
+    found = wrong(trial, trial.points)
+    server.close()
+    assert found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", COMMANDS, indirect=True)
+def test_twelve_points(trial):
+    assert wrong(trial, random.Random(1).sample(trial.points, 12)) == {}
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("trial", COMMANDS, indirect=True)
+def test_all_points(trial):
+    assert wrong(trial, trial.points) == {}
