@@ -136,13 +136,13 @@ def serve() -> None:
 class Server:
     """The process that forks the runs; `scratch` holds what they print.
 
-    wrong: the wrong variant, whose programs write a tokenizer in place
+    wrong: the wrong variant, which leaves files that the next start takes for somebody else's
     """
 
     def __init__(self, scratch: Path, wrong: bool = False):
         self.scratch = scratch
         environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                                    "WRITE_IN_PLACE": "yes" if wrong else ""}
+                                    "OTHER_NAMES": "yes" if wrong else ""}
         self.process = subprocess.Popen([sys.executable, __file__, "--serve"], env=environment,
                                         text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

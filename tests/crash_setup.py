@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch._dynamo  # noqa: F401  (an optimizer imports it: once is enough)
 from kill_and_resume import leaves, read_state
 from test_r1 import shorten
 from training_runs import VOCABULARY, write_texts
@@ -32,14 +33,21 @@ def program(name: str, folder: Path):
     """Return the `main` of a program, made short, with its cache in `folder`; and its runner."""
     train.Trainer.sample = lambda self, _, count=1: SAMPLE(self, 2, count)
     train.open_data = partial(loaders.open_data, cache=folder / "cache")
-    if os.environ["WRITE_IN_PLACE"]:
-        text_tokenizer.write_whole = lambda path, data: Path(path).write_text(data, "utf-8")
+    if os.environ["OTHER_NAMES"]:
+        text_tokenizer.write_whole = write_under_another_name
     if name == "r1":
         shorten(pytest.MonkeyPatch())
     if name == "lab.course":
         course.ROOT = folder
     path = "minids.hf.__main__" if name == "hf" else f"minids.{name}"
     return importlib.import_module(path).main, run_program
+
+
+def write_under_another_name(path: Path, data: str) -> None:
+    """The wrong variant: what a kill leaves looks like a file of somebody else."""
+    temp = path.with_name(path.name + ".tmp")
+    temp.write_text(data, "utf-8")
+    os.replace(temp, path)
 
 
 def set_up(name: str, folder: Path, server) -> None:
@@ -65,8 +73,8 @@ def set_up(name: str, folder: Path, server) -> None:
             (folder / "there/own.txt").write_text("stays")
 
 
-def contents(file: Path):
-    """Return what has to be equal in a file."""
+def contents(file: Path, folder: Path):
+    """Return what has to be equal in a file below a folder."""
     if file.name in ("times.json", "manifest.json") or file.suffix in (".png", ".lock"):
         return file.stat().st_size > 0 or file.suffix == ".lock"
     if file.name == "state.pt":
@@ -76,7 +84,7 @@ def contents(file: Path):
         return [without(json.loads(line)) for line in file.read_text().splitlines()]
     if file.name == "config.json":
         return dict(leaves(without(json.loads(file.read_text()))))
-    return file.read_bytes()
+    return file.read_bytes().replace(str(folder).encode(), b"")
 
 
 def without(value):
@@ -92,6 +100,7 @@ def differences(whole: Path, other: Path) -> list[str]:
     found = [f"{name} is {'missing' if name in names[0] else 'left over'}"
              for name in sorted(names[0] ^ names[1])]
     for name in sorted(names[0] & names[1]):
-        if (whole / name).is_file() and contents(whole / name) != contents(other / name):
+        if (whole / name).is_file() and (
+                contents(whole / name, whole) != contents(other / name, other)):
             found.append(f"{name} differs")
     return found

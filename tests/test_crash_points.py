@@ -29,8 +29,8 @@ def test_every_point_of_a_program(trial):
     assert len(trial.points) > 15 and wrong(trial, trial.points) == {}
 
 
-def test_the_check_notices_files_that_are_written_in_place(tmp_path):
-    """Wrong variant: half of a tokenizer has its name, and the next start refuses or uses it."""
+def test_the_check_notices_files_that_stay(tmp_path):
+    """Wrong variant: a temporary file with a name that the next start does not know."""
     server = Server(tmp_path, wrong=True)
     trial = Trial("tokenizer", tmp_path, server)
     found = wrong(trial, trial.points)

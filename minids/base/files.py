@@ -1,5 +1,6 @@
 """Write files and folders whole or not at all; read JSON and JSONL."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -9,9 +10,20 @@ from pathlib import Path
 from typing import Any
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Let an error of the disk name the file: a full one does not say which it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def write_flushed(file: Path, data: bytes) -> None:
     """Write a file and wait until it is on the disk."""
-    file.write_bytes(data)
+    with naming(file):
+        file.write_bytes(data)
     flush(file)
 
 
@@ -19,7 +31,8 @@ def flush(path: Path) -> None:
     """Wait until a file's contents, or a folder's list of names, are on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        with naming(path):
+            os.fsync(handle)
     finally:
         os.close(handle)
 

@@ -96,9 +96,14 @@ def check_target(folder: Path, overwrite: bool) -> None:
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"out = {folder} is not valid: it holds files already; name another "
                          "folder, or give --overwrite to replace the model in it")
-    if (aside := aside_of(folder)).exists():
-        raise ValueError(f"{aside} is in the way: an interrupted save has left it, or it is yours; "
+    if (aside := aside_of(folder)).exists() and not marker_of(folder).exists():
+        raise ValueError(f"{aside} is in the way: a save puts the old folder there for a moment; "
                          f"rename it to {folder.name} or remove it")
+
+
+def marker_of(folder: Path) -> Path:
+    """Return the file that says, while it exists, that the folder put aside is a save's own."""
+    return folder.with_name(f".tmp_replacing_{folder.name}")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
@@ -121,8 +126,11 @@ def replacing(folder: Path, replaced: str) -> Iterator[Path]:
     """Yield a new folder to fill, which then takes this one's name, and its files that do not match
     the pattern `replaced`."""
     temp, aside = folder.with_name(f".tmp_{folder.name}"), aside_of(folder)
+    marker = marker_of(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if marker.exists():  # a save was killed between two renames
+            put_back(aside, folder)
         for left in (temp, folder.with_name(f".tmp_removed_{aside.name}")):
             shutil.rmtree(left, ignore_errors=True)  # left by a killed save
         temp.mkdir()
@@ -134,6 +142,7 @@ def replacing(folder: Path, replaced: str) -> Iterator[Path]:
                             ignore=lambda where, names: gone if Path(where) == folder else [])
         for path in (*temp.iterdir(), temp):
             flush(path)
+        marker.touch()
         publish(temp, folder)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error)
@@ -142,10 +151,16 @@ def replacing(folder: Path, replaced: str) -> Iterator[Path]:
             "could not be written, and nothing there was changed")
         raise OSError(f"{folder} {problem}: {reason}") from error
     finally:
-        if not folder.exists() and aside.exists():
-            os.rename(aside, folder)
-        for left in (temp, aside):  # this save's own: `check_target` found none
-            shutil.rmtree(left, ignore_errors=True)
+        put_back(aside, folder)  # it is a save's own: `check_target` found no other
+        shutil.rmtree(temp, ignore_errors=True)
+        marker.unlink(missing_ok=True)
+
+
+def put_back(aside: Path, folder: Path) -> None:
+    """Give the folder put aside its name again, or remove it if the new one has the name."""
+    if aside.exists() and not folder.exists():
+        os.rename(aside, folder)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def link(path: str | Path, new: str | Path) -> None:

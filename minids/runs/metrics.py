@@ -12,7 +12,7 @@ import zlib
 from pathlib import Path
 from shlex import quote
 
-from minids.base.files import flush, read_jsonl
+from minids.base.files import flush, naming, read_jsonl
 from minids.runs.checkpoints import recorded
 
 METRICS = "metrics.jsonl"
@@ -38,7 +38,7 @@ def checksum(text: bytes) -> str:
 
 def append(run: Path, record: dict) -> None:
     """Add a line to a run's metrics."""
-    with open(run / METRICS, "ab") as file:
+    with naming(run / METRICS), open(run / METRICS, "ab") as file:
         file.write(line_of(record))
 
 

@@ -245,7 +245,7 @@ def torn(save, folder: Path, killed: bool) -> list[str]:
     """Stop a save that replaces a V3 by a V2 before each of its calls; what a reader then misses.
 
     Read is the old model or the new one, whole, with the other file; and a save of the next minute
-    works unless one must be asked what to do with the folder put aside.
+    works, and leaves nothing else.
     """
     both = {args.score_func: scrambled(args, dtype=torch.float32).state_dict()
             for args in (LITTLE, V2)}
@@ -267,11 +267,10 @@ def torn(save, folder: Path, killed: bool) -> list[str]:
             readme = (hf.reading.checked_folder(folder) / "README.md").read_text()
             if not whole or readme != "mine":
                 lost.append(f"call {stop_at}: not whole")
-            if not hf.reading.aside_of(folder).exists():
-                save_over(scrambled(V2, dtype=torch.float32), folder)
-                assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name, "start"]
-            elif not killed:
+            if hf.reading.aside_of(folder).exists() and not killed:
                 lost.append(f"call {stop_at}: {hf.reading.aside_of(folder)} is left behind")
+            save_over(scrambled(V2, dtype=torch.float32), folder)
+            assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name, "start"]
         except ValueError as error:
             lost.append(f"call {stop_at}: {error}")
     raise AssertionError("the save did not end within 80 calls")
