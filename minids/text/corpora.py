@@ -256,13 +256,12 @@ def read_parquet(path: Path) -> Iterator[str]:
     try:
         column = text_column({f.name: is_text(f.type) for f in pq.read_schema(path)}, path)
         with pq.ParquetFile(path, read_dictionary=[column]) as file:
-            schema, unpacked = file.metadata.schema, 0
-            leaf = [schema.column(i).path for i in range(len(schema))].index(column)
+            unpacked = 0
             for group in range(file.num_row_groups):
                 meta = file.metadata.row_group(group)
-                stored = meta.column(leaf).total_uncompressed_size
-                check_unpacked(path, stored)
-                rows = max(1, min(1024, BATCH_BYTES * meta.num_rows // max(stored, 1)))
+                size = meta.total_byte_size  # unpacked; of all columns: a damaged file may lack one
+                check_unpacked(path, size)
+                rows = max(1, min(1024, BATCH_BYTES * meta.num_rows // max(size, 1)))
                 for batch in file.iter_batches(rows, [group], [column]):
                     for i in range(len(batch)):  # one by one: `to_pylist` would copy repeated text
                         text = batch.column(0)[i].as_py() or ""
