@@ -78,8 +78,13 @@ def inspect(folder: str | Path) -> Source:
     if total > 2 * there:  # told here, since `check_tensors` lists all of the model's tensors
         raise ValueError(f"{folder / CONFIG}: its sizes make {total:,} parameters, and the files "
                          f"have {there:,}")
-    if not any(name.startswith(f"model.layers.{args.n_layers}.") for name in headers):
+    mtp = [name for name in headers if name.startswith(f"model.layers.{args.n_layers}.")]
+    if not mtp:
         args = replace(args, n_mtp_layers=0)
+    elif not args.n_mtp_layers and any(name.endswith(".eh_proj.weight") for name in mtp):
+        print(f"{folder}: {CONFIG} has no MTP module, so that of the files is not read",
+              file=sys.stderr)
+        headers = {name: header for name, header in headers.items() if name not in mtp}
     source = Source(folder, args, headers)
     check_tensors(source, config.get("quantization_config") is not None)
     return source

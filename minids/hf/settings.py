@@ -32,7 +32,8 @@ OWN_KEY = "minids"
 OWN_FIELDS = (*ROPE_FIELDS, *INDEX_FIELDS, "n_dense_layers", "index_hadamard", "index_fp8")
 DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "num_nextn_predict_layers": 0,
             "rope_theta": 10000.0, "beta_fast": 32.0, "beta_slow": 1.0}
-NULL_IS_ZERO = ("q_lora_rank", "n_shared_experts")
+# Null has one reading in these fields; in those of DEFAULTS it is the default.
+NULLS = {"q_lora_rank": 0, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}
 
 CLASSES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
            "deepseek_v32": "DeepseekV32ForCausalLM"}
@@ -132,12 +133,12 @@ def read_fields(config: dict, model_type: str) -> dict:
 
 def read(given: dict, names: dict[str, str], where: str = "") -> dict:
     """Return our name -> value or default. Raises `ValueError` for a field that has neither."""
-    given = DEFAULTS | given
+    given = {name: (DEFAULTS | NULLS).get(name) if value is None else value
+             for name, value in (DEFAULTS | given).items()}
     for name in names.values():
         if name not in given:
             raise ValueError(f"{where}{name} is missing")
-    return {ours: 0 if given[theirs] is None and theirs in NULL_IS_ZERO else given[theirs]
-            for ours, theirs in names.items()}
+    return {ours: given[theirs] for ours, theirs in names.items()}
 
 
 def read_rope(config: dict) -> dict:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hf_folders import (
     RAGGED,
+    all_equal,
     call,
     edit,
     folder_of,
@@ -151,7 +152,8 @@ TENSORS = {
     "cut MTP": (cut(MTP, 300), MTP, "not a whole"),
     "half an MTP module": (tensors_with(lambda t: t.pop("model.layers.2.eh_proj.weight"), MTP),
                            WEIGHTS, "model.layers.2.eh_proj.weight is missing"),
-    "MTP not announced": (config_with(num_nextn_predict_layers=0), MTP, "is extra"),
+    "a layer not announced": (config_with(num_hidden_layers=1, num_nextn_predict_layers=0), WEIGHTS,
+                              "is extra"),
     "MTP stored twice": (lambda folder: shutil.copy(folder / WEIGHTS, folder / MTP), MTP,
                          "is in another file too"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "", "has neither"),
@@ -212,6 +214,17 @@ def test_damage_is_one_line_and_nothing_is_written(kind, name, damage, file, wor
     assert not out.exists() and list(tmp_path.iterdir()) == [folder]
     with pytest.raises(ValueError, match=re.escape(words)):
         load_hf(folder)
+
+
+def test_an_mtp_module_that_the_configuration_lacks_is_left_out_with_a_note(healthy, tmp_path,
+                                                                           capsys):
+    shutil.copytree(healthy["plain"], folder := tmp_path / "in")
+    edit(folder / CONFIG, {"num_nextn_predict_layers": 0})
+    model, whole = load_hf(folder), load_hf(healthy["plain"])
+    assert "has no MTP module" in capsys.readouterr().err
+    assert model.args == replace(whole.args, n_mtp_layers=0)
+    kept = {name: w for name, w in whole.state_dict().items() if not name.startswith("mtp.")}
+    assert all_equal(model.state_dict(), kept) and len(kept) < len(whole.state_dict())
 
 
 def test_healthy_folders_pass(healthy, capsys, monkeypatch):

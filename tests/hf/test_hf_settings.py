@@ -99,6 +99,16 @@ def test_an_absent_field_has_transformers_default(theirs, ours, default):
     for fields in (config, config["rope_scaling"]):
         fields.pop(theirs, None)
     assert args_from_config(config) == replace(args, **{ours: default})
+    for fields in (config, config["rope_scaling"]):
+        fields |= {theirs: None}
+    assert args_from_config(config) == replace(args, **{ours: default})
+
+
+def test_null_groups_are_one_group():
+    args = replace(LITTLE, n_expert_groups=1, n_limited_groups=1)
+    config = config_from_args(args)
+    for nulls in (["n_group"], ["topk_group"], ["n_group", "topk_group"]):
+        assert args_from_config(config | dict.fromkeys(nulls)) == args
 
 
 @pytest.mark.parametrize("preset", [*RELEASED, "tiny"])

@@ -51,6 +51,17 @@ def test_fp8_trains_beside_full_precision_and_goes_on(tmp_path, capsys):
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.parametrize("flags, told", [
+    (["--preset=nope"], "preset 'nope' is unknown"), (["--device=cuda"], "torch sees no GPU here"),
+    (["--preset=Tiny"], "did you mean 'tiny'"), (["--out=FILE"], "it must be a folder")])
+def test_a_mistake_is_told_before_the_first_run(flags, told, tmp_path, monkeypatch):
+    (tmp_path / "FILE").write_text("x", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(claims, "train_all", lambda args: pytest.fail("a run has begun"))
+    with pytest.raises(ValueError, match=told):
+        claims.main(flags)
+
+
 def test_every_regime_is_a_valid_command():
     of = {}
     for regime, words in claims.REGIMES["balance"].items():
