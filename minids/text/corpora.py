@@ -239,8 +239,8 @@ def is_text(kind) -> bool:
 
 
 def check_unpacked(path: Path, size: int) -> None:
-    """Raise `ValueError` if a file's text is too large to be believed; size: characters or bytes"""
-    if size > max(UNPACKED * path.stat().st_size, 2 ** 28):
+    """Raise `ValueError` if what a file unpacks to is too large to be believed; size: bytes."""
+    if size > 2**28 and size > UNPACKED * path.stat().st_size:
         raise ValueError(f"{path} unpacks to more than {UNPACKED} times its size, which no text "
                          "does: it is damaged, or repeats itself")
 
