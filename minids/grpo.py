@@ -43,7 +43,7 @@ from minids.rl.examination import Asking, check_room, examine_modes
 from minids.rl.objectives import OBJECTIVES, ObjectiveArgs, advantages, objective, token_weights
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.rl.rollout import Rollout, log_probs, roll_out
-from minids.runs.learner import Learner, learn
+from minids.runs.learner import Learner, content, learn
 from minids.runs.open import Source, settings
 from minids.runs.settings import LearnArgs
 from minids.text.chat import MODES, TEMPLATES, Reply
@@ -118,6 +118,7 @@ class Reinforcer(Learner):
         self.template, self.task = TEMPLATES[args.template](tokenizer), open_task(args.task)
         check_room(args, model_args.max_seq_len, self.template, self.task)
         super().__init__(args, model_args, run, tokenizer)
+        self.more_config = content(args.task)
         self.reference = Transformer(model_args).to(self.device).requires_grad_(False)
         self.batch: Batch | None = None
 
@@ -228,7 +229,9 @@ class Reinforcer(Learner):
                     rollout=self.batch.rollout._asdict() if begun else None)
 
     def restore_more(self, state: dict) -> None:
-        self.reference.load_state_dict(state["reference"])
+        # Earlier versions saved step 0 before its reference was set: it is the model itself.
+        self.reference.load_state_dict(state["reference"] if state["step"] else
+                                       self.model.state_dict())
         if state["rollout"] is not None:
             rollout = Rollout(**state["rollout"]).each(lambda values: values.to(self.device))
             self.batch = self.judge(state["step"] // self.args.updates, rollout)

@@ -29,7 +29,7 @@ from minids.base.files import read_jsonl
 from minids.config import ModelArgs
 from minids.model.objective import Packed
 from minids.rl.examination import Asking, check_room, examine_modes
-from minids.runs.learner import Learner, learn
+from minids.runs.learner import Learner, content, learn
 from minids.runs.open import settings
 from minids.runs.settings import LearnArgs
 from minids.text.chat import MODES, Chat, checked
@@ -167,6 +167,7 @@ class FineTuner(Learner):
         if self.task:
             check_room(args, model_args.max_seq_len, Chat(tokenizer), self.task)
         super().__init__(args, model_args, run, tokenizer)
+        self.more_config = content(args.data)
 
     def accumulate(self) -> tuple[dict, None]:
         """Compute the gradients of the step's rows; returns its metrics."""

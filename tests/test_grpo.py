@@ -297,6 +297,26 @@ def test_a_resumed_run_ends_with_the_same_bytes(base, tmp_path, step):
     assert [d for d in differences(run, again) if "sampling_s" not in d] == []
 
 
+def test_the_reference_of_step_0_is_the_model(base, tmp_path):
+    """Also where an earlier version saved a random one."""
+    made = learner(base, tmp_path / "run")
+    wrong = {name: torch.zeros_like(w) for name, w in made.reference.state_dict().items()}
+    made.restore_more(made.more_state() | dict(reference=wrong, step=0))
+    weights = made.model.state_dict()
+    assert all(torch.equal(w, weights[n]) for n, w in made.reference.state_dict().items())
+
+
+def test_questions_that_were_changed_since_are_refused(base, tmp_path):
+    questions, run = tmp_path / "questions.jsonl", tmp_path / "run"
+    questions.write_text("".join(json.dumps(dict(question=f"{n}+1", answer=str(n + 1))) + "\n"
+                                 for n in range(100)))
+    assert run_grpo("--from", str(base), "--out", str(run), "--task", f"jsonl:{questions}",
+                    *as_flags(SMALL | dict(steps=1)))[0] == 0
+    questions.write_text(questions.read_text().replace('"answer": "5"', '"answer": "6"'))
+    status, _, err = run_grpo("--resume", "--out", str(run), "--steps", "2")
+    assert status == 2 and f"the data of the run in {run} was changed since it began" in err
+
+
 def test_the_check_of_a_resumed_run_notices_a_new_rollout(base, tmp_path, monkeypatch):
     """Wrong variant: a new rollout is drawn in the middle of one."""
     def restore_more(self, state: dict) -> None:

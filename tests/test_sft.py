@@ -221,6 +221,19 @@ def test_a_resumed_run_ends_with_the_same_bytes(base, tmp_path, step):
     assert {"think", "direct", "free"} <= lines[2].keys() and "think" not in lines[3]
 
 
+def test_conversations_that_were_changed_since_are_refused(base, tmp_path):
+    """Not learnt from for the rest of the run."""
+    data, run = conversations_file(tmp_path), tmp_path / "run"
+    words = ["--from", str(base), "--out", str(run), *as_flags(SMALL), "--data", data]
+    assert run_sft(*words)[0] == 0
+    again = ["--resume", "--out", str(run), "--steps", "7"]
+    (tmp_path / "talk.jsonl").write_text((tmp_path / "talk.jsonl").read_text().replace("1", "2"))
+    status, _, err = run_sft(*again)
+    assert status == 2 and f"the data of the run in {run} was changed since it began" in err
+    conversations_file(tmp_path)
+    assert run_sft(*again)[0] == 0
+
+
 def test_the_length_of_a_reply_is_checked_first_and_may_change(base, tmp_path):
     run = tmp_path / "run"
     words = ["--from", str(base), "--out", str(run), *as_flags(SMALL)]

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from minids import __version__
 from minids.base.command_line import Stopped
 from minids.base.fields import require
-from minids.base.files import sealed, write_whole
+from minids.base.files import digest, sealed, write_whole
 from minids.config import ModelArgs
 from minids.model.sparse_attention import load_weights_without_indexer
 from minids.model.transformer import Transformer
@@ -165,7 +165,12 @@ class Learner:
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, with this run's peak rates."""
-        self.source, checkpoint = read_config(self.run).get("source"), None
+        stored, checkpoint = read_config(self.run), None
+        self.source = stored.get("source")
+        for name, now in self.more_config.items():
+            if stored.get(name, now) != now:
+                raise ValueError(f"the {name} of the run in {self.run} was changed since it began; "
+                                 "put it back, or name another folder with --out")
         if checkpoints.all_checkpoints(self.run):
             checkpoint = checkpoints.resolve(self.run)
             with fitting(checkpoint):
@@ -273,6 +278,12 @@ def run_learner(learner: Learner, source: Source | None) -> None:
             learner.write_config()  # comes last, so a folder that has it is complete
         learner.train()
         learner.finish()
+
+
+def content(spec: str) -> dict:
+    """Return what config.json says about the file that jsonl:PATH names; nothing for tasks."""
+    kind, _, path = spec.partition(":")
+    return dict(data=digest(Path(path))) if kind == "jsonl" else {}
 
 
 def learn(kind: type[Learner], args: LearnArgs, suffix: str) -> Path:

@@ -25,7 +25,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from minids.base.files import flush, read_json, write_json
+from minids.base.files import flush, naming, read_json, write_json
 from minids.text.corpora import Corpus
 from minids.text.hub import HubDocuments
 from minids.text.packing import encode_documents
@@ -75,14 +75,13 @@ def write_cache(folder: Path, corpus: Corpus, splits: dict, dtype: np.dtype) -> 
     shutil.rmtree(making, ignore_errors=True)
     making.mkdir()
     try:
-        index = {"corpus": corpus.name, "fingerprint": corpus.fingerprint, "dtype": dtype.str,
-                 "splits": {name: write_split(making / f"{name}.bin", documents, encode, dtype)
-                            for name, (documents, encode) in splits.items()}}
-        write_json(making / "index.json", index)
-        shutil.rmtree(folder, ignore_errors=True)
-        making.rename(folder)
-    except OSError as error:
-        raise OSError(f"{folder} could not be written: {error.strerror}") from error
+        with naming(folder):
+            index = {"corpus": corpus.name, "fingerprint": corpus.fingerprint, "dtype": dtype.str,
+                     "splits": {name: write_split(making / f"{name}.bin", documents, encode, dtype)
+                                for name, (documents, encode) in splits.items()}}
+            write_json(making / "index.json", index)
+            shutil.rmtree(folder, ignore_errors=True)
+            making.rename(folder)
     finally:
         shutil.rmtree(making, ignore_errors=True)
 

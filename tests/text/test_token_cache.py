@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from byte_tokens import TOKENIZER, ByteTokenizer
+from filelock import FileLock
 
 from minids.text import token_cache
 from minids.text.corpora import Corpus
@@ -130,6 +131,16 @@ KILLED = """
     corpus = Corpus("made up", texts[:50], texts[50:], "f" * 64)
     token_cache.cached_tokens(corpus, Slow(), Path({cache!r}))
 """
+
+
+def test_what_a_killed_process_left_of_another_corpus_is_removed(corpus, tmp_path):
+    """Unless somebody is making it at this moment."""
+    for name in ("dead", "alive"):
+        (tmp_path / f"{name}.tmp").mkdir()
+        (tmp_path / f"{name}.tmp/train.bin").write_bytes(b"half")
+    with FileLock(tmp_path / "alive.lock"):
+        cached_tokens(corpus, ByteTokenizer(), tmp_path)
+    assert not (tmp_path / "dead.tmp").exists() and (tmp_path / "alive.tmp/train.bin").exists()
 
 
 def test_kill_while_tokenising_leaves_no_usable_half(corpus, tmp_path):
