@@ -226,6 +226,23 @@ def test_only_the_first_good_reply_of_a_problem_is_kept(tmp_path, brief, finishe
     assert counts["wrong"] >= 9
 
 
+def test_no_two_attempts_of_a_corpus_draw_alike(tmp_path, finished, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(distill_module, "BATCH", 2)
+    monkeypatch.setattr(distill_module, "verdict", lambda *_: "wrong")
+    monkeypatch.setattr(distill_module, "ask", lambda _, __, questions, how: seeds.append(how.seed)
+                        or [Reply(None, None, False, 1)] * len(questions))
+    for draws in (0, 1):
+        sift(CorpusArgs(teacher=str(finished[0] / "rl"), corpus=str(tmp_path / "c.jsonl"),
+                        problems=6, tries=3, draws=draws))
+    assert len(seeds) == len(set(seeds)) == 18
+
+
+def test_a_corpus_without_any_thought_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="direct = 1.0 is not valid: 0 or more and below 1"):
+        CorpusArgs(teacher="t", corpus=str(tmp_path / "c.jsonl"), direct=1.0)
+
+
 def test_a_teacher_without_a_right_answer(tmp_path, finished, monkeypatch):
     flags = ["--teacher", str(finished[0] / "rl"), "--corpus", str(tmp_path / "c.jsonl"),
              "--problems", "3", "--longest", "4"]

@@ -11,6 +11,7 @@ from minids.apply.folded import fold
 from minids.generate import generate
 from minids.hf import load_hf, save_hf
 from minids.infer import speculative
+from minids.infer.generation import Generation
 from minids.infer.sampling import Sampler
 from minids.model.cache import LatentCache
 
@@ -59,6 +60,12 @@ def test_greedy_text_is_that_of_plain_decoding(shape, depth, drafts):
     assert done.steps < plain.steps
     assert done.tokens_per_pass == 1 + sum(passed) / len(passed)
     assert len(done.acceptance) == drafts
+
+
+def test_acceptance_counts_drafts_whose_predecessors_were_accepted():
+    done = Generation([[1]], steps=4, seconds=1.0, prompt_tokens=1, drafts=2, passed=[[2, 0], [1]])
+    assert done.acceptance == [2 / 3, 1 / 2]  # of three first drafts two, of two second drafts one
+    assert done.tokens_per_pass == 2
 
 
 def test_each_prompt_gets_what_it_gets_alone():
