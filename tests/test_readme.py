@@ -79,7 +79,8 @@ SMALL = {
 NAMED = {"python -m minids.grpo"}
 
 # These take more than ten seconds, and other tests run what they run.
-SLOW = ("python tests/", "python -m minids.lab.bench --what moe-vs-dense")
+SLOW = ("python tests/", "python -m minids.lab.bench --what moe-vs-dense",
+        "python -m minids.train --")  # the plain one is `first_run`
 
 # What is not run here, and where it is.
 ELSEWHERE = {

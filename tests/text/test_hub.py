@@ -130,6 +130,7 @@ OFFLINE_CHECKS = """
 """
 
 
+@pytest.mark.slow
 def test_streams_from_a_hub_and_resumes_within_a_file(tmp_path):
     hub_folder(tmp_path / "hub")
     server = serve(tmp_path / "hub")
