@@ -239,7 +239,7 @@ def test_no_two_attempts_of_a_corpus_draw_alike(tmp_path, finished, monkeypatch)
 
 
 def test_a_corpus_without_any_thought_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="direct = 1.0 is not valid: 0 or more and below 1"):
+    with pytest.raises(ValueError, match="direct = 1.0 is not valid: it must be 0 or more"):
         CorpusArgs(teacher="t", corpus=str(tmp_path / "c.jsonl"), direct=1.0)
 
 
