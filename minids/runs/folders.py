@@ -34,6 +34,9 @@ def locked(folders: Iterable[Path]) -> Iterator[Path]:
         lock = FileLock(folder / LOCK, thread_local=False)
         try:
             lock.acquire(timeout=0)
+            while not (folder / LOCK).exists():  # its last owner removed it in between
+                lock.release()
+                lock.acquire(timeout=0)
             break
         except Timeout:
             continue

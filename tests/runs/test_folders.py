@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import training_runs
+from filelock import FileLock
 from training_runs import run_train
 
 from minids.runs.folders import LOCK, free_folders, locked
@@ -126,3 +127,17 @@ def test_two_trainings_at_once(home, flags, tmp_path, named, attempt):
     assert status == [0, 2]
     [said] = [error for error in errors if error]
     assert said.count("\n") == 1 and ("another process" in said or "holds a run already" in said)
+
+
+def test_a_lock_whose_file_was_removed_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """Its owner ended between our opening of the file and our lock: nobody else would see it."""
+    acquire, removed = FileLock.acquire, []
+
+    def slow(self, *args, **kwargs):
+        acquire(self, *args, **kwargs)
+        if not removed:
+            removed.append((tmp_path / "run/.lock").unlink())
+
+    monkeypatch.setattr(FileLock, "acquire", slow)
+    with locked([tmp_path / "run"]):
+        assert removed and (tmp_path / "run/.lock").exists()
