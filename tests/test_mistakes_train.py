@@ -140,7 +140,8 @@ def test_changed_text_is_refused(tmp_path, home, flags):
     assert raised.status == 0
     (tmp_path / "texts/00.py").write_text("x = 1\n" * 99)
     before = everything(run)
-    assert_refused(run_train("--resume", "--out", str(run)), "data = ")
+    assert_refused(run_train("--resume", "--out", str(run)),
+                   f"the data of the run in {run} was changed")
     assert everything(run) == before
 
 

@@ -91,6 +91,8 @@ ELSEWHERE = {
     "python -m minids.lab.course": "tests/lab/test_course.py",
     "python -m minids.lab.claims": "tests/lab/test_claims.py, on small runs",
     "python -m minids.lab.flags": "tests/lab/test_flags.py",
+    "python tests/mutants.py": "it runs the tests themselves, for an hour",
+    "python tests/crash_points.py": "tests/test_crash_points.py",
     "python -m minids.r1": "tests/test_r1.py runs all stages with small settings",
 }
 
