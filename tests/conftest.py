@@ -4,6 +4,9 @@ Notebook kernels and the programs that tests start are children of the workers a
 """
 
 import os
+import resource
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of the two workers computes on one thread
 
@@ -28,3 +31,12 @@ def pytest_collection_modifyitems(items: list) -> None:
                     len(FIRST))
 
     items.sort(key=place)
+
+
+@pytest.fixture
+def small_files():
+    """No file may pass 100 kB: a disk error that every user can have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

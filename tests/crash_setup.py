@@ -1,4 +1,4 @@
-"""What `crash_points` starts: short runs of each program that writes, and how ends are compared."""
+"""Start short runs of every program that writes, for `crash_points`, and compare their results."""
 
 import importlib
 import json

@@ -374,7 +374,7 @@ def main() -> None:
         done = {(row["file"], row["key"]): row for row in map(json.loads, lines)}
         rows = [done[m[:2]] for m in mutants if m[:2] in done]
         tasks = [m for m in mutants if m[:2] not in done]
-        random.Random(args.seed).shuffle(tasks)  # whoever stops early has seen some of each file
+        random.Random(args.seed).shuffle(tasks)  # an interrupted run has tried some of each file
         jobs = [pool.submit(judge, root, folders, found, m, args) for m in tasks]
         for job in as_completed(jobs):
             row = job.result()

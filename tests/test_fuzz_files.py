@@ -51,7 +51,7 @@ def bounded_memory():
 
 
 def refuses_or_reads(read, *args) -> str:
-    """What a program would say of a file; '' if it reads it. Any other error is ours."""
+    """Return a program's one-line error about a file, '' if it reads it; raise anything else."""
     try:
         read(*args)
         return ""
@@ -118,7 +118,7 @@ def changed(path: Path, how) -> bytes:
 
 
 def tried(path: Path, how, read, *args) -> str:
-    """What is said of a file after a change; the file is put back."""
+    """Return the error message after a change of a file, then restore the file."""
     whole = path.read_bytes()
     try:
         path.write_bytes(changed(path, how))

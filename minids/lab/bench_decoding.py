@@ -1,4 +1,4 @@
-"""What decoding costs: against context length, dense and sparse; and with and without drafts."""
+"""Time decoding: dense and sparse attention by context length, plain and speculative decoding."""
 
 import functools
 import itertools

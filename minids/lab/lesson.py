@@ -3,7 +3,7 @@
     review(square, [((3,), 9, "multiply the number by itself")])
 
 An exercise is a function that the learner writes. `review` prints what is wrong with it; `problems`
-returns the same sentences, for the graded cell that must raise. `minids.lab.checker` runs it.
+returns the same messages, which a graded cell raises. `minids.lab.checker` runs the function.
 """
 
 import contextlib

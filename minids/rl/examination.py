@@ -22,7 +22,7 @@ BATCH = 512  # prompts that are decoded together
 
 
 class Asking(NamedTuple):
-    """How questions are put: mode and template of `minids.text.chat`, the rest as in `generate`."""
+    """Mode and template of the prompts (`minids.text.chat`), and the settings of `generate`."""
 
     mode: str = "free"
     template: str = "chat"

@@ -274,5 +274,3 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     for device, gpu in zip(range(torch.cuda.device_count()), state.get("cuda", []), strict=False):
         torch.cuda.set_rng_state(gpu, device)
-
-

@@ -1,4 +1,4 @@
-"""Where a program runs: device, precision of products, threads, memory."""
+"""Choose device, precision of products and threads; measure and check memory."""
 
 import ctypes
 import os
@@ -16,7 +16,7 @@ from minids.kernels.registry import use
 
 @dataclass(frozen=True)
 class Machine(Settings):
-    """Where a program runs."""
+    """Device, CPU threads and bodies, which every program that runs a model has."""
 
     device: str = option("auto", "auto, cpu or cuda")
     threads: int = option(0, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)

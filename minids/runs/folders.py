@@ -1,4 +1,4 @@
-"""Which folder a run works in: one in which no other process works.
+"""Find and lock the folder of a run, so that no other process works in it.
 
 The system releases the lock of a process that is killed, so none is ever stuck.
 """

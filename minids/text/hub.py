@@ -82,7 +82,7 @@ def open_hub(rest: str) -> tuple[HubDocuments, HubDocuments, str]:
 def text_column(is_text: dict[str, bool], where: Path | str, asked: str = "") -> str:
     """Return the column to read: `asked`, `text`, `content`, or the only one that holds strings.
 
-    is_text: for each column, whether it holds strings; where: the file or data set, for the error
+    is_text: column -> True if it holds strings; where: name of the file or data set, for the error
     """
     strings = [name for name, holds in is_text.items() if holds]
     wanted = [asked] if asked else ["text", "content", *(strings if len(strings) == 1 else [])]

@@ -3,22 +3,12 @@
 import ast
 import json
 import os
-import resource
 from pathlib import Path
 
 import pytest
 
 import minids
 from minids.base.files import read_json, write_json, write_whole
-
-
-@pytest.fixture
-def small_files():
-    """No file may pass 100 kB: a disk error that every user can have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def write_json_in_place(path: Path, obj) -> None:

@@ -1,4 +1,4 @@
-"""How the indexer learns: its loss against the papers' equations, and whom it reaches."""
+"""Compare the indexer's loss with the papers' equations, and check which parameters it moves."""
 
 import copy
 from dataclasses import replace
@@ -331,7 +331,7 @@ def test_the_loss_keeps_nothing_for_each_pair_of_tokens(monkeypatch):
 
 
 def learned_share() -> float:
-    """What 80 steps of warm-up gain, of all there was to gain, in recall of attention's mass."""
+    """Return the share of the missing recall of attention's mass that 80 steps of warm-up gain."""
     torch.manual_seed(7)
     model = scrambled(replace(SPARSE, index_topk=8), dtype=torch.float32)
     tokens = random_tokens(SPARSE, 8, 48)

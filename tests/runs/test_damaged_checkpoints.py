@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import random
-import resource
 import shutil
 import subprocess
 from pathlib import Path
@@ -126,7 +125,7 @@ def save_malicious(file: Path, target: Path, archive: bool) -> None:
 
 
 def reseal(path: Path) -> None:
-    """What an attacker would do: bring the manifest in line with a foreign state.pt."""
+    """Forge the manifest's checksums to match a foreign state.pt, as an attacker would."""
     body = json.loads((path / MANIFEST).read_bytes())
     del body["seal"]
     file = path / STATE
@@ -197,15 +196,6 @@ def test_full_disk_check_notices_a_save_in_place(tiny_disk):
     with pytest.raises(SafetensorError):
         assert_survives(tiny_disk, {"w": LARGE}, {}, "No space left", save_in_place)
     assert torn(tiny_disk)
-
-
-@pytest.fixture
-def small_files():
-    """No file may pass 100 kB: a disk error that every user can have."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.parametrize("content", CONTENTS)
