@@ -26,8 +26,8 @@ sys.stdin.readline()
 named, path = sys.argv[1:]
 try:
     with locked([Path(path)] if named == "named" else free_folders(Path(path))) as folder:
-        print(folder, flush=True)
         (folder / "work").write_text("")
+        print(folder, flush=True)
         sys.stdin.readline()
 except ValueError as error:
     print(error, flush=True)
