@@ -1,6 +1,13 @@
 """minids: the DeepSeek model family, small enough to read and exact enough to trust."""
 
+import os
+
 from minids.config import ModelArgs
+
+# OpenMP's threads, GNU's and LLVM's, spin while they wait for each other: where a thread has lost
+# its core to another program, the others burn theirs. These let them sleep; read when torch loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 __all__ = ["ModelArgs", "Transformer"]
 __version__ = "0.1.0"

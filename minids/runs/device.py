@@ -12,6 +12,7 @@ from minids.base.fields import Settings, nearest, option
 from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.kernels.registry import use
+from minids.runs.threads import quota
 
 
 @dataclass(frozen=True)
@@ -51,14 +52,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def prepare_cpu(threads: int, bodies: str = "auto") -> None:
-    """Tune the allocator, set torch's threads (0: its own choice) and which bodies run.
+    """Tune the allocator, set torch's threads (0: one per core it may use) and which bodies run.
 
     By default glibc returns every large block to the kernel and fetches it again, zeroed, for the
     next tensor: 1.05 to 1.5 times the time of a step, measured on two cores.
     """
     use(bodies)
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or min(torch.get_num_threads(), quota() or sys.maxsize))
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for name, value in ((-4, 0), (-1, 1 << 30), (-2, 1 << 26)):  # of <malloc.h>:

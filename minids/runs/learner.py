@@ -40,6 +40,7 @@ from minids.runs.open import (
     tokenizer_files,
 )
 from minids.runs.settings import LearnArgs
+from minids.runs.threads import Threads
 from minids.text.tokenizer import Tokenizer
 
 
@@ -142,9 +143,12 @@ class Learner:
     def train(self) -> None:
         """Take all steps that are left; measure, save and show progress on the way."""
         args = self.args
+        threads = Threads(args.threads != 0 or self.device.type != "cpu", tqdm.write)
         with tqdm(total=args.steps, initial=self.step, unit="step", disable=None) as bar:
             while self.step < args.steps:
-                record = self.train_step()
+                before, record = self.seconds, self.train_step()
+                speed = record.get("tokens_per_s")
+                threads.took(1 / speed if speed else self.seconds - before)
                 last = self.step == args.steps
                 metric = self.measure(record, last)
                 self.write_record(record)
@@ -156,6 +160,7 @@ class Learner:
                     self.save(metric)
                 if self.stop_signal and not last:
                     raise Stopped(self.stop_signal, ["--resume", "--out", str(self.run)])
+        threads.end()
 
     def begin_from(self, source: Source) -> None:
         """Take over weights; step 0 is saved when this, and what a subclass adds, is done."""
