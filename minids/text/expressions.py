@@ -10,13 +10,6 @@ from fractions import Fraction
 LONGEST_ANSWER, LONGEST_NUMBER, DEEPEST = 200, 9, 30  # characters, digits, nested parentheses
 TOKEN = rf"\d{{1,{LONGEST_NUMBER}}}(?!\d)|[-+*/()]"  # a whole number or a sign
 TOKENS = re.compile(rf"(?:\s*(?:{TOKEN}))* *", re.ASCII)
-NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?", re.ASCII)
-
-
-def last_number(text: str) -> Fraction | None:
-    """Return the last number in a text, 1,234.5 as 1234.5, or None if it contains none."""
-    found = NUMBER.findall(text[-LONGEST_ANSWER:])
-    return Fraction(found[-1].replace(",", "")) if found else None
 
 
 def parse_expression(text: str) -> tuple[Fraction, list[int]] | None:

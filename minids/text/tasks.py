@@ -19,7 +19,8 @@ from typing import NamedTuple
 
 from minids.base.fields import nearest
 from minids.base.files import read_jsonl
-from minids.text.expressions import last_number, parse_expression
+from minids.text.answers import same_answer
+from minids.text.expressions import parse_expression
 from minids.text.hub import check_network
 
 TASKS = "calculator[:OPERATIONS], countdown[:NUMBERS], gsm8k or jsonl:PATH"
@@ -176,11 +177,8 @@ class Questions(Task):
                 yield Problem(question, thought.strip(), answer.strip())
 
     def right(self, problem: Problem, answer: str) -> bool:
-        """Compare the last number of the answer, boxed or not; or its words if there is none."""
-        expected = last_number(problem.answer)
-        if expected is None:
-            return answer.strip().casefold() == problem.answer.casefold()
-        return last_number(answer) == expected
+        """Compare what both state, exactly (`minids.text.answers`)."""
+        return same_answer(problem.answer, answer)
 
 
 def open_task(spec: str) -> Task:

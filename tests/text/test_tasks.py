@@ -281,14 +281,15 @@ def words(*rows: tuple[str, str]) -> Questions:
 @pytest.mark.parametrize("solution, right, wrong", [
     ("6*7=42\n#### 42", ["42", "#### 42", "so 41+1\n#### 42", "42.", "42 apples", "$42", "042"],
      ["41", "#### 41", "42 or 43", "-42", "4 2", "4.2", "421", "", "many", "٤٢", "four"]),
-    ("#### 1,234", ["1234", "1,234", "1,234.0", "$1,234.", "in all 1 234: 1234"], ["1", "234"]),
+    ("#### 1,234", ["1234", "1,234", "1,234.0", "$1,234.", "in all: 1234"],
+     ["1", "234", "1 234", "in all 1 235: 1234", "−1234"]),
     ("#### 1234", ["1,234"], ["1.234"]),
     ("7", ["\\boxed{7}", "$\\boxed{7}$", "the answer is 7.", "7.0", "7.00", "5+2=7", " 7\n"],
-     ["\\boxed{8}", "the answer is 8.", "7.5", "7.01", "17", "70"]),
+     ["\\boxed{8}", "5+3=7", "−7", "7 or 8", "the answer is 8.", "7.5", "7.01", "17", "70"]),
     ("#### -3", ["-3", "it is -3.", "-3.0"], ["3", "-30"]), ("0.5", ["0.50", "0.5."], ["5"]),
     ("#### Paris", ["paris", " PARIS\n", "Paris"], ["London", "", "Paris, Texas", "#### 42"]),
     ("Straße", ["STRASSE"], ["Strase"])])
-def test_the_last_number_counts_or_else_the_words(solution, right, wrong):
+def test_the_value_counts_or_else_the_words(solution, right, wrong):
     task = words(("What?", solution))
     problem = task.some(1, "train", 0)[0]
     for answer in right:
