@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minids.base.command_line import Stopped, parse, run_program
-from minids.base.fields import Settings, option, require
+from minids.base.fields import Settings, check_writable, option, require
 from minids.base.files import digest, read_sealed, sealed, write_whole
 from minids.rl.examination import BATCH, Asking, ask, parts
 from minids.rl.rewards import accuracy, consistency, well_formed
@@ -57,6 +57,7 @@ class CorpusArgs(Settings):
         super().__post_init__()
         require(self, "teacher", bool(self.teacher), "a run or a Hugging Face folder")
         require(self, "corpus", bool(self.corpus), "a file to write")
+        require(self, "corpus", not Path(self.corpus).is_dir(), "a file, and it is a folder")
         require(self, "tries", self.tries == 1 or self.temperature > 0,
                 "1 at temperature 0, where all replies are the same")
         require(self, "direct", self.direct < 1, "0 or more and below 1")
@@ -104,13 +105,14 @@ def write_corpus(args: CorpusArgs) -> None:
 
     Raises `ValueError` if no reply was good: there would be nothing to learn from.
     """
+    path = Path(args.corpus)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    check_writable("corpus", args.corpus)
     conversations, counts = sift(args)
     kept, wrong, malformed, other_language = counts.values()
     if not kept:
         raise ValueError(f"teacher = {args.teacher!r} is not valid: none of {counts.total()} "
                          f"replies was kept ({wrong} wrong, {malformed} malformed)")
-    path = Path(args.corpus)
-    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(dict(messages=messages), ensure_ascii=False) + "\n"
                    for messages in conversations)
     write_whole(counts_of(path), sealed(dict(

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from minids.apply.fp8 import use_fp8
 from minids.base.command_line import parse, run_program
-from minids.base.fields import option
+from minids.base.fields import option, require
 from minids.infer.validation import compare_selections, draft_table, evaluate, selection_table
 from minids.runs.device import Machine
 from minids.runs.open import open_model
@@ -47,6 +47,8 @@ def main() -> None:
                                         "seq_len": min(run.model.args.max_seq_len, 1024)}
     if args.fp8:
         use_fp8(run.model)
+    limit = run.model.args.max_seq_len
+    require(args, "seq_len", args.seq_len <= limit, f"at most {limit}, the model's max_seq_len")
     seq_len, max_tokens = args.seq_len or train["seq_len"], args.max_tokens or None
     data = open_data(args.data or train["data"], run.tokenizer, seq_len)
     text = data.valid, run.tokenizer.n_bytes, seq_len, args.batch_size

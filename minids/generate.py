@@ -45,7 +45,7 @@ class GenerateArgs(Machine):
     """Sampling"""
 
     run: str = option("runs/tiny", "run folder, one of its checkpoints, or a Hugging Face folder")
-    prompt: str = option("def", "text to continue; best without a space at the end")
+    prompt: str = option("def", "text to continue; best without a space at the end", utf8=True)
     max_new_tokens: int = option(200, "new tokens per sample, at most", low=1)
     temperature: float = option(0.8, "divides the logits; 0 takes the most likely token", low=0)
     top_k: int = option(0, "draw from the k most likely tokens; 0: from all", low=0)

@@ -61,7 +61,8 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     drafted = int(last.removeprefix("on its own text").split()[0].replace(",", ""))
     assert drafted and drafted % (32 // 2 - 2) == 0  # prompt, output and drafts fit a window
     for words, named in ((["--run", "nowhere"], "nowhere"), (["--batch-size", 0], "batch_size = 0"),
-                         (["--run", tmp_path / "run", "--seq-len", 10**6], "seq_len")):
+                         (["--run", tmp_path / "run", "--seq-len", 10**6],
+                          "seq_len = 1000000 is not valid: it must be at most 256")):
         status, _, err = call("--device", "cpu", *words)
         assert status == 2 and named in err and err.count("\n") == 1, err
 

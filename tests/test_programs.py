@@ -1,6 +1,8 @@
-"""`python -m minids` lists every program: of files, of packages, of the lab."""
+"""`python -m minids` lists every program: of files, of packages, of the lab; all know UTF-8."""
 
 import importlib.util
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +49,34 @@ def test_the_list_is_printed_without_torch():
     assert run.returncode == 0, run.stderr
     assert [line.split()[2] for line in run.stdout.splitlines()] == [
         f"minids.{name}" for name, _ in programs()]
+
+
+ROOT = Path(__file__).resolve().parents[1]
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
+
+
+@pytest.mark.slow
+def test_text_that_is_not_ascii_under_an_ascii_locale(tmp_path):
+    (tmp_path / "téxte").mkdir()
+    for i in range(30):
+        (tmp_path / f"téxte/zwölf{i}.txt").write_text(f"{i} höher, 日本 {i} \u2028" * 40, "utf-8")
+    messages = [dict(role="user", content="wie höher? 日本"), dict(role="assistant", content="é")]
+    row = json.dumps(dict(messages=messages), ensure_ascii=False)
+    (tmp_path / "gespräch.jsonl").write_text(row, "utf-8")
+
+    def run(*words: str) -> str:
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True,
+                              env=os.environ | ASCII | {"PYTHONPATH": str(ROOT)})
+        assert done.returncode == 0, done.stderr.decode("utf-8", "replace")
+        return done.stdout.decode("ascii")
+
+    small = ["--threads", "1", "--batch-size", "2"]
+    run("minids.train", "--preset", "nano", "--data", "text:téxte", "--steps", "2", "--seq-len",
+        "32", "--eval-tokens", "64", "--prompt", "höher", "--out", "läuft", *small)
+    config = json.loads((tmp_path / "läuft/config.json").read_text("utf-8"))
+    assert config["train"]["prompt"] == "höher"
+    assert (tmp_path / "läuft/sample.txt").read_text("utf-8").startswith("höher")
+    assert "\\u65e5" in run("minids.generate", "--run", "läuft", "--prompt", "日", "--threads", "1",
+                            "--max-new-tokens", "4")
+    run("minids.sft", "--from", "läuft", "--data", "jsonl:gespräch.jsonl", "--steps", "1", "--out",
+        "réponse", *small)

@@ -1,21 +1,26 @@
 """Command lines: the fields of a dataclass become flags, and a user's mistake becomes one line."""
 
 import argparse
+import errno
 import io
 import os
 import re
 import shlex
 import sys
+import traceback
 from dataclasses import MISSING, fields
+from pathlib import Path
 from typing import NoReturn
 
-from minids.base.fields import bounds, nearest
+from minids.base.fields import bounds, check_writable, nearest
 
 NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory"
                        "|Storage size calculation overflowed")  # torch's RuntimeErrors
 
 OUTSIDE = {"safetensors", "safetensors_rust", "pyarrow", "datasets", "huggingface_hub", "httpx",
            "httpcore"}
+
+UNNAMED = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}  # of a write: no path
 
 
 class Stopped(Exception):
@@ -26,6 +31,11 @@ class Stopped(Exception):
         self.number, self.flags = number, flags
 
 
+def one_line(text: object) -> str:
+    """Return a text in one line: a message may quote a file's name that has two."""
+    return " ".join(str(text).split())
+
+
 class OneLineParser(argparse.ArgumentParser):
     """argparse whose errors are one line on stderr, with the nearest valid flag, and status 2."""
 
@@ -34,7 +44,7 @@ class OneLineParser(argparse.ArgumentParser):
             word = message.split(": ", 1)[1].split()[0]
             flags = [f for action in self._actions for f in action.option_strings]
             message = f"unknown flag {word}: {nearest(word, flags)}--help lists them all"
-        self.exit(2, f"{self.prog}: {message}\n")
+        self.exit(2, f"{self.prog}: {one_line(message)}\n")
 
 
 def to_bool(text: str) -> bool:
@@ -86,6 +96,9 @@ def parse(program: str, doc: str, *classes, argv: list[str] | None = None) -> li
     for cls in classes:
         add_flags(parser, cls, (cls.__doc__ or cls.__name__).strip().splitlines()[0])
     given = vars(parser.parse_args(argv))
+    for f in (f for cls in classes for f in fields(cls)):
+        if f.metadata.get("folder") and given.get(f.name):
+            check_writable(f.name, given[f.name])
     return [{f.name: given[f.name] for f in fields(cls) if f.name in given} for cls in classes]
 
 
@@ -94,21 +107,39 @@ def told(error: Exception) -> str:
 
     torch's errors are known by their text and those of `OUTSIDE` by their module: none is imported.
     """
-    text = " ".join(str(error).split())
+    text = one_line(error)
     if isinstance(error, ModuleNotFoundError):
         package = (error.name or "minids").split(".")[0]
         if package in sys.stdlib_module_names:
             return f"Python has no {package} on {sys.platform}: use Linux or macOS"
         return "" if package == "minids" else f"{package} is not installed: pip install {package}"
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        path = error.filename
+        if path is None and error.errno in UNNAMED:
+            path = file_in(error) or "standard output"
+        return text if path is None else one_line(f"{path}: {error.strerror}")
     if isinstance(error, RecursionError):
         return f"something is nested too deeply: {text}"
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(text):
         asked = re.search(r"allocate ([\d.]+ \w+)", text)
         return f"not enough memory{f' for {asked[1]}' if asked else ''}; take smaller sizes"
+    package = type(error).__module__.split(".")[0]
+    if package.startswith("safetensors") and (path := file_in(error)):
+        return one_line(f"{path}: {text}")
     known = isinstance(error, ValueError | OSError | OverflowError)
-    return text if known or type(error).__module__.split(".")[0] in OUTSIDE else ""
+    return text if known or package in OUTSIDE else ""
+
+
+def file_in(error: Exception) -> Path | None:
+    """Return the file or path that the innermost frame of an error works on, if one has any."""
+    inner = [*traceback.walk_tb(error.__traceback__)][1:]  # the first is run_program's
+    for frame, _ in reversed(inner):
+        for value in frame.f_locals.values():
+            if isinstance(value, io.BufferedWriter | io.TextIOWrapper) and hasattr(value, "name"):
+                value = Path(str(value.name))
+            if isinstance(value, Path):
+                return value
+    return None
 
 
 def silence(stream) -> None:
@@ -155,7 +186,9 @@ def run_program(program: str, main, lasting: bool = False) -> NoReturn:
     if lasting:
         sys.stdout, sys.stderr = Lasting(sys.stdout), Lasting(sys.stderr)
     try:
-        sys.exit(main() or 0)
+        status = main() or 0
+        sys.stdout.flush()  # what it still holds may find a full disk, or no reader
+        sys.exit(status)
     except Stopped as stopped:
         print(f"stopped; continue with: python -m {program} {shlex.join(stopped.flags)}")
         sys.exit(128 + stopped.number)
@@ -169,4 +202,8 @@ def run_program(program: str, main, lasting: bool = False) -> NoReturn:
         if not (line := told(error)):
             raise
         print(f"python -m {program}: {line}", file=sys.stderr)
+        try:
+            sys.stdout.flush()
+        except OSError:
+            silence(sys.stdout)
         sys.exit(2)

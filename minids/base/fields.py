@@ -6,12 +6,14 @@ fields: the error message, `--help` and the one test of all bounds read them fro
 
 import difflib
 import math
+import os
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 
 def option(default, help: str, choices: tuple = (), flag: str = "", low: float | None = None,
-           high: float | None = None, above: float | None = None, folder: bool = False):
+           high: float | None = None, above: float | None = None, folder: bool = False,
+           utf8: bool = False):
     """Declare a dataclass field that is also a command-line flag.
 
     default: the value when the flag is absent; help: one line, with the unit
@@ -19,9 +21,11 @@ def option(default, help: str, choices: tuple = (), flag: str = "", low: float |
     flag: the flag's name if no field can have it, such as "from"
     low, high: smallest and largest valid value; above: a lower bound that is not itself valid
     folder: whether it names a folder to write, so that an existing file is not valid
+    utf8: whether it is text for a model; whatever the locale, its bytes are read as UTF-8
     """
     return field(default=default, metadata=dict(help=help, choices=choices, flag=flag, low=low,
-                                                high=high, above=above, folder=folder))
+                                                high=high, above=above, folder=folder,
+                                                utf8=utf8))
 
 
 def nearest(name: str, valid) -> str:
@@ -39,6 +43,12 @@ def demand(name: str, value, holds: bool, valid: str) -> None:
 def require(args, name: str, holds: bool, valid: str) -> None:
     """Demand a rule of a field of settings."""
     demand(name, getattr(args, name), holds, valid)
+
+
+def check_writable(name: str, value: str) -> None:
+    """Raise `ValueError` if a file or folder cannot be made, before the work that would fill it."""
+    place = next(path for path in (Path(value), *Path(value).absolute().parents) if path.exists())
+    demand(name, value, os.access(place, os.W_OK), f"where you may write; {place} is read-only")
 
 
 def bounds(f) -> str:
@@ -64,6 +74,12 @@ def check_types(args) -> None:
         require(args, f.name, f.type is not float or math.isfinite(value), "a finite number")
         require(args, f.name, f.type is not int or abs(value) < 2 ** 63, "a number of 64 bits")
         require(args, f.name, f.type is not str or "\0" not in value, "text without a zero byte")
+        if f.metadata.get("utf8"):
+            try:
+                value = value.encode("utf-8", "surrogateescape").decode()
+            except UnicodeError:
+                require(args, f.name, False, "UTF-8 text")
+            object.__setattr__(args, f.name, value)
         if f.metadata.get("folder") and value:
             taken = [p for p in (Path(value), *Path(value).parents) if p.is_file()][:1]
             require(args, f.name, not taken, f"a folder, and {''.join(map(str, taken))} is a file")

@@ -19,6 +19,7 @@ Simplified: one recipe for all regimes; no learning rate was tuned for any of th
 """
 
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from minids.base.fields import Settings, option
 from minids.base.tables import format_table
 from minids.config import ModelArgs
 from minids.infer.validation import evaluate
-from minids.runs.device import pick_device
+from minids.runs.device import pick_device, prepare_cpu
 from minids.runs.metrics import read_metrics
 from minids.runs.open import is_run, open_model, read_config
 from minids.text.loaders import open_data
@@ -177,8 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     args = ClaimArgs(**given)
     ModelArgs.preset(args.preset)  # refuses what is not there before the first run
     pick_device(args.device)
+    prepare_cpu(args.threads)
     runs = train_all(args)
-    torch.set_num_threads(args.threads * args.jobs)  # as many as the runs had together
+    torch.set_num_threads(min(args.threads * args.jobs, os.cpu_count() or 1))  # as the runs had
     print(format_table(TABLES[args.what](args, runs)))
 
 

@@ -226,6 +226,8 @@ def main() -> None:
     [given] = parse("minids.lab.recall", __doc__, RecallArgs)
     args = RecallArgs(**given)
     device = args.prepare()
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
     print(f"recall over {args.seq_len} tokens, {pairs_in(args.seq_len)} pairs, chance "
           f"{1 / VALUES:.2%}; {args.device}, torch {torch.__version__}", flush=True)
     torch.manual_seed(args.seed)
@@ -246,7 +248,6 @@ def main() -> None:
         rows += [[name, f"{right:.2%}", recall] for name, right, recall in accuracies(args, model)]
         if args.out:
             folder = Path(args.out)
-            folder.mkdir(parents=True, exist_ok=True)
             weights = {name: w.cpu().contiguous() for name, w in model.state_dict().items()}
             save_file(weights, folder / f"{stage}.safetensors")
             write_json(folder / "settings.json", asdict(args))

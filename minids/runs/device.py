@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from minids.base.fields import Settings, nearest, option
+from minids.base.fields import Settings, demand, nearest, option
 from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.kernels.registry import use
@@ -58,6 +58,8 @@ def prepare_cpu(threads: int, bodies: str = "auto") -> None:
     next tensor: 1.05 to 1.5 times the time of a step, measured on two cores.
     """
     use(bodies)
+    most = 4 * (os.cpu_count() or 1)  # more wait for each other; very many end the process
+    demand("threads", threads, 0 <= threads <= most, f"between 0 and {most}, four per core here")
     torch.set_num_threads(threads or min(torch.get_num_threads(), quota() or sys.maxsize))
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)

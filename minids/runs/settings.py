@@ -90,7 +90,8 @@ class TrainArgs(LearnArgs):
     eval_tokens: int = option(32768, "validation tokens in between; the end uses all", low=1)
     log_experts_every: int = option(10, "steps between all experts' load and bias; 0: never", low=0)
     sample_every: int = option(0, "steps between samples of text; 0: only at the end", low=0)
-    prompt: str = option("def", "text that a sample continues; best without a space at the end")
+    prompt: str = option("def", "text that a sample continues; best without a space at the end",
+                         utf8=True)
     save_every: int = option(100, "steps between checkpoints", low=1)
 
     may_change = LearnArgs.may_change | {

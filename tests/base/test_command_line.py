@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import numpy  # noqa: F401
 import pytest
@@ -44,10 +45,11 @@ def test_parse_returns_only_the_flags_that_were_given():
     ("--minutes", ["--minutes", "expected one argument"]),
     ("--grain oats", ["--grain", "'oats'", "rye", "wheat"]),
     ("--fan perhaps", ["--fan", "'perhaps' is neither true nor false"]),
+    ("--fan\npan", ["unknown flag --fan"]),
 ])
 def test_a_wrong_flag_is_one_line_and_status_2(argv, words, capsys):
     with pytest.raises(SystemExit) as caught:
-        parse("bakery", "Bake.", Recipe, ModelArgs, argv=argv.split())
+        parse("bakery", "Bake.", Recipe, ModelArgs, argv=argv.split(" "))
     out, err = capsys.readouterr()
     assert caught.value.code == 2 and out == ""
     assert err.startswith("python -m bakery: ") and err.count("\n") == 1
@@ -106,6 +108,7 @@ def raise_(error: Exception):
      "python -m bakery: n_heads = 0 is not valid: it must be at least 1\n"),
     ("ModelArgs.preset('v33')", 2, "python -m bakery: preset 'v33' is unknown: did you mean"),
     ("open('/no/such/file')", 2, "python -m bakery: /no/such/file: No such file or directory"),
+    ("open('/no\\nsuch/file')", 2, "python -m bakery: /no such/file: No such file or directory\n"),
     ("__import__('os').mkdir('/')", 2, "python -m bakery: /: File exists\n"),
     ("json.loads('[' * 10**6)", 2, "python -m bakery: something is nested too deeply: maximum"),
     ("bytearray(10**16)", 2, "python -m bakery: not enough memory; take smaller sizes\n"),
@@ -154,3 +157,53 @@ def test_a_stopped_program_says_how_to_continue_and_ends_with_the_signals_status
     status, out, err = end_of("raise_(Stopped(15, ['--out', 'my runs/x']))", capsys)
     assert (status, err) == (143, "")
     assert out == "stopped; continue with: python -m bakery --out 'my runs/x'\n"
+
+
+def write(path: Path) -> None:
+    with path.open("wb") as stream:
+        stream.write(bytes(200_000))
+
+
+def write_by_name(path: str) -> None:
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.write(200_000 * "x")
+
+
+def save(path: Path) -> None:
+    safetensors.torch.save_file(dict(a=torch.zeros(100_000)), path)
+
+
+@pytest.mark.parametrize("fill", [write, write_by_name, save])
+def test_a_full_disk_is_told_with_the_files_name(fill, tmp_path, capsys, small_files):
+    path = tmp_path / "the\nfile"
+    with pytest.raises(SystemExit) as end:
+        run_program("bakery", lambda: fill(path))
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and told.count("\n") == 1
+    assert told.startswith(f"python -m bakery: {tmp_path}/the file: ") and "File too large" in told
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
+@pytest.mark.parametrize("body, said", [
+    ("0", "standard output: No space left on device"),
+    ("raise_(ValueError('no flour'))", "no flour")])
+def test_what_was_printed_last_finds_a_full_disk(body, said):
+    program = ("from minids.base.command_line import run_program\n"
+               "def raise_(error): raise error\n"
+               "run_program('bakery', lambda: print('bread') or BODY)")
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        run = subprocess.run([sys.executable, "-c", program.replace("BODY", body)], stdout=full,
+                             stderr=subprocess.PIPE, encoding="utf-8",
+                             env=os.environ | {"PYTHONUNBUFFERED": ""})
+    assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+    assert run.stderr == f"python -m bakery: {said}\n"
+
+
+def test_a_folder_that_nobody_may_write_to_is_refused_before_any_work(tmp_path, monkeypatch):
+    place = option("", "where it goes", folder=True)
+    shelf = dataclass(type("Shelf", (), {"__annotations__": {"out": str}, "out": place}))
+    wanted = str(tmp_path / "a/b")
+    assert parse("bakery", "Bake.", shelf, argv=["--out", wanted]) == [dict(out=wanted)]
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    with pytest.raises(ValueError, match=f"^out = '{wanted}' is not valid: .*{tmp_path} is read"):
+        parse("bakery", "Bake.", shelf, argv=["--out", wanted])

@@ -169,3 +169,18 @@ def test_a_folder_to_write_is_no_file_and_lies_in_none(tmp_path, capsys):
 def test_numbers_fit_in_64_bits(changes):
     with pytest.raises(ValueError, match="is not valid: it must be a number of 64 bits"):
         ModelArgs(**changes)
+
+
+@pytest.mark.parametrize("given, read", [
+    ("h\udcc3\udca9", "h\u00e9"), ("\u65e5", "\u65e5"), ("", ""),  # the first in an ASCII locale
+    ("h\udcc3", None), ("\udcff", None), ("\ud800", None)])
+def test_text_of_the_command_line_is_utf_8_in_any_locale(given, read):
+    @dataclass(frozen=True)
+    class Asking(Settings):
+        prompt: str = option("", "text to continue", utf8=True)
+
+    if read is not None:
+        assert Asking(given).prompt == read
+    else:
+        with pytest.raises(ValueError, match="^prompt = .* is not valid: it must be UTF-8 text$"):
+            Asking(given)

@@ -45,6 +45,14 @@ def test_threads_are_set_when_a_number_is_given(monkeypatch):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("threads", [-1, 9, 1000, 100_000])
+def test_threads_are_a_small_multiple_of_the_cores(monkeypatch, threads):
+    monkeypatch.setattr(module.os, "cpu_count", lambda: 2)
+    with pytest.raises(ValueError, match=f"^threads = {threads} is not valid: it must be between "
+                                         "0 and 8, four per core here$"):
+        prepare_cpu(threads)
+
+
 @pytest.mark.parametrize("libc, settings", [
     ("glibc", {(-4, 0), (-1, 2**30), (-2, 2**26)}),  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
     ("", set())])
