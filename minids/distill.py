@@ -58,6 +58,8 @@ class CorpusArgs(Settings):
         require(self, "teacher", bool(self.teacher), "a run or a Hugging Face folder")
         require(self, "corpus", bool(self.corpus), "a file to write")
         require(self, "corpus", not Path(self.corpus).is_dir(), "a file, and it is a folder")
+        require(self, "corpus", not any(path.is_file() for path in Path(self.corpus).parents),
+                "in a folder, and it is below a file")
         require(self, "tries", self.tries == 1 or self.temperature > 0,
                 "1 at temperature 0, where all replies are the same")
         require(self, "direct", self.direct < 1, "0 or more and below 1")

@@ -135,6 +135,8 @@ class Pipeline:
         self.task = open_task(self.preset["task"])
         given = dict(preset=args.preset, seed=args.seed)
         refuse_changes(self.run, self.stored("r1.json") or given, given)
+        for left in self.run.glob(".tmp_*.json"):  # by a kill in the middle of `store`
+            left.unlink()
         self.store("r1.json", given)
 
     def stored(self, name: str) -> dict:

@@ -73,18 +73,18 @@ class Trainer(Learner):
     def __init__(self, args: TrainArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
         super().__init__(args, model_args, run, tokenizer)
         self.loss = torch.compile(self.model.loss) if args.compile else self.model.loss
+        self.prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]  # samples continue it
+        if len(self.prompt) >= model_args.max_seq_len:
+            raise ValueError(f"prompt = {args.prompt!r} is not valid: its {len(self.prompt)} "
+                             f"tokens must be fewer than max_seq_len = {model_args.max_seq_len}")
+        importlib.import_module("matplotlib")  # the figure at the end needs it
         self.data = open_data(args.data, tokenizer, args.seq_len, args.seed, args.fim_rate,
                               workers=args.threads)
         self.more_config = dict(data=self.data.fingerprint)
         self.tokens = 0
         self.recent_loss = math.nan  # moving mean, the yardstick for spikes
         self.valid_bpb = math.nan  # of the last validation
-        self.prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]  # samples continue it
         windows(self.data.valid, args.seq_len, max_tokens=1)  # refuses now what would fail later
-        importlib.import_module("matplotlib")  # the figure at the end needs it
-        if len(self.prompt) >= model_args.max_seq_len:
-            raise ValueError(f"prompt = {args.prompt!r} is not valid: its {len(self.prompt)} "
-                             f"tokens must be fewer than max_seq_len = {model_args.max_seq_len}")
 
     def describe(self) -> str:
         """Return what is trained, on what and where."""

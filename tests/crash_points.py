@@ -1,7 +1,7 @@
 """Kill a program before each of its file-system operations, run it again, compare the ends.
 
     python tests/crash_points.py train          every point of one program, killed, then a full disk
-    python tests/crash_points.py r1 --drawn 12  twelve points of each kind
+    python tests/crash_points.py r1 --drawn 12  twelve drawn points
 
 A short run is recorded first: whatever makes, writes, renames, flushes or removes a file. It is
 then started once per operation, and dies before it; where a file is opened for writing also just
@@ -18,11 +18,14 @@ import errno
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -86,7 +89,8 @@ class Disk:
         return os.path.abspath(os.fsdecode(path)).startswith(self.root + "/")
 
     def touch(self, event: str, path: str | None, flags: int) -> None:
-        self.seen.append(event)
+        where = os.path.relpath(path, self.root) if path and os.path.isabs(path) else path
+        self.seen.append((event, where))
         if self.point is None:
             return
         number, how = self.point
@@ -105,7 +109,7 @@ def work(job: dict) -> None:
     os.chdir(job["folder"])
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    main, run_program = program(job["words"][0], Path(job["folder"]))
+    main, run_program = program(job["words"][0], Path(job["folder"]), job["until"])
     sys.argv = job["words"]
     disk = Disk(job["folder"], job["point"] and Point(*job["point"]))
     status = 1
@@ -125,12 +129,16 @@ def work(job: dict) -> None:
 
 
 def serve() -> None:
-    """Fork a run for each line of stdin; print how it ended."""
+    """Fork the runs of each line of stdin at once; print how they ended."""
     import crash_setup  # noqa: F401  (imports torch, once)
     for line in sys.stdin:
-        if (child := os.fork()) == 0:
-            work(json.loads(line))
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        children = []
+        for job in json.loads(line):
+            if (child := os.fork()) == 0:
+                work(job)
+            children.append(child)
+        print(*[os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children],
+              flush=True)
 
 
 class Server:
@@ -146,16 +154,32 @@ class Server:
         self.process = subprocess.Popen([sys.executable, __file__, "--serve"], env=environment,
                                         text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def run(self, words: list[str], folder: Path, point: Point | None = None
-            ) -> tuple[int, str, list[str]]:
-        """Run a program in a folder; its status, its stderr, and its operations if undisturbed."""
-        files = {name: str(self.scratch / name) for name in ("out", "err", "seen")}
-        job = dict(files, words=words, folder=str(folder), point=point)
-        self.process.stdin.write(json.dumps(job) + "\n")
+    def run(self, words: list[str], folder: Path, point: Point | None = None, until: str = ""
+            ) -> tuple[int, str, list[list]]:
+        """Run a program in a folder; its status, its stderr, and its operations if undisturbed.
+
+        until: stage of r1 that is the last
+        """
+        job = self.job("", words=words, folder=str(folder), point=point, until=until)
+        [(status, said)] = self.end([job])
+        seen = json.loads(Path(job["seen"]).read_text()) if point is None else []
+        return status, said, seen
+
+    def twice(self, words: list[str], folder: Path) -> list[tuple[int, str]]:
+        """Start a program twice at the same moment; the status and the stderr of each."""
+        return self.end([self.job(name, words=words, folder=str(folder), point=None, until="")
+                         for name in "ab"])
+
+    def job(self, name: str, **what) -> dict:
+        """What `work` is told; the files of its output begin with the name."""
+        return what | {kind: str(self.scratch / f"{name}{kind}") for kind in ("out", "err", "seen")}
+
+    def end(self, jobs: list[dict]) -> list[tuple[int, str]]:
+        """Run these at once; the status and the stderr of each."""
+        self.process.stdin.write(json.dumps(jobs) + "\n")
         self.process.stdin.flush()
-        status = int(self.process.stdout.readline())
-        seen = json.loads(Path(files["seen"]).read_text()) if point is None else []
-        return status, Path(files["err"]).read_text(), seen
+        ends = map(int, self.process.stdout.readline().split())
+        return [(end, Path(job["err"]).read_text()) for end, job in zip(ends, jobs, strict=True)]
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -163,10 +187,10 @@ class Server:
         self.process.stdout.close()
 
 
-def points(seen: list[str]) -> list[Point]:
+def points(seen: list[list]) -> list[Point]:
     """Return all points of a run with these operations."""
     found = []
-    for number, event in enumerate(seen, start=1):
+    for number, (event, _) in enumerate(seen, start=1):
         found.append(Point(number, "kill"))
         if event == "open":
             found.append(Point(number, "torn"))
@@ -176,17 +200,24 @@ def points(seen: list[str]) -> list[Point]:
 
 
 class Trial:
-    """One program: its unbroken run, and what comes of it when it is disturbed."""
+    """One program: its unbroken run, and what comes of it when it is disturbed.
 
-    def __init__(self, name: str, scratch: Path, server: Server):
+    start: folder in which it begins; None makes one
+    until: stage of r1 that is the last; "": all
+    """
+
+    def __init__(self, name: str, scratch: Path, server: Server, start: Path | None = None,
+                 until: str = ""):
         from crash_setup import set_up
-        self.name, self.scratch, self.server = name, scratch, server
-        self.words, self.start = COMMANDS[name], scratch / "start"
-        set_up(name, self.start, server)
-        self.whole = shutil.copytree(self.start, scratch / "whole", symlinks=True)
-        status, said, seen = server.run(self.words, self.whole)
+        self.name, self.scratch, self.server, self.until = name, scratch, server, until
+        self.words, self.start = COMMANDS[name], start or scratch / "start"
+        if start is None:
+            set_up(name, self.start, server)
+        self.whole = scratch / f"whole{len(list(scratch.glob('whole*')))}"
+        shutil.copytree(self.start, self.whole, symlinks=True)
+        status, said, seen = server.run(self.words, self.whole, until=until)
         assert status == 0, said
-        self.points = points(seen)
+        self.points, self.seen = points(seen), seen
 
     def problems(self, point: Point) -> list[str]:
         """Disturb a run there, start it again; return what is wrong then, in words."""
@@ -194,17 +225,39 @@ class Trial:
         folder = self.scratch / "broken"
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(self.start, folder, symlinks=True)
-        status, said, _ = self.server.run(self.words, folder, point)
+        status, said, _ = self.server.run(self.words, folder, point, self.until)
         found = []
         if point.how != "full":
             assert status == -signal.SIGKILL, (point, status, said)
         elif status != 0 and (status != 2 or said.count("\n") != 1
                               or not any(name in said for name in NAMES)):
             found.append(f"a full disk: status {status}, {said!r}")
-        status, said, _ = self.server.run(self.words + AGAIN.get(self.name, []), folder)
+        again = self.words + AGAIN.get(self.name, [])
+        status, said, _ = self.server.run(again, folder, until=self.until)
         if status or said:
             found.append(f"again: status {status}, {said.strip()[-300:]!r}")
         return found + differences(self.whole, folder)
+
+
+def trials(name: str, scratch: Path, server: Server) -> Iterator[Trial]:
+    """Yield a program's trial; of r1 one for each of its stages and one for its end, but no stage
+    with the same operations on the same files as another one."""
+    from crash_setup import differences
+
+    from minids.r1 import STAGES
+    whole = Trial(name, scratch, server)
+    if name != "r1":
+        yield whole
+        return
+    start, known = whole.start, []
+    for until in (*STAGES, ""):
+        part = Trial(name, scratch, server, start, until)
+        seen = re.sub(rf"\b({'|'.join(STAGES)})\b(?=/|\.jsonl)", "STAGE", json.dumps(part.seen))
+        if seen not in known:
+            yield part
+        known.append(seen)
+        start = part.whole
+    assert differences(whole.whole, start) == []  # so nothing but the folder joins two stages
 
 
 def main() -> None:
@@ -221,15 +274,19 @@ def main() -> None:
     for name in args.programs or COMMANDS:
         with tempfile.TemporaryDirectory() as scratch:
             server = Server(Path(scratch))
-            trial = Trial(name, Path(scratch), server)
-            some = trial.points
-            if args.drawn:
-                some = random.Random(0).sample(some, min(args.drawn, len(some)))
-            print(f"{name}: {len(some)} of {len(trial.points)} points", flush=True)
-            for point in some:
-                if found := trial.problems(point):
-                    bad += 1
-                    print(f"{name} {point.how} {point.number}: {'; '.join(found[:4])}", flush=True)
+            drawn = [Trial(name, Path(scratch), server)] if args.drawn else ()
+            for trial in drawn or trials(name, Path(scratch), server):
+                some = trial.points
+                if args.drawn:
+                    some = random.Random(0).sample(some, min(args.drawn, len(some)))
+                begin = time.monotonic()
+                for point in some:
+                    if found := trial.problems(point):
+                        bad += 1
+                        print(f"{name} {trial.until} {point.how} {point.number}: "
+                              f"{'; '.join(found[:4])}", flush=True)
+                print(f"{name} {trial.until}: {len(some)} of {len(trial.points)} points in "
+                      f"{time.monotonic() - begin:.0f} s", flush=True)
             server.close()
     print(f"{bad} points with problems")
     sys.exit(bool(bad))

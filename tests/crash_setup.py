@@ -17,6 +17,7 @@ from training_runs import VOCABULARY, write_texts
 from minids import train
 from minids.base.command_line import run_program
 from minids.lab import course
+from minids.r1 import Pipeline
 from minids.text import loaders
 from minids.text import tokenizer as text_tokenizer
 from minids.tokenizer import Tokenizer
@@ -29,18 +30,33 @@ with tempfile.TemporaryDirectory() as scratch:  # imports what draws, once
 SETTINGS = {"resume", "seal", "overwrite"}  # of the second start
 
 
-def program(name: str, folder: Path):
-    """Return the `main` of a program, made short, with its cache in `folder`; and its runner."""
+def program(name: str, folder: Path, until: str = ""):
+    """Return the `main` of a program, made short, with its cache in `folder`; and its runner.
+
+    until: stage of r1 after which it ends; "": at its own end
+    """
     train.Trainer.sample = lambda self, _, count=1: SAMPLE(self, 2, count)
     train.open_data = partial(loaders.open_data, cache=folder / "cache")
     if os.environ["OTHER_NAMES"]:
         text_tokenizer.write_whole = write_under_another_name
     if name == "r1":
         shorten(pytest.MonkeyPatch())
+        end_after(until)
     if name == "lab.course":
         course.ROOT = folder
     path = "minids.hf.__main__" if name == "hf" else f"minids.{name}"
     return importlib.import_module(path).main, run_program
+
+
+def end_after(last: str) -> None:
+    """Make r1 end when this stage is done."""
+    make = Pipeline.make
+
+    def make_and_end(pipeline: Pipeline, name: str, stage) -> None:
+        make(pipeline, name, stage)
+        if name == last:
+            raise SystemExit(0)
+    Pipeline.make = make_and_end
 
 
 def write_under_another_name(path: Path, data: str) -> None:

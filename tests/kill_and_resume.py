@@ -1,16 +1,21 @@
-"""Kill a training run at random moments, resume it each time, compare it with an unbroken one.
+"""Kill a run at random moments, resume it each time, compare it with an unbroken one.
 
     python tests/kill_and_resume.py                                  twenty kills, preset nano
     python tests/kill_and_resume.py --kills 5 --preset tiny --steps 40 --save-every 4
+    python tests/kill_and_resume.py --program grpo                   or sft, or r1
 
-Flags that are not listed by --help go to `minids.train`. Every start is `python -m minids.train`
+Flags that are not listed by --help go to the program. Every start is `python -m minids.PROGRAM`
 in a process of its own, and every kill a SIGKILL, which no process can answer. The moments are
-drawn uniformly from the part of the run that is left for each kill, counted from the moment when
-the run begins to write into its folder, so that they fall into steps, validations and saves alike.
-A run that ends before its kill is compared too, and another one is begun.
+drawn uniformly from the part of the run that is left, counted from the moment when the run begins
+to write into its folder, so that they fall into steps, validations and saves alike. A run that ends
+before its kill is compared too, and another one is begun.
+
+sft, grpo and r1 have their own numbers of steps and of steps between checkpoints; only batches,
+groups and examinations are smaller. GRPO saves at its last step alone: kills fall anywhere.
 
 Equal means: weights and state byte for byte, the sample, and every line of metrics.jsonl, except
-for what a clock or the memory's size decides.
+for what a clock or the memory's size decides; of r1 those of every stage, its corpora and marks;
+and no file more or less.
 """
 
 import argparse
@@ -28,21 +33,50 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--preset", "nano", "--steps", "60", "--save-every", "3", "--eval-every", "10"]
+R1 = ROOT / "data/r1"
+ANSWERS = ["--threads", "1", "--eval-problems", "2"]
+FLAGS = {
+    "train": ["--preset", "nano", "--steps", "60", "--save-every", "3", "--eval-every", "10"],
+    "sft": ["--from", str(R1 / "base"), "--batch-size", "1", "--examples", "64", *ANSWERS],
+    "grpo": ["--from", str(R1 / "sft"), "--questions", "2", "--group", "2", *ANSWERS],
+    "r1": ["--problems", "4"],
+}
 MEASURED = {"seconds", "tokens_per_s", "mfu", "memory_mib"}  # never twice the same
 
 
-def start(flags: list[str], run: Path) -> subprocess.Popen:
+def start(flags: list[str], run: Path, program: str = "train") -> subprocess.Popen:
     """Begin a run, or go on with it if its folder is complete."""
     resume = ["--resume"] if (run / "config.json").exists() else flags
-    return subprocess.Popen([sys.executable, "-m", "minids.train", *resume, "--out", str(run)],
-                            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    module = ["-m", f"minids.{program}"]
+    if program == "r1":
+        module = ["-c", "import kill_and_resume; kill_and_resume.run_small_r1()"]
+    return subprocess.Popen([sys.executable, *module, *resume, "--out", str(run)], cwd=ROOT,
+                            env=os.environ | {"PYTHONPATH": str(ROOT / "tests")},
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run_small_r1() -> None:
+    """Run `minids.r1` with its stages' steps and checkpoints, and with smaller batches."""
+    import pytest
+    import test_r1
+
+    from minids import r1
+    from minids.base.command_line import run_program
+    steps = {name: {key: value for key, value in found.items() if key == "steps"}
+             for name, found in r1.PRESETS["tiny"].items() if name in r1.STAGES}
+    test_r1.shorten(pytest.MonkeyPatch())
+    small = dict(train=dict(batch_size=2), sft=dict(batch_size=1, examples=64, eval_problems=2),
+                 grpo=dict(questions=2, group=2, max_new_tokens=8, eval_problems=2))
+    r1.PRESETS["tiny"] |= {name: small[stage.program.__name__] | steps[name]
+                           for name, stage in r1.STAGES.items()}
+    print("run begins", flush=True)
+    run_program("minids.r1", r1.main, lasting=True)
 
 
 def wait_until_it_works(process: subprocess.Popen) -> None:
     """Return when the run is about to write into its folder: it has said what it will do."""
     for line in process.stdout:
-        if line.startswith("run "):
+        if line.startswith("run ") or "; run " in line:
             return
     raise AssertionError(f"the run did not start: {process.stderr.read()}")
 
@@ -54,9 +88,9 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-def run_unbroken(flags: list[str], run: Path) -> float:
+def run_unbroken(flags: list[str], run: Path, program: str = "train") -> float:
     """Seconds that an unbroken run works."""
-    process = start(flags, run)
+    process = start(flags, run, program)
     wait_until_it_works(process)
     begin = time.monotonic()
     finish(process)
@@ -64,17 +98,19 @@ def run_unbroken(flags: list[str], run: Path) -> float:
 
 
 def newest_step(run: Path) -> int:
-    """The newest checkpoint's step, 0 before the first."""
+    """The newest checkpoint's step, 0 before the first; of a pipeline the sum of its stages'."""
+    if stages := [path.parent for path in run.glob("*/checkpoints")]:
+        return sum(map(newest_step, stages))
     found = (run / "checkpoints").glob("step_*")
     return max((int(path.name[5:].split(".")[0]) for path in found), default=0)
 
 
-def kill_once(flags: list[str], run: Path, wait: float | None) -> bool:
+def kill_once(flags: list[str], run: Path, wait: float | None, program: str = "train") -> bool:
     """Start the run, kill it `wait` seconds into its work; False if it ended before.
 
     wait: None lets it end
     """
-    process = start(flags, run)
+    process = start(flags, run, program)
     wait_until_it_works(process)
     try:
         process.wait(wait)
@@ -85,7 +121,7 @@ def kill_once(flags: list[str], run: Path, wait: float | None) -> bool:
 
 
 def kill_and_resume(flags: list[str], unbroken: Path, seconds: float, run: Path, kills: int,
-                    seed: int = 0, say=lambda text: None) -> None:
+                    seed: int = 0, say=lambda text: None, program: str = "train") -> None:
     """Kill and resume a run `kills` times; raises `AssertionError` if it ends differently.
 
     flags: what both runs are started with, but --out
@@ -97,32 +133,40 @@ def kill_and_resume(flags: list[str], unbroken: Path, seconds: float, run: Path,
     moments, last, done = random.Random(seed), newest_step(unbroken), 0
     while done < kills:
         left = seconds * (1 - newest_step(run) / last)
-        wait = moments.uniform(0, left * 2 / (kills - done + 1)) if left else None
-        if kill_once(flags, run, wait):
+        wait = moments.uniform(0, left) if left else None
+        if kill_once(flags, run, wait, program):
             done += 1
-            saving = any((run / "checkpoints").glob(".tmp_*"))
+            saving = any(run.rglob("checkpoints/.tmp_*"))
             say(f"kill {done}: {wait:.2f} s into its work, newest checkpoint step "
                 f"{newest_step(run)}{', in the middle of a save' if saving else ''}")
         else:
             assert_same_end(unbroken, run)
             shutil.rmtree(run)
-    finish(start(flags, run))
+    finish(start(flags, run, program))
     assert_same_end(unbroken, run)
 
 
 def assert_same_end(a: Path, b: Path) -> None:
     """Raise `AssertionError` naming the first differences between two finished runs."""
-    found = differences(a, b)
+    names = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (a, b)]
+    found = [f"{name} is in one alone" for name in names[0] ^ names[1]] + differences(a, b)
     assert not found, f"{a} and {b} differ in {len(found)} places: {'; '.join(found[:8])}"
 
 
 def differences(a: Path, b: Path) -> list[str]:
     """What differs between the ends of two runs, in words; empty if nothing."""
+    if stages := [path.parent.name for path in sorted(a.glob("*/checkpoints"))]:
+        made = [path.name for path in a.glob("*") if path.name != "times.json" and path.is_file()]
+        left, right = ({name: (run / name).read_bytes().replace(bytes(run), b"") for name in made}
+                       for run in (a, b))
+        return [f"{stage}: {text}" for stage in stages
+                for text in differences(a / stage, b / stage)] + [
+                    name for name in made if left[name] != right[name]]
     last = f"checkpoints/step_{newest_step(a):06d}"
     if newest_step(b) != newest_step(a):
         return [f"{a} ends at step {newest_step(a)}, {b} at {newest_step(b)}"]
     found = [name for name in (f"{last}/model.safetensors", "sample.txt")
-             if (a / name).read_bytes() != (b / name).read_bytes()]
+             if (a / name).exists() and (a / name).read_bytes() != (b / name).read_bytes()]
     for name, read in ((f"{last}/state.pt", read_state), ("metrics.jsonl", read_metrics)):
         left, right = read(a / name), read(b / name)
         found += [f"{name}: {key}" for key in {**left, **right}
@@ -160,16 +204,18 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", default="train", choices=FLAGS, help="what to kill [train]")
     parser.add_argument("--kills", type=int, default=20, help="how many kills [20]")
     parser.add_argument("--kill-seed", type=int, default=0, help="decides the moments [0]")
     args, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as folder:
         unbroken, run = Path(folder) / "unbroken", Path(folder) / "killed"
-        seconds = run_unbroken(FLAGS + more, unbroken)
+        flags = FLAGS[args.program] + more
+        seconds = run_unbroken(flags, unbroken, args.program)
         print(f"unbroken: {newest_step(unbroken)} steps in {seconds:.1f} s", flush=True)
-        kill_and_resume(FLAGS + more, unbroken, seconds, run, args.kills, args.kill_seed,
-                        lambda text: print(text, flush=True))
-        size = os.path.getsize(next(run.glob("checkpoints/*/model.safetensors")))
+        kill_and_resume(flags, unbroken, seconds, run, args.kills, args.kill_seed,
+                        lambda text: print(text, flush=True), args.program)
+        size = sum(os.path.getsize(path) for path in run.rglob("checkpoints/*/model.safetensors"))
         print(f"after {args.kills} kills all bytes of the weights ({size:,}) and of the state are "
               "those of the unbroken run")
 

@@ -5,9 +5,11 @@ what a point is, and is a command too.
 """
 
 import random
+import shutil
 
 import pytest
-from crash_points import COMMANDS, Server, Trial
+from crash_points import COMMANDS, Server, Trial, trials
+from crash_setup import differences
 
 
 @pytest.fixture
@@ -44,7 +46,24 @@ def test_twelve_points(trial):
     assert wrong(trial, random.Random(1).sample(trial.points, 12)) == {}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("trial", ["train", "sft", "grpo", "r1"], indirect=True)
+def test_two_starts_at_once(trial, tmp_path):
+    """One runs, and the other says why not; R1 says nothing if all was done when it began."""
+    for attempt in range(3):
+        folder = shutil.copytree(trial.start, tmp_path / f"both{attempt}", symlinks=True)
+        ends = sorted(trial.server.twice(trial.words, folder))
+        assert ends[0] == (0, "") and (trial.name == "r1" or ends[1][0] == 2), ends
+        if ends[1][0]:
+            assert ends[1][1].count("\n") == 1
+            assert "another process works" in ends[1][1] or "holds a run already" in ends[1][1]
+        assert differences(trial.whole, folder) == []
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize("trial", COMMANDS, indirect=True)
-def test_all_points(trial):
-    assert wrong(trial, trial.points) == {}
+@pytest.mark.parametrize("name", COMMANDS)
+def test_all_points(name, tmp_path):
+    server = Server(tmp_path)
+    found = [wrong(trial, trial.points) for trial in trials(name, tmp_path, server)]
+    server.close()
+    assert found and not any(found)

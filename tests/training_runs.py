@@ -39,14 +39,19 @@ class Said(NamedTuple):
     err: str
 
 
-def run_train(*flags: str) -> Said:
-    """`python -m minids.train` with these flags, in this process."""
+def run_main(module, *flags: str) -> Said:
+    """`python -m` with this module and these flags, in this process."""
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
             contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
-        patch.setattr(sys, "argv", ["minids.train", *flags])
-        run_program("minids.train", train.main)
+        patch.setattr(sys, "argv", [module.__name__, *flags])
+        run_program(module.__name__, module.main)
     return Said(end.value.code, out.getvalue(), err.getvalue())
+
+
+def run_train(*flags: str) -> Said:
+    """`python -m minids.train` with these flags, in this process."""
+    return run_main(train, *flags)
 
 
 def write_texts(folder: Path, documents: int) -> None:

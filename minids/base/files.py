@@ -1,4 +1,4 @@
-"""Write files and folders whole or not at all; read JSON and JSONL."""
+"""Write files and folders whole or not at all, one process at a time; read JSON and JSONL."""
 
 import contextlib
 import hashlib
@@ -8,6 +8,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 
 @contextlib.contextmanager
@@ -41,6 +43,24 @@ def digest(file: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def holding(lock: Path, timeout: float = -1) -> Iterator[None]:
+    """Hold a lock that the system releases if the process is killed, and remove its file after.
+
+    timeout: seconds to wait while another process holds it, then filelock's `Timeout`; -1: for ever
+    """
+    held = FileLock(lock, thread_local=False)
+    held.acquire(timeout)
+    while not lock.exists():  # its last owner removed it in between
+        held.release()
+        held.acquire(timeout)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        held.release()
 
 
 def write_whole(path: str | Path, data: bytes | str) -> None:
@@ -138,6 +158,19 @@ def discard(path: Path) -> None:
     doomed = path.with_name(f".tmp_removed_{path.name}")
     os.rename(path, doomed)
     shutil.rmtree(doomed)
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[None]:
+    """Make a folder, and remove it and those it is in at the end where they are new and empty."""
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    finally:
+        for path in new:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
 
 
 def read_jsonl(path: Path, skip_blank: bool = False) -> Iterator[tuple[int, Any]]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids.base.fields import demand
-from minids.base.files import flush, inside, publish, read_json, write_json
+from minids.base.files import flush, inside, new_folder, publish, read_json, write_json
 from minids.config import ModelArgs
 from minids.fp8 import quantize_weight
 from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, goes_to_fp8, own_dtype, to_hf
@@ -59,7 +59,8 @@ def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
     config = saved_config(model, dtype, tokenizer, quantize)
     copied = tokenizer_files(tokenizer) if isinstance(tokenizer, Path) else []
     check_target(folder, overwrite)
-    with replacing(folder, f"{OWN_FILE}|{TOKENIZER_FILE}" if tokenizer else OWN_FILE) as temp:
+    own = f"{OWN_FILE}|{TOKENIZER_FILE}" if tokenizer else OWN_FILE
+    with new_folder(folder.parent), replacing(folder, own) as temp:
         write_weights(model, temp, dtype, shard_bytes, quantize)
         write_json(temp / CONFIG, config)
         if isinstance(tokenizer, Tokenizer):
@@ -128,7 +129,6 @@ def replacing(folder: Path, replaced: str) -> Iterator[Path]:
     temp, aside = folder.with_name(f".tmp_{folder.name}"), aside_of(folder)
     marker = marker_of(folder)
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
         if marker.exists():  # a save was killed between two renames
             put_back(aside, folder)
         for left in (temp, folder.with_name(f".tmp_removed_{aside.name}")):

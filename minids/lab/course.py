@@ -70,11 +70,18 @@ def write(files: dict[Path, bytes], force: bool) -> None:
         write_whole(path, content)
 
 
+def points_of(notebook: Path) -> list[int]:
+    """Return the points of each of a notebook's exercises."""
+    graded = [cell["metadata"].get("nbgrader", {}) for cell in read_json(notebook)["cells"]]
+    return [cell["points"] for cell in graded if cell.get("grade")]
+
+
 def main() -> None:
     """Write the course, and print the points of each notebook's exercises."""
     [given] = parse("minids.lab.course", __doc__, CourseArgs)
     args = CourseArgs(**given)
     folder, notebooks = Path(args.out).resolve(), sorted((ROOT / "notebooks").glob("*.ipynb"))
+    points = {path.stem: points_of(path) for path in notebooks}  # before anything is written
     if args.blank:
         write({folder / "blank" / path.name: without_answers(path.read_bytes())
                for path in notebooks}, args.force)
@@ -82,12 +89,9 @@ def main() -> None:
         write({folder / "source" / path.stem / path.name: path.read_bytes()
                for path in notebooks}, args.force)
         write_whole(folder / "nbgrader_config.py", CONFIG.format(root=str(folder), stub=STUB))
-    every = []
-    for path in notebooks:
-        graded = [cell["metadata"].get("nbgrader", {}) for cell in read_json(path)["cells"]]
-        points = [cell["points"] for cell in graded if cell.get("grade")]
-        print(f"{path.stem:24} {len(points)} exercises {sum(points):3} points")
-        every += points
+    for stem, found in points.items():
+        print(f"{stem:24} {len(found)} exercises {sum(found):3} points")
+    every = sum(points.values(), [])
     print(f"{'all':24} {len(every)} exercises {sum(every)} points")
     if args.blank:
         return print(f"next: jupyter lab {quote(args.out + '/blank')}")

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from itertools import count
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from minids.base.files import holding, new_folder
 
 LOCK = ".lock"
 
@@ -28,26 +30,15 @@ def locked(folders: Iterable[Path]) -> Iterator[Path]:
     A folder that was made for the lock and holds nothing else is removed at the end.
     Raises `ValueError` if other processes work in all of them.
     """
-    for folder in folders:
-        made = [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, thread_local=False)
-        try:
-            lock.acquire(timeout=0)
-            while not (folder / LOCK).exists():  # its last owner removed it in between
-                lock.release()
-                lock.acquire(timeout=0)
-            break
-        except Timeout:
-            continue
-    else:
-        raise ValueError(f"out = {str(folder)!r} is not valid: another process works in that "
-                         "folder; wait for its end, or name another one")
-    try:
+    with contextlib.ExitStack() as held:
+        for folder in folders:
+            held.enter_context(new_folder(folder))
+            try:
+                held.enter_context(holding(folder / LOCK, timeout=0))
+                break
+            except Timeout:
+                continue
+        else:
+            raise ValueError(f"out = {str(folder)!r} is not valid: another process works in that "
+                             "folder; wait for its end, or name another one")
         yield folder
-    finally:
-        (folder / LOCK).unlink(missing_ok=True)
-        lock.release()
-        for path in made:
-            with contextlib.suppress(OSError):  # it is not empty
-                path.rmdir()

@@ -275,10 +275,11 @@ def run_learner(learner: Learner, source: Source | None) -> None:
             if learner.args.resume:
                 print(f"{learner.run} holds no run yet: starting from the beginning", flush=True)
             refuse_a_run(learner.run)
+            if source:
+                learner.begin_from(source)  # weights that cannot be read leave nothing behind
             checkpoints.forget_beginning(learner.run)
             learner.tokenizer.save(learner.run / "tokenizer")
             if source:
-                learner.begin_from(source)
                 learner.save()  # the run's own folder is then all it needs
             learner.write_config()  # comes last, so a folder that has it is complete
         learner.train()

@@ -22,10 +22,10 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from tqdm import tqdm
 
-from minids.base.files import flush, naming, read_json, write_json
+from minids.base.files import flush, holding, naming, new_folder, read_json, write_json
 from minids.text.corpora import Corpus
 from minids.text.hub import HubDocuments
 from minids.text.packing import encode_documents
@@ -89,7 +89,7 @@ def write_cache(folder: Path, corpus: Corpus, splits: dict, dtype: np.dtype) -> 
 def remove_unfinished(cache: Path) -> None:
     """Remove what killed processes have left, unless another one is making it anew."""
     for left in cache.glob("*.tmp"):
-        with contextlib.suppress(Timeout), FileLock(left.with_suffix(".lock"), timeout=0):
+        with contextlib.suppress(Timeout), holding(left.with_suffix(".lock"), timeout=0):
             shutil.rmtree(left)
 
 
@@ -117,10 +117,9 @@ def cached_tokens(corpus: Corpus, tokenizer, cache: Path, fim_rate: float = 0.0,
     splits = {"valid": (corpus.valid, encode)}
     if not isinstance(corpus.train, HubDocuments):
         splits["train"] = (corpus.train, partial(encode, fim_rate=fim_rate))
-    cache.mkdir(parents=True, exist_ok=True)
     remove_unfinished(cache)
     # With the lock, one rank tokenises for all ranks of a machine; a killed owner releases it.
-    with FileLock(cache / f"{folder.name}.lock"):
+    with new_folder(cache), holding(cache / f"{folder.name}.lock"):
         if not is_whole(folder):
             write_cache(folder, corpus, splits, dtype)
     return {name: np.memmap(folder / f"{name}.bin", dtype, "r") for name in splits}

@@ -293,7 +293,7 @@ def test_a_disk_that_refuses_leaves_the_old_folder(tmp_path):
         with pytest.raises(OSError, match="could not be written, and nothing there was changed"):
             save_over(scrambled(V2), folder)
         with pytest.raises(OSError, match="could not be written"):
-            folder_of(V2, tmp_path / "new")
+            folder_of(V2, tmp_path / "new/folder")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert load_hf(folder).args == LITTLE and [p.name for p in tmp_path.iterdir()] == ["out"]

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,22 @@ def test_what_a_killed_process_left_of_another_corpus_is_removed(corpus, tmp_pat
     with FileLock(tmp_path / "alive.lock"):
         cached_tokens(corpus, ByteTokenizer(), tmp_path)
     assert not (tmp_path / "dead.tmp").exists() and (tmp_path / "alive.tmp/train.bin").exists()
+    assert not (tmp_path / "dead.lock").exists()
+
+
+def torn_after_one(error: Exception) -> Iterator[str]:
+    yield "the first document"
+    raise error
+
+
+@pytest.mark.parametrize("name", ["none", "torn", "gone"])
+def test_a_corpus_that_cannot_be_read_leaves_nothing(name, tmp_path):
+    train = {"none": [], "torn": torn_after_one(ValueError("line 2 is not JSON")),
+             "gone": torn_after_one(FileNotFoundError(2, "No such file", "a.txt"))}[name]
+    with pytest.raises((ValueError, OSError)):
+        cached_tokens(Corpus("made up", train, ["text"], "f" * 64), ByteTokenizer(),
+                      tmp_path / "data/cache")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_kill_while_tokenising_leaves_no_usable_half(corpus, tmp_path):
