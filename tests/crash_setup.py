@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch._dynamo  # noqa: F401  (an optimizer imports it: once is enough)
-from kill_and_resume import leaves, read_state
+from kill_and_resume import MEASURED, leaves, read_state
 from test_r1 import shorten
 from training_runs import VOCABULARY, write_texts
 
@@ -23,7 +23,6 @@ from minids.text import tokenizer as text_tokenizer
 from minids.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-TIMES = {"seconds", "tokens_per_s", "mfu", "memory_mib", "sampling_s"}  # never twice the same
 SAMPLE = train.Trainer.sample
 with tempfile.TemporaryDirectory() as scratch:  # imports what draws, once
     train.loss_curve([dict(step=1, main=1.0)], Path(scratch) / "loss.png")
@@ -95,7 +94,7 @@ def contents(file: Path, folder: Path):
         return file.stat().st_size > 0 or file.suffix == ".lock"
     if file.name == "state.pt":
         return {place: value for place, value in read_state(file).items()
-                if place.rpartition(".")[2] not in TIMES}
+                if place.rpartition(".")[2] not in MEASURED}
     if file.name == "metrics.jsonl":
         return [without(json.loads(line)) for line in file.read_text().splitlines()]
     if file.name == "config.json":
@@ -106,7 +105,7 @@ def contents(file: Path, folder: Path):
 def without(value):
     """Return what JSON can hold without what a clock or the second start decides."""
     if isinstance(value, dict):
-        return {k: without(v) for k, v in value.items() if k not in TIMES | SETTINGS}
+        return {k: without(v) for k, v in value.items() if k not in MEASURED | SETTINGS}
     return [without(v) for v in value] if isinstance(value, list) else value
 
 

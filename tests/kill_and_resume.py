@@ -41,7 +41,7 @@ FLAGS = {
     "grpo": ["--from", str(R1 / "sft"), "--questions", "2", "--group", "2", *ANSWERS],
     "r1": ["--problems", "4"],
 }
-MEASURED = {"seconds", "tokens_per_s", "mfu", "memory_mib"}  # never twice the same
+MEASURED = {"seconds", "tokens_per_s", "mfu", "memory_mib", "sampling_s"}  # never twice the same
 
 
 def start(flags: list[str], run: Path, program: str = "train") -> subprocess.Popen:
