@@ -107,14 +107,14 @@ def write_corpus(args: CorpusArgs) -> None:
 
     Raises `ValueError` if no reply was good: there would be nothing to learn from.
     """
-    path = Path(args.corpus)
-    path.parent.mkdir(parents=True, exist_ok=True)
     check_writable("corpus", args.corpus)
     conversations, counts = sift(args)
     kept, wrong, malformed, other_language = counts.values()
     if not kept:
         raise ValueError(f"teacher = {args.teacher!r} is not valid: none of {counts.total()} "
                          f"replies was kept ({wrong} wrong, {malformed} malformed)")
+    path = Path(args.corpus)
+    path.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(dict(messages=messages), ensure_ascii=False) + "\n"
                    for messages in conversations)
     write_whole(counts_of(path), sealed(dict(
