@@ -43,7 +43,8 @@ class CorpusArgs(Settings):
     teacher: str = option("", "run folder, checkpoint, or Hugging Face folder")
     corpus: str = option("", "file to write, one JSON object per line")
     about: str = option("calculator", f"task: {TASKS}")
-    problems: int = option(2048, "problems that the teacher answers, from the training side", low=1)
+    problems: int = option(2048, "problems that the teacher answers, from the training side", low=1,
+                           high=10**6)
     tries: int = option(1, "replies to each problem; the first good one is accepted", low=1)
     template: str = option("chat", "form of the prompt", tuple(TEMPLATES))
     temperature: float = option(1.0, "divides the logits; R1 recommends 0.6 to its users", low=0)

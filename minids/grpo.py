@@ -67,8 +67,8 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
     mode: str = option("free", "free: the model decides whether to think; think, direct, or both in"
                                " turn: the prompt does", (*MODES, "both"))
     steps: int = option(40, "optimizer steps", low=1)
-    questions: int = option(16, "questions in a rollout", low=1)
-    group: int = option(16, "replies to each question, judged by comparison", low=2)
+    questions: int = option(16, "questions in a rollout", low=1, high=10**6)
+    group: int = option(16, "replies to each question, judged by comparison", low=2, high=10**6)
     updates: int = option(1, "optimizer steps that share a rollout, each on a part of it", low=1)
     micro_batch: int = option(256, "replies that go through the model together", low=1)
     max_new_tokens: int = option(48, "maximum length of a reply, tokens", low=1)
@@ -84,7 +84,7 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
     length_weight: float = option(0.0, "penalty on a reply of the maximum length", low=0)
     reward: str = option("task", "the task's, or shuffled: a control", ("task", "shuffled"))
     eval_every: int = option(10, "steps between evaluations; 0: only at the end", low=0)
-    eval_problems: int = option(200, "held-out problems in an evaluation", low=1)
+    eval_problems: int = option(200, "held-out problems in an evaluation", low=1, high=10**6)
     lr: float = option(2e-4, "peak learning rate of AdamW", above=0)
 
     may_change = LearnArgs.may_change | {"micro_batch", "eval_every", "eval_problems"}

@@ -119,7 +119,8 @@ class R1Args(Machine):
     preset: str = option("tiny", "tiny calculates; countdown searches, for longer", tuple(PRESETS))
     out: str = option("runs/r1", "run folder; a run that is there continues", folder=True)
     controls: bool = option(False, "run the controls too")
-    problems: int = option(400, "held-out problems that the table is measured on", low=1)
+    problems: int = option(400, "held-out problems that the table is measured on", low=1,
+                           high=10**6)
     seed: int = option(0, "decides weights, data and samples", low=0, high=2 ** 32 - 1)
     threads: int = option(1, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
 

@@ -29,11 +29,12 @@ class SolveArgs(Machine):
     task: str = option("calculator", TASKS)
     template: str = option("chat", "turns with tags, or plain for a base model", tuple(TEMPLATES))
     mode: str = option("", "only this mode; none: all three", ("", *MODES))
-    problems: int = option(400, "held-out problems", low=1)
+    problems: int = option(400, "held-out problems", low=1, high=10**6)
     max_new_tokens: int = option(64, "maximum length of a reply, tokens", low=1)
     temperature: float = option(0.0, "divides the logits; 0 takes the likeliest token", low=0)
     top_p: float = option(1.0, "draw from the fewest tokens of this probability", above=0, high=1)
-    samples: int = option(1, "replies to each problem; more than one also give pass@k", low=1)
+    samples: int = option(1, "replies to each problem; more than one also give pass@k", low=1,
+                          high=10**6)
     show: int = option(0, "number of replies to print", low=0)
     seed: int = option(0, "decides the samples", low=0, high=2 ** 32 - 1)
 

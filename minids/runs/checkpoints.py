@@ -176,7 +176,7 @@ def read_manifest(path: Path) -> dict:
     try:
         manifest = json.loads(data)
         version = manifest["format"]
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{file} is not a readable manifest ({len(data)} bytes)") from None
     if version != FORMAT:
         raise ValueError(f"{file} has format {version!r}: this version reads format {FORMAT}")

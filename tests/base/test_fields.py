@@ -12,6 +12,7 @@ import minids
 from minids.base.command_line import flag_of, parse, run_program
 from minids.base.fields import Settings, bounds, check_types, option
 from minids.config import ModelArgs
+from minids.runs.settings import TrainArgs
 
 
 def all_settings() -> list[type]:
@@ -184,3 +185,11 @@ def test_text_of_the_command_line_is_utf_8_in_any_locale(given, read):
     else:
         with pytest.raises(ValueError, match="^prompt = .* is not valid: it must be UTF-8 text$"):
             Asking(given)
+
+
+def test_what_is_drawn_at_once_is_bounded():
+    """A slip of the keyboard, 10**12 problems, would fill the memory for minutes."""
+    drawn = {"questions", "group", "problems", "eval_problems", "examples"}
+    found = [f for cls in CLASSES for f in fields(cls) if f.name in drawn and f.type is int]
+    assert len(found) >= 8 and all(f.metadata["high"] <= 10**6 for f in found)
+    assert all(f.metadata["high"] <= 10**6 for f in fields(TrainArgs) if f.name == "batch_size")

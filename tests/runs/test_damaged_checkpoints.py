@@ -107,6 +107,14 @@ def test_later_format_is_named(tmp_path, monkeypatch):
         verify(path)
 
 
+@pytest.mark.parametrize("depth", [99_999, 2000])
+def test_a_manifest_that_is_nested_deeply_is_named(tmp_path, depth):
+    path = save_checkpoint(tmp_path, 1, *small(1))
+    (path / MANIFEST).write_text('{"format": 1, "a": ' + "[" * depth + "]" * depth + "}", "utf-8")
+    with pytest.raises(ValueError, match="manifest.json (is not a readable manifest|was changed)"):
+        verify(path)
+
+
 class Malicious:
     """Unpickled, it makes the folder `target`."""
 
