@@ -64,8 +64,9 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
     preset: str = option("tiny", "tiny, or r1: the paper's", tuple(PRESETS))
     task: str = option("calculator", TASKS)
     template: str = option("chat", "turns with tags, or plain for a base model", tuple(TEMPLATES))
-    mode: str = option("free", "free: the model decides whether to think; think, direct, or both in"
-                               " turn: the prompt does", (*MODES, "both"))
+    mode: str = option("free", "free: the model decides whether to think; think, direct: the prompt"
+                               " does; both: these two in turn; all: the three in turn",
+                       (*MODES, "both", "all"))
     steps: int = option(40, "optimizer steps", low=1)
     questions: int = option(16, "questions in a rollout", low=1, high=10**6)
     group: int = option(16, "replies to each question, judged by comparison", low=2, high=10**6)
@@ -93,6 +94,11 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
         super().__post_init__()
         require(self, "updates", self.questions % self.updates == 0,
                 f"a divisor of questions = {self.questions}")
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """The modes of the prompts, which take turns."""
+        return dict(both=("think", "direct"), all=MODES).get(self.mode, (self.mode,))
 
     @classmethod
     def for_preset(cls, preset: str = "tiny", objective: str = "r1", **given) -> "GrpoArgs":
@@ -135,7 +141,7 @@ class Reinforcer(Learner):
         """Return the problem and mode of each reply of rollout `number`."""
         args = self.args
         problems = self.task.some(args.questions, "train", seed=args.seed * 1_000_003 + number)
-        return [(p, ("think", "direct")[i % 2] if args.mode == "both" else args.mode)
+        return [(p, args.modes[i % len(args.modes)])
                 for i, p in enumerate(problems) for _ in range(args.group)]
 
     def sample(self, number: int) -> Rollout:
@@ -242,11 +248,10 @@ class Reinforcer(Learner):
         args = self.args
         if not (last or (args.eval_every and self.step % args.eval_every == 0)):
             return None
-        trained = ("think", "direct") if args.mode == "both" else (args.mode,)
         how = Asking(template=args.template, max_new_tokens=args.max_new_tokens)
         with self.autocast():
             found = examine_modes(self.model, self.tokenizer, self.task, args.eval_problems, how,
-                                  MODES if last else trained)
+                                  MODES if last else args.modes)
         record.update(found)
         return 1 - max(marks["accuracy"] for marks in found.values())
 

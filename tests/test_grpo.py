@@ -160,15 +160,17 @@ def test_language_rewards_the_thought(base, tmp_path):
 
 
 def test_each_rollout_asks_other_questions_each_for_a_whole_group(base, tmp_path):
-    made = learner(base, tmp_path / "run", mode="both")
-    asked = [made.asked(number) for number in (0, 1)]
-    for rollout in asked:
-        groups = [rollout[i:i + 4] for i in range(0, 16, 4)]
-        assert all(len(set(group)) == 1 for group in groups)  # one question, one mode
-        assert [group[0][1] for group in groups] == ["think", "direct"] * 2
-        assert len({problem for problem, _ in rollout}) == 4
-    assert not {p for p, _ in asked[0]} & {p for p, _ in asked[1]}
-    assert made.asked(0) == asked[0]
+    for mode, turns in (("both", ["think", "direct"] * 2), ("direct", ["direct"] * 4),
+                        ("all", ["think", "direct", "free", "think"])):
+        made = learner(base, tmp_path / mode, mode=mode)
+        asked = [made.asked(number) for number in (0, 1)]
+        for rollout in asked:
+            groups = [rollout[i:i + 4] for i in range(0, 16, 4)]
+            assert all(len(set(group)) == 1 for group in groups)  # one question, one mode
+            assert [group[0][1] for group in groups] == turns
+            assert len({problem for problem, _ in rollout}) == 4
+        assert not {p for p, _ in asked[0]} & {p for p, _ in asked[1]}
+        assert made.asked(0) == asked[0]
 
 
 def test_marks_are_taken_now_and_then_and_the_best_has_the_least_error(base, tmp_path,
@@ -190,6 +192,9 @@ def test_marks_are_taken_now_and_then_and_the_best_has_the_least_error(base, tmp
     assert both.measure(record, last=False) is None and record == {}
     both.args = replace(both.args, eval_every=4)
     assert both.measure(record, last=False) == 0.25 and list(record) == ["think", "direct"]
+    every = learner(base, tmp_path / "all", mode="all")
+    every.step = 4
+    assert every.measure(record, last=False) == 0.25 and list(record) == ["think", "direct", "free"]
 
 
 def test_one_part_of_a_rollout_a_step(base, tmp_path):

@@ -20,7 +20,7 @@ from minids.base.command_line import Stopped, run_program
 from minids.base.files import write_json
 from minids.config import ModelArgs
 from minids.distill import CorpusArgs, sift, verdict
-from minids.grpo import Reinforcer
+from minids.grpo import GrpoArgs, Reinforcer, grpo
 from minids.r1 import ALL, CONTROLS, PRESETS, Pipeline, R1Args, r1, table
 from minids.rl.examination import Asking, examine
 from minids.runs.checkpoints import load_weights, resolve
@@ -29,9 +29,11 @@ from minids.runs.learner import Learner
 from minids.runs.open import open_model
 from minids.sft import SftArgs, open_conversations
 from minids.text import corpora
-from minids.text.chat import Reply
+from minids.text.chat import Chat, Reply
 from minids.text.tasks import Problem, open_task
 
+MODELS = Path(__file__).parent.parent / "data/r1"
+SHIPPED = {name: preset["corpus"] for name, preset in PRESETS.items()}
 RUN = dict(save_every=2, eval_every=0, eval_problems=2)
 RL = RUN | dict(steps=2, questions=2, group=2, max_new_tokens=8)
 BRIEF = dict(
@@ -255,20 +257,54 @@ def test_a_teacher_without_a_right_answer(tmp_path, finished, monkeypatch):
 
 
 def test_the_default_settings_are_the_papers_order():
-    """Both modes in the last stage, the model's own choice before; a student that is smaller."""
+    """All modes in the last stage, the model's own choice before; a student that is smaller."""
     tiny = PRESETS["tiny"]
-    assert tiny["final"]["mode"] == "both" and "mode" not in tiny["rl"]
+    assert tiny["final"]["mode"] == "all" and "mode" not in tiny["rl"]
     assert tiny["smaller"]["dim"] < ModelArgs.preset(tiny["model"]).dim
     assert Reinforcer.program == "grpo"
 
 
+def share_that_thinks(run: Path) -> float:
+    """Return the mean probability that a reply begins a thought where the model may choose."""
+    found = open_model(run)
+    asked = open_task("calculator").some(64, "held-out", seed=0)
+    prompts = [Chat(found.tokenizer).prompt(p.question, "free") for p in asked]
+    with torch.no_grad():
+        logits = found.model(torch.tensor(prompts))[:, -1]  # (B, V)
+    return logits.softmax(-1)[:, found.tokenizer.think_id].mean().item()
+
+
+def test_the_last_stage_decides_whether_a_free_model_thinks(tmp_path):
+    """Where the prompt always says whether to think, the choice is never trained."""
+    start, rise = MODELS / "sft", {}
+    modes = {preset["final"]["mode"] for preset in PRESETS.values()}
+    for mode in (*modes, "both"):
+        args = GrpoArgs.for_preset(from_run=str(start), out=str(tmp_path / mode), mode=mode,
+                                   questions=6, group=8, steps=4, lr=1e-3, max_new_tokens=32,
+                                   eval_every=0, eval_problems=1, threads=1)
+        with contextlib.redirect_stdout(io.StringIO()):
+            rise[mode] = share_that_thinks(grpo(args)) - share_that_thinks(start)
+    assert abs(rise.pop("both")) < 0.03 and rise and all(more > 0.1 for more in rise.values())
+
+
+@pytest.mark.parametrize("preset", [*PRESETS])
+def test_most_of_a_corpus_thinks(preset, brief, finished, tmp_path):
+    """With a half of it, the greedy choice of a free model would be a coin toss."""
+    shares = []
+    for changed in ({}, dict(direct=0.5)):
+        args = CorpusArgs(teacher=str(finished[0] / "rl"), corpus=str(tmp_path / "c.jsonl"),
+                          **SHIPPED[preset] | dict(problems=30) | changed)
+        talks, _ = sift(args)
+        shares.append(sum(m[-1].get("thought") is not None for m in talks) / len(talks))
+    assert shares == [0.75, 0.5]
+
+
 def test_the_models_that_come_with_minids_are_what_the_notebooks_say():
     """Four stages of `python -m minids.r1`, on forty held-out problems each."""
-    folder, task = Path(__file__).parent.parent / "data/r1", open_task("calculator")
-    found = {}
+    task, found = open_task("calculator"), {}
     for stage, template in (("base", "plain"), ("sft", "chat"), ("rl", "chat"),
                             ("student", "plain")):
-        run = open_model(folder / stage)
+        run = open_model(MODELS / stage)
         found[stage] = [examine(run.model, run.tokenizer, task, 40, Asking(mode, template)
                                 ).accuracy for mode in ("think", "direct", "free")]
     assert all(found[stage][0] > 0.9 for stage in ("base", "sft", "rl")) > found["student"][0]
