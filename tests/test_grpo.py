@@ -345,7 +345,7 @@ def test_shuffled_rewards_are_the_same_numbers(base, tmp_path):
 
 
 @pytest.mark.parametrize("flags, named", [
-    (["--group", "1"], "group = 1 is not valid: it must be at least 2"),
+    (["--group", "1"], "group = 1 is not valid: it must be between 2 and 1000000"),
     (["--task", "sudoku"], "task = 'sudoku' is not valid"),
     (["--max-new-tokens", "400"], "max_new_tokens = 400 is not valid: it must be at most 2"),
     (["--questions", "6", "--updates", "4"], "updates = 4 is not valid: it must be a divisor"),
