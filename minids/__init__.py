@@ -1,13 +1,18 @@
 """minids: the DeepSeek model family, small enough to read and exact enough to trust."""
 
 import os
+import sys
 
+from minids.base.command_line import tell_import
 from minids.config import ModelArgs
 
 # OpenMP's threads, GNU's and LLVM's, spin while they wait for each other: where a thread has lost
 # its core to another program, the others burn theirs. These let them sleep; read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
+
+if sys.argv[0] == "-m":  # `python -m minids.NAME` imports this before the program's own imports
+    sys.excepthook = tell_import
 
 __all__ = ["ModelArgs", "Transformer"]
 __version__ = "0.1.0"

@@ -3,6 +3,8 @@
 import ast
 from pathlib import Path
 
+from minids.base.command_line import run_program
+
 
 def programs() -> list[tuple[str, str]]:
     """Return the name after `minids.` and the first sentence of each module that has a `main`.
@@ -20,6 +22,11 @@ def programs() -> list[tuple[str, str]]:
     return sorted(found, key=lambda program: ("." in program[0], program[0]))
 
 
-if __name__ == "__main__":
+def show() -> None:
+    """Print the list."""
     for name, summary in programs():
         print(f"python -m minids.{name:<11} {summary}")
+
+
+if __name__ == "__main__":
+    run_program("minids", show)

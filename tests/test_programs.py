@@ -12,6 +12,8 @@ import pytest
 import minids.__main__
 from minids.__main__ import programs
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def test_files_packages_and_the_lab_are_listed_in_this_order():
     names = [name for name, _ in programs()]
@@ -43,15 +45,50 @@ def test_a_program_is_a_file_or_a_package_with_a_main(text, listed, tmp_path, mo
 
 
 def test_the_list_is_printed_without_torch():
-    code = ("import runpy, sys; runpy.run_module('minids', run_name='__main__'); "
-            "sys.exit('torch' in sys.modules)")
+    code = ("import runpy, sys\ntry:\n    runpy.run_module('minids', run_name='__main__')\n"
+            "except SystemExit:\n    sys.exit('torch' in sys.modules)")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert [line.split()[2] for line in run.stdout.splitlines()] == [
         f"minids.{name}" for name, _ in programs()]
 
 
-ROOT = Path(__file__).resolve().parents[1]
+MISSING = "raise ModuleNotFoundError('No module named {0}', name='{0}')"
+
+
+@pytest.mark.parametrize("program, package, body, status, line", [
+    ("generate", "torch", MISSING, 2, "{0} is not installed: pip install {0}"),
+    ("train", "tqdm", MISSING, 2, "{0} is not installed: pip install {0}"),
+    ("evaluate", "filelock", MISSING, 2, "{0} is not installed: pip install {0}"),
+    ("hf", "safetensors", MISSING, 2, "{0} is not installed: pip install {0}"),
+    ("sft", "torch", "raise KeyboardInterrupt", 130, "interrupted")])
+def test_imports_that_end_are_told_in_one_line(tmp_path, program, package, body, status, line):
+    (tmp_path / f"{package}.py").write_text(body.format(package), "utf-8")
+    run = subprocess.run([sys.executable, "-m", f"minids.{program}"], capture_output=True,
+                         encoding="utf-8", cwd=tmp_path,
+                         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    told = f"python -m minids: {line.format(package)}\n"
+    assert (run.returncode, run.stdout, run.stderr) == (status, "", told)
+
+
+def test_a_bug_at_import_keeps_its_traceback(tmp_path):
+    (tmp_path / "torch.py").write_text("1 / 0", "utf-8")
+    run = subprocess.run([sys.executable, "-m", "minids.generate"], capture_output=True,
+                         encoding="utf-8", cwd=tmp_path,
+                         env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
+    assert run.returncode == 1 and "ZeroDivisionError" in run.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a disk that is always full")
+@pytest.mark.parametrize("program", ["minids", "minids.costs"])
+def test_a_program_without_torch_finds_a_full_disk(program):
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        run = subprocess.run([sys.executable, "-m", program], stdout=full, stderr=subprocess.PIPE,
+                             encoding="utf-8", env=os.environ | {"PYTHONPATH": str(ROOT)})
+    told = f"python -m {program}: standard output: No space left on device\n"
+    assert (run.returncode, run.stderr) == (2, told)
+
+
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": ""}
 
 

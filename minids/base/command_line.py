@@ -130,6 +130,16 @@ def told(error: Exception) -> str:
     return text if known or package in OUTSIDE else ""
 
 
+def tell_import(kind: type, error: BaseException, trace) -> None:
+    """Tell in one line why a program's imports ended: a package is missing, or Ctrl-C; a hook."""
+    stopped = isinstance(error, KeyboardInterrupt)
+    missing = told(error) if isinstance(error, ModuleNotFoundError) else ""
+    if not (line := "interrupted" if stopped else missing):
+        return sys.__excepthook__(kind, error, trace)
+    print(f"python -m minids: {line}", file=sys.stderr, flush=True)
+    os._exit(130 if stopped else 2)
+
+
 def file_in(error: Exception) -> Path | None:
     """Return the file or path that the innermost frame of an error works on, if one has any."""
     inner = [*traceback.walk_tb(error.__traceback__)][1:]  # the first is run_program's
