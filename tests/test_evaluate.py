@@ -59,7 +59,7 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     last = out.splitlines()[-1]
     assert last.startswith("on its own text")
     drafted = int(last.removeprefix("on its own text").split()[0].replace(",", ""))
-    assert drafted and drafted % (32 // 2 - 2) == 0  # prompt, output and drafts fit a window
+    assert drafted == 16 * (32 // 2 - 2)  # 16 prompts; each fits a window with output and drafts
     for words, named in ((["--run", "nowhere"], "nowhere"), (["--batch-size", 0], "batch_size = 0"),
                          (["--run", tmp_path / "run", "--seq-len", 10**6],
                           "seq_len = 1000000 is not valid: it must be at most 256")):

@@ -9,6 +9,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -185,6 +186,23 @@ def test_a_pipeline_that_was_stopped_ends_with_the_same_bytes(brief, finished, t
     for stage in ("sft", "final", "distilled"):
         a, b = (load_weights(resolve(run / stage)) for run in (whole, broken))
         assert all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_pass_at_k_is_measured_at_temperature_1(tmp_path, monkeypatch):
+    """Of the cold start and of reasoning RL, on a quarter of the problems; the marks are greedy."""
+    asked, greedy = [], []
+    monkeypatch.setattr(r1_module, "open_model", lambda path: SimpleNamespace(
+        model=path.name, tokenizer=None))
+    monkeypatch.setattr(r1_module, "examine_modes", lambda *given: greedy.append(given[-1]) or {})
+    monkeypatch.setattr(r1_module, "pass_curve", lambda *given: asked.append(given) or {1: 0.5})
+    pipeline = Pipeline(R1Args(out=str(tmp_path), problems=400))
+    for stage in ("base", "sft", "rl", "final"):
+        (tmp_path / stage).mkdir()
+    marks = pipeline.marks()
+    how = Asking("free", "chat", GrpoArgs.max_new_tokens, temperature=1.0)
+    assert asked == [(stage, None, pipeline.task, 100, 32, how) for stage in ("sft", "rl")]
+    assert marks["rl"] == {"pass": {"1": 0.5}} and marks["final"] == {}
+    assert [asking.temperature for asking in greedy] == [0.0] * 4
 
 
 def test_the_table_has_every_stage():

@@ -360,11 +360,12 @@ class FakeCorpus:
 
 def test_the_command_builds_and_reports(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("minids.tokenizer.open_corpus",
-                        lambda name: FakeCorpus(TEXTS[1:], TEXTS[:1]))
-    args = program.TokenizerArgs(vocab_size=400, out=str(tmp_path / "t"))
+                        lambda name: FakeCorpus(TEXTS[2:], TEXTS))
+    size = len("".join(TEXTS[:2]).encode())  # the text that reaches the limit is the last
+    args = program.TokenizerArgs(vocab_size=400, out=str(tmp_path / "t"), max_bytes=size - 1)
     built = program.build(args)
     assert Tokenizer.load(tmp_path / "t").fingerprint == built.fingerprint
-    expected = len(TEXTS[0].encode()) / len(built.encode(TEXTS[0]))
+    expected = size / sum(len(built.encode(text)) for text in TEXTS[:2])
     assert f"validation text: {expected:.3f} bytes per token" in capsys.readouterr().out
 
 
