@@ -34,26 +34,27 @@ home, flags, unbroken = training_runs.home, training_runs.flags, training_runs.u
 DSA_STEPS = 9
 
 
+def run_stage(dsa: str, begin: Path, run: Path, next_command: str) -> Path:
+    """The run of a stage that begins with another run's weights."""
+    said = run_train("--from", str(begin), "--dsa", dsa, "--steps", str(DSA_STEPS), "--out",
+                     str(run))
+    assert (said.status, said.err) == (0, "")
+    assert next_command in said.out
+    return run
+
+
 @pytest.fixture(scope="module")
 def warm(home, unbroken) -> Path:
     """The warm-up of the finished run's indexers."""
     run = home / "warm"
-    said = run_train("--from", str(unbroken), "--dsa", "warmup", "--steps", str(DSA_STEPS),
-                     "--out", str(run))
-    assert (said.status, said.err) == (0, "")
-    assert f"minids.train --from {run} --dsa sparse" in said.out
-    return run
+    return run_stage("warmup", unbroken, run, f"minids.train --from {run} --dsa sparse")
 
 
 @pytest.fixture(scope="module")
 def sparse(home, warm) -> Path:
     """The stage after it."""
     run = home / "sparse"
-    said = run_train("--from", str(warm), "--dsa", "sparse", "--steps", str(DSA_STEPS),
-                     "--out", str(run))
-    assert (said.status, said.err) == (0, "")
-    assert f"minids.evaluate --run {run} --selections" in said.out
-    return run
+    return run_stage("sparse", warm, run, f"minids.evaluate --run {run} --selections")
 
 
 def weights_of(run: Path, step: int | None = None) -> dict[str, torch.Tensor]:

@@ -87,20 +87,26 @@ def write_json(path: str | Path, obj) -> None:
 
 
 def read_json(path: str | Path) -> dict:
-    """Return the object in a JSON file.
+    """Return the object in a JSON file; see `read_json_data`."""
+    return read_json_data(path)[0]
+
+
+def read_json_data(path: str | Path) -> tuple[dict, bytes]:
+    """Return the object in a JSON file, and the bytes that say it.
 
     Raises `ValueError` naming the file if it is missing, not JSON, or holds no object.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is missing")
+    data = path.read_bytes()
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, not an object of fields")
-    return found
+    return found, data
 
 
 def sealed(body: dict) -> bytes:
@@ -109,10 +115,9 @@ def sealed(body: dict) -> bytes:
     return (json.dumps(body | {"seal": seal}, indent=2) + "\n").encode()
 
 
-def is_sealed(path: Path, found: dict) -> bool:
-    """Return whether a file holds what `sealed` made of `found`, its own seal aside."""
-    body = {key: value for key, value in found.items() if key != "seal"}
-    return Path(path).read_bytes() == sealed(body)
+def is_sealed(data: bytes, found: dict) -> bool:
+    """Return whether the bytes of a file are what `sealed` made of `found`, its own seal aside."""
+    return data == sealed({key: value for key, value in found.items() if key != "seal"})
 
 
 def inside(path: Path) -> Path:
@@ -132,8 +137,8 @@ def read_sealed(path: Path, known: Callable[[str], bool]) -> dict:
 
     known: whether a key may be there; a file of an earlier version has such keys and no seal
     """
-    found = read_json(path)
-    if ("seal" in found or not all(map(known, found))) and not is_sealed(path, found):
+    found, data = read_json_data(path)
+    if ("seal" in found or not all(map(known, found))) and not is_sealed(data, found):
         raise ValueError(f"{path} was changed: it does not match its seal; put it back")
     return {key: value for key, value in found.items() if key != "seal"}
 

@@ -180,7 +180,7 @@ def read_manifest(path: Path) -> dict:
         raise ValueError(f"{file} is not a readable manifest ({len(data)} bytes)") from None
     if version != FORMAT:
         raise ValueError(f"{file} has format {version!r}: this version reads format {FORMAT}")
-    if not is_sealed(file, manifest):
+    if not is_sealed(data, manifest):
         raise ValueError(f"{file} was changed: it does not match its seal")
     return manifest
 
