@@ -318,7 +318,7 @@ def test_a_wrong_mode_is_one_line(mode, told):
 
 
 @pytest.mark.parametrize("messages, told", [
-    ([], "messages: there are none"),
+    ([], "messages: there are none"), (7, "messages: there are none"),
     ([said("system", "s")], "messages: there is only a system message"),
     ([said("tool", "x")], "messages: role 'tool' is not valid at turn 1: it must be 'user'"),
     ([dict(content="x")], "messages: role None is not valid at turn 1: it must be 'user'"),
@@ -334,7 +334,6 @@ def test_a_wrong_mode_is_one_line(mode, told):
     ([said("system", None), user()], "messages: content = None is not valid: "),
     ([user(b"x")], "messages: content = b'x' is not valid: "),
     ([user(), assistant(thought=7)], "messages: thought = 7 is not valid: it must be a string"),
-    (7, "messages: there are none"),
     (["1+1"], "messages: number 1 is '1+1': it must be an object"),
     ([user(), None], "messages: number 2 is None: it must be an object"),
     ([[user()]], "messages: number 1 is [{"),
