@@ -18,15 +18,17 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 psutil = pytest.importorskip("psutil", reason="psutil, a part of ipykernel, is not installed")
-pytest.importorskip("jupyterlab", reason="jupyterlab is not installed")
+for package in ("playwright", "jupyterlab"):  # imported by what needs them: it takes seconds
+    if not find_spec(package):
+        pytest.skip(f"{package} is not installed", allow_module_level=True)
 BROWSERS = "chromium", "chromium-browser", "google-chrome"
 BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 pytestmark = [
@@ -270,7 +272,8 @@ def browser() -> Iterator:
     """Start a headless Chromium."""
     flags = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
              "--disable-background-networking"]
-    with playwright.sync_playwright() as tools:
+    from playwright.sync_api import sync_playwright
+    with sync_playwright() as tools:
         chromium = tools.chromium.launch(executable_path=BROWSER, args=flags)
         try:
             yield chromium
@@ -284,6 +287,7 @@ def run_all(server, browser, tmp_path) -> Iterator:
 
     The page's picture is kept beside the test's files, also when the test fails.
     """
+    from playwright.sync_api import Error
     page = browser.new_page(viewport={"width": 1200, "height": 900})
     page.set_default_timeout(1000 * START)
     opened = []
@@ -300,10 +304,10 @@ def run_all(server, browser, tmp_path) -> Iterator:
     try:
         yield act
     finally:
-        with contextlib.suppress(playwright.Error):
+        with contextlib.suppress(Error):
             page.screenshot(path=tmp_path / "page.png")
         for path in opened:
-            with contextlib.suppress(playwright.Error):
+            with contextlib.suppress(Error):
                 page.evaluate(STOP, path)
         page.close()
 

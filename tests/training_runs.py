@@ -6,6 +6,7 @@ Most runs call the program's `main` in this process, since importing torch takes
 import contextlib
 import io
 import json
+import os
 import random
 import shutil
 import sys
@@ -45,6 +46,7 @@ def run_main(module, *flags: str) -> Said:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
             contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
         patch.setattr(sys, "argv", [module.__name__, *flags])
+        patch.setattr(os, "fsync", lambda handle: None)  # no power fails here; it takes its time
         run_program(module.__name__, module.main)
     return Said(end.value.code, out.getvalue(), err.getvalue())
 
@@ -57,7 +59,7 @@ def run_train(*flags: str) -> Said:
 def write_texts(folder: Path, documents: int) -> None:
     """Python-like text, the same every time."""
     words, dice = "alpha beta count delta item key row total value".split(), random.Random(0)
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for i in range(documents):
         functions = [f"def {dice.choice(words)}_{k}({(x := dice.choice(words))}):\n"
                      f"    return {x} + {dice.randrange(100)}\n" for k in range(30)]
@@ -66,11 +68,15 @@ def write_texts(folder: Path, documents: int) -> None:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory) -> Path:
-    """A folder with texts and a small tokenizer; the runs of this file go there too."""
-    home = tmp_path_factory.mktemp("train")
-    write_texts(home / "texts", documents=40)
-    corpus = (path.read_text() for path in sorted((home / "texts").iterdir()))
-    Tokenizer.train(corpus, VOCABULARY).save(home / "tokenizer")
+    """A folder with texts and a small tokenizer; runs go there too, under names of their own.
+
+    All test files of a process have the same one, and the same finished run in it.
+    """
+    home = tmp_path_factory.getbasetemp() / "train"
+    if not home.exists():
+        write_texts(home / "texts", documents=40)
+        corpus = (path.read_text() for path in sorted((home / "texts").iterdir()))
+        Tokenizer.train(corpus, VOCABULARY).save(home / "tokenizer")
     return home
 
 
@@ -93,10 +99,11 @@ def flags(home) -> list[str]:
 
 @pytest.fixture(scope="module")
 def unbroken(home, flags) -> Path:
-    """A finished run."""
+    """A finished run, which no test changes."""
     run = home / "unbroken"
-    said = run_train(*flags, "--out", str(run))
-    assert (said.status, said.err) == (0, "")
+    if not run.exists():
+        said = run_train(*flags, "--out", str(run))
+        assert (said.status, said.err) == (0, "")
     return run
 
 
