@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from byte_tokens import TOKENIZER, decode, fails, reassemble, split_documents
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minids.text.packing import encode_documents, pieces
@@ -23,6 +23,7 @@ def test_documents_stand_between_bos_and_eos():
         assert fails(check_packing, wrong)
 
 
+@settings(deadline=None)
 @given(st.text(alphabet="ab\n é"), st.integers(1, 9))
 def test_pieces_are_the_text(text, longest):
     parts = list(pieces(text, longest))
