@@ -86,27 +86,21 @@ def write_json(path: str | Path, obj) -> None:
     write_whole(path, json.dumps(obj, indent=2) + "\n")
 
 
-def read_json(path: str | Path) -> dict:
-    """Return the object in a JSON file; see `read_json_data`."""
-    return read_json_data(path)[0]
-
-
-def read_json_data(path: str | Path) -> tuple[dict, bytes]:
-    """Return the object in a JSON file, and the bytes that say it.
+def read_json(path: str | Path, data: bytes | None = None) -> dict:
+    """Return the object in a JSON file; data: what it holds, if it was read already.
 
     Raises `ValueError` naming the file if it is missing, not JSON, or holds no object.
     """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path} is missing")
-    data = path.read_bytes()
     try:
-        found = json.loads(data)
+        found = json.loads(path.read_bytes() if data is None else data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise ValueError(f"{path} holds {type(found).__name__}, not an object of fields")
-    return found, data
+    return found
 
 
 def sealed(body: dict) -> bytes:
@@ -137,7 +131,7 @@ def read_sealed(path: Path, known: Callable[[str], bool]) -> dict:
 
     known: whether a key may be there; a file of an earlier version has such keys and no seal
     """
-    found, data = read_json_data(path)
+    found = read_json(path, data := path.read_bytes() if path.is_file() else b"")
     if ("seal" in found or not all(map(known, found))) and not is_sealed(data, found):
         raise ValueError(f"{path} was changed: it does not match its seal; put it back")
     return {key: value for key, value in found.items() if key != "seal"}

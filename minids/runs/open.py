@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minids import hf
 from minids.base.fields import nearest
-from minids.base.files import digest, is_sealed, read_json, read_json_data
+from minids.base.files import digest, is_sealed, read_json
 from minids.config import ModelArgs
 from minids.model.transformer import Transformer
 from minids.runs.checkpoints import load_weights, read_manifest, recorded, resolve
@@ -78,11 +78,13 @@ def read_config(run: Path, program: str = "", cls: type | None = None) -> dict:
         raise ValueError(f"{run} is not a run folder: it has no {CONFIG}")
     before = recorded(run, "config") or {}
     try:
-        config, data = read_json_data(path)
+        config = read_json(path, data := path.read_bytes() if path.is_file() else b"")
         changed = list(changes(config, before))
         if ("seal" in config or before) and not is_sealed(data, config):
             raise ValueError(was_changed(changed))
-        if changed := [c for c in changed if c.makes_another_run(program, cls)]:
+        kept = {"model", "tokenizer", "files", program if cls else ""}  # by a resumed run
+        if changed := [c for c in changed if c.was is not None and c.section in kept and not (
+                cls and c.section == program and c.field in cls.may_change)]:
             raise ValueError(was_changed(changed))
         for key, value in config.items():
             if type(value) is not KINDS.get(key):
@@ -109,14 +111,6 @@ class Change(NamedTuple):
     def __str__(self) -> str:
         name = f"{self.section}.{self.field}" if self.field else self.section
         return f"{name} is {self.found!r} and was {self.was!r}"
-
-    def makes_another_run(self, program: str, cls: type | None) -> bool:
-        """Return whether a run with this change is another one, which no resume can have made."""
-        if self.was is None:
-            return False
-        if self.section in ("model", "tokenizer", "files"):
-            return True
-        return self.section == program and cls is not None and self.field not in cls.may_change
 
 
 def changes(config: dict, before: dict) -> Iterator[Change]:
