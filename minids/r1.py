@@ -47,11 +47,11 @@ from minids.grpo import GrpoArgs, grpo
 from minids.plots.runs import grpo_figure
 from minids.rl.examination import Asking, examine_modes, pass_curve
 from minids.runs.checkpoints import newest_checkpoint
-from minids.runs.device import Machine
 from minids.runs.folders import LOCK, locked
+from minids.runs.loggers import Mirror
 from minids.runs.metrics import read_metrics
 from minids.runs.open import open_model, refuse_changes
-from minids.runs.settings import LearnArgs, TrainArgs
+from minids.runs.settings import LearnArgs, Logged, TrainArgs
 from minids.sft import SftArgs, sft
 from minids.text.chat import MODES
 from minids.text.tasks import open_task
@@ -119,7 +119,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
-class R1Args(Machine):
+class R1Args(Logged):
     """Stages, folder and device."""
 
     preset: str = option("tiny", "tiny calculates; countdown searches, for longer", tuple(PRESETS))
@@ -160,7 +160,7 @@ class Pipeline:
         args, examples = self.args, f"task:{self.task.name}"
         given = dict(self.preset[stage.like or name], **stage.changed, out=str(self.run / name),
                      resume=True, seed=args.seed, device=args.device, threads=args.threads,
-                     bodies=args.bodies)
+                     bodies=args.bodies, log=args.log)
         if stage.before:
             given |= dict(from_run=str(self.run / stage.before), task=self.task.name)
         if stage.program is train:
@@ -253,6 +253,7 @@ def r1(args: R1Args) -> dict[str, dict]:
     """
     args.prepare()
     importlib.import_module("matplotlib")  # the figure at the end needs it
+    Mirror(args.log, Path(args.out))  # the stages need its package
     with locked([Path(args.out)]):
         return run_stages(Pipeline(args))
 

@@ -27,6 +27,7 @@ from minids.model.transformer import Transformer
 from minids.runs import checkpoints, optimizers
 from minids.runs.device import check_memory, pick_device, pick_dtype, prepare_cpu
 from minids.runs.folders import free_folders, locked
+from minids.runs.loggers import Mirror
 from minids.runs.metrics import METRICS, append, line_of, read_metrics, settle, summary
 from minids.runs.open import (
     CONFIG,
@@ -63,6 +64,7 @@ class Learner:
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
         check_memory(model_args, self.device)
+        self.mirror = Mirror(args.log, run)
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(args.seed)  # all the generators that a checkpoint holds
         self.model = Transformer(model_args).to(self.device)
@@ -217,9 +219,10 @@ class Learner:
                           " --clip, or a new run with more --warmup-steps or --dtype fp32")
 
     def write_record(self, record: dict) -> None:
-        """Append a line to metrics.jsonl."""
+        """Append a line to metrics.jsonl, and to the log that --log names."""
         self.metrics.append(record)
         append(self.run, record)
+        self.mirror.write(record)
 
     def config(self) -> dict:
         """Return every setting as it is now, and what a reader of the run has to know."""
@@ -282,7 +285,8 @@ def run_learner(learner: Learner, source: Source | None) -> None:
             if source:
                 learner.save()  # the run's own folder is then all it needs
             learner.write_config()  # comes last, so a folder that has it is complete
-        learner.train()
+        with learner.mirror.following(learner.config(), learner.metrics):
+            learner.train()
         learner.finish()
 
 

@@ -9,7 +9,15 @@ from minids.runs.device import Machine
 
 
 @dataclass(frozen=True)
-class LearnArgs(Machine):
+class Logged(Machine):
+    """The machine, and a second place for the metrics."""
+
+    log: str = option("", "mirror metrics.jsonl in tensorboard or wandb (pip install it)",
+                      ("", "tensorboard", "wandb"))
+
+
+@dataclass(frozen=True)
+class LearnArgs(Logged):
     """The settings of a run that trains a model."""
 
     from_run: str = option("", "run, checkpoint or Hugging Face folder to begin with", flag="from")
@@ -35,7 +43,7 @@ class LearnArgs(Machine):
 
     # What a resumed run may be given anew; any other setting would make it another run.
     may_change: ClassVar[set[str]] = {"out", "resume", "steps", "device", "threads", "bodies",
-                                      "save_every", "keep_last", "lr", "muon_lr", "clip"}
+                                      "log", "save_every", "keep_last", "lr", "muon_lr", "clip"}
 
     def __post_init__(self):
         super().__post_init__()
