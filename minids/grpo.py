@@ -19,13 +19,17 @@ PPO with human feedback in four points:
        that top-k and top-p cut off, so that both mean the same distribution (V3.2, arXiv
        2512.02556, section 3.1).
 
+A loss of 0 is not a fault: on a fresh rollout every ratio is 1, the advantages of a group add up to
+0, and the KL begins at 0. The gradient is not 0. Watch the reward. If every reply to each question
+earns the same reward there is no signal, and a line says why.
+
 Simplified: the process that trains also samples, and a batch of replies is decoded until its last
 one ends. The gates' biases are frozen.
 """
 
 import random
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -33,6 +37,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from minids.base.command_line import parse, run_program
 from minids.base.fields import option, require
@@ -55,6 +60,7 @@ from minids.text.tokenizer import Tokenizer
 R1 = dict(steps=10_400, questions=512, group=16, updates=16, lr=3e-6, kl_beta=0.001, mode="think",
           format_weight=1.0, max_new_tokens=32768, eval_every=100, save_every=100)
 PRESETS = {"tiny": dict(dtype="fp32"), "r1": R1}
+QUIET = 50  # steps between two lines that say why there is no signal
 
 
 @dataclass(frozen=True)
@@ -108,11 +114,32 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
 
 
 class Batch(NamedTuple):
-    """A rollout, group by group, its rewards, (questions, group), and metrics of both."""
+    """A rollout, group by group, its rewards, (questions, group), and metrics of both.
+
+    advantage: (B,), over the whole group; kept: (B,) bool, the replies that are in the loss
+    """
 
     rollout: Rollout
     rewards: Tensor
+    advantage: Tensor
+    kept: Tensor
     metrics: dict
+
+
+def why_no_signal(metrics: dict) -> str:
+    """Return the likeliest reason that no group of a step has a signal; "" if one has."""
+    share = defaultdict(float, metrics)
+    if share["groups_without_signal"] < 1:
+        return ""
+    if share["truncated"] > 0.5:
+        return "most replies ran into max_new_tokens: raise it, or fine-tune first"
+    if share["groups_all_wrong"] == 1:
+        return "no reply is right: take an easier task, or fine-tune first"
+    if share["groups_all_right"] == 1:
+        return "every reply is right: take a harder task"
+    if share["groups_all_right"] + share["groups_all_wrong"] > 0.999:
+        return "each question's replies are all right or all wrong: ask more --questions"
+    return "the weights of accuracy, format, language and length cancel out"
 
 
 class Reinforcer(Learner):
@@ -127,6 +154,7 @@ class Reinforcer(Learner):
         self.more_config = content(args.task)
         self.reference = Transformer(model_args).to(self.device).requires_grad_(False)
         self.batch: Batch | None = None
+        self.quiet_until = 0
 
     def accumulate(self) -> tuple[dict, None]:
         """Sample a rollout, unless `updates` has steps left for the last one; learn from a part."""
@@ -134,8 +162,19 @@ class Reinforcer(Learner):
         start = time.perf_counter()
         if part == 0:
             self.batch = self.judge(number, self.sample(number))
+            self.tell_silence()
         sampled = dict(sampling_s=round(time.perf_counter() - start, 3))
         return self.learn(part) | self.batch.metrics | sampled, None
+
+    def tell_silence(self) -> None:
+        """Say why no group has a signal, now and then; not of a run that learned all there is."""
+        found = self.batch.metrics
+        why, learned = why_no_signal(found), any(not why_no_signal(r) for r in self.metrics)
+        done = learned and found["groups_all_right"] == 1
+        if why and self.step >= self.quiet_until and not done:
+            self.quiet_until = self.step + QUIET
+            tqdm.write(f"step {self.step}: no signal: all replies to each question earned the same "
+                       f"reward, because {why}")
 
     def asked(self, number: int) -> list[tuple[Problem, str]]:
         """Return the problem and mode of each reply of rollout `number`."""
@@ -174,12 +213,19 @@ class Reinforcer(Learner):
         if args.reward == "shuffled":
             rewards = rewards[random.Random(number).sample(range(len(rewards)), len(rewards))]
         rewards = rewards.view(args.questions, args.group)
-        silent = rewards.amax(1) == rewards.amin(1)
+        advantage = advantages(rewards.double(), args.advantage).flatten().float()
+        ended = torch.tensor([reply.ended for reply in replies])
+        kept = ended | (not args.mask_truncated)
+        silent = (advantage * kept).view_as(rewards).eq(0).all(1)
+        right = parts["accuracy"].view_as(rewards)
         means = {f"reward_{name}": part.mean().item() for name, part in parts.items()}
-        return Batch(rollout, rewards, dict(
+        return Batch(rollout, rewards, advantage, kept, dict(
             reward=rewards.mean().item(), **means,
             thinking=fmean(reply.thought is not None for reply in replies),
             length=fmean(reply.tokens for reply in replies),
+            truncated=1 - ended.float().mean().item(),
+            groups_all_right=right.amin(1).eq(1).float().mean().item(),
+            groups_all_wrong=right.amax(1).eq(0).float().mean().item(),
             groups_without_signal=silent.float().mean().item()))
 
     def reward(self, problem: Problem, reply: Reply) -> dict[str, float]:
@@ -193,11 +239,12 @@ class Reinforcer(Learner):
         args, rollout = self.args, self.batch.rollout
         size = len(rollout.tokens) // args.updates
         rows = torch.arange(part * size, (part + 1) * size, device=self.device)
-        advantage = advantages(self.batch.rewards.double(), args.advantage).flatten().float()
-        advantage = advantage.to(self.device)  # (B,)
+        advantage = self.batch.advantage.to(self.device)  # (B,)
+        kept = self.batch.kept.to(self.device)  # (B,)
         lengths = rollout.written.sum(1)  # (B,)
         weights = torch.zeros(len(lengths), device=self.device)
-        weights[rows] = token_weights(lengths[rows], args.normalise, args.max_new_tokens)
+        weights[rows] = token_weights(lengths[rows], args.normalise, args.max_new_tokens,
+                                      kept[rows])
         how = args.temperature, args.keep_routing, args.keep_mask
         metrics, total = defaultdict(float), int(lengths[rows].sum())
         for chosen in rows.split(args.micro_batch):
@@ -254,6 +301,13 @@ class Reinforcer(Learner):
                                   MODES if last else args.modes)
         record.update(found)
         return 1 - max(marks["accuracy"] for marks in found.values())
+
+    def finish(self) -> None:
+        """Say so if most of the steps had no signal."""
+        reasons = Counter(filter(None, map(why_no_signal, self.metrics)))
+        if 2 * reasons.total() > len(self.metrics):
+            print(f"{reasons.total()} of {len(self.metrics)} steps had no signal, mostly because "
+                  f"{reasons.most_common(1)[0][0]}")
 
     def describe(self) -> str:
         args = self.args

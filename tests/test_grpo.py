@@ -274,7 +274,8 @@ def test_every_objective_runs_and_logs_what_people_ask_for(base, tmp_path, objec
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     wanted = {"reward", "reward_accuracy", "reward_format", "reward_language", "reward_length",
               "length", "thinking", "kl", "entropy", "clip_fraction", "left_out",
-              "groups_without_signal", "sampler_gap", "sampler_gap_max", "grad_norm", "lr"}
+              "groups_without_signal", "groups_all_right", "groups_all_wrong", "truncated",
+              "sampler_gap", "sampler_gap_max", "grad_norm", "lr"}
     assert len(lines) == 2 and all(wanted <= line.keys() for line in lines)
     assert {"accuracy", "form", "thinking", "tokens"} <= lines[-1]["free"].keys()
     assert (lines[0]["kl"] == 0) and "free" in lines[1] and "free" not in lines[0]

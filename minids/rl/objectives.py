@@ -55,6 +55,8 @@ class ObjectiveArgs(Settings):
     normalise: str = option("sequence", "divide a token's loss by its reply's length and the number"
                                         " of replies, by the number of tokens, or by the longest"
                                         " length", ("sequence", "tokens", "constant"))
+    mask_truncated: bool = option(False, "leave replies that ran into max_new_tokens out of the"
+                                         " loss: DAPO's overlong filtering")
 
     def __post_init__(self):
         super().__post_init__()
@@ -120,15 +122,20 @@ def mean_by_reply(values: Tensor, reply: Tensor) -> Tensor:
     return (reply.bincount(values) / reply.bincount().clamp(min=1))[reply]
 
 
-def token_weights(lengths: Tensor, normalise: str, longest: int) -> Tensor:
+def token_weights(lengths: Tensor, normalise: str, longest: int, kept: Tensor | None = None
+                  ) -> Tensor:
     """Return the weight in the loss of a token of each reply: (B,) -> (B,)
 
     lengths: (B,) tokens of each reply; longest: maximum length, tokens
     normalise: "sequence", 1 / (B length): each reply has the same weight (DeepSeekMath); "tokens",
         1 / (all tokens) (DAPO); "constant", 1 / (B longest) (Dr. GRPO)
+    kept: (B,) bool, the replies in the loss; None: all. The others weigh 0, and neither they nor
+        their tokens are counted: B and "all tokens" are those of the kept. The constant stays
     """
-    batch = len(lengths)
-    return {"sequence": 1.0 / (batch * lengths.clamp(min=1)),
-            "tokens": torch.ones_like(lengths, dtype=torch.float32) / lengths.sum().clamp(min=1),
-            "constant": torch.full_like(lengths, 1.0 / (batch * longest), dtype=torch.float32),
-            }[normalise]
+    kept = torch.ones_like(lengths, dtype=torch.bool) if kept is None else kept
+    batch, tokens = kept.sum().clamp(min=1), (lengths * kept).sum().clamp(min=1)
+    return kept * {
+        "sequence": 1.0 / (batch * lengths.clamp(min=1)),
+        "tokens": torch.ones_like(lengths, dtype=torch.float32) / tokens,
+        "constant": torch.full_like(lengths, 1.0 / (len(lengths) * longest), dtype=torch.float32),
+    }[normalise]

@@ -76,6 +76,45 @@ def test_replies_left_behind_count_no_more():
     assert more.item() == pytest.approx(0.1 * (1 - math.log(2)) / 2 / 4)
 
 
+# Two replies of two tokens that end, and two that ran into a maximum of four.
+ENDED = torch.tensor([True, False, True, False])
+CUT_LENGTHS = torch.tensor([2, 4, 2, 4])
+CUT_REPLY = torch.arange(4).repeat_interleave(CUT_LENGTHS)
+
+
+@pytest.mark.parametrize("normalise, weight", [
+    ("sequence", 1 / (2 * 2)),     # two replies are left, of two tokens each
+    ("tokens", 1 / 4),             # four tokens are left
+    ("constant", 1 / (4 * 4))])    # whatever is left
+def test_truncated_replies_weigh_nothing_and_are_not_counted(normalise, weight):
+    found = token_weights(CUT_LENGTHS, normalise, 4, ENDED)
+    assert found.tolist() == [weight, 0, weight, 0]
+    if normalise != "constant":  # wrong variant: masked after normalising
+        assert (token_weights(CUT_LENGTHS, normalise, 4) * ENDED).tolist() != found.tolist()
+    assert token_weights(CUT_LENGTHS, normalise, 4, ~ENDED ^ ENDED).tolist() == \
+        token_weights(CUT_LENGTHS, normalise, 4).tolist()
+    assert token_weights(CUT_LENGTHS, normalise, 4, ENDED & ~ENDED).tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("normalise, weight", [("sequence", 1 / 4), ("tokens", 1 / 4),
+                                               ("constant", 1 / 16)])
+def test_the_gradient_without_truncated_replies_is_the_one_on_paper(normalise, weight):
+    """FP64. Of an unclipped token it is weight (-A r + beta (1 - pi_ref / pi)); the advantage is
+    over the whole group. Rewards 1, 0, 0, 1: mean 1/2."""
+    ratio = torch.tensor([1.1, 0.9] + [1.3] * 4 + [0.95, 1.0] + [0.7] * 4, dtype=torch.float64)
+    to_ref = torch.linspace(-1, 1, 12, dtype=torch.float64)  # log (pi_ref / pi)
+    advantage = torch.tensor([0.5, -0.5, -0.5, 0.5], dtype=torch.float64)[CUT_REPLY]
+    logp = torch.zeros(12, dtype=torch.float64, requires_grad=True)
+    weights = token_weights(CUT_LENGTHS, normalise, 4, ENDED).double()[CUT_REPLY]
+    objective(logp, -ratio.log(), to_ref, advantage, CUT_REPLY, weights,
+              paper_args()).loss.backward()
+    expected = [weight * (-a * r + 0.1 * (1 - math.exp(d))) for a, r, d in
+                zip([0.5, 0.5, -0.5, -0.5], [1.1, 0.9, 0.95, 1.0], to_ref[[0, 1, 6, 7]].tolist(),
+                    strict=True)]
+    assert logp.grad[[0, 1, 6, 7]].tolist() == pytest.approx(expected, rel=1e-12)
+    assert logp.grad[[2, 3, 4, 5, 8, 9, 10, 11]].eq(0).all()
+
+
 def test_mean_by_reply():
     values = torch.tensor([1.0, 2.0, 4.0, 5.0, 7.0, 9.0])
     assert mean_by_reply(values, REPLY).tolist() == [1, 3, 3, 5, 8, 8]
