@@ -6,20 +6,26 @@
     python -m minids.generate --run runs/tiny --prompt "class" --samples 4 --seed 7
     python -m minids.generate --run runs/tiny --speculative 1 --temperature 0
 
-`minids.infer.sampling` describes how tokens are drawn. With --speculative D the model's own MTP
+`minids.infer.sampling` describes how tokens are drawn. The generation_config.json of a Hugging Face
+folder has its own defaults of temperature, top_k and top_p (do_sample false: temperature 0); a flag
+wins, and programs that measure or train do not take them. With --speculative D the model's own MTP
 modules draft D tokens ahead, and the model accepts those that it might have written: in fewer
 passes the text comes from the same distribution, and is identical at temperature 0.
 """
 
 import codecs
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import option
+from minids.base.fields import demand, option
+from minids.base.files import inside, read_json
+from minids.hf.settings import whole
 from minids.infer.generation import check_arguments, generate
 from minids.runs.device import Machine
 from minids.runs.open import open_model
+from minids.text.bpe import GENERATION
 from minids.text.tokenizer import Tokenizer
 
 
@@ -31,7 +37,7 @@ class Writer:
 
     def write(self, row: int, token: int) -> None:
         """Print the characters that this token completes; EOS prints nothing."""
-        if token != self.tokenizer.eos_id:
+        if token not in self.tokenizer.eos_ids:
             text = self.decoder.decode(self.tokenizer.decode_bytes([token]))
             print(text, end="", flush=True)
 
@@ -57,11 +63,28 @@ class GenerateArgs(Machine):
     device: str = option("cpu", "auto, cpu or cuda")
 
 
+def own_defaults(folder: Path) -> dict:
+    """Return the settings in a folder's generation_config.json; `ValueError` naming a wrong one."""
+    file = folder / GENERATION
+    given = read_json(inside(file)) if file.is_file() else {}
+    found = {name: whole(given[name]) for name in ("temperature", "top_k", "top_p")
+             if given.get(name) is not None}
+    try:
+        sample = given.get("do_sample")
+        demand("do_sample", sample, sample in (None, True, False), "true, false or absent")
+        found |= {"temperature": 0.0} if sample in (False,) else {}
+        GenerateArgs(**found)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+    return found
+
+
 def main() -> None:
     """Print the samples as they come, each with a line of statistics on stderr."""
     [given] = parse("minids.generate", __doc__, GenerateArgs)
     args = GenerateArgs(**given)
     run = open_model(args.run, args.prepare())
+    args = replace(args, **own_defaults(run.folder) | given)
     tokenizer = run.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
     how = args.max_new_tokens, args.temperature, args.top_k, args.top_p
@@ -69,7 +92,7 @@ def main() -> None:
     for sample_number in range(args.samples):
         writer = Writer(tokenizer)
         print(args.prompt, end="", flush=True)
-        done = generate(run.model, [prompt], *how, args.seed + sample_number, tokenizer.eos_id,
+        done = generate(run.model, [prompt], *how, args.seed + sample_number, tokenizer.eos_ids,
                         args.speculative, writer.write)
         writer.close()
         drafted = (f"{done.tokens_per_pass:.2f} tokens per pass, drafts accepted: "

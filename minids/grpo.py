@@ -189,9 +189,9 @@ class Reinforcer(Learner):
         prompts = [self.template.prompt(p.question, mode) for p, mode in self.asked(number)]
         generator = torch.Generator(self.device).manual_seed(args.seed * 1_000_003 + number)
         sampler = Sampler(args.temperature, args.top_k, args.top_p, generator)
-        eos_id = self.tokenizer.eos_id
+        ends = self.tokenizer.eos_ids
         with self.autocast():
-            return roll_out(self.model, prompts, args.max_new_tokens, sampler, eos_id)
+            return roll_out(self.model, prompts, args.max_new_tokens, sampler, ends)
 
     def judge(self, number: int, rollout: Rollout) -> Batch:
         """Return rollout `number` with its rewards; raises `ValueError` if one is NaN or Inf."""

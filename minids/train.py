@@ -58,7 +58,7 @@ from minids.text.tokenizer import Tokenizer
 
 # Fields of the model that may differ from those of the run before: its weights still fit.
 MAY_VARY = {"max_seq_len", "original_seq_len", "rope_factor", "beta_fast", "beta_slow", "mscale",
-            "index_topk", "index_hadamard", "index_fp8"}
+            "attention_factor", "index_topk", "index_hadamard", "index_fp8"}
 # Dense BF16 rates from the vendors' data sheets, FLOP/s; the first name that matches counts.
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
               "H800": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -188,10 +188,10 @@ class Trainer(Learner):
 
     def sample(self, max_new_tokens: int, count: int = 1) -> list[str]:
         """Generate `count` texts that continue the prompt, without the token that ends them."""
-        room, end = self.model.args.max_seq_len - len(self.prompt), self.tokenizer.eos_id
+        room, end = self.model.args.max_seq_len - len(self.prompt), self.tokenizer.eos_ids
         result = generate(self.model, [self.prompt] * count, min(max_new_tokens, room),
                           temperature=0.7, top_p=0.95, seed=self.args.seed, eos_id=end)
-        return [self.args.prompt + self.tokenizer.decode([t for t in row if t != end])
+        return [self.args.prompt + self.tokenizer.decode([t for t in row if t not in end])
                 for row in result.tokens]
 
     def finish(self) -> None:

@@ -173,6 +173,18 @@ def test_eos_ends_a_sequence_and_the_last_one_ends_the_loop():
     assert stopped.tokens_per_second == sum(map(len, expected)) / stopped.seconds
 
 
+@pytest.mark.parametrize("speculative", [0, 1])
+@pytest.mark.parametrize("places", [[3], [6, 2], [7, 8, 4]])
+def test_any_of_several_eos_ends_a_sequence(places, speculative):
+    model = scrambled(NARROW)
+    free = generate(model, PROMPTS, 10).tokens
+    ends = [free[0][place] for place in places]
+    expected = [next((row[:i + 1] for i, t in enumerate(row) if t in ends), row) for row in free]
+    for kind in (list, tuple, set):
+        done = generate(model, PROMPTS, 10, eos_id=kind(ends), speculative=speculative)
+        assert done.tokens == expected != free
+
+
 def test_each_token_is_handed_over_once_and_in_order():
     model, seen = scrambled(NARROW), [[] for _ in PROMPTS]
     eos = generate(model, PROMPTS, 10).tokens[0][4]

@@ -67,7 +67,7 @@ def check_types(args) -> None:
     """Raise `ValueError` for the first field whose value is not of its type, choices or bounds."""
     for f in fields(args):
         value = getattr(args, f.name)
-        if f.type is float and type(value) is int:
+        if f.type is float and type(value) is int and abs(value) < 2 ** 1023:
             value = float(value)
             object.__setattr__(args, f.name, value)
         require(args, f.name, type(value) is f.type, f"of type {f.type.__name__}")

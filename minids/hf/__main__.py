@@ -6,7 +6,8 @@
     python -m minids.hf --run runs/tiny --out tiny-fp8 --quantize fp8
     python -m minids.hf --folder DeepSeek-V3 --out V3-bf16 --dtype bf16       # FP8 made BF16
 
-The folder is read by `transformers` and by every program of this package that takes --run. It is
+The folder is read by `transformers` and by every program of this package that takes --run; that of
+a run of sft or grpo has a chat template, and its tokenizer takes tags in a text for tokens. It is
 checked by its headers before any weight is read, and written whole or not at all: an interrupted
 save leaves the old folder or the new one.
 
@@ -23,7 +24,7 @@ from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option
 from minids.base.tables import format_table
 from minids.costs import count_parameters
-from minids.hf.reading import inspect, read_model
+from minids.hf.reading import inspect, is_hf_folder, read_model
 from minids.hf.settings import CLASSES, QUANTIZE, model_type_of
 from minids.hf.writing import check_target, save_hf, tokenizer_files
 from minids.runs.open import open_model
@@ -73,15 +74,16 @@ def describe(folder: str | Path) -> str:
 def convert(args: HfArgs) -> str:
     """Read --run or --folder, write it to --out, and return the description of the result."""
     check_target(Path(args.out).resolve(), args.overwrite)
-    dtype = DTYPES.get(args.dtype)
+    dtype, chat = DTYPES.get(args.dtype), False
     if args.run:
         run = open_model(args.run)
-        model, tokenizer = run.model, run.tokenizer
+        model, tokenizer = run.model, run.folder if is_hf_folder(run.folder) else run.tokenizer
+        chat = "sft" in run.config or run.config.get("grpo", {}).get("template") == "chat"
     else:
         source = inspect(args.folder)
         model, tokenizer = read_model(source, dtype or source.dtype, "cpu"), source.folder
     save_hf(model, args.out, args.overwrite, dtype, args.shard_bytes, tokenizer,
-            args.quantize or None)
+            args.quantize or None, chat)
     return describe(args.out)
 
 

@@ -6,6 +6,7 @@ arXiv 2412.19437, section 3.3.2; `weight_scale_inv` in the files, FP32 or UE8M0)
 """
 
 import math
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from minids.base.fields import nearest
+from minids.base.fields import demand, nearest
 from minids.base.files import read_json
 from minids.config import ModelArgs
 from minids.costs import count_parameters
@@ -30,9 +31,10 @@ WIDE = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16
 
 
 class Header(NamedTuple):
-    """The header of one tensor; `dtype` in safetensors' words ("BF16", "F8_E4M3")."""
+    """The header of one tensor; `name` in its file, `dtype` as safetensors says it ("BF16")."""
 
     file: Path
+    name: str
     dtype: str
     shape: list[int]
 
@@ -78,16 +80,36 @@ def inspect(folder: str | Path) -> Source:
     if total > 2 * there:  # told here, since `check_tensors` lists all of the model's tensors
         raise ValueError(f"{folder / CONFIG}: its sizes make {total:,} parameters, and the files "
                          f"have {there:,}")
-    mtp = [name for name in headers if name.startswith(f"model.layers.{args.n_layers}.")]
-    if not mtp:
-        args = replace(args, n_mtp_layers=0)
-    elif not args.n_mtp_layers and any(name.endswith(".eh_proj.weight") for name in mtp):
-        print(f"{folder}: {CONFIG} has no MTP module, so that of the files is not read",
-              file=sys.stderr)
-        headers = {name: header for name, header in headers.items() if name not in mtp}
-    source = Source(folder, args, headers)
+    args, spare = matched_mtp(args, headers)
+    headers = {name: header for name, header in headers.items() if name not in spare}
+    source = Source(folder, args, tied(folder, config, headers))
     check_tensors(source, config.get("quantization_config") is not None)
+    if spare:
+        print(f"{folder}: MTP modules beyond those in {CONFIG} are not read", file=sys.stderr)
     return source
+
+
+def matched_mtp(args: ModelArgs, headers: dict[str, Header]) -> tuple[ModelArgs, set[str]]:
+    """Return the settings with no more MTP modules than the files, and tensors of further ones."""
+    layers = {}
+    for name in headers:
+        if found := re.match(r"model\.layers\.(\d{1,9})\.", name):
+            layers.setdefault(int(found[1]) - args.n_layers, []).append(name)
+    spare = [names for module, names in layers.items() if module >= args.n_mtp_layers
+             and any(name.endswith(".eh_proj.weight") for name in names)]
+    count = min(args.n_mtp_layers, sum(module >= 0 for module in layers))
+    return replace(args, n_mtp_layers=count), set().union(*spare)
+
+
+def tied(folder: Path, config: dict, headers: dict[str, Header]) -> dict[str, Header]:
+    """Return the headers with that of the embedding for the head, where the two are one tensor."""
+    embed, head = "model.embed_tokens.weight", "lm_head.weight"
+    if not config.get("tie_word_embeddings") or embed not in headers:
+        return headers
+    ends = headers[embed], headers.get(head, headers[embed])
+    same = ends[0][2:] == ends[1][2:] and torch.equal(*map(stored, ends))
+    demand(f"{folder / CONFIG}: tie_word_embeddings", True, same, f"False where {head} differs")
+    return headers | {head: ends[1]}
 
 
 def checked_folder(folder: Path) -> Path:
@@ -142,7 +164,7 @@ def read_header(file: Path) -> dict[str, Header]:
     try:
         with safe_open(file, "pt") as stream:
             parts = {name: stream.get_slice(name) for name in stream.keys()}  # noqa: SIM118
-            return {name: Header(file, part.get_dtype(), part.get_shape())
+            return {name: Header(file, name, part.get_dtype(), part.get_shape())
                     for name, part in parts.items()}
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a whole safetensors file, {file.stat().st_size:,} bytes: "
@@ -172,7 +194,7 @@ def check_tensors(source: Source, has_fp8: bool) -> None:
                          f"({args.n_layers} layers, {args.n_routed_experts} experts, "
                          f"{args.n_mtp_layers} MTP)")
     for name, (shape, dtypes) in expected.items():
-        file, dtype, stored_shape = headers[name]
+        file, _, dtype, stored_shape = headers[name]
         for what, found, valid in ("shape", stored_shape, [shape]), ("dtype", dtype, dtypes):
             if found not in valid:
                 raise ValueError(f"{file}: tensor {name} has {what} {found}, and {CONFIG} "
@@ -195,19 +217,19 @@ def read_model(source: Source, dtype: torch.dtype, device: torch.device | str) -
 def read_into(target: Tensor, source: Source, name: str) -> None:
     """Copy a stored tensor into `target`, in the target's precision."""
     if not source.is_fp8(name):
-        target.copy_(stored(source, name))
+        target.copy_(stored(source.headers[name]))
         return
-    q, scale = (stored(source, key).to(target.device) for key in (name, f"{name}_scale_inv"))
+    q, scale = (stored(source.headers[name + end]).to(target.device) for end in ("", "_scale_inv"))
     for own, rows, blocks in zip(target.split(BAND), q.split(BAND), scale.split(BAND // BLOCK),
                                  strict=True):
         own.copy_(dequantize(rows, blocks))
 
 
-def stored(source: Source, name: str) -> Tensor:
+def stored(header: Header) -> Tensor:
     """Return a tensor as its file stores it, with the file open for this tensor alone: the pages
     of a mapped file count as the process's memory, and a shard has gigabytes of them."""
-    with safe_open(source.headers[name].file, "pt") as stream:
-        return stream.get_tensor(name)
+    with safe_open(header.file, "pt") as stream:
+        return stream.get_tensor(header.name)
 
 
 def is_hf_folder(path: Path) -> bool:

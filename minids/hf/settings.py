@@ -1,10 +1,12 @@
 """Translate between `config.json` of a Hugging Face folder and `ModelArgs`.
 
-DeepseekV3ForCausalLM is V3, R1, V3.1, Moonlight, Kimi K2. Settings that no released configuration
-can express (YaRN's where YaRN is off, the indexer's Hadamard transform and FP8 rounding) go under
-the key "minids", if they differ from what the other fields imply.
+DeepseekV3ForCausalLM is V3, R1, V3.1, Moonlight, Kimi K2. What readers of a file may take in two
+ways is refused. Settings that no released configuration can express (YaRN's where YaRN is off, the
+indexer's Hadamard transform and FP8 rounding) go under the key "minids", if they differ from what
+the other fields imply.
 """
 
+import math
 import re
 from dataclasses import replace
 
@@ -26,28 +28,37 @@ FIELDS = {  # ours -> theirs
     "init_std": "initializer_range",
 }
 ROPE_FIELDS = {"rope_factor": "factor", "original_seq_len": "original_max_position_embeddings",
-               "beta_fast": "beta_fast", "beta_slow": "beta_slow", "mscale": "mscale"}
+               "beta_fast": "beta_fast", "beta_slow": "beta_slow"}
+SOFTMAX_FIELDS = {"mscale": "mscale_all_dim", "attention_factor": "attention_factor"}
 INDEX_FIELDS = {name: name for name in ("index_n_heads", "index_head_dim", "index_topk")}
 OWN_KEY = "minids"
-OWN_FIELDS = (*ROPE_FIELDS, *INDEX_FIELDS, "n_dense_layers", "index_hadamard", "index_fp8")
+OWN_FIELDS = (*ROPE_FIELDS, *SOFTMAX_FIELDS, *INDEX_FIELDS, "n_dense_layers", "index_hadamard",
+              "index_fp8")
 DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "num_nextn_predict_layers": 0,
             "rope_theta": 10000.0, "beta_fast": 32.0, "beta_slow": 1.0}
 # Null has one reading in these fields; in those of DEFAULTS it is the default.
-NULLS = {"q_lora_rank": 0, "n_shared_experts": 0, "n_group": 1, "topk_group": 1}
+NULLS = {"q_lora_rank": 0, "n_shared_experts": 0, "n_group": 1}
+SPELLINGS = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts",
+             "num_experts": "n_routed_experts", "type": "rope_type"}
 
 CLASSES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM",
            "deepseek_v32": "DeepseekV32ForCausalLM"}
 ALIASES = {"kimi_k2": "deepseek_v3"}  # the same class under another model_type
 # Fields with few valid values. An absent field has the first, which is also what we write.
-COMMON = {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,),
-          "moe_layer_freq": (1,), "rope_interleave": (True,), "tie_word_embeddings": (False,)}
-V2_GATE = {"scoring_func": ("softmax",), "norm_topk_prob": (False,),
+COMMON = {"hidden_act": ("silu", "swish"), "attention_bias": (False, None),
+          "mlp_bias": (False, None), "moe_layer_freq": (1, None), "rope_interleave": (True,),
+          "tie_word_embeddings": (False, True, None)}
+V2_GATE = {"scoring_func": ("softmax", None), "norm_topk_prob": (False, None),
            "topk_method": ("greedy", "group_limited_greedy")}
-V3_GATE = {"scoring_func": ("sigmoid",), "norm_topk_prob": (True,), "topk_method": ("noaux_tc",)}
-FIXED = {kind: {"architectures": ([name],)} | COMMON | (V2_GATE if "V2" in name else V3_GATE)
+V3_GATE = {"scoring_func": ("sigmoid", None), "norm_topk_prob": (True,),
+           "topk_method": ("noaux_tc", None)}
+FIXED = {kind: {"architectures": ([name], None)} | COMMON | (V2_GATE if "V2" in name else V3_GATE)
          for kind, name in CLASSES.items()}  # by model_type
-FIXED_ROPE = {"attention_factor": (None, 1.0), "truncate": (None, True),
-              "partial_rotary_factor": (None, 1.0)}
+FIXED_ROPE = {"truncate": (None, True), "partial_rotary_factor": (None, 1.0)}
+# Names that may stand beside rope_scaling, and in it.
+OUTER_ROPE = ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
+ROPE_KEYS = ("rope_type", *ROPE_FIELDS.values(), *SOFTMAX_FIELDS.values(), "mscale", "rope_theta",
+             *FIXED_ROPE)
 FP8_CONFIG = {"quant_method": ("fp8",), "weight_block_size": ([BLOCK, BLOCK],),
               "fmt": ("e4m3", None), "activation_scheme": ("dynamic", None),
               "scale_fmt": (None, "float", "ue8m0")}
@@ -62,12 +73,14 @@ def args_from_config(config: dict) -> ModelArgs:
     Raises `ValueError` naming the field as the file does, its value and what is valid.
     """
     model_type = read_type(config)
-    found = read_fields(config, model_type) | read_rope(config)
+    found = read_fields(config, model_type)
+    found |= read_rope(config, found["max_seq_len"])
     try:
         args = ModelArgs(**found)
         check_expressible(args, model_type)
     except ValueError as error:  # its message has our names
-        theirs = FIELDS | {ours: f"rope_scaling.{name}" for ours, name in ROPE_FIELDS.items()}
+        theirs = FIELDS | {ours: f"rope_scaling.{name}" for ours, name in
+                           (ROPE_FIELDS | SOFTMAX_FIELDS).items()}
         pattern = r"\b(" + "|".join(theirs) + r")\b"
         raise ValueError(re.sub(pattern, lambda m: theirs[m[0]], str(error))) from None
     own = config.get(OWN_KEY, {})
@@ -120,8 +133,11 @@ def read_type(config: dict) -> str:
 
 def read_fields(config: dict, model_type: str) -> dict:
     """Return the fields of ModelArgs, except those of the rotation."""
+    config = together({"": config})
     if model_type == "deepseek_v2" and config.get("topk_method", "greedy") == "greedy":
-        config = config | {"n_group": 1, "topk_group": 1}  # it ignores the groups
+        config |= {"n_group": 1, "topk_group": 1}  # it ignores the groups
+    if config.get("n_group", 0) in (None, 1) and config.get("topk_group") is None:
+        config["topk_group"] = 1
     found = read(config, FIELDS | (INDEX_FIELDS if model_type == "deepseek_v32" else {}))
     dense, layers = found["n_dense_layers"], found["n_layers"]
     if type(dense) is type(layers) is int:
@@ -131,6 +147,20 @@ def read_fields(config: dict, model_type: str) -> dict:
     return found | {"gate_bias": not v2, "score_func": "softmax" if v2 else "sigmoid"}
 
 
+def together(parts: dict[str, dict]) -> dict:
+    """Return the fields of all parts (their prefix -> fields); refuse one that has two values."""
+    found, source = {}, {}
+    for where, fields in parts.items():
+        for name, value in fields.items():
+            own = SPELLINGS.get(name, name)
+            before = found.get(own)
+            demand(where + name, value, value is None or before is None or value == before,
+                   f"equal to {source.get(own)} = {before!r}")
+            if before is None:
+                found[own], source[own] = value, where + name
+    return found
+
+
 def read(given: dict, names: dict[str, str], where: str = "") -> dict:
     """Return our name -> value or default. Raises `ValueError` for a field that has neither."""
     given = {name: (DEFAULTS | NULLS).get(name) if value is None else value
@@ -138,28 +168,61 @@ def read(given: dict, names: dict[str, str], where: str = "") -> dict:
     for name in names.values():
         if name not in given:
             raise ValueError(f"{where}{name} is missing")
-    return {ours: given[theirs] for ours, theirs in names.items()}
+    return {ours: whole(given[theirs]) for ours, theirs in names.items()}
 
 
-def read_rope(config: dict) -> dict:
+def whole(value):
+    """Return a float without a fraction as int: 64.0 is a size as well as 64."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+def read_rope(config: dict, length: int) -> dict:
     """Return the fields of ModelArgs that describe the rotation: its base, and YaRN's."""
-    where = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
-    rope, length = config.get(where) or {}, config["max_position_embeddings"]
-    demand(where, rope, isinstance(rope, dict), "an object, null or absent")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    demand(f"{where}.type", kind, kind in ("default", "yarn"), "'yarn', or there is no scaling")
-    demand_each(rope, FIXED_ROPE, f"{where}.")
-    found = read(config | rope, {"rope_theta": "rope_theta"})
+    parts = {"": {name: config[name] for name in OUTER_ROPE if name in config}}
+    for where in ("rope_scaling", "rope_parameters"):
+        parts[f"{where}."] = fields = config.get(where) or {}
+        demand(where, fields, isinstance(fields, dict), "an object, null or absent")
+    rope, where = together(parts), "rope_scaling." if parts["rope_scaling."] else "rope_parameters."
+    for name, value in rope.items():
+        demand(where + name, value, value is None or name in ROPE_KEYS,
+               f"absent: {nearest(name, ROPE_KEYS)}known are {', '.join(ROPE_KEYS)}")
+    kind = rope.get("rope_type") or "default"
+    demand(f"{where}type", kind, kind in ("default", "yarn"), "'yarn', or there is no scaling")
+    demand_each(rope, FIXED_ROPE, where)
+    found = read(rope, {"rope_theta": "rope_theta"})
     if kind == "default":
+        demand_each(rope, {"attention_factor": (None, 1.0)}, where)
         return found | {"original_seq_len": length}
-    found |= read(rope, ROPE_FIELDS, f"{where}.")
-    # Unequal values would scale the rotated vectors; ours have the softmax scale corrected alone.
-    weight, other, start = found["mscale"], rope.get("mscale_all_dim"), found["original_seq_len"]
-    demand(f"{where}.mscale", weight, weight == other, f"equal to mscale_all_dim = {other!r}")
-    demand("max_position_embeddings", length,
-           not (type(length) is type(start) is int) or length > start,
-           f"above {where}.original_max_position_embeddings = {start}, where YaRN is on")
-    return found
+    start = whole(rope.get("original_max_position_embeddings"))
+    if type(length) is type(start) is int and start > 0:
+        demand("max_position_embeddings", length, length > start,
+               f"above {where}original_max_position_embeddings = {start}, where YaRN is on")
+        if rope.get("factor", 1) is None and length < 2 ** 63:
+            rope["factor"] = length / start
+    return found | read(rope, ROPE_FIELDS, where) | read_softmax(rope, where)
+
+
+def read_softmax(rope: dict, where: str) -> dict:
+    """Return YaRN's weight in the softmax scale and its factor on what is rotated, as transformers
+    takes them (mscale as 1 unless mscale_all_dim is there too) and DeepSeek's own code does."""
+    for name in ("factor", "mscale", "mscale_all_dim", "attention_factor"):
+        value = rope.get(name)
+        demand(where + name, value, value is None or type(value) in (int, float)
+               and 0 <= value < 2 ** 63, "a number from 0 on")
+    factor, weight, softmax, given = map(rope.get, ("factor", "mscale", *SOFTMAX_FIELDS.values()))
+
+    def correction(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor and factor > 1 else 1.0
+
+    theirs = correction(weight) / correction(softmax) if weight and softmax else correction(1)
+    released = correction(1 if weight is None else weight) / correction(softmax or 0)
+    if given is None:
+        demand(f"{where}mscale", weight, math.isclose(theirs, released),
+               f"given together with mscale_all_dim, now {softmax!r}, or both be absent")
+    else:
+        demand(f"{where}attention_factor", given, weight is None or math.isclose(given, theirs),
+               f"{theirs}, as mscale has it, or absent")
+    return {"mscale": softmax or 0.0, "attention_factor": theirs if given is None else given}
 
 
 def model_type_of(args: ModelArgs) -> str:
@@ -180,8 +243,7 @@ def check_expressible(args: ModelArgs, model_type: str) -> None:
              "True where n_expert_groups > 1 (a group's score is that of its best two)"),
             ("n_routed_experts", v2 or args.n_routed_experts != 1, "0, or at least 2"),
             ("dim", not v2 or args.dim % args.n_heads == 0,
-             f"a multiple of n_heads = {args.n_heads}"),
-            ("mscale", not args.yarn or args.mscale != 0, "other than 0 where YaRN is on")):
+             f"a multiple of n_heads = {args.n_heads}")):
         require(args, field, holds, f"{valid}, in a {CLASSES[model_type]}")
 
 
@@ -202,4 +264,6 @@ def released_fields(args: ModelArgs) -> dict:
     if args.yarn:
         scaling = {"type": "yarn", "mscale_all_dim": args.mscale}
         scaling |= {theirs: getattr(args, ours) for ours, theirs in ROPE_FIELDS.items()}
+        plain = args.mscale != 0 and args.attention_factor == 1
+        scaling |= {"mscale": args.mscale} if plain else {"attention_factor": args.attention_factor}
     return config | {"rope_theta": args.rope_theta, "rope_scaling": scaling}

@@ -26,6 +26,8 @@ from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, goes_to_fp8, ow
 from minids.hf.reading import aside_of
 from minids.hf.settings import FP8_CONFIG, QUANTIZE, config_from_args, model_type_of
 from minids.model.transformer import Transformer
+from minids.text.bpe import GENERATION
+from minids.text.chat import JINJA
 from minids.text.corpora import check_file
 from minids.text.tokenizer import Tokenizer
 
@@ -34,12 +36,14 @@ OWN_FILE = (r"config\.json|model(-\d+-of-\d+)?\.safetensors|mtp\.safetensors"
 TOKENIZER_FILE = (
     r"tokenizer\w*\.(json|model)|tokenization_\w+\.py|special_tokens_map\.json|vocab\.json"
     r"|generation_config\.json|chat_template\.jinja|tiktoken\.model|merges\.txt")
+ENDS = "bos_token_id", "eos_token_id"
 FORMAT = {"format": "pt"}  # transformers demands it
 
 
 def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
             dtype: torch.dtype | None = None, shard_bytes: int = 5_000_000_000,
-            tokenizer: Tokenizer | Path | None = None, quantize: str | None = None) -> None:
+            tokenizer: Tokenizer | Path | None = None, quantize: str | None = None,
+            chat: bool = False) -> None:
     """Write a folder that `transformers.AutoModelForCausalLM.from_pretrained` and `load_hf` read.
 
     folder: one that holds files is refused unless `overwrite` is set; then the model in it is
@@ -52,6 +56,7 @@ def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
     quantize: "fp8" or "fp8-ue8m0": matrices in E4M3 with a scale per 128 x 128 block, as V3 is
         released, or with powers of two as scales, as V3.1 and V3.2. Embedding, head, gates, norms,
         eh_proj and weights_proj stay wide.
+    chat: whether the tokenizer gets the template of conversations
     Raises `ValueError` for a model that cannot be expressed or a folder that is taken; `OSError`
     when the disk refuses, with the folder unchanged.
     """
@@ -64,9 +69,13 @@ def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
         write_weights(model, temp, dtype, shard_bytes, quantize)
         write_json(temp / CONFIG, config)
         if isinstance(tokenizer, Tokenizer):
-            tokenizer.save_hf(temp)
+            tokenizer.save_hf(temp, chat)
+            if chat:
+                (temp / "chat_template.jinja").write_text(JINJA, "utf-8")
         for file in copied:
             shutil.copy2(file, temp)
+        if tokenizer and not (temp / GENERATION).exists():
+            write_json(temp / GENERATION, {name: config[name] for name in ENDS})
 
 
 def saved_config(model: Transformer, dtype: torch.dtype | None,
@@ -75,9 +84,10 @@ def saved_config(model: Transformer, dtype: torch.dtype | None,
     demand("quantize", quantize, quantize in (None, *QUANTIZE), f"None, {' or '.join(QUANTIZE)}")
     config = config_from_args(model.args)
     config["torch_dtype"] = str(dtype or model.head.weight.dtype).removeprefix("torch.")
-    ends = {"bos_token_id": None, "eos_token_id": None}  # if absent, transformers assumes V3's
+    ends = dict.fromkeys(ENDS)  # if absent, transformers assumes V3's
     if isinstance(tokenizer, Tokenizer):
-        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
+        eos = tokenizer.eos_ids if len(tokenizer.eos_ids) > 1 else tokenizer.eos_id
+        ends = {"bos_token_id": tokenizer.bos_id, "eos_token_id": eos}
         if tokenizer.n_tokens > model.args.vocab_size:
             raise ValueError(f"tokenizer has {tokenizer.n_tokens} tokens: it must have at most "
                              f"vocab_size = {model.args.vocab_size}")

@@ -6,7 +6,7 @@ through alone, in the absorbed form, and finds what came before in the latent ca
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from itertools import chain
 
@@ -59,7 +59,7 @@ class Generation:
 @torch.inference_mode()
 def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
              temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0,
-             eos_id: int | None = None, speculative: int = 0,
+             eos_id: int | Collection[int] | None = None, speculative: int = 0,
              on_token: Callable[[int, int], None] | None = None) -> Generation:
     """Continue each prompt.
 
@@ -68,7 +68,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     top_k: draw from the k most likely tokens only; 0: from all
     top_p: draw from the fewest tokens that together have this probability; 1: from all
     seed: decides the draws, together with a prompt's position in the batch
-    eos_id: the token that ends a sequence; None: none does
+    eos_id: the token that ends a sequence, or several, each of which does; None: none does
     speculative: tokens that the MTP modules draft before each pass; 0: plain decoding
     on_token: called with sequence and token as soon as there is one
     Raises `ValueError` naming the argument that is not valid.
@@ -81,6 +81,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
         rounds = speculative_rounds(model, *text, max_new_tokens, speculative, sampler)
     else:
         rounds = plain_rounds(model, *text, max_new_tokens, sampler)
+    ends = {eos_id} if eos_id is None or isinstance(eos_id, int) else set(eos_id)
     rows, passed, running = [[] for _ in prompts], [[] for _ in prompts], set(range(len(prompts)))
     for steps, new in enumerate(rounds, start=1):
         for row in sorted(running):
@@ -89,7 +90,7 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
                 rows[row].append(token)
                 if on_token is not None:
                     on_token(row, token)
-                if token == eos_id or len(rows[row]) == max_new_tokens:
+                if token in ends or len(rows[row]) == max_new_tokens:
                     running.remove(row)
                     break
         if not running:

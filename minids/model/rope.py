@@ -54,13 +54,14 @@ def softmax_scale(args: ModelArgs) -> float:
 
 
 def rotations(positions: Tensor, args: ModelArgs) -> Tensor:
-    """Return the unit complex numbers that rotate each pair to its position.
+    """Return the complex numbers that rotate each pair to its position, of YaRN's length or 1.
 
     positions: (.., S) int64, of tokens in their sequences -> (.., S, qk_rope_head_dim / 2)
     """
     freqs = rotary_frequencies(args, positions.device)
     angles = positions.unsqueeze(-1).float() * freqs  # (.., S, qk_rope_head_dim / 2)
-    return torch.complex(angles.cos(), angles.sin())
+    length = args.attention_factor if args.yarn else 1.0
+    return torch.complex(length * angles.cos(), length * angles.sin())
 
 
 def apply_rotary_emb(x: Tensor, rotation: Tensor) -> Tensor:

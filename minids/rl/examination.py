@@ -54,7 +54,7 @@ def ask(model: Transformer, tokenizer: Tokenizer, questions: Sequence[str], how:
     for number, part in enumerate(parts(questions, BATCH)):
         prompts = [form.prompt(question, how.mode) for question in part]
         done = generate(model, prompts, how.max_new_tokens, how.temperature, top_p=how.top_p,
-                        seed=how.seed + number, eos_id=tokenizer.eos_id)
+                        seed=how.seed + number, eos_id=tokenizer.eos_ids)
         replies += [form.read(tokens, how.mode) for tokens in done.tokens]
     return replies
 

@@ -12,7 +12,7 @@ Prompts are sampled together with the latent cache, aligned at position 0 and pa
 the trainer sees the same positions, and nobody sees padding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import torch
@@ -60,9 +60,9 @@ class Rollout(NamedTuple):
 
 @torch.no_grad()
 def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler,
-             eos_id: int) -> Rollout:
-    """Write a reply to each prompt, of at most `max_new_tokens`, at a temperature above 0."""
-    weight = model.head.weight
+             eos_id: int | Collection[int]) -> Rollout:
+    """Write replies that end with `eos_id` (or one of several), at a temperature above 0."""
+    weight, ends = model.head.weight, [eos_id] if isinstance(eos_id, int) else eos_id
     text, lengths = right_pad(prompts, weight.device)  # (B, P), (B,)
     (batch, longest), row = text.shape, torch.arange(len(text), device=weight.device)
     tokens = F.pad(text, (0, max_new_tokens))  # (B, L)
@@ -88,7 +88,8 @@ def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
             logp[row, at - 1] = probs[row, token].log().masked_fill(~running, 0.0)
             if sampler.cuts:
                 allowed[row, at - 1] = probs > 0
-            running &= token != eos_id
+            for end in ends:
+                running &= token != end
             if step == max_new_tokens - 1 or not running.any():
                 break
             found = next_token(model, cache, token)

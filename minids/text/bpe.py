@@ -9,8 +9,8 @@ import json
 from collections.abc import Iterable
 from itertools import pairwise
 
-RELEASED = TOKENIZER, TOKENIZER_CONFIG, CONFIG = (
-    "tokenizer.json", "tokenizer_config.json", "config.json")
+RELEASED = TOKENIZER, TOKENIZER_CONFIG, CONFIG, GENERATION = (
+    "tokenizer.json", "tokenizer_config.json", "config.json", "generation_config.json")
 
 SPECIAL = (
     "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>",
@@ -146,27 +146,32 @@ def without_added(spec: dict, special: dict[str, int]) -> dict:
     return spec | off | {"added_tokens": [], "model": model}
 
 
-def end_id(end: str, ids: dict[str, int], tokenizer_config: dict, config: dict) -> int:
-    """Return the id of "bos" or "eos" in a released tokenizer; ids: id of each token.
+def end_ids(end: str, ids: dict[str, int], tokenizer_config: dict, *configs: dict) -> list[int]:
+    """Return the ids of "bos" or "eos" in a released tokenizer; ids: id of each token.
 
-    tokenizer_config.json names it; failing that, config.json numbers it (the first of several);
-    failing both, it has DeepSeek's name.
+    The first is the one to write: tokenizer_config.json names it; failing that, config.json or
+    generation_config.json numbers it; failing all, it has DeepSeek's name. The others end a text.
     """
-    name, number = tokenizer_config.get(f"{end}_token"), config.get(f"{end}_token_id")
+    name, numbers = tokenizer_config.get(f"{end}_token"), []
     if isinstance(name, dict):
         name = name.get("content")
-    if isinstance(number, list):
-        number = number[0] if number else None
+    for file, config in zip((CONFIG, GENERATION), configs, strict=True):
+        if end == "bos" and name is not None:
+            break
+        given = config.get(f"{end}_token_id")
+        own = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(number) is int and number in ids.values() for number in own):
+            raise ValueError(f"{file}: {end}_token_id = {given!r} is not in {TOKENIZER}")
+        numbers += own
     if name is not None:
         what = f"{TOKENIZER_CONFIG}: {end}_token = {name!r}"
         found = ids.get(name) if isinstance(name, str) else None
-    elif number is not None:
-        what = f"{CONFIG}: {end}_token_id = {number!r}"
-        found = number if type(number) is int and number in ids.values() else None
+    elif numbers:
+        found = numbers[0]
     else:
         name = SPECIAL[end == "eos"]
         what = f"{TOKENIZER_CONFIG} has no {end}_token, {CONFIG} no {end}_token_id, and {name}"
         found = ids.get(name)
     if found is None:
         raise ValueError(f"{what} is not in {TOKENIZER}")
-    return found
+    return list(dict.fromkeys([found, *numbers]))

@@ -21,6 +21,15 @@ from minids.base.fields import nearest
 from minids.text.tokenizer import Tokenizer
 
 MODES = ("think", "direct", "free")
+# The template in transformers' language, for exports: `thinking` is the mode, true or false.
+JINJA = """{{ bos_token }}{% for m in messages -%}
+{% if m.role == 'user' %}{{ '<｜User｜>' + m.content + '<｜Assistant｜>' }}
+{%- elif m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}
+{%- if loop.last and m.reasoning_content is string %}{{ '<think>' + m.reasoning_content }}
+{%- elif loop.last and parts | length > 1 %}{{ parts[0] }}{% endif %}
+{{- '</think>' + parts[-1] + eos_token }}{% else %}{{ m.content }}{% endif %}{% endfor %}
+{%- if add_generation_prompt and thinking is defined %}{{ '<think>' if thinking else '</think>' }}
+{%- endif %}"""
 THOUGHTS = ("thought", "reasoning_content")  # names of an assistant's thought in a message
 
 
@@ -91,7 +100,7 @@ class Chat:
     def read(self, ids: list[int], mode: str = "free") -> Reply:
         """Return the reply that the model generated after a prompt of this mode."""
         t, size = self.tokenizer, len(ids) + len(self.forced[mode])
-        ids, ended = ended_by(self.forced[mode] + ids, t.eos_id)
+        ids, ended = ended_by(self.forced[mode] + ids, t.eos_ids)
         end = ids.index(t.end_think_id) if t.end_think_id in ids else len(ids)
         thought = text_of(t, ids[1:end]) if ids[:1] == [t.think_id] else None
         closed = end < len(ids) and (end == 0 or thought is not None)
@@ -113,7 +122,7 @@ class Plain:
     def read(self, ids: list[int], mode: str = "free") -> Reply:
         """Return the reply that the model generated after a prompt of this mode."""
         t = self.tokenizer
-        size, (ids, ended) = len(ids), ended_by(ids, t.eos_id)
+        size, (ids, ended) = len(ids), ended_by(ids, t.eos_ids)
         text, thought, answer = text_of(t, ids), None, None
         text = "" if text is None else self.forced[mode] + text
         if text.startswith(" ="):
@@ -179,9 +188,10 @@ def with_thought(message: dict) -> dict:
     return dict(role="assistant", content=content, thought=thoughts[0] if thoughts else None)
 
 
-def ended_by(ids: list[int], eos_id: int) -> tuple[list[int], bool]:
-    """Return the ids before EOS, and whether there is an EOS."""
-    return (ids[:ids.index(eos_id)], True) if eos_id in ids else (ids, False)
+def ended_by(ids: list[int], eos_ids: list[int]) -> tuple[list[int], bool]:
+    """Return the ids before the first EOS, and whether there is one."""
+    end = next((i for i, token in enumerate(ids) if token in eos_ids), None)
+    return ids[:end], end is not None
 
 
 def text_of(tokenizer: Tokenizer, ids: list[int]) -> str | None:

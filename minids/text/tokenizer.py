@@ -56,6 +56,7 @@ class Tokenizer:
     n_tokens: highest id plus one
     vocab_size: n_tokens padded to a multiple of 64, the rows of the model's embedding
     special: id of each special token's string; the common ones are attributes (`bos_id`, ..)
+    eos_ids: ids that end a text: `eos_id`, which is written, and more in some released models
     pattern: the regular expression that splits the text; made: how the tokenizer was made
     fingerprint: 16 hex digits of a hash of ids, special tokens and pattern, which decide how a
         text is encoded; a checkpoint stores it and accepts no other tokenizer
@@ -90,6 +91,7 @@ class Tokenizer:
         (self.bos_id, self.eos_id, self.user_id, self.assistant_id, self.think_id,
          self.end_think_id, self.fim_begin_id, self.fim_hole_id, self.fim_end_id) = (
             special.get(text) for text in SPECIAL[:9])
+        self.eos_ids = [self.eos_id]
         self._bytes = [b""] * self.vocab_size
         for text, token in special.items():
             self._bytes[token] = text.encode()
@@ -163,14 +165,15 @@ class Tokenizer:
         lines = [rank_line(piece, token) + "\n" for piece, token in self.ranks.items()]
         write_files(folder, {RANKS: "".join(lines), META: meta})
 
-    def save_hf(self, folder: str | Path) -> None:
+    def save_hf(self, folder: str | Path, chat: bool = False) -> None:
         """Write the tokenizer for transformers: `AutoTokenizer.from_pretrained(folder)`.
 
         It gives the same ids. There too, no text becomes a special token (unless it is called with
-        split_special_tokens=False), and BOS is not added unasked. Other files in the folder stay.
+        split_special_tokens=False, or for `chat`, whose template writes tags as text), and BOS is
+        not added unasked. Other files in the folder stay.
         """
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0],
-                  "eos_token": SPECIAL[1], "split_special_tokens": True,
+                  "eos_token": SPECIAL[1], "split_special_tokens": not chat,
                   "clean_up_tokenization_spaces": False}
         spec = bpe.to_library(self.ranks, self.special, self.pattern).to_str(pretty=True) + "\n"
         write_files(folder, {TOKENIZER: spec, TOKENIZER_CONFIG: config})
@@ -236,7 +239,7 @@ class ReleasedTokenizer(Tokenizer):
     need not be marked.
 
     special: all added tokens, BOS and EOS. A common one that the file lacks is None, `fim_hole_id`
-        for example; BOS and EOS are what the files say (`end_id`), whatever they are called
+        for example; BOS and EOS are what the files say (`end_ids`), whatever they are called
     vocab_size: the rows of the model whose config.json is beside it, else padded as for our own
     """
 
@@ -247,11 +250,12 @@ class ReleasedTokenizer(Tokenizer):
         bpe.check_byte_level(spec, type(engine.model).__name__)
         vocab = engine.get_vocab(with_added_tokens=False)
         special = {token.content: i for i, token in engine.get_added_tokens_decoder().items()}
-        bos, eos = (bpe.end_id(end, vocab | special, *configs) for end in ("bos", "eos"))
+        (bos, *_), eos_ids = (bpe.end_ids(end, vocab | special, *configs) for end in ("bos", "eos"))
+        eos = eos_ids[0]
         special |= {token: i for token, i in vocab.items() if i in (bos, eos)}
         rows = configs[1].get("vocab_size")
         self._number(bpe.byte_ranks(vocab, special), special, rows if isinstance(rows, int) else 0)
-        self.bos_id, self.eos_id = bos, eos
+        self.bos_id, self.eos_id, self.eos_ids = bos, eos, eos_ids
         self.fingerprint = digest([spec, bos, eos])
         self._engine = bpe.read_engine(bpe.without_added(spec, special))
         self._check_text(f"{TOKENIZER} does not keep all text: its normalizer must be empty, its "
@@ -259,7 +263,7 @@ class ReleasedTokenizer(Tokenizer):
 
     @classmethod
     def load(cls, folder: str | Path) -> "ReleasedTokenizer":
-        """Load tokenizer.json, and tokenizer_config.json and config.json if they exist."""
+        """Load tokenizer.json, and the others of `RELEASED` that exist."""
         paths = [Path(folder) / name for name in RELEASED]
         try:
             return cls({path.name: read_json(inside(path)) for path in paths if path.exists()})
@@ -271,7 +275,7 @@ class ReleasedTokenizer(Tokenizer):
         check_target(Path(folder), TOKENIZER)
         write_files(folder, self.files)
 
-    def save_hf(self, folder: str | Path) -> None:
+    def save_hf(self, folder: str | Path, chat: bool = False) -> None:
         """Write what was read except config.json, which is a model's; other files stay."""
         write_files(folder, {name: self.files[name] for name in self.files if name != CONFIG})
 

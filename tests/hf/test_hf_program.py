@@ -190,7 +190,9 @@ def test_a_new_tokenizer_replaces_the_old_one_whole(exported, tmp_path):
     assert (folder / "tokenizer.json").exists() and (folder / "generation_config.json").exists()
     folder_of(LITTLE, folder, overwrite=True, tokenizer=exported)
     assert (folder / "tokenizer.json").exists()
-    assert not (folder / "generation_config.json").exists()
+    for name in ("bos_token_id", "eos_token_id"):  # no longer 5
+        own, new = (json.loads((where / CONFIG).read_text())[name] for where in (exported, folder))
+        assert json.loads((folder / "generation_config.json").read_text())[name] == own == new
 
 
 def test_the_command_itself(exported, tmp_path):

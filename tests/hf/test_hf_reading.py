@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_folders import (
-    RAGGED,
-    all_equal,
-    call,
-    edit,
-    folder_of,
-)
+from hf_folders import RAGGED, call, edit, folder_of
 from safetensors.torch import load_file, save_file
 from small_models import LITTLE
 
@@ -104,7 +98,7 @@ CONFIGS = {
     "rope is no object": (config_with(rope_scaling="yarn"), "rope_scaling = 'yarn'"),
     "rope without factor": (rope_with(factor=...), "rope_scaling.factor is missing"),
     "bad factor": (rope_with(factor=-1), "rope_scaling.factor = -1"),
-    "angles scaled": (rope_with(mscale_all_dim=0.7), "rope_scaling.mscale = 1.0"),
+    "angles scaled": (rope_with(mscale=0.7, mscale_all_dim=None), "rope_scaling.mscale = 0.7"),
     "angles scaled by a factor": (rope_with(attention_factor=1.2), "attention_factor = 1.2"),
     "YaRN without need": (rope_with(original_max_position_embeddings=48),
                           "max_position_embeddings = 48"),
@@ -214,17 +208,6 @@ def test_damage_is_one_line_and_nothing_is_written(kind, name, damage, file, wor
     assert not out.exists() and list(tmp_path.iterdir()) == [folder]
     with pytest.raises(ValueError, match=re.escape(words)):
         load_hf(folder)
-
-
-def test_an_mtp_module_that_the_configuration_lacks_is_left_out_with_a_note(healthy, tmp_path,
-                                                                           capsys):
-    shutil.copytree(healthy["plain"], folder := tmp_path / "in")
-    edit(folder / CONFIG, {"num_nextn_predict_layers": 0})
-    model, whole = load_hf(folder), load_hf(healthy["plain"])
-    assert "has no MTP module" in capsys.readouterr().err
-    assert model.args == replace(whole.args, n_mtp_layers=0)
-    kept = {name: w for name, w in whole.state_dict().items() if not name.startswith("mtp.")}
-    assert all_equal(model.state_dict(), kept) and len(kept) < len(whole.state_dict())
 
 
 def test_healthy_folders_pass(healthy, capsys, monkeypatch):

@@ -58,7 +58,8 @@ def drawn(draw) -> ModelArgs:
         gate_bias=not softmax or v32, q_lora_rank=draw(st.integers(v32, 9)),
         norm_eps=draw(st.floats(1e-9, 1e-2)), rope_theta=draw(st.floats(2, 1e6)),
         max_seq_len=draw(st.integers(1, 200)), original_seq_len=original,
-        rope_factor=draw(st.floats(1, 64)), mscale=draw(st.floats(0.1, 2)),
+        rope_factor=draw(st.floats(1, 64)), mscale=draw(st.just(0.0) | st.floats(0.1, 2)),
+        attention_factor=draw(st.just(1.0) | st.floats(0.5, 2)),
         beta_fast=draw(st.floats(4, 40)), n_mtp_layers=draw(st.integers(0, 2)),
         init_std=draw(st.floats(1e-4, 1)), route_scale=draw(st.floats(0.1, 20)))
 
@@ -149,8 +150,7 @@ def test_the_form_of_transformers_5_is_read(kind):
     (dict(gate_bias=False), "gate_bias = False"),
     (dict(n_routed_experts=1, n_activated_experts=1, n_expert_groups=1, n_limited_groups=1),
      "n_routed_experts = 1"),
-    (dict(score_func="softmax", gate_bias=False, n_heads=5), "dim = 24"),
-    (dict(mscale=0.0, original_seq_len=10), "mscale = 0.0")])
+    (dict(score_func="softmax", gate_bias=False, n_heads=5), "dim = 24")])
 def test_what_transformers_has_no_class_for_is_refused_by_name(change, named, tmp_path):
     model = hf.names.skeleton(replace(LITTLE, **change))
     with pytest.raises(ValueError, match=named):

@@ -95,7 +95,7 @@ def load_all(_):
 def load_mapped(_):
     \"\"\"The file stays open while its tensors are read.\"\"\"
     with hf.reading.safe_open(folder + "/model.safetensors", "pt") as stream:
-        hf.reading.stored = lambda source, name: stream.get_tensor(name)
+        hf.reading.stored = lambda header: stream.get_tensor(header.name)
         return hf.load_hf(folder)
 
 def save(shard_bytes):

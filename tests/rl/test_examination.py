@@ -73,6 +73,6 @@ def test_questions_are_asked_in_parts_each_with_a_seed_of_its_own(monkeypatch):
     replies = ask(None, tokenizer, questions, Asking("direct", "chat", 7, 0.5, 0.9, 3))
     assert replies == [Reply(None, "", True, 2)] * 5
     assert [len(call[0]) for call in calls] == [2, 2, 1]
-    assert [call[1:] for call in calls] == [(7, 0.5, 0.9, 3 + i, tokenizer.eos_id)
+    assert [call[1:] for call in calls] == [(7, 0.5, 0.9, 3 + i, tokenizer.eos_ids)
                                            for i in range(3)]
     assert all(prompt[-1] == tokenizer.end_think_id for call in calls for prompt in call[0])

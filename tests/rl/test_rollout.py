@@ -153,3 +153,20 @@ def test_entropy_is_that_of_the_distribution():
     probs = model(found.tokens[:, :-1]).softmax(-1)[found.written]
     expected = torch.distributions.Categorical(probs).entropy()
     torch.testing.assert_close(log_probs(model, found)[1], expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("places", [[2], [5, 3], [9, 6, 4]])
+def test_any_of_several_eos_ends_a_reply(places):
+    model = scrambled(LITTLE)
+
+    def drawn(ends) -> Rollout:
+        generator = torch.Generator().manual_seed(0)
+        return roll_out(model, PROMPTS, 20, Sampler(1.0, generator=generator), ends)
+
+    free = drawn(-1)
+    ends = [free.replies()[0][place] for place in places]
+    found = drawn(ends)
+    cut = [next((row[:i + 1] for i, t in enumerate(row) if t in ends), row)
+           for row in free.replies()]
+    assert found.replies() == cut != free.replies()
+    assert worst(model, found) < 1e-12

@@ -40,6 +40,16 @@ def test_a_prompt_ends_in_what_its_mode_forces(t):
 
 
 @both
+def test_any_eos_of_a_released_model_ends_a_reply(t, monkeypatch):
+    monkeypatch.setattr(t, "eos_ids", [t.eos_id, *t.encode("."), *t.encode("!")])
+    for text, ended in ("6.7", True), ("6!.", True), ("6", False):
+        for mode in ("direct", "free"):
+            ids = [*([] if mode == "direct" else [t.end_think_id]), *t.encode(text)]
+            assert Chat(t).read(ids, mode)[1:3] == ("6", ended)
+        assert Plain(t).read(t.encode(f" = {text}"))[1:3] == ("6", ended)
+
+
+@both
 def test_a_sample_learns_the_reply(t):
     asked = [t.bos_id, t.user_id, *t.encode(QUESTION), t.assistant_id]
     reply = [t.think_id, *t.encode("3*7=1+5=6"), t.end_think_id, *t.encode("6"), t.eos_id]

@@ -201,6 +201,30 @@ def test_begin_and_end_are_taken_from_the_files_in_turn(copy):
     assert ends(copy) == (0, 1)
 
 
+@pytest.mark.parametrize("config, generation, expected, first", [
+    ([1, 710], None, [1, 710], 1), (None, [701, 702], [1, 701, 702], 701),
+    (700, 701, [1, 700, 701], 700), ([710, 1], [702, 710], [1, 710, 702], 710), ([], [], [1], 1)])
+def test_every_eos_of_the_files_ends_a_text(config, generation, expected, first, copy, tmp_path):
+    for name, value in (bpe.CONFIG, config), (bpe.GENERATION, generation):
+        (copy / name).write_text(json.dumps({"eos_token_id": value}), "utf-8")
+    t = Tokenizer.load(copy)
+    assert t.eos_ids == expected and t.eos_id == 1
+    t.save(tmp_path / "run")  # what is trained from it has them too
+    assert Tokenizer.load(tmp_path / "run").eos_ids == expected
+    (copy / bpe.TOKENIZER_CONFIG).unlink()
+    assert Tokenizer.load(copy).eos_id == first  # of unnamed ones the first is the one to write
+
+
+@pytest.mark.parametrize("name", [bpe.CONFIG, bpe.GENERATION])
+@pytest.mark.parametrize("value", [-1, 5000, [1, 5000], ["1"], "1", [1.5], {"eos": 1}, [[1]], True],
+                         ids=str)
+def test_an_eos_that_is_no_token_is_refused_with_its_file(name, value, copy):
+    (copy / name).write_text(json.dumps({"eos_token_id": value}), "utf-8")
+    with pytest.raises(ValueError) as refused:
+        Tokenizer.load(copy)
+    assert f"{name}: eos_token_id = {value!r} is not in tokenizer.json" in str(refused.value)
+
+
 def test_an_end_that_is_an_ordinary_entry_is_made_of_no_text(copy):
     """"<s>" stands in the vocabulary but not among the added tokens, and ends the text."""
     edit(copy, lambda spec: spec["model"]["vocab"].update({"<s>": 800}))
