@@ -79,8 +79,11 @@ def learn_merges(texts: Iterable[str], n_merges: int) -> list[bytes]:
     return sorted((piece for piece in ranks if len(piece) > 1), key=ranks.get)
 
 
-def to_library(ranks: dict[bytes, int], special: dict[str, int], pattern: str):
-    """Return the same tokenizer in the `tokenizers` library, with its special tokens."""
+def to_library(ranks: dict[bytes, int], special: dict[str, int], pattern: str, shown=()):
+    """Return the same tokenizer in the `tokenizers` library, with its special tokens.
+
+    shown: those that a reader who skips special tokens sees, as DeepSeek's tags of thoughts
+    """
     from tokenizers import AddedToken, decoders, models, processors
 
     char_of = {byte: c for c, byte in printable_bytes().items()}
@@ -88,7 +91,9 @@ def to_library(ranks: dict[bytes, int], special: dict[str, int], pattern: str):
     vocab = special | {spelled[piece]: token for piece, token in ranks.items()}
     merges = [(spelled[left], spelled[right]) for left, right in merge_pairs(ranks)]
     engine = byte_level_bpe(models.BPE(vocab=vocab, merges=merges), pattern)
-    engine.add_special_tokens([AddedToken(text, normalized=False) for text in special])
+    for text in special:  # in the order of their ids
+        add = engine.add_tokens if text in shown else engine.add_special_tokens
+        add([AddedToken(text, normalized=False)])
     engine.decoder = decoders.ByteLevel()
     engine.post_processor = processors.ByteLevel(trim_offsets=False)
     return engine

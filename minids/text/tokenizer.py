@@ -175,7 +175,8 @@ class Tokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": SPECIAL[0],
                   "eos_token": SPECIAL[1], "split_special_tokens": not chat,
                   "clean_up_tokenization_spaces": False}
-        spec = bpe.to_library(self.ranks, self.special, self.pattern).to_str(pretty=True) + "\n"
+        engine = bpe.to_library(self.ranks, self.special, self.pattern, SPECIAL[4:6] * chat)
+        spec = engine.to_str(pretty=True) + "\n"
         write_files(folder, {TOKENIZER: spec, TOKENIZER_CONFIG: config})
 
     def encode(self, text: str | bytes) -> list[int]:

@@ -83,19 +83,17 @@ def test_lm_evaluation_harness_has_our_log_likelihoods(exported, tmp_path):
          output_type="multiple_choice", doc_to_target="label", doc_to_choice=choices,
          target_delimiter=" = ", metric_list=[{"metric": "acc"}])
     model = HFLM(str(exported), device="cpu", dtype="float32", batch_size=1, add_bos_token=True)
-    told = simple_evaluate(model, tasks=["digits"], log_samples=True,
-                           task_manager=TaskManager(include_path=str(tmp_path)))
+    scored = simple_evaluate(model, tasks=["digits"], log_samples=True,
+                             task_manager=TaskManager(include_path=str(tmp_path)))
     ours = open_model(exported)
-    for sample in told["samples"]["digits"]:
-        for (prompt, choice), [(logp, _)] in zip(
-                ((r["arg_0"], r["arg_1"]) for r in sample["arguments"].values()),
-                sample["resps"], strict=True):
+    for sample in scored["samples"]["digits"]:
+        for (prompt, choice), told in zip(sample["arguments"], sample["resps"], strict=True):
             t = ours.tokenizer
             ids, own = [t.bos_id, *t.encode(prompt)], t.encode(choice)
             with torch.no_grad():
                 scores = ours.model(torch.tensor([ids + own]))[0, len(ids) - 1:-1].log_softmax(-1)
             expected = scores.gather(1, torch.tensor(own)[:, None]).sum().item()
-            assert float(logp) == pytest.approx(expected, abs=1e-4)
+            assert float(told[0][0]) == pytest.approx(expected, abs=1e-4)
 
 
 @pytest.mark.usefixtures("offline")
@@ -119,7 +117,7 @@ def test_trl_takes_a_grpo_step_from_an_export(exported, tmp_path):
         gradient_checkpointing=False, save_strategy="no", disable_tqdm=True,
         chat_template_kwargs={"thinking": True}), train_dataset=data)
     trainer.train()
-    assert len(seen) == 8
+    assert len(seen) == 8 and any("</think>" in talk[0]["content"] for _, talk in seen)
     trainer.save_model(str(tmp_path / "out"))
     trainer.processing_class.save_pretrained(tmp_path / "out")
     before, after = open_model(exported), open_model(tmp_path / "out")

@@ -169,7 +169,10 @@ def test_only_a_model_of_conversations_has_the_template(folder, tmp_path):
     assert len(AutoTokenizer.from_pretrained(folder)(text)["input_ids"]) == len(text.encode())
     save_hf(scrambled(ARGS), tmp_path / "out", tokenizer=BYTES, chat=True)
     for copy in (tmp_path / "out", tmp_path / "again"):
-        assert AutoTokenizer.from_pretrained(copy)(text)["input_ids"] == [BYTES.user_id]
+        theirs = AutoTokenizer.from_pretrained(copy)
+        assert theirs(text)["input_ids"] == [BYTES.user_id]
+        reply = [BYTES.think_id, 90, BYTES.end_think_id, 91, BYTES.eos_id]
+        assert theirs.decode(reply, skip_special_tokens=True) == BYTES.decode(reply[:-1])
         assert open_model(copy).tokenizer.encode(text) == BYTES.encode(text)
         if copy == tmp_path / "out":
             convert(HfArgs(run=str(copy), out=str(tmp_path / "again")))
