@@ -253,7 +253,10 @@ def trials(name: str, scratch: Path, server: Server) -> Iterator[Trial]:
     start, known = whole.start, []
     for until in (*STAGES, ""):
         part = Trial(name, scratch, server, start, until)
-        seen = re.sub(rf"\b({'|'.join(STAGES)})\b(?=/|\.jsonl)", "STAGE", json.dumps(part.seen))
+        # A folder lists its files in any order.
+        files = re.sub(rf"\b({'|'.join(STAGES)})\b(?=/|\.jsonl)", "STAGE",
+                       json.dumps([path for _, path in part.seen]))
+        seen = [event for event, _ in part.seen], sorted(json.loads(files), key=str)
         if seen not in known:
             yield part
         known.append(seen)
