@@ -254,7 +254,7 @@ def trials(name: str, scratch: Path, server: Server) -> Iterator[Trial]:
     for until in (*STAGES, ""):
         part = Trial(name, scratch, server, start, until)
         # A folder lists its files in any order.
-        files = re.sub(rf"\b({'|'.join(STAGES)})\b(?=/|\.jsonl)", "STAGE",
+        files = re.sub(rf"(?<![a-z])({'|'.join(STAGES)})(?=/|\.jsonl|\")", "STAGE",
                        json.dumps([path for _, path in part.seen]))
         seen = [event for event, _ in part.seen], sorted(json.loads(files), key=str)
         if seen not in known:
