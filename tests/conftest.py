@@ -6,7 +6,6 @@ Notebook kernels and the programs that tests start are children of the workers a
 import gc
 import os
 import resource
-import sys
 
 import pytest
 
@@ -14,11 +13,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of the two workers compute
 
 # Many processes import the package: the first one compiles it, also where an image says not to.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-
-# jsonschema, which reads notebooks, builds the grammars of addresses when it is imported: two
-# seconds a process, for a check that notebooks do not ask for. nbval is imported after this line.
-sys.modules["rfc3987_syntax"] = None
-pytest_plugins = ["nbval.plugin"]
 
 # What a tensor leaves stays with the process, as `prepare_cpu` has it in our programs (glibc reads
 # these when a process starts). Else each step of training fetches its memory from the kernel again.
