@@ -27,6 +27,7 @@ from tqdm import tqdm
 from minids.base.command_line import Stopped, parse, run_program
 from minids.base.fields import Settings, check_writable, option, require
 from minids.base.files import digest, read_sealed, sealed, write_whole
+from minids.infer.sampling import COLDEST
 from minids.rl.examination import BATCH, Asking, ask, parts
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.runs.device import pick_device, prepare_cpu
@@ -61,7 +62,7 @@ class CorpusArgs(Settings):
         require(self, "corpus", not Path(self.corpus).is_dir(), "a file, and it is a folder")
         require(self, "corpus", not any(path.is_file() for path in Path(self.corpus).parents),
                 "in a folder, and it is below a file")
-        require(self, "tries", self.tries == 1 or self.temperature > 0,
+        require(self, "tries", self.tries == 1 or self.temperature >= COLDEST,
                 "1 at temperature 0, where all replies are the same")
         require(self, "direct", self.direct < 1, "0 or more and below 1")
 

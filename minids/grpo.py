@@ -42,7 +42,7 @@ from tqdm import tqdm
 from minids.base.command_line import parse, run_program
 from minids.base.fields import option, require
 from minids.config import ModelArgs
-from minids.infer.sampling import Sampler
+from minids.infer.sampling import COLDEST, Sampler
 from minids.model.transformer import Transformer
 from minids.rl.examination import Asking, check_room, examine_modes
 from minids.rl.objectives import OBJECTIVES, ObjectiveArgs, advantages, objective, token_weights
@@ -79,7 +79,7 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
     updates: int = option(1, "optimizer steps that share a rollout, each on a part of it", low=1)
     micro_batch: int = option(256, "replies that go through the model together", low=1)
     max_new_tokens: int = option(48, "maximum length of a reply, tokens", low=1)
-    temperature: float = option(1.0, "divides the logits in sampling", above=0)
+    temperature: float = option(1.0, "divides the logits in sampling", low=COLDEST)
     top_k: int = option(0, "draw from this many likeliest tokens; 0: all", low=0)
     top_p: float = option(1.0, "draw from the fewest tokens of this probability", above=0, high=1)
     reference_every: int = option(0, "steps between renewals of the reference; 0: none", low=0)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from minids.base.command_line import parse, run_program
 from minids.base.fields import option, require
 from minids.base.tables import format_table
+from minids.infer.sampling import COLDEST
 from minids.rl.examination import Asking, ask, mark, pass_curve
 from minids.runs.device import Machine
 from minids.runs.open import open_model
@@ -40,7 +41,7 @@ class SolveArgs(Machine):
 
     def __post_init__(self):
         super().__post_init__()
-        require(self, "samples", self.samples == 1 or self.temperature > 0,
+        require(self, "samples", self.samples == 1 or self.temperature >= COLDEST,
                 "1 at temperature 0, where all replies are the same")
 
 

@@ -14,12 +14,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of the two workers compute
 # Many processes import the package: the first one compiles it, also where an image says not to.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# What a tensor leaves stays with the process, as `prepare_cpu` has it in our programs (glibc reads
-# these when a process starts). Else each step of training fetches its memory from the kernel again.
-os.environ.setdefault("MALLOC_MMAP_MAX_", "0")
-os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2 ** 30))
+# What a tensor leaves stays with the process (glibc reads these when one starts). Else a step of
+# training gives its logits back and asks for them again: page faults, a sixth of its time.
+os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(2 ** 25))
+os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2 ** 28))
 os.environ.setdefault("MALLOC_TOP_PAD_", str(2 ** 26))
-os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")  # in large pages: a tenth less
 
 # What takes longest comes first, so that the last minute is left to what is short. A check of an
 # answer copies its process, so the two files of checks come before anything that fills memory.

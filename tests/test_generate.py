@@ -228,13 +228,70 @@ def test_streaming_prints_the_text_in_whole_characters():
     (dict(prompts=[[1] * 45]), "max_seq_len is 48"),
     (dict(max_new_tokens=0), "max_new_tokens = 0"), (dict(temperature=-0.1), "temperature = -0.1"),
     (dict(temperature=float("nan")), "temperature = nan"), (dict(top_k=-1), "top_k = -1"),
+    (dict(temperature=float("inf")), "temperature = inf"), (dict(top_p=-0.5), "top_p = -0.5"),
     (dict(top_p=0.0), "top_p = 0.0"), (dict(top_p=1.5), "top_p = 1.5"),
+    (dict(top_p=float("nan")), "top_p = nan"),
     (dict(speculative=-1), "speculative = -1"),
     (dict(prompts=[[1] * 42], speculative=3), "max_new_tokens = 4 and 3 of drafts"),
     (dict(model=scrambled(replace(NARROW, n_mtp_layers=0)), speculative=1), "no MTP module")])
 def test_bad_arguments_are_named(change, words):
     with pytest.raises(ValueError, match=words):
         generate(**dict(model=scrambled(NARROW), prompts=[[1, 2]], max_new_tokens=4) | change)
+
+
+HOW = [dict(), dict(temperature=1e-39), dict(temperature=0.8), dict(temperature=1.0, top_p=0.9),
+       dict(temperature=1.0, top_k=5)]
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 3])
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_logits_that_are_no_numbers_are_an_error(drafts, how):
+    for weight in ("head.weight", "layers.0.ffn.w1.weight", "norm.weight"):
+        for value in (float("nan"), float("inf")):
+            model = scrambled(NARROW)
+            with torch.no_grad():
+                model.get_parameter(weight)[3] = value
+            with pytest.raises(ValueError, match="^prompt 1, new token 1: .* are NaN or infinite;"):
+                generate(model, PROMPTS, 4, speculative=drafts, **how)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_the_token_that_cannot_be_drawn_is_named(drafts):
+    """The model breaks when it reads the third token that it wrote to the second prompt."""
+    model = scrambled(NARROW)
+    for start in range(64):  # until that token stands nowhere before
+        prompts = [[5, 9, 2, 33, 7], [start]]
+        first, second = generate(model, prompts, 8).tokens
+        broken = second[2]
+        if broken not in [*prompts[0], start, *first, *second[:2]]:
+            break
+    with torch.no_grad():
+        model.embed.weight[broken] = float("nan")
+    with pytest.raises(ValueError, match="^prompt 2, new token 4: no token can be drawn"):
+        generate(model, prompts, 8, speculative=drafts)
+
+
+@pytest.mark.parametrize("how", HOW, ids=str)
+def test_drafts_that_are_no_numbers_are_an_error(how):
+    model = scrambled(NARROW)
+    with torch.no_grad():
+        model.mtp[0].eh_proj.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="^prompt 1, new token 2: .* are NaN or infinite"):
+        generate(model, PROMPTS, 4, speculative=2, **how)
+    assert generate(model, PROMPTS, 4, **how)
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+def test_a_temperature_near_zero_writes_what_zero_writes(drafts):
+    model = scrambled(NARROW)
+    expected = generate(model, PROMPTS, 12).tokens
+    for temperature in (1e-45, 1e-39, 1e-6):
+        for cut in (dict(), dict(top_p=1e-45), dict(top_k=2)):
+            assert generate(model, PROMPTS, 12, temperature, speculative=drafts, **cut
+                            ).tokens == expected
+    assert generate(model, PROMPTS, 12, 1.0, 0, 1e-45, speculative=drafts).tokens == expected
+    hot = generate(model, PROMPTS, 12, 1e30, speculative=drafts).tokens
+    assert {t for row in hot for t in row} <= set(range(64)) and hot != expected
 
 
 def test_the_longest_sequence_fits():
@@ -276,6 +333,8 @@ def test_the_program_prints_the_text_and_a_line_of_statistics(run, capsys, monke
     assert "tokens/s" in err and err.count("\n") == 1
     assert call(capsys, monkeypatch, *words)[1] == out
     assert call(capsys, monkeypatch, *words[:-1], 6)[1] != out
+    cold = [call(capsys, monkeypatch, *words, "--temperature", t)[:2] for t in ("0", "1e-39")]
+    assert cold[0] == cold[1] and cold[0][0] == 0
     words += ["--samples", 2, "--run", run / "checkpoints/step_000007"]
     both = call(capsys, monkeypatch, *words)
     assert both[1].startswith(out) and both[1].count("def read_") == 2
@@ -292,6 +351,15 @@ def test_a_mistake_is_one_line_and_status_2(words, named, run, capsys, monkeypat
     given = words if "--run" in words else ["--run", run, *words]
     status, out, err = call(capsys, monkeypatch, *given)
     assert status == 2 and named in err and err.count("\n") == 1 and out == ""
+
+
+def test_a_model_that_diverged_is_one_line_and_status_2(run, capsys, monkeypatch):
+    loaded = module.open_model(run)
+    loaded.model.head.weight.data.fill_(float("nan"))
+    monkeypatch.setattr(module, "open_model", lambda *given: loaded)
+    status, _, err = call(capsys, monkeypatch, "--run", run)
+    assert status == 2 and err.count("\n") == 1
+    assert "prompt 1, new token 1: no token can be drawn, because the model's logits are NaN" in err
 
 
 def test_another_tokenizer_is_refused(run, tmp_path, capsys, monkeypatch):

@@ -33,6 +33,7 @@ def test_the_table_has_the_marks_of_each_mode(capsys):
 
 @pytest.mark.parametrize("flags, named", [
     (["--samples", "2"], "samples = 2 is not valid: it must be 1 at temperature 0"),
+    (["--samples", "2", "--temperature", "1e-39"], "samples = 2 is not valid"),
     (["--problems", "0"], "problems = 0 is not valid"),
     (["--mode", "thinking"], "mode"), (["--task", "sudoku"], "task = 'sudoku' is not valid"),
     (["--run", "nowhere"], "nowhere")])

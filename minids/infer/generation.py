@@ -5,6 +5,7 @@ through alone, in the absorbed form, and finds what came before in the latent ca
 2405.04434, section 2.1). Simplified: finished sequences stay in the batch until the last is done.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from minids.base.fields import demand
 from minids.infer.decoding import last_states, new_cache, next_token, prefill, right_pad
-from minids.infer.sampling import Sampler
+from minids.infer.sampling import Sampler, no_token
 from minids.infer.speculative import speculative_rounds
 from minids.model.transformer import Transformer
 
@@ -64,14 +65,14 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     """Continue each prompt.
 
     prompts: token ids, at least one each; max_new_tokens: at most, for each
-    temperature: divides the logits; 0 always takes the most likely token
+    temperature: divides the logits; 0, or any below 1e-5, always takes the most likely token
     top_k: draw from the k most likely tokens only; 0: from all
     top_p: draw from the fewest tokens that together have this probability; 1: from all
     seed: decides the draws, together with a prompt's position in the batch
     eos_id: the token that ends a sequence, or several, each of which does; None: none does
     speculative: tokens that the MTP modules draft before each pass; 0: plain decoding
     on_token: called with sequence and token as soon as there is one
-    Raises `ValueError` naming the argument that is not valid.
+    Raises `ValueError` naming the argument that is not valid, or the token that cannot be drawn.
     """
     check_arguments(model.args, prompts, max_new_tokens, temperature, top_k, top_p, speculative)
     start, device = time.perf_counter(), model.head.weight.device
@@ -84,6 +85,9 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     ends = {eos_id} if eos_id is None or isinstance(eos_id, int) else set(eos_id)
     rows, passed, running = [[] for _ in prompts], [[] for _ in prompts], set(range(len(prompts)))
     for steps, new in enumerate(rounds, start=1):
+        for row, tokens in enumerate(new):
+            if tokens[-1] == model.args.vocab_size:
+                raise no_token(f"prompt {row + 1}, new token {len(rows[row]) + len(tokens)}")
         for row in sorted(running):
             passed[row] += [len(new[row]) - 1] if steps > 1 else []
             for token in new[row]:
@@ -117,7 +121,7 @@ def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, sp
     """Raise the one-line `ValueError` for the first argument of `generate` that is not valid."""
     for name, value, holds, valid in (
             ("max_new_tokens", max_new_tokens, max_new_tokens >= 1, "at least 1"),
-            ("temperature", temperature, temperature >= 0, "0 or more"),
+            ("temperature", temperature, 0 <= temperature < math.inf, "a finite number, 0 or more"),
             ("top_k", top_k, top_k >= 0, "0 or more"),
             ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1"),
             ("speculative", speculative, speculative >= 0, "0 or more"),

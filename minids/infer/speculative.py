@@ -127,6 +127,7 @@ def draft(text: Text, window: Window, drafts: int, sampler: Sampler) -> tuple[Te
             text.ahead.truncate(window.start + window.at + k - depth)
             state = text.module(depth - 1, state, take(text.slots, text.end + k - 1, 1))
         probs += [sampler.distribution(model.head(state.squeeze(1)))]
-        tokens += [sampler.draw(probs[-1])]
+        # Where there is no token, any is read: `verify` sees that its probability is NaN.
+        tokens += [sampler.draw(probs[-1]).clamp(max=probs[-1].size(-1) - 1)]
         text.put(text.end + k, tokens[-1])
     return torch.stack(tokens, dim=1), torch.stack(probs, dim=1)

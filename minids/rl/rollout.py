@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minids.infer.decoding import last_states, new_cache, next_token, prefill, right_pad
-from minids.infer.sampling import Sampler
+from minids.infer.sampling import Sampler, no_token
 from minids.model.transformer import Transformer
 
 
@@ -61,7 +61,10 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler,
              eos_id: int | Collection[int]) -> Rollout:
-    """Write replies that end with `eos_id` (or one of several), at a temperature above 0."""
+    """Write replies that end with `eos_id` (or one of several), at a temperature above 0.
+
+    Raises `ValueError` for a token that cannot be drawn.
+    """
     weight, ends = model.head.weight, [eos_id] if isinstance(eos_id, int) else eos_id
     text, lengths = right_pad(prompts, weight.device)  # (B, P), (B,)
     (batch, longest), row = text.shape, torch.arange(len(text), device=weight.device)
@@ -82,7 +85,8 @@ def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
         for step in range(max_new_tokens):
             at = lengths + step  # (B,), positions of the tokens to draw
             probs = sampler.distribution(model.head(states))  # (B, V)
-            token = sampler.draw(probs)  # (B,)
+            drawn = sampler.draw(probs)  # (B,)
+            token = drawn.clamp(max=len(weight) - 1)
             tokens[row, at] = token
             written[row, at - 1] = running
             logp[row, at - 1] = probs[row, token].log().masked_fill(~running, 0.0)
@@ -90,7 +94,11 @@ def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
                 allowed[row, at - 1] = probs > 0
             for end in ends:
                 running &= token != end
-            if step == max_new_tokens - 1 or not running.any():
+            going, sound = torch.stack([running.any(), (drawn == token).all()]).tolist()  # one wait
+            if not sound:
+                bad = int((drawn != token).nonzero()[0])
+                raise no_token(f"reply {bad + 1}, token {step + 1}")
+            if step == max_new_tokens - 1 or not going:
                 break
             found = next_token(model, cache, token)
             for kept, routing in zip(routes.values(), found.routings, strict=True):

@@ -56,6 +56,66 @@ def test_temperature_zero_and_top_1_are_greedy():
     assert torch.equal(Sampler().distribution(logits).argmax(-1), best)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1e-320, 1e-45, 1e-39, 1e-30, 9.9e-6])
+def test_a_temperature_near_zero_is_greedy(temperature):
+    logits = 30 * torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    for cut in (dict(), dict(top_k=3), dict(top_p=0.9)):
+        sampler = Sampler(temperature, **cut)
+        assert torch.equal(sampler.sample(logits), logits.argmax(-1)) and sampler.cuts
+        assert torch.equal(sampler.distribution(logits).argmax(-1), logits.argmax(-1))
+        assert torch.equal(sampler.draw(sampler.distribution(logits)), logits.argmax(-1))
+    assert not Sampler(1e-5).cuts  # not yet greedy, and finite
+    assert torch.equal(Sampler(1e-5).sample(logits), logits.argmax(-1))
+
+
+@pytest.mark.parametrize("temperature", [1e30, 1e39, 1e300])
+def test_the_hottest_draws_are_uniform_over_what_is_left(temperature):
+    logits = torch.tensor([9.0, -9.0, float("-inf"), 0.0])
+    third = torch.tensor([1, 1, 0, 1]) / 3
+    torch.testing.assert_close(Sampler(temperature).distribution(logits), third)
+    assert Sampler(temperature, 2).distribution(logits).count_nonzero() == 2
+
+
+@pytest.mark.parametrize("top_p", [1e-300, 1e-45, 1e-39, 1e-20])
+def test_the_smallest_nucleus_is_one_token(top_p):
+    logits = torch.randn(50, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(Sampler(1.0, 0, top_p).sample(logits), logits.argmax(-1))
+
+
+NO_LOGITS = {"one NaN": [0.0, float("nan"), 1.0, 2.0], "all NaN": [float("nan")] * 4,
+             "nothing": [float("-inf")] * 4, "infinite": [0.0, float("inf"), 1.0, 2.0]}
+SETTINGS = {"greedy": dict(), "cold": dict(temperature=1e-39), "all": dict(temperature=1.0),
+            "top 2": dict(temperature=1.0, top_k=2), "nucleus": dict(temperature=1.0, top_p=0.5),
+            "hot": dict(temperature=1e39), "both": dict(temperature=0.7, top_k=3, top_p=0.9)}
+
+
+@pytest.mark.parametrize("how", SETTINGS)
+@pytest.mark.parametrize("logits", NO_LOGITS)
+def test_what_is_no_distribution_draws_no_token(logits, how):
+    """V, and nothing else changes: the rows beside it are drawn as ever."""
+    sampler = Sampler(**SETTINGS[how])
+    good = [0.0, 40.0, float("-inf"), 1.0]
+    rows = torch.tensor([good, NO_LOGITS[logits], good, NO_LOGITS[logits]])
+    if how != "hot":
+        assert sampler.sample(rows).tolist() == [1, 4, 1, 4]
+    probs = sampler.distribution(rows)
+    assert (sampler.draw(probs) == 4).tolist() == [False, True, False, True]
+    assert probs.isnan().any(1).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("where, passed, token", [
+    ("first p", 0, 3), ("second p", 1, 3), ("last p", 2, 3), ("first q", 0, 3), ("second q", 1, 3),
+    ("nowhere", 2, 1)])
+def test_verification_sees_what_is_no_distribution(where, passed, token):
+    q = torch.eye(3)[[0, 2]][None]  # (1, D, V)
+    p = torch.eye(3)[[0, 2, 1]][None]
+    for name, place in dict(first=0, second=1, last=2).items():
+        if where.startswith(name):
+            (p if where.endswith("p") else q)[0, place] = float("nan")
+    found = Sampler(1.0).verify(torch.tensor([[0, 2]]), q, p)
+    assert [t.item() for t in found] == [passed, token]
+
+
 @pytest.mark.parametrize("name", CUTS)
 def test_a_distribution_adds_up_to_one_at_any_shape(name):
     logits = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))

@@ -112,6 +112,22 @@ def test_a_part_is_cut_to_its_longest_reply():
         assert part.replies() == found.replies()[rows]
 
 
+@pytest.mark.parametrize("how", [dict(), dict(temperature=1e-39), dict(top_k=5), dict(top_p=0.8)],
+                         ids=str)
+def test_logits_that_are_no_numbers_are_an_error(how):
+    model = scrambled(LITTLE)
+    with torch.no_grad():
+        model.embed.weight[20] = float("nan")  # only the fourth prompt has this token
+    with pytest.raises(ValueError, match="^reply 4, token 1: no token can be drawn"):
+        sampled(model, **how)
+
+
+def test_a_temperature_near_zero_is_greedy():
+    model = scrambled(LITTLE)
+    replies = sampled(model, temperature=1e-39).replies()
+    assert replies == generate(model, PROMPTS, 20, eos_id=EOS).tokens
+
+
 def test_tokens_after_the_end_count_nowhere():
     found = sampled(scrambled(LITTLE), new=40)
     assert any(reply[-1] == EOS and len(reply) < 20 for reply in found.replies())
