@@ -93,6 +93,8 @@ ELSEWHERE = {
     "python -m minids.lab.flags": "tests/lab/test_flags.py",
     "python tests/mutants.py": "it runs the tests themselves, for an hour",
     "python tests/crash_points.py": "tests/test_crash_points.py",
+    "python tests/kinds.py": "it runs hundreds of programs, for a quarter of an hour",
+    "python tests/busy.py": "it measures a machine that does nothing else",
     "python -m minids.r1": "tests/test_r1.py runs all stages with small settings",
 }
 

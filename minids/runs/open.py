@@ -149,14 +149,15 @@ def folder_of(path: str | Path) -> Path:
 def open_run(run: Path, path: Path) -> Source:
     """Return the source of a run folder, whose weights are in `path`; its tokenizer is checked."""
     config, tokenizer = read_config(run), Tokenizer.load(run / "tokenizer")
+    changed = [name for name, sha256 in config.get("files", {}).items()
+               if digest(run / name) != sha256]
     if tokenizer.fingerprint != config["tokenizer"]:
         raise ValueError(f"tokenizer in {run} is not the run's: its fingerprint is "
-                         f"{tokenizer.fingerprint}, the run's is {config['tokenizer']}; put that "
-                         "one back")
-    for name, sha256 in config.get("files", {}).items():
-        if digest(run / name) != sha256:
-            raise ValueError(f"{run / name} was changed: its SHA-256 is not the one in {CONFIG}; "
-                             "put the file back")
+                         f"{tokenizer.fingerprint}, the run's is {config['tokenizer']}; put back "
+                         f"{', '.join(changed) or 'that one'}")
+    if changed:
+        raise ValueError(f"{run / changed[0]} was changed: its SHA-256 is not the one in {CONFIG}; "
+                         "put the file back")
     return Source(run, path, ModelArgs(**config["model"]), tokenizer, config)
 
 
