@@ -144,6 +144,14 @@ def test_moved_run_goes_on_from_its_folder_alone(tmp_path, unbroken, flags):
 
 # Stopping.
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    """A closed terminal is told to the tests, and to what they start, as a shell does it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def raise_signals(monkeypatch, numbers: list[int], at_step: int) -> None:
     """Signals that arrive in the middle of a step."""
     accumulate = Trainer.accumulate
