@@ -4,6 +4,7 @@ Pre-training stands for all programs. What a signal or an exit does is seen in p
 own.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -251,10 +252,11 @@ def test_a_closed_terminal_saves_the_step(tmp_path, flags):
                                 "--out", str(run)], cwd=Path(__file__).parents[2], stdin=child,
                                stdout=child, stderr=child, start_new_session=True)
     os.close(child)
-    wait_for_steps(process, run, 2)
-    os.close(main)
-    process.send_signal(signal.SIGHUP)
-    assert process.wait(60) == 129
+    with ended(process):
+        wait_for_steps(process, run, 2)
+        os.close(main)
+        process.send_signal(signal.SIGHUP)
+        assert process.wait(60) == 129
     assert newest_step(run) == len((run / "metrics.jsonl").read_text().splitlines())
 
 
@@ -266,6 +268,16 @@ def test_what_a_resume_changes_stays_changed(tmp_path, unbroken, monkeypatch):
     monkeypatch.undo()
     assert run_train("--resume", "--out", str(run)).status == 0
     assert newest_step(run) == STEPS + 3
+
+
+@contextlib.contextmanager
+def ended(process: subprocess.Popen):
+    """Let no run outlive its test."""
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
@@ -282,10 +294,11 @@ def test_signals_to_a_process_of_its_own(tmp_path, flags):
     for number, status in [(signal.SIGTERM, 143), (signal.SIGINT, 130)]:
         before = newest_step(run)
         process = start([*flags, "--steps", "100000"], run)
-        wait_until_it_works(process)
-        wait_for_steps(process, run, before + 2)
-        process.send_signal(number)
-        out, err = process.communicate()
+        with ended(process):
+            wait_until_it_works(process)
+            wait_for_steps(process, run, before + 2)
+            process.send_signal(number)
+            out, err = process.communicate()
         assert process.returncode == status, err
         assert out.endswith(f"python -m minids.train --resume --out {run}\n")
         assert err == "\nfinishing the step and saving ..\n"
