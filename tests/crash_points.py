@@ -171,7 +171,7 @@ class Server:
                          for name in "ab"])
 
     def job(self, name: str, **what) -> dict:
-        """What `work` is told; the files of its output begin with the name."""
+        """Return the job for `work`; the names of its output files begin with `name`."""
         return what | {kind: str(self.scratch / f"{name}{kind}") for kind in ("out", "err", "seen")}
 
     def end(self, jobs: list[dict]) -> list[tuple[int, str]]:

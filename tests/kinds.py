@@ -30,7 +30,7 @@ LIMIT = 60  # seconds; what takes longer hangs
 
 
 class Ended(NamedTuple):
-    """How a program ended."""
+    """The end of a program: its status, what it printed, its folder."""
 
     status: int
     out: str

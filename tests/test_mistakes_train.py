@@ -107,7 +107,8 @@ def test_tokenizer_of_another_run_is_refused(tmp_path, home, unbroken):
     texts = (path.read_text() for path in sorted((home / "texts").iterdir()))
     Tokenizer.train(texts, VOCABULARY - 10).save(run / "tokenizer")
     before = everything(run)
-    assert_refused(run_train("--resume", "--out", str(run)), "tokenizer in", "is not the run's")
+    assert_refused(run_train("--resume", "--out", str(run)), "tokenizer in", "is not the run's",
+                   "ranks.tiktoken")
     assert everything(run) == before
 
 

@@ -1,9 +1,9 @@
-"""How many CPU threads a run computes on, also while other programs use the machine.
+"""Choose how many CPU threads a run computes on, also while other programs use the machine.
 
-Every product of a step ends with its slowest thread. On a machine that does nothing else that is
-one thread per core; where another program holds some of the cores, a few threads too many wait for
-a core, and all others for them. A run that was given no number of threads watches how long its
-threads wait, and when that is much, tries fewer on the steps that it takes anyway.
+Every product of a step ends with its slowest thread. On an idle machine, one thread per core is
+fastest. If another program holds some of the cores, a few threads wait for a core, and all others
+wait for them. A run without --threads measures how long its threads wait, and if that is long, it
+tries fewer threads on its next steps.
 """
 
 import statistics

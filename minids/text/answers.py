@@ -70,7 +70,7 @@ NO_UNITS = set("""and or nor not no never to minus plus times over under off mor
 
 
 class Answer(NamedTuple):
-    """What an answer states.
+    """The value that an answer states, and its unit.
 
     unit: its words and signs; plain: whether it can be left out, as in "5 apples" or "$5", since it
         is no variable, power or scale

@@ -38,7 +38,7 @@ def folder(tmp_path) -> Path:
 
 
 def say(folder: Path, capsys, monkeypatch, *words) -> tuple[str, str]:
-    """What the program prints for a folder, and the last line on stderr."""
+    """Return what the program prints for a folder, and the last line on stderr."""
     words = ["--run", folder, "--prompt", "3*", "--max-new-tokens", 30, "--threads", 1, *words]
     monkeypatch.setattr(sys, "argv", ["minids.generate", *map(str, words)])
     try:

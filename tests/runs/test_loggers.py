@@ -82,7 +82,7 @@ class FakeWandb(ModuleType):
         self.finished += 1
 
     def read(self, run: Path) -> dict[int, dict]:
-        """What `wandb sync` and the server have together."""
+        """Return the steps that `wandb sync` and the server have together."""
         files = (run / "wandb").glob("offline-run-*/log.json")
         found = [step for file in files for step in json.loads(file.read_text())]
         found += [step for held in self.server.values() for step in held.items()]

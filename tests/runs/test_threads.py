@@ -1,4 +1,4 @@
-"""How many threads a run computes on while other programs use the machine."""
+"""The number of threads of a run, while other programs use the machine."""
 
 import os
 import statistics
