@@ -6,13 +6,13 @@ import sys
 from minids.base.command_line import tell_import
 from minids.config import ModelArgs
 
-# OpenMP's threads, GNU's and LLVM's, spin while they wait for each other: where a thread has lost
-# its core to another program, the others burn theirs. These let them sleep; read when torch loads.
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
+# OpenMP's threads spin while they wait for each other: where a thread has lost its core to another
+# program, the others burn theirs. These let them sleep; LLVM and GNU read them when torch loads.
 os.environ.setdefault("KMP_BLOCKTIME", "0")
-
 if sys.argv[0] == "-m":  # `python -m minids.NAME` imports this before the program's own imports
     sys.excepthook = tell_import
+else:  # a program spins on a quiet machine: `minids.runs.waiting`
+    os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 __all__ = ["ModelArgs", "Transformer"]
 __version__ = "0.1.0"

@@ -13,6 +13,7 @@ from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.kernels.registry import use
 from minids.runs.threads import quota
+from minids.runs.waiting import watch_waiting
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def prepare_cpu(threads: int, bodies: str = "auto") -> None:
-    """Tune the allocator, set torch's threads (0: one per core it may use) and which bodies run.
+    """Tune the allocator, set torch's threads (0: one per core it may use) and how they wait, and
+    which bodies run.
 
     By default glibc returns every large block to the kernel and fetches it again, zeroed, for the
     next tensor: 1.05 to 1.5 times the time of a step, measured on two cores.
@@ -61,6 +63,7 @@ def prepare_cpu(threads: int, bodies: str = "auto") -> None:
     most = 4 * (os.cpu_count() or 1)  # more wait for each other; very many end the process
     demand("threads", threads, 0 <= threads <= most, f"between 0 and {most}, four per core here")
     torch.set_num_threads(threads or min(torch.get_num_threads(), quota() or sys.maxsize))
+    watch_waiting()
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         for name, value in ((-4, 0), (-1, 1 << 30), (-2, 1 << 26)):  # of <malloc.h>:

@@ -137,12 +137,3 @@ def test_a_run_watches_its_steps_unless_its_number_is_given(home, flags, tmp_pat
     monkeypatch.setattr(Threads, "took", lambda self, seconds: seen.append(seconds))
     run_train(*flags, "--out", str(tmp_path / "a"), "--steps", "3")
     assert len(seen) == 3 and min(seen) > 0
-
-
-def test_threads_sleep_where_they_wait():
-    """Set before torch is imported, which reads it; a user's own value stays."""
-    show = "import os, minids; print(os.environ['GOMP_SPINCOUNT'], os.environ['KMP_BLOCKTIME'])"
-    environment = os.environ | {"KMP_BLOCKTIME": "7", "PYTHONPATH": str(ROOT)}
-    environment.pop("GOMP_SPINCOUNT", None)
-    said = subprocess.check_output([sys.executable, "-c", show], text=True, env=environment)
-    assert said.split() == ["0", "7"]
