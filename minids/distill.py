@@ -53,7 +53,7 @@ class CorpusArgs(Settings):
     longest: int = option(48, "maximum length of a reply, tokens; longer ones are rejected", low=1)
     direct: float = option(0.25, "share of the corpus without a thought, below 1", low=0)
     draws: int = option(0, "seed of problems and replies", low=0, high=2 ** 32 - 1)
-    on: str = option("auto", "the teacher's device: auto, cpu or cuda")
+    on: str = option("auto", "the teacher's device: auto, cpu, cuda or mps")
 
     def __post_init__(self):
         super().__post_init__()

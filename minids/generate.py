@@ -60,7 +60,7 @@ class GenerateArgs(Machine):
     seed: int = option(0, "decides the draws", low=0, high=2 ** 32 - 1)
     samples: int = option(1, "number of texts, written one after the other", low=1)
     speculative: int = option(0, "tokens that the MTP modules draft for each pass; 0: none", low=0)
-    device: str = option("cpu", "auto, cpu or cuda")
+    device: str = option("cpu", "auto, cpu, cuda, or mps: Apple's GPU")
 
 
 def own_defaults(folder: Path) -> dict:

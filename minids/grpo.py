@@ -258,7 +258,7 @@ class Reinforcer(Learner):
                         ref_logp, _ = log_probs(self.reference, some, *how)
             found = objective(logp, old_logp, ref_logp, advantage[chosen][reply], reply,
                               weights[chosen][reply], args)
-            found.loss.backward()
+            self.scaler.scale(found.loss).backward()
             gap = (logp.detach() - old_logp).abs()
             metrics["loss"] += found.loss.item()
             means = dict(kl=found.kl, clip_fraction=found.clipped, left_out=found.left_out,
@@ -271,6 +271,10 @@ class Reinforcer(Learner):
     def after_update(self, loads: None) -> None:
         if self.args.reference_every and self.step % self.args.reference_every == 0:
             self.reference.load_state_dict(self.model.state_dict())
+
+    def lighter(self) -> list[str]:
+        size = self.args.micro_batch
+        return [f"--micro-batch={size // 2}"] if size > 1 else []
 
     def begin_from(self, source: Source) -> None:
         super().begin_from(source)

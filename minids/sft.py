@@ -177,7 +177,7 @@ class FineTuner(Learner):
         with self.autocast():
             losses = self.model.loss(tokens.to(self.device), targets.to(self.device),
                                      args.mtp_weight, args.balance_weight, packed=packed)
-        losses.total.backward()
+        self.scaler.scale(losses.total).backward()
         return dict(loss=losses.total.item(), main=losses.main.item(),
                     learnt=int(packed.loss_mask.sum())), None
 

@@ -102,6 +102,8 @@ class Trainer(Learner):
         if self.args.dsa == "warmup":
             freeze_all_but_indexers(self.model)
         if self.args.fp8:
+            require(self.args, "fp8", self.dtype != torch.float16,
+                    "false where products are in FP16, or with --dtype fp32")
             use_fp8(self.model)
 
     def more_state(self) -> dict:
@@ -142,7 +144,7 @@ class Trainer(Learner):
                 losses = self.loss(tokens, targets, mtp_weight_at(self.step, args),
                                    args.balance_weight, args.balance_loss, args.dsa,
                                    args.indexer_weight, packed)
-            (losses.total / args.grad_accum).backward()
+            self.scaler.scale(losses.total / args.grad_accum).backward()
             loads = loads + losses.loads
             names = ("loss", "main", "mtp", "balance", "indexer")
             for name, value in zip(names if args.dsa else names[:-1], losses, strict=False):
@@ -153,6 +155,14 @@ class Trainer(Learner):
     def after_update(self, loads: Tensor) -> None:
         """Move the gate biases against the loads of the whole batch."""
         self.model.update_gate_bias(loads, bias_speed_at(self.step, self.args))
+
+    def lighter(self) -> list[str]:
+        """Return the next larger number of micro-batches, and recomputation, where they are left.
+        """
+        size, parts = self.args.batch_size, self.args.grad_accum
+        more = next((n for n in range(parts + 1, size + 1) if size % n == 0), None)
+        return ([f"--grad-accum={more}"] if more else []) + (
+            [] if self.args.recompute else ["--recompute"])
 
     def more_metrics(self, loads: Tensor, elapsed: float) -> dict:
         """Return tokens, speed, memory and the experts' balance."""

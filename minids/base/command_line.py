@@ -16,6 +16,23 @@ from minids.base.fields import bounds, check_writable, nearest
 
 NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory"
                        "|Storage size calculation overflowed")  # torch's RuntimeErrors
+# Other RuntimeErrors of torch and Triton that the machine is to blame for, and what to do.
+MACHINE = {
+    re.compile("no kernel image is available"): (
+        "this torch has no code for this GPU; install a build that has "
+        "(pytorch.org/get-started/previous-versions), or use --device cpu"),
+    re.compile("driver (on your system is too old|version is insufficient)"): (
+        "the NVIDIA driver is too old for this torch; update it, install an older torch "
+        "(pytorch.org/get-started/previous-versions), or use --device cpu"),
+    re.compile(r"No working C\+\+ compiler|Failed to find C compiler|Python\.h|TritonMissing"
+               "|Cannot find a working triton|Command .*(gcc|g\\+\\+|clang)"): (
+        "torch.compile finds no C compiler, Python headers or Triton to compile with; install "
+        "gcc and python3-dev, or use --compile false"),
+    re.compile("not currently implemented for the MPS device"): (
+        "Apple's GPU lacks an operation; set PYTORCH_ENABLE_MPS_FALLBACK=1 to run it on the CPU, "
+        "or use --device cpu"),
+}
+SAID: set[str] = set()
 
 OUTSIDE = {"safetensors", "safetensors_rust", "pyarrow", "datasets", "huggingface_hub", "httpx",
            "httpcore"}
@@ -34,6 +51,14 @@ class Stopped(Exception):
 def one_line(text: object) -> str:
     """Return a text in one line: a message may quote a file's name that has two."""
     return " ".join(str(text).split())
+
+
+def say_once(line: str) -> None:
+    """Tell on stderr, once per process, that something runs in another way than one would expect:
+    without the GPU, or without a CUDA graph."""
+    if line not in SAID:
+        SAID.add(line)
+        print(one_line(line), file=sys.stderr, flush=True)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -120,14 +145,26 @@ def told(error: Exception) -> str:
         return text if path is None else one_line(f"{path}: {error.strerror}")
     if isinstance(error, RecursionError):
         return f"something is nested too deeply: {text}"
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(text):
-        asked = re.search(r"allocate ([\d.]+ \w+)", text)
-        return f"not enough memory{f' for {asked[1]}' if asked else ''}; take smaller sizes"
+    if lacks := no_memory(error):
+        return f"{lacks}; take smaller sizes"
+    if isinstance(error, RuntimeError):
+        for known, line in MACHINE.items():
+            if known.search(text):
+                return line
     package = type(error).__module__.split(".")[0]
     if package.startswith("safetensors") and (path := file_in(error)):
         return one_line(f"{path}: {text}")
     known = isinstance(error, ValueError | OSError | OverflowError)
     return text if known or package in OUTSIDE else ""
+
+
+def no_memory(error: Exception) -> str:
+    """Return that there is not enough memory, and for how much, if an error says so; else ""."""
+    text = one_line(error)
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and NO_MEMORY.search(text):
+        asked = re.search(r"allocate ([\d.]+ \w+)", text)
+        return f"not enough memory{f' for {asked[1]}' if asked else ''}"
+    return ""
 
 
 def tell_import(kind: type, error: BaseException, trace) -> None:

@@ -25,6 +25,7 @@ class Chunked(torch.autograd.Function):
         w, total = weight.to(dtype), 0.0
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)
         chunk = max(LOGITS.get(x.device.type, 2 ** 21) // len(weight), 1)
+        chunk = min(chunk, 4096) if dtype == torch.float16 else chunk  # dw sums them, unscaled
         for start in range(0, len(x), chunk):
             rows = slice(start, start + chunk)
             x_rows, target = x[rows].to(dtype), targets[rows].unsqueeze(1)

@@ -150,7 +150,8 @@ class Lesson:
     def __init__(self, args: RecallArgs, model: Transformer, stage: str = ""):
         self.args, self.model, self.stage = args, model, stage
         self.device = model.head.weight.device
-        self.dtype = pick_dtype(args.dtype, self.device)
+        found = pick_dtype(args.dtype, self.device)
+        self.dtype = torch.float32 if found == torch.float16 else found  # no loss is scaled here
         share = args.sparse_lr if stage else 1.0
         rates = dict(lr=args.lr * share, muon_lr=args.muon_lr * share, indexer_lr=args.indexer_lr)
         self.optimizers = build_optimizers(

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids import __version__
-from minids.base.command_line import Stopped
+from minids.base.command_line import Stopped, no_memory
 from minids.base.fields import require
 from minids.base.files import digest, sealed, write_whole
 from minids.config import ModelArgs
@@ -70,6 +70,8 @@ class Learner:
         self.model = Transformer(model_args).to(self.device)
         self.prepare()
         self.optimizers = optimizers.build_optimizers(self.model, args, self.dtype)
+        # FP16 has no number below 6e-8: there the loss is scaled, or small gradients would vanish.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.seconds, self.stop_signal = 0, 0.0, 0
         self.source: dict | None = None  # what this run began with
         self.more_config, self.metrics = {}, []  # what else config.json says, lines of metrics
@@ -93,6 +95,10 @@ class Learner:
     def prepare(self) -> None:
         """Freeze or convert the model before the optimizers are built."""
 
+    def lighter(self) -> list[str]:
+        """Return flags that let a resumed run take its steps in less memory; none if none do."""
+        return []
+
     def is_spike(self, loss: float) -> bool:
         """Return whether to skip the update of this step."""
         return False
@@ -115,31 +121,44 @@ class Learner:
         """Write and print what a run ends with; no longer interrupted by a first signal."""
 
     def autocast(self):
-        """Return a context of BF16 products over FP32 weights, if the run has them."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
+        """Return a context of BF16 or FP16 products over FP32 weights, if the run has them."""
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
     def train_step(self) -> dict:
-        """Take one optimizer step; returns its line of metrics."""
+        """Take one optimizer step; returns its line of metrics.
+
+        A gradient that overflows FP16 is no divergence: the step is skipped, and the loss scaled
+        by half as much. Below 1 it is, since the gradient itself is no number then.
+        """
         start = time.perf_counter()
         self.step += 1
         factor = optimizers.learning_rate_factor(self.step, self.args)
         optimizers.set_learning_rate(self.optimizers, factor)
         metrics, loads = self.accumulate()
+        for optimizer in self.optimizers:
+            self.scaler.unscale_(optimizer)  # clipping means the true gradient
         norms = optimizers.clip_gradients(self.model, self.args.clip)
         loss, norm = metrics["loss"], sum(norms.values())
-        if not (math.isfinite(loss) and math.isfinite(norm)):  # before they reach the weights
+        scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0
+        overflow = scale >= 1 and not math.isfinite(norm)
+        if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):  # before the weights
             raise self.diverged(f"the loss is {loss} and the gradient's norm {norm}")
-        skipped = self.is_spike(loss)
+        if overflow:
+            norms = {name: None for name in norms}
+        skipped = overflow or self.is_spike(loss)
         if not skipped:
             for optimizer in self.optimizers:
                 optimizer.step()
             self.after_update(loads)
         for optimizer in self.optimizers:
             optimizer.zero_grad()
+        self.scaler.update()
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
         record = dict(step=self.step, **metrics, **norms,
                       lr=self.optimizers[0].param_groups[0]["lr"], seconds=round(self.seconds, 3))
+        record |= {"loss_scale": scale} if scale else {}
+        record |= {"overflow": True} if overflow else {}
         return record | self.more_metrics(loads, elapsed) | ({"skipped": True} if skipped else {})
 
     def train(self) -> None:
@@ -148,11 +167,13 @@ class Learner:
         threads = Threads(args.threads != 0 or self.device.type != "cpu", tqdm.write)
         with tqdm(total=args.steps, initial=self.step, unit="step", disable=None) as bar:
             while self.step < args.steps:
-                before, record = self.seconds, self.train_step()
-                speed = record.get("tokens_per_s")
-                threads.took(1 / speed if speed else self.seconds - before)
-                last = self.step == args.steps
-                metric = self.measure(record, last)
+                before = self.seconds
+                with self.fitting_memory():
+                    record = self.train_step()
+                    speed = record.get("tokens_per_s")
+                    threads.took(1 / speed if speed else self.seconds - before)
+                    last = self.step == args.steps
+                    metric = self.measure(record, last)
                 self.write_record(record)
                 bar.update()
                 bar.set_postfix_str(self.line(record))
@@ -163,6 +184,8 @@ class Learner:
                 if self.stop_signal and not last:
                     raise Stopped(self.stop_signal, ["--resume", "--out", str(self.run)])
         threads.end()
+        if overflows := sum(record.get("overflow", False) for record in self.metrics):
+            print(f"{overflows} of {self.step} steps were skipped: their gradients overflowed FP16")
 
     def begin_from(self, source: Source) -> None:
         """Take over weights; step 0 is saved when this, and what a subclass adds, is done."""
@@ -188,6 +211,8 @@ class Learner:
                 optimizer.load_state_dict(saved)
                 for group, peak in zip(optimizer.param_groups, peaks, strict=True):
                     group["peak_lr"] = peak
+            if scaling := state.get("scaler"):  # none of a run in another precision
+                self.scaler.load_state_dict(scaling)
             self.restore_more(state)
             checkpoints.set_rng_state(state["rng"])
             for name in self.numbers:
@@ -204,11 +229,26 @@ class Learner:
             raise self.diverged("a weight is no longer a finite number")
         numbers = {name: getattr(self, name) for name in self.numbers}
         state = dict(optimizers=[o.state_dict() for o in self.optimizers],
-                     rng=checkpoints.rng_state(), **self.more_state(), **numbers)
+                     scaler=self.scaler.state_dict(), rng=checkpoints.rng_state(),
+                     **self.more_state(), **numbers)
         settle(self.run)
         record = dict(config=self.config(), metrics=summary(self.metrics))
         return checkpoints.save_checkpoint(self.run, self.step, self.model.state_dict(), state,
                                            self.args.keep_last, metric, record)
+
+    @contextlib.contextmanager
+    def fitting_memory(self):
+        """Turn an error of memory in a step into what to lower, and where to continue from."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if not (lacks := no_memory(error)):
+                raise
+            good, again = checkpoints.newest_checkpoint(self.run), self.lighter()
+            advice = ("a new run with a smaller --batch-size or --seq-len" if not again else
+                      shlex.join(["--resume", "--out", str(self.run), *again]))
+            raise ValueError(f"step {self.step}: {lacks}; the last good checkpoint is "
+                             f"{good or 'none'}; try {advice}") from error
 
     def diverged(self, what: str) -> ValueError:
         """Return the error that says what happened, where to continue from, and what to try."""

@@ -116,6 +116,8 @@ def build_optimizers(model: nn.Module, args: LearnArgs,
         [group for group in groups if group["params"]], betas=(args.beta1, args.beta2), fused=True)
     optimizers = [adamw]
     if hidden:
+        # A gradient, which Muon normalises first, may be too small for FP16.
+        dtype = torch.float32 if dtype == torch.float16 else dtype
         optimizers += [Muon(hidden.values(), args.muon_lr, weight_decay=args.weight_decay,
                             dtype=dtype)]
     for optimizer in optimizers:

@@ -35,8 +35,8 @@ class LearnArgs(Logged):
     constant_until: float = option(1.0, "share of the run after which lr falls", low=0, high=1)
     decay_until: float = option(1.0, "share of the run until lr is at its floor", low=0, high=1)
     final_lr: float = option(0.1, "floor of the learning rate, a share of the peak", low=0, high=1)
-    dtype: str = option("auto", "precision of products; auto: bf16 where the hardware has it",
-                        ("auto", "bf16", "fp32"))
+    dtype: str = option("auto", "precision of products; auto: bf16 where the hardware has it, fp16 "
+                                "on older GPUs", ("auto", "bf16", "fp16", "fp32"))
     save_every: int = option(50, "steps between checkpoints", low=1)
     keep_last: int = option(2, "newest checkpoints to keep, beside the best; 0: all", low=0)
     seed: int = option(0, "decides weights, data order and samples", low=0, high=2 ** 32 - 1)
@@ -102,8 +102,8 @@ class TrainArgs(LearnArgs):
                          utf8=True)
     save_every: int = option(100, "steps between checkpoints", low=1)
 
-    may_change = LearnArgs.may_change | {
-        "compile", "recompute", "eval_every", "eval_tokens", "sample_every", "prompt",
+    may_change = LearnArgs.may_change | {  # grad_accum: of the same batch, split in another way
+        "compile", "grad_accum", "recompute", "eval_every", "eval_tokens", "sample_every", "prompt",
         "indexer_lr", "spike_factor"}
 
     def __post_init__(self):

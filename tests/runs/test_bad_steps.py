@@ -1,6 +1,7 @@
 """Steps of the learner that are refused or skipped: a loss that is no number, a spike."""
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,53 @@ def test_resumed_run_takes_a_lower_learning_rate(tmp_path, flags):
 def read_rates(run: Path) -> list[float]:
     """The learning rate of every step of a run."""
     return [json.loads(line)["lr"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def out_of_memory(monkeypatch, at_step: int) -> None:
+    """Let the GPU's memory run out in one step, after half of its gradients."""
+    accumulate = Trainer.accumulate
+
+    def exhausted(trainer):
+        found = accumulate(trainer)
+        if trainer.step == at_step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has"
+                                         " a total capacity of 79.11 GiB of which 1.2 GiB is free.")
+        return found
+
+    monkeypatch.setattr(Trainer, "accumulate", exhausted)
+
+
+def test_memory_that_runs_out_in_a_step_names_what_to_lower(tmp_path, flags, monkeypatch):
+    run = tmp_path / "run"
+    out_of_memory(monkeypatch, at_step=8)
+    said = run_train(*flags, "--out", str(run), "--batch-size", "6", "--grad-accum", "2")
+    good = run / "checkpoints/step_000006"
+    advice = ["--resume", "--out", str(run), "--grad-accum=3", "--recompute"]
+    assert said.status == 2 and said.err == (
+        f"python -m minids.train: step 8: not enough memory for 2.50 GiB; the last good checkpoint "
+        f"is {good}; try {shlex.join(advice)}\n")
+    monkeypatch.undo()
+    said = run_train(*advice, "--steps", "8")  # it is good advice
+    assert said.status == 0, said.err
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()
+            ] == [*range(1, 9)]
+
+
+def test_memory_that_runs_out_before_the_first_checkpoint(tmp_path, flags, monkeypatch):
+    run = tmp_path / "run"
+    out_of_memory(monkeypatch, at_step=1)
+    said = run_train(*flags, "--out", str(run), "--batch-size", "2", "--grad-accum", "2",
+                     "--recompute")
+    assert said.status == 2 and said.err.endswith(
+        "step 1: not enough memory for 2.50 GiB; the last good checkpoint is none; try a new run "
+        "with a smaller --batch-size or --seq-len\n")
+
+
+def test_another_error_in_a_step_keeps_its_traceback(tmp_path, home, monkeypatch):
+    trainer = make_trainer(home, tmp_path)
+    monkeypatch.setattr(Trainer, "accumulate", lambda self: 1 / torch.zeros(2).view(3))
+    with pytest.raises(RuntimeError, match="shape"):
+        trainer.train()
 
 
 def test_only_a_step_that_was_validated_can_be_the_best(tmp_path, flags):

@@ -2,15 +2,17 @@
 
 import resource
 import sys
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from minids.base import command_line
 from minids.runs import device as module
-from minids.runs.device import memory_mib, pick_dtype, prepare_cpu
+from minids.runs.device import memory_mib, pick_device, pick_dtype, prepare_cpu
 
-CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
 
 
 @pytest.mark.parametrize("avx512, amx, dtype", [
@@ -21,15 +23,89 @@ def test_auto_is_bf16_only_where_a_cpu_multiplies_it(monkeypatch, avx512, amx, d
     assert pick_dtype("auto", CPU) == dtype
 
 
-@pytest.mark.parametrize("able, dtype", [(False, torch.float32), (True, torch.bfloat16)])
-def test_auto_is_bf16_only_where_a_gpu_multiplies_it(monkeypatch, able, dtype):
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: able)
+def card(monkeypatch, name: str, capability: tuple[int, int]) -> None:
+    """Let torch see this GPU; like torch, count converted BF16 as supported unless asked."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                        lambda including_emulation=True: including_emulation or capability[0] >= 8)
+
+
+@pytest.mark.parametrize("name, capability, dtype", [
+    ("NVIDIA H100 80GB HBM3", (9, 0), torch.bfloat16), ("NVIDIA RTX 3090", (8, 6), torch.bfloat16),
+    ("Tesla T4", (7, 5), torch.float16), ("Tesla V100", (7, 0), torch.float16),
+    ("Tesla P100", (6, 0), torch.float32)])
+def test_auto_is_what_the_cards_tensor_cores_multiply(monkeypatch, name, capability, dtype):
+    card(monkeypatch, name, capability)
     assert pick_dtype("auto", CUDA) == dtype
+
+
+def test_bf16_is_refused_on_a_card_that_would_convert_every_number(monkeypatch):
+    card(monkeypatch, "Tesla T4", (7, 5))
+    with pytest.raises(ValueError, match="^dtype = 'bf16' is not valid: Tesla T4 does not multiply "
+                                         "BF16; use --dtype auto, fp16 or fp32$"):
+        pick_dtype("bf16", CUDA)
 
 
 def test_a_named_precision_is_taken_as_named():
     assert pick_dtype("fp32", CUDA) == torch.float32
     assert pick_dtype("bf16", CPU) == torch.bfloat16
+    assert pick_dtype("fp16", CPU) == torch.float16
+
+
+def test_apples_gpu_is_taken_by_name_alone(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert (pick_device("mps"), pick_device("auto")) == (MPS, CPU)
+    assert (pick_dtype("auto", MPS), pick_dtype("bf16", MPS)) == (torch.float32, torch.bfloat16)
+    with pytest.raises(ValueError, match="^dtype = 'fp16' is not valid on mps: "):
+        pick_dtype("fp16", MPS)
+    monkeypatch.setattr(torch.mps, "driver_allocated_memory", lambda: 300 * 2**20 + 5)
+    assert memory_mib(MPS) == 300
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="^device = 'mps' is not valid: torch sees no Apple GPU"):
+        pick_device("mps")
+
+
+TOO_OLD = ("CUDA initialization: The NVIDIA driver on your system is too old (found version "
+           "11040). Please update your GPU driver by downloading and installing a new version")
+BROKEN = ("CUDA initialization: CUDA unknown error - this may be due to an incorrectly set up "
+          "environment. Setting the available devices to be zero.")
+
+
+def warned(monkeypatch, warning: str, cuda: str | None = "13.0") -> None:
+    """Let torch find no GPU, with a warning or without one."""
+    def is_available() -> bool:
+        if warning:
+            warnings.warn(warning, stacklevel=2)
+        return False
+
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(command_line, "SAID", set())
+
+
+@pytest.mark.parametrize("warning, reason", [
+    (TOO_OLD, "the NVIDIA driver is too old for this torch: it runs CUDA 11.4, and this torch is "
+              "built for 13.0; update the driver, or install a torch built for CUDA 11.4 "
+              "(pytorch.org/get-started/previous-versions)"),
+    (BROKEN, "CUDA initialization: CUDA unknown error - this may be due to an incorrectly set up "
+             "environment")])
+def test_a_gpu_that_torch_cannot_use_is_told_in_one_line(monkeypatch, capsys, warning, reason):
+    warned(monkeypatch, warning)
+    with pytest.raises(ValueError) as error:
+        pick_device("cuda")
+    assert str(error.value) == f"device = 'cuda' is not valid: {reason}"
+    assert [pick_device("auto"), pick_device("auto")] == [CPU, CPU]
+    assert capsys.readouterr().err == f"on the CPU, because {reason}\n"  # said once
+    assert pick_device("cpu") == CPU and capsys.readouterr().err == ""
+
+
+def test_a_machine_without_a_gpu_says_nothing(monkeypatch, capsys):
+    warned(monkeypatch, "", cuda=None)
+    assert pick_device("auto") == CPU and capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="torch sees no GPU here; use --device cpu, or install"):
+        pick_device("cuda")
 
 
 def test_threads_are_set_when_a_number_is_given(monkeypatch):
