@@ -1,13 +1,19 @@
 """Files from the world, changed at random: read, or refused in one line, in bounded memory.
 
-The same changes every time. MINIDS_FUZZ multiplies their number: 20 takes about ten minutes.
+500 changes a test, the same every time. MINIDS_FUZZ=10 goes on with other ones for ten minutes,
+those of `test_fuzz_rewards` included, and -s prints how many there were:
+
+    MINIDS_FUZZ=10 pytest -m slow -s tests/test_fuzz_files.py tests/test_fuzz_rewards.py
 """
 
 import copy
+import functools
 import json
 import os
 import random
 import resource
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
@@ -27,10 +33,37 @@ from minids.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 BOUND = 1024  # MiB that all files of a kind may add to the process's peak
-EXAMPLES = 500 * int(os.environ.get("MINIDS_FUZZ", "1"))
+EXAMPLES = 500  # of a round
+TESTS = 7  # that share the minutes: five here, two in test_fuzz_rewards
+SECONDS = 60 * float(os.environ.get("MINIDS_FUZZ", "0")) / TESTS
+ROUND = settings(max_examples=EXAMPLES, deadline=None, database=None,
+                 suppress_health_check=list(HealthCheck))
 
-fuzz = settings(max_examples=EXAMPLES, deadline=None, database=None,
-                suppress_health_check=list(HealthCheck))
+
+def fuzz(*strategies) -> Callable:
+    """Give a test `EXAMPLES` instances, and more of them, by other seeds, for `SECONDS`."""
+    def decorate(test: Callable) -> Callable:
+        count = 0
+
+        @ROUND
+        @given(*strategies)
+        @functools.wraps(test)
+        def once(*args, **kwargs):
+            nonlocal count
+            count += 1
+            test(*args, **kwargs)
+
+        @functools.wraps(once)
+        def rounds(**fixtures):
+            begin, number = time.monotonic(), 17
+            while number == 17 or time.monotonic() - begin < SECONDS:
+                seed(number)(once)(**fixtures)
+                number += 1
+            print(f"{test.__name__}: {count} instances in {time.monotonic() - begin:.0f} s")
+        return rounds
+    return decorate
+
+
 values = st.recursive(
     st.none() | st.booleans() | st.text(max_size=9) | st.floats() | st.integers(-9, 99)
     | st.sampled_from([2**31, 2**63, 10**9, 10**30, -1, 1e308, "\ud800", "<think>a</think>"]),
@@ -127,24 +160,18 @@ def tried(path: Path, how, read, *args) -> str:
         path.write_bytes(whole)
 
 
-@seed(17)
-@fuzz
-@given(changes | randoms)
+@fuzz(changes | randoms)
 def test_configurations(folder, how):
     tried(folder / "config.json", how, hf.inspect, folder)
     tried(folder / "config.json", how, read_config, folder)
 
 
-@seed(17)
-@fuzz
-@given(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), changes | randoms)
+@fuzz(st.sampled_from(["tokenizer.json", "tokenizer_config.json"]), changes | randoms)
 def test_released_tokenizers(folder, name, how):
     tried(folder / name, how, lambda: Tokenizer.load(folder).encode("a word"))
 
 
-@seed(17)
-@fuzz
-@given(st.sampled_from(["meta.json", "ranks.tiktoken"]), changes | randoms)
+@fuzz(st.sampled_from(["meta.json", "ranks.tiktoken"]), changes | randoms)
 def test_own_tokenizers(own, name, how):
     if name == "ranks.tiktoken" and not isinstance(how, random.Random):
         how = random.Random(str(how))
@@ -156,9 +183,7 @@ ROWS = [{"text": "a\u2028b", "n": 1}, {"question": "1+1", "answer": "2"}, {"mess
     {"role": "assistant", "reasoning_content": "t", "content": "a"}]}]
 
 
-@seed(17)
-@fuzz
-@given(st.sampled_from(ROWS), changes | randoms)
+@fuzz(st.sampled_from(ROWS), changes | randoms)
 def test_jsonl(tmp_path_factory, row, how):
     path = tmp_path_factory.getbasetemp() / "rows.jsonl"
     path.write_bytes(json.dumps(row, ensure_ascii=False).encode())
@@ -170,9 +195,7 @@ def test_jsonl(tmp_path_factory, row, how):
         refuses_or_reads(read)
 
 
-@seed(17)
-@fuzz
-@given(st.sampled_from(["none", "zstd", "snappy", "gzip"]), st.booleans(), randoms)
+@fuzz(st.sampled_from(["none", "zstd", "snappy", "gzip"]), st.booleans(), randoms)
 def test_parquet(tmp_path_factory, codec, dictionary, how):
     path = tmp_path_factory.getbasetemp() / "rows.parquet"
     texts = [f"text {i % 7} " * (i % 5) for i in range(200)]
