@@ -33,9 +33,9 @@ from minids.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow
 BOUND = 1024  # MiB that all files of a kind may add to the process's peak
-EXAMPLES = 500  # of a round
 TESTS = 7  # that share the minutes: five here, two in test_fuzz_rewards
 SECONDS = 60 * float(os.environ.get("MINIDS_FUZZ", "0")) / TESTS
+EXAMPLES = 100 if SECONDS else 500  # of a round; short ones end in time
 ROUND = settings(max_examples=EXAMPLES, deadline=None, database=None,
                  suppress_health_check=list(HealthCheck))
 
