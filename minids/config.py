@@ -135,6 +135,18 @@ V2_ARGS = V3_ARGS | dict(
 V2_LITE_ARGS = V2_ARGS | dict(
     dim=2048, inter_dim=10944, moe_inter_dim=1408, n_layers=27, n_heads=16, n_routed_experts=64,
     n_expert_groups=1, n_limited_groups=1, route_scale=1.0, q_lora_rank=0)
+# Made for one card. Widths are multiples of 128, which tensor cores take whole; experts are few and
+# wide, so that each product has a thousand rows or more. No MTP module: it would take the time of
+# one more block and the head again (`--n-mtp-layers 1` adds it).
+# 80 GB: a layer like Moonlight's, whose products come near an H100's peak, with half the experts.
+# 24 GB, BF16 and no FP8 units (RTX 3090, 4090): before Hopper, experts' products run one by one.
+GPU_80GB_ARGS = V2_LITE_ARGS | dict(
+    vocab_size=32768, max_seq_len=4096, inter_dim=6400, moe_inter_dim=1280, n_layers=12,
+    n_routed_experts=32, n_shared_experts=1, n_activated_experts=4, score_func="sigmoid",
+    gate_bias=True, mscale=1.0)
+GPU_24GB_ARGS = GPU_80GB_ARGS | dict(
+    dim=1024, inter_dim=3072, moe_inter_dim=1024, n_routed_experts=16, n_activated_experts=2,
+    kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64)
 
 MODEL_PRESETS = {
     "tiny": {},
@@ -149,6 +161,8 @@ MODEL_PRESETS = {
                   n_layers=16, n_heads=16, n_routed_experts=32, n_activated_experts=4,
                   n_expert_groups=4, n_limited_groups=2, route_scale=1.0, q_lora_rank=384,
                   kv_lora_rank=256, qk_nope_head_dim=64, qk_rope_head_dim=32, v_head_dim=64),
+    "gpu-24gb": GPU_24GB_ARGS,
+    "gpu-80gb": GPU_80GB_ARGS,
     "v2-lite": V2_LITE_ARGS,
     "v2": V2_ARGS,
     "v3": V3_ARGS,

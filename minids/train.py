@@ -40,6 +40,7 @@ from minids.base.fields import require
 from minids.base.files import write_whole
 from minids.config import ModelArgs
 from minids.costs import count_parameters
+from minids.costs.cards import PEAK_FLOPS
 from minids.costs.flops import flops_per_token
 from minids.infer.generation import generate
 from minids.infer.validation import evaluate, parse_share, windows
@@ -59,9 +60,6 @@ from minids.text.tokenizer import Tokenizer
 # Fields of the model that may differ from those of the run before: its weights still fit.
 MAY_VARY = {"max_seq_len", "original_seq_len", "rope_factor", "beta_fast", "beta_slow", "mscale",
             "attention_factor", "index_topk", "index_hadamard", "index_fp8"}
-# Dense BF16 rates from the vendors' data sheets, FLOP/s; the first name that matches counts.
-PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
-              "H800": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
 
 
 class Trainer(Learner):

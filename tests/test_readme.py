@@ -42,7 +42,7 @@ SMALL = {
     "python -m minids.train --from": "--steps 2 --batch-size 2 --seq-len 64 --threads 1",
     "python -m minids.train --preset deep": f"{TRAIN} --dim 32 --n-heads 2",
     "python -m minids.train --preset micro": "--steps 2 --batch-size 4 --threads 1",
-    "python -m minids.train --preset small": f"--preset nano {GIVEN} --compile false",
+    "python -m minids.train --preset gpu-80gb": f"--preset nano {GIVEN}",
     "python -m minids.train --seq-len 2048": f"--preset nano --n-mtp-layers 0 {TRAIN}",
     "python -m minids.generate": "--max-new-tokens 4 --threads 1",
     "python -m minids.evaluate": "--max-tokens 500 --threads 1",

@@ -4,6 +4,7 @@
     python -m minids.costs --preset v3.2 --seq-len 131072
     python -m minids.costs --preset v3 --tokens 1e12 --gpus 512 --gpu-memory 141 --gpu-price 3.5
     python -m minids.costs --preset v3.2 --prompt-tokens 100000 --output-tokens 2000
+    python -m minids.costs --what cards                 the presets for one card: hours, USD, loss
     python -m minids.costs --preset v3 --n-routed-experts 384 --n-expert-groups 1 \\
         --n-limited-groups 1
 
@@ -21,15 +22,24 @@ from minids.base.tables import format_table
 from minids.config import ModelArgs
 from minids.costs import bill, flops
 from minids.costs.bill import Bill, Plan, Prices, Rental
+from minids.costs.cards import CARDS, Recipe, plan_card
 from minids.costs.decoding import cache_bytes_per_token, drafting, fp8_cache_bytes_per_layer
 from minids.costs.memory import Sharding
 from minids.costs.parameters import count_parameters, stored_elements
+
+CARD_NOTES = (
+    "Share of the BF16 peak: assumed, * measured; --mfu, --gpu-price and others set it for all.",
+    "Memory without logits and workspace, for which a tenth of the card is left.",
+    "Loss, nats per token: of a dense model with as many parameters as a token uses here, on other",
+    "text (arXiv 2404.10102); experts do better by an unknown margin.")
 
 
 @dataclass(frozen=True)
 class CostArgs(Settings):
     """Model, hardware and prices."""
 
+    what: str = option("model", "tables of one model, or of the presets made for one card",
+                       ("model", "cards"))
     preset: str = option("v3", "model: " + ", ".join(ModelArgs.presets()))
     seq_len: int = option(0, "context, tokens; 0: the trained one, before YaRN stretches it", low=0)
     n_groups: int = option(8, "key/value heads of the GQA that the cache is compared with", low=1)
@@ -177,11 +187,31 @@ def price_rows(workload: tuple[int, int, int], prices: Prices) -> list:
         *((name, f"{bill.api_price(*workload, price):,.4f}") for name, price in own.items())])
 
 
+def card_table(rented: dict) -> str:
+    """Return the table of the presets made for one card, with the changed rates in `rented`."""
+    from minids.runs.settings import TrainArgs  # brings torch, which the other tables do without
+    rows = [("", "memory", "of peak", "tokens/s", "tokens", "hours", "USD", "loss")]
+    for rental, preset, measured in CARDS:
+        train = TrainArgs.for_preset(preset)
+        recipe = Recipe(train.seq_len, train.batch_size // train.grad_accum,
+                        train.steps * train.batch_size * train.seq_len, train.recompute)
+        rental = replace(rental, **rented)
+        run = plan_card(ModelArgs.preset(preset), recipe, rental)
+        share = f"{rental.mfu:.0%}" + "*" * (measured and "mfu" not in rented)
+        rows.append((f"{preset} on {rental.gpu}, {rental.gpu_memory:g} GB",
+                     f"{run.memory / 1e9:.1f} GB" + ", too much" * (not run.fits), share,
+                     round(run.tokens_per_second), scaled(recipe.tokens, ""),
+                     round(run.bill.gpu_hours), round(run.bill.dollars), f"{run.loss:.2f}"))
+    return format_table([*rows, "", *CARD_NOTES])
+
+
 def main(argv: list[str] | None = None) -> None:
     """Print the table of one configuration."""
     given, rented, spread, price, changes = parse(
         "minids.costs", __doc__, CostArgs, Rental, Sharding, Prices, ModelArgs, argv=argv)
     settings, rental, prices = CostArgs(**given), Rental(**rented), Prices(**price)
+    if settings.what == "cards":
+        return print(card_table(rented))
     args = replace(ModelArgs.preset(settings.preset), **changes)
     seq_len = settings.seq_len or min(args.max_seq_len, args.original_seq_len)
     sharding = bill.choose_sharding(args, spread.pop("gpus", Sharding.gpus), rental, spread)

@@ -127,6 +127,11 @@ class TrainArgs(LearnArgs):
 
 TINY_RUN = dict(steps=800, optimizer="muon", lr=1e-2, muon_lr=3e-3, warmup_steps=20,
                 constant_until=0.5, decay_until=1.0, final_lr=0.05, bias_speed=0.005)
+# Twenty tokens for each parameter that one token uses (`python -m minids.costs --what cards`). No
+# ramp, whose first steps would have micro-batches too small for the card.
+GPU_80GB_RUN = dict(steps=27_000, batch_size=256, grad_accum=32, seq_len=2048, optimizer="muon",
+                    lr=1e-3, muon_lr=1e-3, warmup_steps=500, fim_rate=0.1, eval_every=500,
+                    eval_tokens=262144, sample_every=500, save_every=500)
 TRAIN_PRESETS = {
     "tiny": TINY_RUN,
     "nano": TINY_RUN | dict(
@@ -140,6 +145,8 @@ TRAIN_PRESETS = {
                   optimizer="muon", lr=1e-3, muon_lr=1e-3, warmup_steps=500, fim_rate=0.1,
                   recompute=True, eval_every=500, eval_tokens=262144, sample_every=500,
                   save_every=500),
+    "gpu-24gb": GPU_80GB_RUN | dict(steps=14_400, batch_size=128),
+    "gpu-80gb": GPU_80GB_RUN,
     "v3": dict(steps=235_000, batch_size=15360, batch_start=3072, batch_ramp_steps=12_400,
                seq_len=4096, fim_rate=0.1, recompute=True),
 }
