@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from minids.model.sparse_attention import in_indexer
+from minids.parallel.matrices import of_whole, sharing_rows
+from minids.parallel.shards import is_sharded, local
 from minids.runs.settings import LearnArgs, TrainArgs
 
 
@@ -35,25 +37,32 @@ class Muon(torch.optim.Optimizer):
             by_shape: dict[tuple, list[Tensor]] = {}
             for p in group["params"]:
                 if p.grad is not None:
-                    by_shape.setdefault(tuple(p.shape[-2:]), []).append(p)
+                    by_shape.setdefault((*p.shape[-2:], sharing_rows(p)), []).append(p)
             for params in by_shape.values():
                 self._step_together(params, group)
 
     def _step_together(self, params: list[Tensor], group: dict) -> None:
-        """Update parameters whose matrices have one shape, as a single stack."""
+        """Update parameters whose matrices have one shape, as a single stack.
+
+        A rank has its share of sharded parameters: matrices of a stack, or rows of each matrix.
+        """
         momentum, updates = group["momentum"], []
         for p in params:
             state = self.state[p]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
-            state["momentum"].lerp_(p.grad, 1 - momentum)
-            nesterov = p.grad.lerp(state["momentum"], momentum)
-            updates.append(nesterov.to(self.dtype).view(-1, *p.shape[-2:]))  # (1 or E, r, c)
-        steps = orthogonalise(torch.cat(updates)).split([len(u) for u in updates])
-        scale = 0.2 * math.sqrt(max(params[0].shape[-2:]))
-        for p, step in zip(params, steps, strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(step.view_as(p), alpha=-group["lr"] * scale)
+            grad, mean = local(p.grad), local(state["momentum"])
+            mean.lerp_(grad, 1 - momentum)
+            nesterov = grad.lerp(mean, momentum)
+            stack = nesterov if nesterov.ndim == 3 else nesterov.unsqueeze(0)  # (1 or E, r, c)
+            updates.append(stack.to(self.dtype))
+        shape, ranks = params[0].shape[-2:], sharing_rows(params[0])
+        steps = of_whole(orthogonalise, torch.cat(updates), shape[0], ranks)
+        scale = 0.2 * math.sqrt(max(shape))
+        for p, step in zip(params, steps.split([len(u) for u in updates]), strict=True):
+            weight = local(p)
+            weight.mul_(1 - group["lr"] * group["weight_decay"])
+            weight.add_(step.reshape(weight.shape), alpha=-group["lr"] * scale)
 
 
 class AdamWInBF16(torch.optim.AdamW):
@@ -113,7 +122,8 @@ def build_optimizers(model: nn.Module, args: LearnArgs,
                    weight_decay=args.weight_decay if decays else 0)
               for indexer in (False, True) for decays in (True, False)]
     adamw = (AdamWInBF16 if fp8 else torch.optim.AdamW)(
-        [group for group in groups if group["params"]], betas=(args.beta1, args.beta2), fused=True)
+        [group for group in groups if group["params"]], betas=(args.beta1, args.beta2),
+        fused=not any(map(is_sharded, named.values())))  # leaks in torch 2.11 where it is sharded
     optimizers = [adamw]
     if hidden:
         # A gradient, which Muon normalises first, may be too small for FP16.

@@ -1,0 +1,94 @@
+"""A model over many ranks: what this rank holds of it, and what a step of training does with it."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from minids.config import ModelArgs
+from minids.model.objective import Losses, Packed
+from minids.model.transformer import Transformer
+from minids.parallel.gradients import clip, sum_over_ranks
+from minids.parallel.pipeline import Pipeline, Weights, cut
+from minids.parallel.ranks import Ranks
+from minids.parallel.sharding import empty_model, initialise_parts, shard
+
+SECOND_EMBEDDING = "embed.of_mtp.weight"
+
+
+class ParallelModel:
+    """One model, spread over the ranks of a run.
+
+    parts: what this rank has shards of: a whole model, or one or two stages of a pipeline, all
+        under the whole model's names
+    """
+
+    def __init__(self, args: ModelArgs, ranks: Ranks, dtype: torch.dtype = torch.float32,
+                 prepare: Callable[[Transformer], None] = lambda part: None):
+        """Build it with the weights that `Transformer(args)` would draw now.
+
+        prepare: does to each part, before it is sharded, what is done to a model from outside
+        """
+        ranks.layout.check(args)
+        self.args, self.ranks, self.parts = args, ranks, []
+        for stage in ranks.layout.stages_of(ranks.pipeline_rank):
+            part = empty_model(args, dtype)
+            if ranks.layout.pipeline > 1:
+                cut(part, stage, ranks)
+            prepare(part)
+            shard(part, ranks)
+            self.parts.append(part)
+        initialise_parts(self.parts, args)
+        self.pipeline = Pipeline(self.parts, ranks) if ranks.layout.pipeline > 1 else None
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield this rank's parameters by the whole model's names.
+
+        The embedding that a pipeline's last stage has for its MTP modules is `SECOND_EMBEDDING`.
+        """
+        second = self.pipeline.second_embedding() if self.pipeline else []
+        for part in self.parts:
+            for name, p in part.named_parameters():
+                yield SECOND_EMBEDDING if any(p is other for other in second) else name, p
+
+    def step(self, batches: list[tuple[Tensor, Tensor]], weights: Weights,
+             separate: bool = False, begin_id: int = 0) -> Losses:
+        """Add up the gradients of this rank's batches; return the losses and loads of all ranks.
+
+        batches: tokens and targets, (B, S) int64 each, of one size on all ranks; a pipeline takes
+            one batch, and cuts it into its own micro-batches
+        separate: whether documents, which start with begin_id, do not see each other
+        Returns the means over all micro-batches and ranks, and the sum of the loads.
+        """
+        total = 0
+        for tokens, targets in batches:
+            samples = (tokens == begin_id).cumsum(1) if separate else None
+            if self.pipeline:
+                losses = self.pipeline.step(tokens, targets, weights, samples)
+            else:
+                losses = self.backward(tokens, targets, weights, samples, len(batches))
+            flat = torch.cat([torch.stack(losses[:5]).double(), losses.loads.flatten().double()])
+            total = total + flat  # counts are exact up to 2^53
+        total = sum_over_ranks(total)
+        return Losses(*total[:5], total[5:].to(torch.int64).view_as(losses.loads))
+
+    def backward(self, tokens: Tensor, targets: Tensor, weights: Weights, samples: Tensor | None,
+                 parts: int) -> Losses:
+        """Add up the gradients of one of `parts` micro-batches; return its share of the losses."""
+        packed = None
+        if samples is not None:
+            packed = Packed(samples, torch.ones_like(samples, dtype=torch.bool))
+        losses = self.parts[0].loss(tokens, targets, *weights, packed=packed)
+        share = 1 / (self.ranks.layout.data_ranks * parts)
+        (losses.total * share).backward()
+        return Losses(*(part.detach() * share for part in losses[:5]), losses.loads)
+
+    def clip(self, parameters: list[nn.Parameter], longest: float) -> float:
+        """Scale down a gradient longer than `longest`; return the norm over all ranks, before."""
+        twice = self.pipeline.second_embedding() if self.pipeline else []
+        return clip(parameters, longest, self.ranks, counted_elsewhere=twice)
+
+    def update_gate_bias(self, loads: Tensor, speed: float) -> None:
+        """Move the selection biases; loads: those of the whole model, summed over ranks."""
+        for part in self.parts:
+            part.update_gate_bias(loads, speed)

@@ -1,0 +1,84 @@
+"""Build a model whose parameters are spread over ranks, and whose initial weights are one rank's.
+
+Each block is sharded by FSDP2 (`fully_shard`): a rank holds a share of every parameter, gathers a
+block's parameters before the block runs, and adds up its gradients afterwards. The routed experts
+of a block are a unit of their own, on the sparse mesh.
+
+Every unit adds gradients up and divides by nothing. Averages would be wrong for experts: they hold
+the gradients of the tokens of all ranks in their group already, while their unit has fewer ranks
+than the block's, and each would divide by its own number.
+"""
+
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import Shard
+
+from minids.config import ModelArgs
+from minids.model.transformer import Transformer, initialise
+from minids.parallel.experts import share_experts
+from minids.parallel.ranks import Ranks
+from minids.parallel.shards import place
+
+
+def empty_model(args: ModelArgs, dtype: torch.dtype = torch.float32) -> Transformer:
+    """Return a model that has shapes and no values."""
+    with torch.device("meta"):
+        return Transformer(args).to(dtype)
+
+
+def shard(model: Transformer, ranks: Ranks) -> None:
+    """Shard a model, or a stage of one, that lies on "meta"; then give it memory on the device."""
+    share_experts(model, ranks.sparse["expert"])
+    options = dict(reshard_after_forward=ranks.layout.pipeline == 1)
+    split = 1 if ranks.layout.splits_matrices(model.args) else 0  # rows of matrices, or experts
+    for block in model.blocks():
+        if block.is_moe:
+            fully_shard(block.ffn.experts, mesh=ranks.shards(experts=True),
+                        shard_placement_fn=lambda _: Shard(split), **options)
+    for unit in [*model.layers, *model.mtp]:
+        fully_shard(unit, mesh=ranks.shards(), **options)
+    fully_shard(model, mesh=ranks.shards())
+    if ranks.layout.pipeline == 1:
+        for name in ("loss", "hidden"):  # both use embedding and head, and come without `forward`
+            register_fsdp_forward_method(model, name)
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+    model.to_empty(device=ranks.device)
+    for bias in model.gate_biases():
+        bias.zero_()
+
+
+def initialise_parts(parts: list[nn.Module], args: ModelArgs) -> None:
+    """Draw the weights that `Transformer(args)` would draw on a CPU, and keep this rank's share.
+
+    parts: the models that this rank holds shards of, with the whole model's names
+    Every rank draws every parameter from torch's generator, in the model's order, one at a time:
+    the same numbers in any layout.
+    """
+    def drawn():
+        """Yield each parameter to be filled, then hand out what it was filled with."""
+        nn.Embedding(args.vocab_size, args.dim)  # draws once when it is made
+        for name, shape in shapes.items():
+            whole = torch.empty(shape)
+            yield name, whole
+            for part in parts:
+                if name in (own := dict(part.named_parameters())):
+                    place(own[name], whole)
+
+    shapes = {name: p.shape for name, p in empty_model(args).named_parameters()}
+    initialise(SimpleNamespace(named_parameters=drawn, args=args))
+
+
+def load_parts(parts: list[nn.Module], weights: dict[str, Tensor]) -> None:
+    """Copy this rank's share of a whole model's weights and gate biases.
+
+    Raises KeyError for a name that is missing.
+    """
+    for part in parts:
+        for name, tensor in part.state_dict().items():
+            place(tensor, weights[name])

@@ -1,0 +1,66 @@
+"""Start ranks on this machine, with gloo, and collect what each of their checks said.
+
+A file of checks ends with `run_checks(globals())`. Each function `check_NAME(layouts..)` is a check
+that all ranks go through together; the test that starts them reads one result per check.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import distributed as dist
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+
+
+def launch(checks: str, world: int, folder: Path, limit: float) -> dict[str, list[str]]:
+    """Run a file of checks on `world` ranks; return what each rank says to each: "" is right.
+
+    limit: seconds until ranks that hang are ended
+    """
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE)])
+    environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1", WORLD_SIZE=str(world))
+    ranks = [subprocess.Popen([sys.executable, HERE / checks, folder], cwd=folder, text=True,
+                              stderr=subprocess.PIPE, env=environment | dict(RANK=str(rank)))
+             for rank in range(world)]
+    try:
+        errors = [rank.communicate(timeout=limit)[1] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+            rank.wait()
+    said = {}
+    for number, (rank, error) in enumerate(zip(ranks, errors, strict=True)):
+        assert rank.returncode == 0, f"rank {number} ended with {rank.returncode}: {error}"
+        for name, fault in json.loads((folder / f"said-{number}.json").read_text()).items():
+            said.setdefault(name, []).append(fault)
+    return said
+
+
+def run_checks(names: dict) -> None:
+    """Go through the checks among `names`, in order; the first that fails is the last one."""
+    folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
+    world, said = int(os.environ["WORLD_SIZE"]), {}
+    torch.set_num_threads(1)
+    store, limit = f"file://{folder / 'store'}", timedelta(seconds=60)
+    dist.init_process_group("gloo", store, limit, world, rank)
+    try:
+        for name, check in names.items():
+            if name.startswith("check_"):
+                said[name] = "did not end"
+                begin = time.perf_counter()
+                check()
+                said[name] = ""
+                if os.environ.get("TIMES") and not rank:
+                    print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+    except Exception:
+        said[name] = traceback.format_exc()
+    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+    os._exit(0)  # a rank that waits for another one is not waited for

@@ -1,0 +1,99 @@
+"""Layouts: what is chosen, what is refused, who holds which layers."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minids import ModelArgs
+from minids.parallel import layout as layouts
+from minids.parallel.experts import by_expert
+from minids.parallel.layout import SCHEDULES, Layout, check_batch
+
+TINY = ModelArgs.preset("tiny")
+
+
+@pytest.mark.parametrize("world", [1, 2, 8, 2048])
+def test_all_ranks_are_fsdps_if_nothing_is_said(world):
+    chosen = Layout().fitted(world)
+    assert (chosen.fsdp, chosen.micro_batches, chosen.data_ranks) == (world, 1, world)
+    if world <= 8:
+        chosen.check(TINY)
+
+
+def test_what_is_left_open_is_chosen():
+    chosen = Layout(pipeline=4, replicate=2).fitted(64)
+    assert (chosen.fsdp, chosen.micro_batches, chosen.data_ranks) == (8, 8, 16)
+    assert Layout(pipeline=2, schedule="Interleaved1F1B").fitted(2).micro_batches == 8
+    assert chosen.fitted(64) == chosen
+
+
+@pytest.mark.parametrize("fields, world, words", [
+    (dict(pipeline=3), 4, ["pipeline = 3 ", "4"]), (dict(replicate=8), 4, ["replicate = 8 ", "4"]),
+    (dict(fsdp=4), 2, ["fsdp = 4 ", "2: pipeline x replicate x fsdp"]),
+    (dict(fsdp=1), 2, ["fsdp = 1 ", "2: "]), (dict(expert_parallel=4), 2, ["expert_parallel = 4 "]),
+    (dict(expert_parallel=4, replicate=2), 4, ["expert_parallel = 4 ", "fsdp = 2"]),
+    (dict(micro_batches=4), 2, ["micro_batches = 4 ", "--grad-accum"]),
+    (dict(pipeline=4, micro_batches=2), 4, ["micro_batches = 2 ", "at least 4"]),
+    (dict(pipeline=2, schedule="DualPipeV", micro_batches=3), 2, ["micro_batches = 3 "]),
+    (dict(pipeline=2, schedule="Interleaved1F1B", micro_batches=3), 2, ["a multiple of "])])
+def test_ranks_that_do_not_fit_are_refused(fields, world, words):
+    with pytest.raises(ValueError) as error:
+        Layout(**fields).fitted(world)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fields, world, model, word", [
+    (dict(pipeline=8), 8, {}, "n_layers = 4"), (dict(expert_parallel=3), 3, {}, "n_routed_experts"),
+    (dict(expert_parallel=2), 2, dict(n_routed_experts=0), "no layer has experts"),
+    (dict(fsdp=12), 12, dict(moe_inter_dim=30), "width 30")])
+def test_models_that_do_not_divide_are_refused(fields, world, model, word):
+    chosen = Layout(**fields).fitted(world)
+    with pytest.raises(ValueError, match=word):
+        chosen.check(replace(TINY, **model))
+
+
+def test_schedules_that_lose_gradients_are_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu128")
+    assert layouts.torch_version() == (2, 11)
+    Layout(pipeline=2).fitted(2)
+    with pytest.raises(ValueError, match="schedule = 'DualPipeV' is not valid.*1F1B.*2.11"):
+        Layout(pipeline=2, schedule="DualPipeV").fitted(2)
+
+
+@pytest.mark.parametrize("preset", ModelArgs.presets())
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_stages_hold_each_layer_once(preset, schedule):
+    args = ModelArgs.preset(preset)
+    for pipeline in (2, 4, 16):
+        chosen = Layout(pipeline=pipeline, schedule=schedule)
+        if chosen.n_stages > args.n_layers:
+            continue
+        held = [chosen.stages_of(rank) for rank in range(pipeline)]
+        assert sorted(sum(held, [])) == list(range(chosen.n_stages))
+        layers = [chosen.layers_of(stage, args) for stage in range(chosen.n_stages)]
+        assert [layer for each in layers for layer in each] == list(range(args.n_layers))
+        assert all(map(len, layers))
+        if schedule == "DualPipeV":
+            assert held[0] == [0, chosen.n_stages - 1], "both ends on one rank (V3 3.2.3)"
+
+
+def test_v3_on_sixteen_ranks():
+    """61 layers, an MTP module and the head: the last stage has the fewest layers."""
+    chosen = Layout(pipeline=16)
+    sizes = [len(chosen.layers_of(stage, ModelArgs.preset("v3"))) for stage in range(16)]
+    assert sum(sizes) == 61 and set(sizes[:-1]) <= {3, 4} and sizes[-1] == 2
+
+
+def test_batches_that_cannot_be_dealt_are_refused():
+    check_batch(Layout(fsdp=2), 8, parts=4)
+    with pytest.raises(ValueError, match="batch_size = 9 is not valid: it must be a multiple of 8"):
+        check_batch(Layout(fsdp=2), 9, parts=4)
+
+
+def test_rows_are_sorted_by_expert_and_back():
+    """The example of the docstring, and one with experts that get nothing."""
+    order, back = by_expert(torch.tensor([[1, 2], [1, 1]]), 5)
+    assert order.tolist() == [0, 3, 1, 2, 4] and back.tolist() == [0, 2, 3, 1, 4]
+    order, back = by_expert(torch.tensor([[0, 2, 0], [3, 0, 0]]), 5)
+    assert order.tolist() == [2, 3, 4, 0, 1] and back.tolist() == [3, 4, 0, 1, 2]
