@@ -53,6 +53,9 @@ def test_a_corpus_below_a_file_is_refused_before_the_teacher_answers(tmp_path):
     (tmp_path / "file").write_text("mine")
     said = run_main(distill, "--teacher", "nowhere", "--corpus", str(tmp_path / "file/c.jsonl"))
     assert said.status == 2 and "corpus = " in said.err and "below a file" in said.err
+    said = run_main(distill, "--teacher", "nowhere", "--corpus", "/proc/no/c.jsonl")
+    assert said.status == 2 and said.err.count("\n") == 1
+    assert "corpus = '/proc/no/c.jsonl' is not valid: it must be a path that can" in said.err
 
 
 @pytest.mark.parametrize("blank", [True, False])

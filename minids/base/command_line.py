@@ -12,7 +12,7 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import NoReturn
 
-from minids.base.fields import bounds, check_writable, nearest
+from minids.base.fields import bounds, check_folder, check_writable, nearest
 
 NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory"
                        "|Storage size calculation overflowed")  # torch's RuntimeErrors
@@ -122,8 +122,9 @@ def parse(program: str, doc: str, *classes, argv: list[str] | None = None) -> li
         add_flags(parser, cls, (cls.__doc__ or cls.__name__).strip().splitlines()[0])
     given = vars(parser.parse_args(argv))
     for f in (f for cls in classes for f in fields(cls)):
-        if f.metadata.get("folder") and given.get(f.name):
-            check_writable(f.name, given[f.name])
+        if f.metadata.get("folder") and (folder := given.get(f.name, f.default)):
+            check_folder(f.name, folder)
+            check_writable(f.name, folder)
     return [{f.name: given[f.name] for f in fields(cls) if f.name in given} for cls in classes]
 
 

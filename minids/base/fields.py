@@ -4,11 +4,15 @@ A settings class is a flat frozen dataclass that inherits `Settings`. Its bounds
 fields: the error message, `--help` and the one test of all bounds read them from there.
 """
 
+import contextlib
 import difflib
 import math
 import os
+import tempfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
+
+MOST = 10**6  # problems, replies or sequences at once; far more than that fills the memory
 
 
 def option(default, help: str, choices: tuple = (), flag: str = "", low: float | None = None,
@@ -45,10 +49,27 @@ def require(args, name: str, holds: bool, valid: str) -> None:
     demand(name, getattr(args, name), holds, valid)
 
 
+def check_folder(name: str, value: str) -> None:
+    """Raise `ValueError` if a path is not a folder, or leads through something that is not."""
+    for path in (Path(value), *Path(value).parents):
+        demand(name, value, not os.path.lexists(path) or path.is_dir(),
+               f"a folder, and {path} is not one")
+
+
 def check_writable(name: str, value: str) -> None:
-    """Raise `ValueError` if a file or folder cannot be made, before the work that would fill it."""
-    place = next(path for path in (Path(value), *Path(value).absolute().parents) if path.exists())
-    demand(name, value, os.access(place, os.W_OK), f"where you may write; {place} is read-only")
+    """Raise `ValueError` if a file or folder cannot be made, before the work that would fill it.
+
+    Permissions do not tell: root has them all, also where the system has no files to make.
+    """
+    path = Path(value).absolute()
+    place = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.lstat()  # a name may be too long
+        replaced = place == path and not path.is_dir()
+        tempfile.TemporaryFile(dir=place.parent if replaced else place).close()
+    except OSError as error:
+        demand(name, value, False, f"a path that can be written; {place}: {error.strerror}")
 
 
 def bounds(f) -> str:
@@ -81,8 +102,7 @@ def check_types(args) -> None:
                 require(args, f.name, False, "UTF-8 text")
             object.__setattr__(args, f.name, value)
         if f.metadata.get("folder") and value:
-            taken = [p for p in (Path(value), *Path(value).parents) if p.is_file()][:1]
-            require(args, f.name, not taken, f"a folder, and {''.join(map(str, taken))} is a file")
+            check_folder(f.name, value)
         if choices := f.metadata.get("choices"):
             require(args, f.name, value in choices, f"one of {', '.join(map(str, choices))}")
         low, high, above = map(f.metadata.get, ("low", "high", "above"))

@@ -13,7 +13,8 @@ from unittest import mock
 
 from minids.__main__ import programs
 from minids.base import command_line
-from minids.base.fields import Settings, option
+from minids.base.fields import Settings, check_writable, demand, option
+from minids.base.files import write_whole
 
 BEGIN, END = "<!-- flags: begin -->\n", "<!-- flags: end -->"
 
@@ -69,11 +70,12 @@ def main() -> None:
     [given] = command_line.parse("minids.lab.flags", __doc__, FlagsArgs)
     if not (page := FlagsArgs(**given).page):
         return print(markdown())
+    demand("page", page, Path(page).is_file(), "a file that is there")
+    check_writable("page", page)
     before, _, rest = Path(page).read_text(encoding="utf-8").partition(BEGIN)
     _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"page = {page!r} is not valid: it has no {BEGIN.strip()} .. {END}")
-    Path(page).write_text(f"{before}{BEGIN}\n{markdown()}\n{end}{after}", encoding="utf-8")
+    demand("page", page, bool(end), f"a page that has {BEGIN.strip()} .. {END}")
+    write_whole(page, f"{before}{BEGIN}\n{markdown()}\n{end}{after}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from filelock import Timeout
 
+from minids.base.fields import demand
 from minids.base.files import holding, new_folder
 
 LOCK = ".lock"
@@ -28,16 +29,18 @@ def locked(folders: Iterable[Path]) -> Iterator[Path]:
     """Hold the lock of the first of these folders in which no other process works; yield it.
 
     A folder that was made for the lock and holds nothing else is removed at the end.
-    Raises `ValueError` if other processes work in all of them.
+    Raises `ValueError` if other processes work in all of them, or one cannot be written.
     """
     with contextlib.ExitStack() as held:
         for folder in folders:
-            held.enter_context(new_folder(folder))
             try:
+                held.enter_context(new_folder(folder))
                 held.enter_context(holding(folder / LOCK, timeout=0))
                 break
             except Timeout:
                 continue
+            except OSError as error:
+                demand("out", str(folder), False, f"a path that can be written; {error.strerror}")
         else:
             raise ValueError(f"out = {str(folder)!r} is not valid: another process works in that "
                              "folder; wait for its end, or name another one")

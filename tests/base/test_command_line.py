@@ -210,11 +210,36 @@ def test_what_was_printed_last_finds_a_full_disk(body, said):
     assert run.stderr == f"python -m bakery: {said}\n"
 
 
-def test_a_folder_that_nobody_may_write_to_is_refused_before_any_work(tmp_path, monkeypatch):
-    place = option("", "where it goes", folder=True)
-    shelf = dataclass(type("Shelf", (), {"__annotations__": {"out": str}, "out": place}))
-    wanted = str(tmp_path / "a/b")
-    assert parse("bakery", "Bake.", shelf, argv=["--out", wanted]) == [dict(out=wanted)]
-    monkeypatch.setattr(os, "access", lambda path, how: False)
-    with pytest.raises(ValueError, match=f"^out = '{wanted}' is not valid: .*{tmp_path} is read"):
-        parse("bakery", "Bake.", shelf, argv=["--out", wanted])
+def shelf(default: str) -> type:
+    """Settings with a folder to write."""
+    place = option(default, "where it goes", folder=True)
+    return dataclass(type("Shelf", (), {"__annotations__": {"out": str}, "out": place}))
+
+
+@pytest.mark.parametrize("wanted, why", [
+    ("/proc/no/x", "a path that can be written; /proc: "),
+    ("x" * 300, "a path that can be written; .* too long"),
+    ("/dev/null/x", "a folder, and /dev/null is not one"), ("/dev/null", "a folder, and /dev/null"),
+    ("gone", "a folder, and gone is not one"), ("gone/x", "a folder, and gone is not one")])
+def test_a_folder_that_cannot_be_made_is_refused_before_work(wanted, why, tmp_path, monkeypatch):
+    """Given or a default, also to root, who may write everywhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "gone").symlink_to("nowhere")
+    for default, given in (("", ["--out", wanted]), (wanted, [])):
+        with pytest.raises(ValueError, match=f"^out = '{wanted}' is not valid: it must be {why}"):
+            parse("bakery", "Bake.", shelf(default), argv=given)
+    assert [path.name for path in tmp_path.iterdir()] == ["gone"]
+
+
+def test_a_folder_that_can_be_made_is_not_made_yet(tmp_path):
+    for wanted in (str(tmp_path), str(tmp_path / "a/b")):
+        assert parse("bakery", "Bake.", shelf(""), argv=["--out", wanted]) == [dict(out=wanted)]
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_read_only_is_refused(tmp_path, monkeypatch):
+    def refuse(dir):
+        raise PermissionError(13, "Permission denied", str(dir))
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write everywhere
+    with pytest.raises(ValueError, match=f"can be written; {tmp_path}: Permission denied"):
+        parse("bakery", "Bake.", shelf(""), argv=["--out", str(tmp_path / "a/b")])

@@ -60,3 +60,6 @@ def test_flags_are_written_between_the_marks(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="page = .* is not valid"):
         flags.main()
     assert page.read_text() == "no marks\n"
+    monkeypatch.setattr("sys.argv", ["flags", "--page", str(tmp_path / "none.md")])
+    with pytest.raises(ValueError, match="page = .*none.md' is not valid: it must be a file"):
+        flags.main()

@@ -110,6 +110,13 @@ def test_a_program_keeps_out_of_a_folder_in_use(home, flags, tmp_path, monkeypat
     assert not (tmp_path / "runs/nano").exists()
 
 
+def test_a_place_without_files_is_refused_by_its_field(home, flags, monkeypatch):
+    """A run that names no folder finds out when it makes one; root may write in /proc."""
+    monkeypatch.chdir("/proc")
+    said = run_train(*flags, "--steps", "1")
+    training_runs.assert_refused(said, "out = 'runs/nano' is not valid: it must be a path that can")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("attempt", range(5))
 @pytest.mark.parametrize("named", [True, False])
