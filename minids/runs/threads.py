@@ -48,6 +48,41 @@ def waited(tasks: Path = Path("/proc/self/task")) -> tuple[int, int]:
     return found[0], found[1]
 
 
+class Trial:
+    """Steps on fewer and fewer threads, for as long as fewer make them shorter.
+
+    most: the number to begin with; share: of the CPU time, in which threads had no core before
+    """
+
+    def __init__(self, most: int, share: float):
+        self.share = share
+        self.left = sorted({most, most * 3 // 4, most // 2, most // 4, 1} - {0})
+        self.times: dict[int, list[float]] = {}  # seconds of the steps, by the number of threads
+        self.try_fewer()
+
+    def try_fewer(self) -> None:
+        """Compute on the largest number that was not tried yet."""
+        number = self.left.pop()
+        torch.set_num_threads(number)
+        self.times[number] = []
+
+    def took(self, seconds: float) -> bool:
+        """Take note of a step, and go on; return whether the trial is over."""
+        newest = [*self.times.values()][-1]
+        newest.append(seconds)
+        if len(newest) < TRIAL:
+            return False
+        taken = [*self.medians().values()]
+        over = not self.left or len(taken) > 1 and taken[-1] >= taken[-2]
+        if not over:
+            self.try_fewer()
+        return over
+
+    def medians(self) -> dict[int, float]:
+        """Return the seconds of a step by the number of threads, in the order of the trial."""
+        return {number: statistics.median(times) for number, times in self.times.items()}
+
+
 class Threads:
     """Watches the steps of one run, and sets torch's number of threads.
 
@@ -57,25 +92,24 @@ class Threads:
     def __init__(self, fixed: bool, say: Callable[[str], object] = print):
         self.most = torch.get_num_threads()
         self.say, self.watching = say, not fixed and self.most > 1
-        ladder = {self.most, self.most * 3 // 4, self.most // 2, self.most // 4, 1} - {0}
-        self.ladder = sorted(ladder, reverse=True)
-        self.times: dict[int, list[float]] = {}  # seconds of the steps of a trial, by number
+        self.trial: Trial | None = None
         self.steps, self.rest, self.seen = 0, 0, waited()
-        self.busy, self.told = 0.0, 0  # the share before the last trial, and its number
+        self.told = 0  # the number that the last line named
 
     def took(self, seconds: float) -> None:
         """Take note of a step; seconds: of it, or of one of its tokens where steps differ."""
         if not self.watching:
             return
-        if self.times:
-            return self.try_next(seconds)
+        if self.trial:
+            if self.trial.took(seconds):
+                self.settle(self.trial)
+            return
         self.steps += 1
         if self.steps % STEPS:
             return
         share, self.rest = self.share(), self.rest - 1
         if share > BUSY and self.rest <= 0:
-            self.busy = share
-            self.begin(self.most)
+            self.trial = Trial(self.most, share)
         elif share < QUIET and torch.get_num_threads() < self.most:
             self.say(f"the machine is quiet again: going on with {self.most} threads")
             self.told = self.most
@@ -87,34 +121,22 @@ class Threads:
             torch.set_num_threads(self.most)
 
     def share(self) -> float:
-        """Return the share of waiting since the last call."""
+        """Return the share of CPU time in which threads had no core, since the last call."""
         (ran, waits), before = waited(), self.seen
         self.seen = ran, waits
         ran, waits = ran - before[0], waits - before[1]
         return waits / (ran + waits) if ran + waits > 0 else 0.0
 
-    def begin(self, number: int) -> None:
-        """Compute on this number of threads, to see what it takes."""
-        torch.set_num_threads(number)
-        self.times[number] = []
-
-    def try_next(self, seconds: float) -> None:
-        """Go on with a trial: down the ladder while that makes steps shorter."""
-        tried = list(self.times)
-        self.times[tried[-1]].append(seconds)
-        if len(self.times[tried[-1]]) < TRIAL:
-            return
-        taken = {number: statistics.median(times) for number, times in self.times.items()}
-        last = self.ladder[-1] == tried[-1]
-        if not last and (len(tried) == 1 or taken[tried[-1]] < taken[tried[-2]]):
-            return self.begin(self.ladder[len(tried)])
+    def settle(self, trial: Trial) -> None:
+        """Go on with the number that was fastest in a trial, and say so if it is another one."""
+        taken = trial.medians()
         best = min(taken, key=taken.get)
         torch.set_num_threads(best)
         if best != self.told:
             times = ", ".join(f"{taken[number] / taken[best]:.2f} with {number}"
                               for number in taken)
-            self.say(f"the machine is busy: {self.busy:.0%} of the time this run's threads have "
+            self.say(f"the machine is busy: {trial.share:.0%} of the time this run's threads have "
                      f"no core; going on with {best} of {self.most} (time of a step, relative: "
                      f"{times}; --threads fixes the number)")
-        self.told, self.times, self.rest = best, {}, REST
+        self.told, self.trial, self.rest = best, None, REST
         self.share()
