@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from minids.base.command_line import Stopped, parse, run_program
-from minids.base.fields import Settings, check_writable, option, require
+from minids.base.fields import MOST, Settings, check_writable, option, require
 from minids.base.files import digest, read_sealed, sealed, write_whole
 from minids.infer.sampling import COLDEST
 from minids.rl.examination import BATCH, Asking, ask, parts
@@ -45,7 +45,7 @@ class CorpusArgs(Settings):
     corpus: str = option("", "file to write, one JSON object per line")
     about: str = option("calculator", f"task: {TASKS}")
     problems: int = option(2048, "problems that the teacher answers, from the training side", low=1,
-                           high=10**6)
+                           high=MOST)
     tries: int = option(1, "replies to each problem; the first good one is accepted", low=1)
     template: str = option("chat", "form of the prompt", tuple(TEMPLATES))
     temperature: float = option(1.0, "divides the logits; R1 recommends 0.6 to its users", low=0)

@@ -40,7 +40,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import option, require
+from minids.base.fields import MOST, option, require
 from minids.config import ModelArgs
 from minids.infer.sampling import COLDEST, Sampler
 from minids.model.transformer import Transformer
@@ -74,8 +74,8 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
                                " does; both: these two in turn; all: the three in turn",
                        (*MODES, "both", "all"))
     steps: int = option(40, "optimizer steps", low=1)
-    questions: int = option(16, "questions in a rollout", low=1, high=10**6)
-    group: int = option(16, "replies to each question, judged by comparison", low=2, high=10**6)
+    questions: int = option(16, "questions in a rollout", low=1, high=MOST)
+    group: int = option(16, "replies to each question, judged by comparison", low=2, high=MOST)
     updates: int = option(1, "optimizer steps that share a rollout, each on a part of it", low=1)
     micro_batch: int = option(256, "replies that go through the model together", low=1)
     max_new_tokens: int = option(48, "maximum length of a reply, tokens", low=1)
@@ -91,7 +91,7 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
     length_weight: float = option(0.0, "penalty on a reply of the maximum length", low=0)
     reward: str = option("task", "the task's, or shuffled: a control", ("task", "shuffled"))
     eval_every: int = option(10, "steps between evaluations; 0: only at the end", low=0)
-    eval_problems: int = option(200, "held-out problems in an evaluation", low=1, high=10**6)
+    eval_problems: int = option(200, "held-out problems in an evaluation", low=1, high=MOST)
     lr: float = option(2e-4, "peak learning rate of AdamW", above=0)
 
     may_change = LearnArgs.may_change | {"micro_batch", "eval_every", "eval_problems"}

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import option, require
+from minids.base.fields import MOST, option, require
 from minids.base.files import read_jsonl
 from minids.config import ModelArgs
 from minids.model.objective import Packed
@@ -49,16 +49,16 @@ class SftArgs(LearnArgs):
 
     preset: str = option("tiny", "tiny, or r1: the paper's", tuple(PRESETS))
     data: str = option("task:calculator", "conversations: task:NAME or jsonl:PATH")
-    examples: int = option(4096, "number of problems to draw from a task", low=1, high=10**6)
+    examples: int = option(4096, "number of problems to draw from a task", low=1, high=MOST)
     think: float = option(0.4, "share of a task's answers with a thought", low=0, high=1)
     steps: int = option(200, "optimizer steps", low=1)
     seq_len: int = option(256, "tokens in a row", low=1)
-    batch_size: int = option(16, "rows in an optimizer step", low=1, high=10**6)
+    batch_size: int = option(16, "rows in an optimizer step", low=1, high=MOST)
     balance_weight: float = option(1e-4, "weight of the balance loss", low=0)
     mtp_weight: float = option(0.1, "weight of the multi-token prediction loss", low=0)
     task: str = option("", "task to measure accuracy on; none: that of --data, if it is one")
     eval_every: int = option(25, "steps between evaluations; 0: only at the end", low=0)
-    eval_problems: int = option(100, "held-out problems in an evaluation", low=1, high=10**6)
+    eval_problems: int = option(100, "held-out problems in an evaluation", low=1, high=MOST)
     max_new_tokens: int = option(64, "maximum length of a reply, tokens", low=1)
     lr: float = option(1e-2, "peak learning rate of AdamW", above=0)
     muon_lr: float = option(3e-3, "peak learning rate of Muon", above=0)

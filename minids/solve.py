@@ -12,7 +12,7 @@ samples, pass@k is the probability that one of k replies is right (`minids.rl.ex
 from dataclasses import dataclass
 
 from minids.base.command_line import parse, run_program
-from minids.base.fields import option, require
+from minids.base.fields import MOST, option, require
 from minids.base.tables import format_table
 from minids.infer.sampling import COLDEST
 from minids.rl.examination import Asking, ask, mark, pass_curve
@@ -30,12 +30,12 @@ class SolveArgs(Machine):
     task: str = option("calculator", TASKS)
     template: str = option("chat", "turns with tags, or plain for a base model", tuple(TEMPLATES))
     mode: str = option("", "only this mode; none: all three", ("", *MODES))
-    problems: int = option(400, "held-out problems", low=1, high=10**6)
+    problems: int = option(400, "held-out problems", low=1, high=MOST)
     max_new_tokens: int = option(64, "maximum length of a reply, tokens", low=1)
     temperature: float = option(0.0, "divides the logits; 0 takes the likeliest token", low=0)
     top_p: float = option(1.0, "draw from the fewest tokens of this probability", above=0, high=1)
     samples: int = option(1, "replies to each problem; more than one also give pass@k", low=1,
-                          high=10**6)
+                          high=MOST)
     show: int = option(0, "number of replies to print", low=0)
     seed: int = option(0, "decides the samples", low=0, high=2 ** 32 - 1)
 

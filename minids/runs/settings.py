@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from minids.base.fields import option, require
+from minids.base.fields import MOST, option, require
 from minids.config import MODEL_PRESETS
 from minids.runs.device import Machine
 
@@ -67,7 +67,7 @@ class TrainArgs(LearnArgs):
     dsa: str = option("", "sparse attention, after --from: the indexers learn alone (warmup), or"
                           " with the model (sparse)", ("", "warmup", "sparse"))
     steps: int = option(1000, "optimizer steps", low=1)
-    batch_size: int = option(8, "sequences in an optimizer step", low=1, high=10**6)
+    batch_size: int = option(8, "sequences in an optimizer step", low=1, high=MOST)
     batch_start: int = option(0, "sequences in step 1, growing to batch_size; 0: no ramp", low=0)
     batch_ramp_steps: int = option(0, "steps over which the batch grows", low=0)
     grad_accum: int = option(1, "micro-batches that an optimizer step is split into", low=1)
