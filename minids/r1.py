@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from minids.base.command_line import Stopped, parse, run_program
-from minids.base.fields import option
+from minids.base.fields import MOST, option
 from minids.base.files import read_sealed, sealed, write_whole
 from minids.base.tables import format_table
 from minids.distill import CorpusArgs, check_corpus, write_corpus
@@ -50,7 +50,7 @@ from minids.runs.checkpoints import newest_checkpoint
 from minids.runs.folders import LOCK, locked
 from minids.runs.loggers import Mirror
 from minids.runs.metrics import read_metrics
-from minids.runs.open import open_model, refuse_changes
+from minids.runs.open import is_run, open_model, read_config, refuse_changes
 from minids.runs.settings import LearnArgs, Logged, TrainArgs
 from minids.sft import SftArgs, sft
 from minids.text.chat import MODES
@@ -125,8 +125,7 @@ class R1Args(Logged):
     preset: str = option("tiny", "tiny calculates; countdown searches, for longer", tuple(PRESETS))
     out: str = option("runs/r1", "run folder; a run that is there continues", folder=True)
     controls: bool = option(False, "run the controls too")
-    problems: int = option(400, "held-out problems that the table is measured on", low=1,
-                           high=10**6)
+    problems: int = option(400, "held-out problems that the table is measured on", low=1, high=MOST)
     seed: int = option(0, "decides weights, data and samples", low=0, high=2 ** 32 - 1)
     threads: int = option(1, "CPU threads; 0: torch's choice, one per core", low=0, high=1024)
 
@@ -173,6 +172,7 @@ class Pipeline:
             given |= dict(steps=self.equal_steps())
         settings = SETTINGS[stage.program].for_preset(**given)
         if not self.is_done(name, settings):
+            refuse_another_recipe(self.run / name, stage.program.__name__, settings)
             print(f"\n{name}", flush=True)
             model = [self.preset["smaller"]] if name == "student" else []
             self.timed(name, stage.program, settings, *model)
@@ -235,6 +235,15 @@ class Pipeline:
             found[keys[name]] = row
             self.store("marks.json", found)
         return {name: found[key] for name, key in keys.items() if key in found}
+
+
+def refuse_another_recipe(stage: Path, program: str, now: LearnArgs) -> None:
+    """Raise `ValueError` if a stage that was stopped began with other settings, say of an older
+    version: half of it would follow each. Paths may differ, because a run can be moved."""
+    if is_run(stage):
+        stored = type(now)(**read_config(stage, program, type(now))[program])
+        free = now.may_change | {"from_run", "data"}
+        refuse_changes(stage, vars(stored), {k: v for k, v in vars(now).items() if k not in free})
 
 
 def table(marks: dict[str, dict]) -> str:

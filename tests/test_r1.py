@@ -188,6 +188,39 @@ def test_a_pipeline_that_was_stopped_ends_with_the_same_bytes(brief, finished, t
         assert all(torch.equal(a[n], b[n]) for n in a)
 
 
+def stop_final(patch: pytest.MonkeyPatch, run: Path, mode: str) -> None:
+    """Stop the pipeline after the first step of its last RL, whose prompts are of this mode."""
+    step = Learner.write_record
+
+    def stop_after_one(learner, record):
+        if learner.run.name == "final":
+            learner.stop_signal = 15
+        step(learner, record)
+
+    with patch.context() as context:
+        context.setattr(Learner, "write_record", stop_after_one)
+        context.setitem(PRESETS["tiny"], "final", RL | dict(mode=mode))
+        with pytest.raises(Stopped):
+            quiet(args_for(run))
+
+
+def test_a_stage_that_an_older_recipe_began_is_refused(brief, finished, tmp_path, monkeypatch):
+    """R1's last stage had the mode "both" once; half of it in each mode would be neither recipe."""
+    run = shutil.copytree(finished[0], tmp_path / "r1")  # a moved run: its paths are others
+    shutil.rmtree(run / "final")
+    stop_final(monkeypatch, run, "both")
+    monkeypatch.setitem(PRESETS["tiny"], "final", RL | dict(mode="all", lr=5e-5))
+    monkeypatch.setattr(sys, "argv", ["minids.r1", "--out", str(run), "--problems", "4"])
+    err = io.StringIO()
+    with contextlib.redirect_stderr(err), pytest.raises(SystemExit) as end:
+        run_program("minids.r1", r1_module.main)
+    assert end.value.code == 2 and err.getvalue().count("\n") == 1
+    assert f"mode = 'all' is not valid: the run in {run}/final has 'both'" in err.getvalue()
+    shutil.rmtree(run / "final")
+    stop_final(monkeypatch, run, "all")
+    assert "resumed at step 1 of 2" in quiet(args_for(run))[1]
+
+
 def test_pass_at_k_is_measured_at_temperature_1(tmp_path, monkeypatch):
     """Of the cold start and of reasoning RL, on a quarter of the problems; the marks are greedy."""
     asked, greedy = [], []
