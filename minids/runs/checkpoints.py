@@ -213,15 +213,25 @@ def verify(path: Path, names: tuple[str, ...] = (WEIGHTS, STATE)) -> dict:
     return manifest
 
 
-def newest_checkpoint(run: Path) -> Path | None:
-    """Return the newest checkpoint that verifies; name those refused before it on stderr."""
+def newest_whole(run: Path) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that verifies, and why each newer one is refused."""
+    refused = []
     for path in all_checkpoints(run):
         try:
             verify(path)
-            return path
+            return path, refused
         except (ValueError, OSError) as error:
-            print(f"refused checkpoint {path.name}: {error}", file=sys.stderr)
-    return None
+            refused.append(f"refused checkpoint {path.name}: {error}")
+    return None, refused
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """Return the newest checkpoint that verifies; name on stderr those that it stands in for."""
+    newest, refused = newest_whole(run)
+    if newest:
+        for line in refused:
+            print(line, file=sys.stderr)
+    return newest
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -250,13 +260,12 @@ def resolve(path: Path) -> Path:
                          "give a run folder or one of its checkpoints")
     if (path / MANIFEST).exists() or NAME.fullmatch(path.name):
         return path
-    if not (found := all_checkpoints(path)):
+    if not all_checkpoints(path):
         raise ValueError(f"{path} holds no checkpoint: "
                          "give a run folder, with checkpoints/step_NNNNNN in it, or a checkpoint")
     if newest := newest_checkpoint(path):
         return newest
-    raise ValueError(f"{path} holds no whole checkpoint: all {len(found)} of them were refused, "
-                     "see above")
+    raise ValueError(f"{path} holds no whole checkpoint: {'; '.join(newest_whole(path)[1][:3])}")
 
 
 def rng_state() -> dict:

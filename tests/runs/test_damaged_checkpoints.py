@@ -108,11 +108,15 @@ def test_later_format_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("depth", [99_999, 2000])
-def test_a_manifest_that_is_nested_deeply_is_named(tmp_path, depth):
+def test_a_manifest_that_is_nested_deeply_is_named(tmp_path, depth, capsys):
     path = save_checkpoint(tmp_path, 1, *small(1))
     (path / MANIFEST).write_text('{"format": 1, "a": ' + "[" * depth + "]" * depth + "}", "utf-8")
-    with pytest.raises(ValueError, match="manifest.json (is not a readable manifest|was changed)"):
+    reason = "manifest.json (is not a readable manifest|was changed)"
+    with pytest.raises(ValueError, match=reason):
         verify(path)
+    with pytest.raises(ValueError, match=f"holds no whole checkpoint: .*step_000001: .*{reason}"):
+        resolve(tmp_path)
+    assert capsys.readouterr().err == ""  # nothing beside the program's one line
 
 
 class Malicious:
