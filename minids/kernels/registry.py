@@ -24,6 +24,7 @@ REGISTRY: dict[str, Callable] = {}  # "moe.combine" -> the function that picks a
 
 _setting = "auto"
 _record: Counter | None = None
+_watch: Callable | None = None
 
 
 def body(when: Callable[..., bool]):
@@ -49,6 +50,8 @@ def bodies(*candidates: Callable):
                         break
             if _record is not None:
                 _record[name, chosen.__name__ if chosen is not plain else "plain"] += 1
+                if _watch is not None:
+                    _watch(name, chosen, args, named)
             return chosen(*args, **named)
 
         pick.plain, pick.bodies = plain, candidates
@@ -76,11 +79,14 @@ def using(setting: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[Counter]:
-    """Count what runs within the block: (function, body's name or "plain") -> calls."""
-    global _record
-    before, _record = _record, Counter()
+def recorded(watch: Callable | None = None) -> Iterator[Counter]:
+    """Count what runs within the block: (function, body's name or "plain") -> calls.
+
+    watch: called before each call with the function's name, what runs, and its arguments
+    """
+    global _record, _watch
+    before, _record, _watch = (_record, _watch), Counter(), watch
     try:
         yield _record
     finally:
-        _record = before
+        _record, _watch = before

@@ -5,6 +5,8 @@
     python -m minids.lab.bench --what moe-vs-dense --seeds 3 --steps 500
     python -m minids.lab.bench --what sparse --context 32768 --pairs 3
     python -m minids.lab.bench --what speculative --run runs/deep
+    python -m minids.lab.bench --device cuda --what train,roofline --preset small --batch-size 16
+    python -m minids.lab.bench --what profile --record figures/profile.json
 
 The tables:
     train         training steps: forward, backward, clipping and fused AdamW
@@ -17,6 +19,12 @@ The tables:
                   beside the predictions of the cost model in `minids.costs`, also at other depths
     rollout       sampling for reinforcement learning: `minids.rl.rollout`, which also returns
                   log-probabilities and routes, beside transformers' generate, which does not
+    program       steps of `minids.train` itself, with the flags that --command gives
+    step          a decoding step of minids beside the time that reading its weights takes
+    prompt        `generate` up to the first token of prompts of up to --context tokens
+    roofline      the machine's measured peaks, and each kernel body's share of them
+    profile       where the time of a training step (--command) and a decoding step goes; with
+                  --label it is measured and kept in --record, without it is drawn from there
 
 The other side of train, decode, memory and rollout is transformers' model with the same weights
 (`minids.hf`), data, precision, threads and allocator, under whichever of its settings a trial finds
@@ -49,9 +57,12 @@ from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.hf import config_from_args
 from minids.kernels.registry import recorded
+from minids.lab.bench_alone import program_table, prompt_table, step_table
 from minids.lab.bench_decoding import sparse_table, speculative_table
-from minids.lab.bench_setup import DEFAULT_TABLES, Bench, BenchArgs, Stepper, minids_loss
+from minids.lab.bench_setup import ALONE, Bench, BenchArgs, Stepper, minids_loss
 from minids.lab.bench_transformers import decode_table, memory_table, rollout_table, train_table
+from minids.lab.profiling import profile_table
+from minids.lab.roofline import roofline_table
 from minids.lab.timing import RATIOS
 from minids.runs.device import check_memory, pick_device, prepare_cpu
 from minids.runs.folders import free_folders
@@ -59,7 +70,7 @@ from minids.runs.metrics import read_metrics
 from minids.runs.settings import TrainArgs
 from minids.train import train
 
-BESIDE_TRANSFORMERS = ("all", "train", "decode", "memory", "rollout")
+BESIDE_TRANSFORMERS = ("train", "decode", "memory", "rollout")
 WIDTH_MULTIPLE = 8  # of the dense model's hidden width, to avoid odd shapes
 
 
@@ -131,7 +142,9 @@ def quality_cells(bits: list[float]) -> list[str]:
 # Each yields the row of titles, then row by row.
 MAKERS = {"train": train_table, "decode": decode_table, "memory": memory_table,
           "dense": dense_table, "moe-vs-dense": quality_table, "sparse": sparse_table,
-          "speculative": speculative_table, "rollout": rollout_table}
+          "speculative": speculative_table, "rollout": rollout_table, "program": program_table,
+          "step": step_table, "prompt": prompt_table, "roofline": roofline_table,
+          "profile": profile_table}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -140,8 +153,9 @@ def main(argv: list[str] | None = None) -> None:
     s = BenchArgs(**given)
     prepare_cpu(s.threads)
     args = replace(ModelArgs.preset(s.preset), **changes)
-    check_memory(args, pick_device(s.device))  # refuses a GPU that is not there, too
-    if s.what in BESIDE_TRANSFORMERS:
+    each = s.one_dtype.itemsize if set(s.tables) <= set(ALONE) else 16
+    check_memory(args, pick_device(s.device), each)  # refuses a GPU that is not there, too
+    if set(s.tables) & set(BESIDE_TRANSFORMERS):
         config_from_args(args)  # refuses a model that transformers has no class for
     bench = Bench(s, args)
     count = count_parameters(bench.args)
@@ -151,14 +165,14 @@ def main(argv: list[str] | None = None) -> None:
           f"{where}; torch {torch.__version__}, transformers {version('transformers')}; "
           f"{s.pairs} pairs; training {s.batch_size} x {s.seq_len} tokens per step, decoding "
           f"{s.new_tokens} tokens after {s.prompt}", flush=True)
-    for name in DEFAULT_TABLES if s.what == "all" else [s.what]:
+    for name in s.tables:
         rows = []
         with recorded() as calls:  # costs 0.1 us per call
             for row in MAKERS[name](bench):
                 print("  ".join(row), file=sys.stderr, flush=True)
                 rows.append(row)
         ran = ", ".join(f"{function} {body}" for function, body in sorted(calls))
-        print(f"\n{format_table(rows)}\n\nbodies: {ran or 'ran in another process'}", flush=True)
+        print(f"\n{format_table(rows)}\n\nbodies: {ran or 'none ran in this process'}", flush=True)
 
 
 if __name__ == "__main__":

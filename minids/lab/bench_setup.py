@@ -1,12 +1,14 @@
 """Settings, models, text and one training step, for all tables of `minids.lab.bench`."""
 
-from collections.abc import Callable
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
-from minids.base.fields import Settings, option, require
+from minids.base.fields import Settings, nearest, option, require
 from minids.config import ModelArgs
 from minids.lab.timing import in_turn, speed_cells
 from minids.model.transformer import Transformer
@@ -14,9 +16,12 @@ from minids.runs.settings import TrainArgs
 from minids.text.loaders import open_data
 from minids.text.tokenizer import Tokenizer
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16-weights": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
+BOTH = {"cpu": ("bf16", "fp32"), "cuda": ("bf16-weights", "bf16")}  # what --dtype both means
 DEFAULT_TABLES = ("train", "decode", "memory", "dense")  # what "all" means
-TABLES = (*DEFAULT_TABLES, "moe-vs-dense", "sparse", "speculative", "rollout")
+TABLES = (*DEFAULT_TABLES, "moe-vs-dense", "sparse", "speculative", "rollout", "program", "step",
+          "prompt", "roofline", "profile")
+ALONE = ("step", "prompt", "roofline")  # decode only: the model has no gradients to store
 WARM_UP = 2           # training steps before the timings; the first ones compile kernels
 LEARNING_RATE = 1e-3  # of the timed steps
 
@@ -26,7 +31,8 @@ class BenchArgs(Settings):
     """Tables, models and sizes."""
 
     preset: str = option("tiny", "model: " + ", ".join(ModelArgs.presets()))
-    what: str = option("all", f"table; all: {', '.join(DEFAULT_TABLES)}", ("all", *TABLES))
+    what: str = option("all", f"tables, with commas between; all: {', '.join(DEFAULT_TABLES)}")
+    command: str = option("", "program, profile: flags of minids.train, as one text")
     pairs: int = option(7, "timings of each side", low=1)
     steps_per_timing: int = option(8, "training steps in one timing", low=1)
     batch_size: int = option(8, "training: sequences per step", low=1)
@@ -34,10 +40,14 @@ class BenchArgs(Settings):
     decode_batch: int = option(64, "decoding: sequences in the larger batch", low=1)
     prompt: int = option(64, "decoding: tokens in each prompt", low=1)
     new_tokens: int = option(128, "decoding: tokens to generate after each prompt", low=1)
-    dtype: str = option("both", "bf16: autocast with FP32 weights to train, BF16 weights to decode",
+    dtype: str = option("both", "bf16: autocast with FP32 weights to train, BF16 weights to decode;"
+                                " both: with fp32 on a CPU, with bf16-weights on a GPU",
                         ("both", *DTYPES))
     data: str = option("pystdlib", "text: pystdlib, text:PATH or hf:NAME[:CONFIG[:COLUMN]]")
-    context: int = option(32768, "sparse: longest context in tokens; the others halve it", low=1)
+    context: int = option(32768, "sparse, prompt: longest context in tokens; others are shorter",
+                          low=1)
+    record: str = option("", "profile: JSON file that keeps measurements; its figure stands beside")
+    label: str = option("", "profile: name to record this measurement under; none: draw only")
     run: str = option("runs/tiny", "speculative: run folder of the model")
     seed: int = option(0, "seed of the weights and the text's order", low=0, high=2 ** 32 - 1)
     seeds: int = option(3, "moe-vs-dense: runs of each model", low=1)
@@ -45,10 +55,26 @@ class BenchArgs(Settings):
     threads: int = option(2, "CPU threads", low=1, high=1024)
     device: str = option("cpu", "device", ("cpu", "cuda"))
 
+    def __post_init__(self):
+        super().__post_init__()
+        unknown = next((name for name in self.tables if name not in TABLES), "")
+        require(self, "what", not unknown,
+                f"all, or one or several of {', '.join(TABLES)}; {nearest(unknown, TABLES)}".rstrip("; "))
+
+    @property
+    def tables(self) -> list[str]:
+        """Names of the tables to make."""
+        return list(DEFAULT_TABLES) if self.what == "all" else self.what.split(",")
+
     @property
     def dtypes(self) -> list[str]:
         """Precisions of the tables that have a row for each."""
-        return list(DTYPES) if self.dtype == "both" else [self.dtype]
+        return list(BOTH[self.device]) if self.dtype == "both" else [self.dtype]
+
+    @property
+    def decode_dtypes(self) -> list[str]:
+        """The same for decoding, where BF16 weights are BF16 weights."""
+        return list(dict.fromkeys(name.removesuffix("-weights") for name in self.dtypes))
 
     @property
     def one_dtype(self) -> torch.dtype:
@@ -62,7 +88,8 @@ class Bench:
     def __init__(self, settings: BenchArgs, args: ModelArgs):
         tokenizer = Tokenizer.open(TrainArgs.for_preset(settings.preset).tokenizer)
         self.settings = settings
-        self.trained_args = replace(args, vocab_size=tokenizer.vocab_size)
+        # Text has the tokenizer's tokens; a model may have more.
+        self.trained_args = replace(args, vocab_size=max(args.vocab_size, tokenizer.vocab_size))
         self.args = replace(self.trained_args, n_mtp_layers=0)
         limit, s = self.args.max_seq_len, settings
         require(self.args, "n_routed_experts", self.args.has_moe, "at least 1")
@@ -78,6 +105,25 @@ class Bench:
         """Return a new model, with the same random weights every time."""
         torch.manual_seed(self.settings.seed)
         return Transformer(args or self.args).to(self.settings.device)
+
+    def trained(self, dtype: str) -> Transformer:
+        """Return a new model whose weights have a training precision's type."""
+        model = self.model()
+        return model.to(torch.bfloat16) if dtype == "bf16-weights" else model
+
+    def decoder(self, **changes) -> Transformer:
+        """Return a model for decoding, made where and in the precision in which it is used.
+
+        A large one would have no room in FP32. changes: fields that differ from the benchmark's
+        """
+        s, before = self.settings, torch.get_default_dtype()
+        torch.manual_seed(s.seed)
+        torch.set_default_dtype(s.one_dtype)
+        try:
+            with torch.device(s.device):
+                return Transformer(replace(self.args, **changes)).eval().requires_grad_(False)
+        finally:
+            torch.set_default_dtype(before)
 
     def batches(self, count: int) -> list[tuple[Tensor, Tensor]]:
         """Return the next training batches, on the device."""
@@ -106,14 +152,22 @@ def minids_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
     return model.loss(tokens, targets, mtp_weight=0.0, balance_weight=0.0).total
 
 
+def compile_blocks(model: Transformer) -> None:
+    """Compile a model's blocks one by one."""
+    for block in model.blocks():
+        block.compile()
+
+
 class Stepper:
     """One model's training step: forward, backward, clipping, fused AdamW.
 
-    loss: such as `minids_loss`; dtype: "bf16" (autocast, FP32 master weights) or "fp32"
+    loss: such as `minids_loss`
+    dtype: "bf16" (autocast, FP32 master weights), "bf16-weights" (nothing else) or "fp32"
+    first: seconds of the first step, which compiles what is compiled
     """
 
     def __init__(self, model: nn.Module, loss: Callable, dtype: str):
-        self.model, self.loss, self.dtype = model, loss, dtype
+        self.model, self.loss, self.dtype, self.first = model, loss, dtype, 0.0
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -132,5 +186,24 @@ class Stepper:
 
     def run(self, batches: list) -> None:
         """Take one step on each batch."""
+        start = time.perf_counter()
         for batch in batches:
-            self.step(*batch)
+            loss = self.step(*batch)
+            if not self.first:
+                loss.item()  # waits for a GPU
+                self.first = time.perf_counter() - start
+
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Let the steps within leave the weights as they are."""
+        [group] = self.optimizer.param_groups
+        group["lr"] = 0.0
+        yield
+        group["lr"] = LEARNING_RATE
+
+    def held(self) -> int:
+        """Return the bytes of weights, buffers and optimizer between two steps."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        states = self.optimizer.state.values()
+        tensors += [t for state in states for t in state.values() if isinstance(t, Tensor)]
+        return sum(t.nbytes for t in tensors)

@@ -3,9 +3,11 @@
 import copy
 import functools
 import itertools
+import math
 import multiprocessing
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -13,24 +15,36 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from minids.base.command_line import one_line
 from minids.config import ModelArgs
+from minids.costs.flops import flops_per_token
 from minids.hf import config_from_args, save_hf
 from minids.infer.generation import generate
 from minids.infer.sampling import Sampler
-from minids.lab.bench_setup import DTYPES, Bench, BenchArgs, Stepper, minids_loss
+from minids.lab.bench_setup import (
+    DTYPES,
+    Bench,
+    BenchArgs,
+    Stepper,
+    compile_blocks,
+    minids_loss,
+)
 from minids.lab.timing import RATIOS, in_turn, speed_cells, watch_memory
 from minids.model.transformer import Transformer
 from minids.rl.rollout import roll_out
 from minids.runs.device import prepare_cpu
+from minids.train import PEAK_FLOPS
 
-TRIAL_ROUNDS = 3
+TRIAL_ROUNDS = {"cpu": 3, "cuda": 1}
 MEMORY_STEPS = 5  # training steps whose memory is watched
 NEVER = -1  # a token id that never occurs, so that no sequence ends early
 
 # Both sides add the same products in another order. The typical logit then moves by 1e-7 to 2e-6 of
 # the logits' spread in FP32 (measured), and by 4e-5 or more if a kind of weight is copied wrongly.
-LOGIT_TOLERANCE = 1e-5
-LOSS_TOLERANCE = {"fp32": 5e-5, "bf16": 1e-2}  # FP32: sums near 8; BF16: roundings of 2^-9
+# Weights in BF16 make every product round to 2^-9; another row holds the same copy in FP32.
+LOGIT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+# FP32: sums near 8; BF16: roundings of 2^-9
+LOSS_TOLERANCE = {"fp32": 5e-5, "bf16": 1e-2, "bf16-weights": 1e-2}
 # How far a decoded token may lie below the best one, as a share of the distance from the best logit
 # to the mean: ties that rounding decides. In BF16 rounding also sends tokens to other experts
 # (measured: up to 0.17); any other token lies about 1 below.
@@ -38,6 +52,14 @@ TIE = {"fp32": 1e-4, "bf16": 0.25}
 # A setting of transformers: which of its implementations of attention and experts run.
 TRAIN_SETTINGS = ["sdpa + grouped_mm", "sdpa + eager", "eager + grouped_mm", "eager + eager"]
 DECODE_SETTINGS = [*TRAIN_SETTINGS, "sdpa + batched_mm", "eager + batched_mm"]
+# On a GPU the layers may be compiled one by one, and decoding as one graph over a cache of fixed
+# size; what is left out here takes many times as long there.
+GPU_TRAIN_SETTINGS = ["sdpa + grouped_mm", "sdpa + grouped_mm + compiled"]
+GPU_DECODE_SETTINGS = ["sdpa + grouped_mm", "sdpa + batched_mm", "sdpa + grouped_mm + compiled",
+                       "sdpa + grouped_mm + static", "sdpa + batched_mm + static"]
+RECOMPILE_LIMIT = 64  # a compiled layer that knows its number is compiled once per layer
+GPU_TITLES = ["minids MFU", "transformers MFU", "minids GiB", "transformers GiB", "ratio",
+              "minids first step s"]
 SPEEDS = ["minids tokens/s", "transformers tokens/s", *RATIOS]  # titles of `speed_cells`
 
 
@@ -55,10 +77,16 @@ def to_transformers(model: Transformer) -> nn.Module:
 
 
 def choose(theirs: nn.Module, setting: str) -> None:
-    """Switch transformers' model to a setting's implementations."""
-    attention, experts = setting.split(" + ")
+    """Switch transformers' model to a setting's implementations, compiled or not."""
+    attention, experts, *more = setting.split(" + ")
     theirs.set_attn_implementation(attention)
     theirs.set_experts_implementation(experts)
+    theirs.generation_config.cache_implementation = "static" if "static" in more else None
+    for layer in theirs.model.layers:
+        layer._compiled_call_impl = None
+        if "compiled" in more:
+            torch._dynamo.config.recompile_limit = RECOMPILE_LIMIT
+            layer.compile()
 
 
 def transformers_loss(theirs: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
@@ -89,37 +117,64 @@ def decode_transformers(theirs: nn.Module, prompts: list[list[int]], new_tokens:
 
 def trial(theirs: nn.Module, settings: list[str], work: Callable[[], object], device: str,
           what: str) -> str:
-    """Return the setting under which `work` takes the least time; all times go to stderr."""
+    """Return the setting under which `work` takes the least time; all times go to stderr.
+
+    On a GPU a setting that transformers refuses is left out, and the reason goes there too.
+    """
     def under(setting: str) -> None:
         choose(theirs, setting)
         work()
 
-    works = [functools.partial(under, setting) for setting in settings]
-    taken = in_turn(works, 1 + TRIAL_ROUNDS, device)  # the first round warms up
+    if device == "cuda":
+        settings = [name for name in settings if works(functools.partial(under, name), name)]
+    tried = [functools.partial(under, setting) for setting in settings]
+    taken = in_turn(tried, 1 + TRIAL_ROUNDS[device], device)  # the first round warms up
     found = sorted((min(times[1:]), name) for times, name in zip(taken, settings, strict=True))
     listed = ", ".join(f"{setting} {taken:.3f} s" for taken, setting in found)
     print(f"transformers, {what}: {listed}", file=sys.stderr, flush=True)
     return found[0][1]
 
 
+def works(work: Callable[[], object], setting: str) -> bool:
+    """Return whether `work` raises nothing; time, or error, go to stderr."""
+    start = time.perf_counter()
+    try:
+        work()
+    except Exception as error:  # any library's, about what it cannot compile
+        print(f"transformers, {setting}: {one_line(error)[:200]}", file=sys.stderr, flush=True)
+        return False
+    taken = time.perf_counter() - start
+    print(f"transformers, {setting}: {taken:.1f} s the first time", file=sys.stderr, flush=True)
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def their_stepper(bench: Bench, dtype: str) -> Stepper:
+    """Return transformers' training step, whose weights equal those of `bench.model`."""
+    return Stepper(to_transformers(bench.trained(dtype)), transformers_loss, dtype)
+
+
 @functools.cache
 def fastest_training(bench: Bench, dtype: str) -> str:
-    """Return transformers' fastest setting for a training step."""
-    stepper = Stepper(to_transformers(bench.model()), transformers_loss, dtype)
-    batch = bench.batches(1)
-    return trial(stepper.model, TRAIN_SETTINGS, lambda: stepper.run(batch), bench.settings.device,
-                 f"a training step in {dtype}")
+    """Return transformers' fastest setting for a training step; no weight changes."""
+    s, stepper, batch = bench.settings, their_stepper(bench, dtype), bench.batches(1)
+    settings = TRAIN_SETTINGS if s.device == "cpu" else GPU_TRAIN_SETTINGS
+    with stepper.resting():
+        return trial(stepper.model, settings, lambda: stepper.run(batch), s.device,
+                     f"a training step in {dtype}")
 
 
 @functools.cache
 def fastest_decoding(bench: Bench, dtype: str, batch: int) -> str:
     """Return transformers' fastest setting for decoding a batch of prompts."""
-    theirs, tokens = decoders(bench, dtype)[2], bench.settings.new_tokens
+    s, theirs = bench.settings, decoders(bench, dtype)[2]
+    settings = DECODE_SETTINGS if s.device == "cpu" else GPU_DECODE_SETTINGS
     prompts = bench.prompts(batch)
-    return trial(theirs, DECODE_SETTINGS, lambda: decode_transformers(theirs, prompts, tokens),
-                 bench.settings.device, f"decoding {batch} x {tokens} tokens in {dtype}")
+    return trial(theirs, settings, lambda: decode_transformers(theirs, prompts, s.new_tokens),
+                 s.device, f"decoding {batch} x {s.new_tokens} tokens in {dtype}")
 
 
+@functools.lru_cache(maxsize=1)
 def decoders(bench: Bench, dtype: str) -> tuple[Transformer, Transformer, nn.Module]:
     """Return our model, its rounded weights in FP32 as a judge, and transformers' model."""
     ours = bench.model().to(DTYPES[dtype]).eval()
@@ -129,11 +184,11 @@ def decoders(bench: Bench, dtype: str) -> tuple[Transformer, Transformer, nn.Mod
 
 @torch.no_grad()
 def check_same_function(model: Transformer, theirs: nn.Module, tokens: Tensor) -> None:
-    """Stop unless both models give the same FP32 logits for tokens (B, S)."""
+    """Stop unless both models give the same logits for tokens (B, S)."""
     logits = model(tokens)  # (B, S, vocab_size)
     gaps = (logits - theirs(input_ids=tokens, use_cache=False).logits).abs().mean(-1)  # (B, S)
     gap = (gaps.median() / logits.std()).item()  # rounding may send one to another expert
-    assert gap <= LOGIT_TOLERANCE, f"the two models differ: logits are {gap:.1e} apart"
+    assert gap <= LOGIT_TOLERANCE[logits.dtype], f"the two models differ: logits are {gap:.1e} apart"
 
 
 @torch.no_grad()
@@ -169,24 +224,41 @@ def equal_tokens(judge: Transformer, prompts: list[list[int]], ours: list[list[i
 
 
 def train_table(bench: Bench) -> Iterator[list[str]]:
-    """Compare training."""
-    yield ["training", *SPEEDS, "minids first loss", "transformers first loss"]
-    for dtype in bench.settings.dtypes:
+    """Compare training; on a GPU also its share of the peak, its memory, and its first step."""
+    s, gpu = bench.settings, bench.settings.device == "cuda"
+    yield ["training", *SPEEDS, "minids first loss", "transformers first loss",
+           *(GPU_TITLES if gpu else [])]
+    for dtype in s.dtypes:
+        theirs = their_stepper(bench, dtype)
         setting = fastest_training(bench, dtype)
-        model = bench.model()
-        other = to_transformers(model)
-        choose(other, setting)
-        ours, theirs = Stepper(model, minids_loss, dtype), Stepper(other, transformers_loss, dtype)
+        choose(theirs.model, setting)
+        ours = Stepper(bench.trained(dtype), minids_loss, dtype)
         losses = first_losses(ours, theirs, bench.batches(1)[0])
-        yield [f"{dtype}, {setting}", *bench.time_steps(ours, theirs),
-               *(f"{loss:.5f}" for loss in losses)]
+        if gpu:
+            compile_blocks(ours.model)
+        cells = bench.time_steps(ours, theirs)
+        yield [f"{dtype}, {setting}", *cells, *(f"{loss:.5f}" for loss in losses),
+               *(gpu_cells(bench, ours, theirs, cells) if gpu else [])]
+
+
+def gpu_cells(bench: Bench, ours: Stepper, theirs: Stepper, speeds: list[str]) -> list[str]:
+    """Return a training row's cells under `GPU_TITLES`."""
+    name, flops = torch.cuda.get_device_name(), flops_per_token(bench.args, bench.settings.seq_len)
+    peak = next((rate for key, rate in PEAK_FLOPS.items() if key in name), math.inf)
+    shares = [flops * float(cell.replace(",", "")) / peak for cell in speeds[:2]]
+    batches = bench.batches(MEMORY_STEPS)
+    peaks = [watch_memory(lambda side=side: side.run(batches), "cuda") for side in (ours, theirs)]
+    held = theirs.held()  # what the other side leaves on the card meanwhile
+    mine, other = peaks[0][1] - held, peaks[1][1] - (peaks[1][0] - held)
+    return [*(f"{share:.1%}" for share in shares), *(f"{n / 2**30:.1f}" for n in (mine, other)),
+            f"{other / mine:.2f}", f"{ours.first:.1f}"]
 
 
 def decode_table(bench: Bench) -> Iterator[list[str]]:
     """Compare greedy decoding."""
     s = bench.settings
     yield ["decoding", *SPEEDS, "equal tokens"]
-    for dtype, batch in itertools.product(s.dtypes, sorted({1, s.decode_batch})):
+    for dtype, batch in itertools.product(s.decode_dtypes, sorted({1, s.decode_batch})):
         ours, judge, theirs = decoders(bench, dtype)
         choose(theirs, setting := fastest_decoding(bench, dtype, batch))
         prompts = bench.prompts(batch)
@@ -201,7 +273,7 @@ def rollout_table(bench: Bench) -> Iterator[list[str]]:
     """Compare sampling; only the logits can be checked."""
     s = bench.settings
     yield ["sampling", *SPEEDS]
-    for dtype in s.dtypes:
+    for dtype in s.decode_dtypes:
         ours, judge, theirs = decoders(bench, dtype)
         choose(theirs, setting := fastest_decoding(bench, dtype, s.decode_batch))
         prompts = bench.prompts(s.decode_batch)

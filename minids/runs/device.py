@@ -130,14 +130,18 @@ def memory_mib(device: torch.device) -> int:
     return peak >> (20 if sys.platform == "darwin" else 10)
 
 
-def check_memory(args: ModelArgs, device: torch.device) -> None:
-    """Refuse a model too large to train here, before torch runs out of memory halfway."""
+def check_memory(args: ModelArgs, device: torch.device, each: int = 16) -> None:
+    """Refuse a model too large to train here, before torch runs out of memory halfway.
+
+    each: bytes per parameter; 16 are weight, gradient and two moments in FP32
+    """
     count = count_parameters(args)
     parameters = count.total + count.mtp
-    needed = 16 * parameters  # weight, gradient and two moments, FP32
+    needed = each * parameters
     here = (torch.cuda.mem_get_info(device)[1] if device.type == "cuda"
             else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if needed > here:
-        raise ValueError(f"a model of {parameters:,} parameters does not fit: weights, gradients "
-                         f"and optimizer take {needed / 2**30:,.0f} GiB, and {device} has "
+        raise ValueError(f"a model of {parameters:,} parameters does not fit: weights"
+                         f"{', gradients and optimizer' if each == 16 else ''} take "
+                         f"{needed / 2**30:,.0f} GiB, and {device} has "
                          f"{here / 2**30:,.0f}; take a smaller preset or fewer layers")
