@@ -161,8 +161,9 @@ def main(argv: list[str] | None = None) -> None:
     count = count_parameters(bench.args)
     where = torch.cuda.get_device_name() if s.device == "cuda" else (
         f"cpu ({torch.backends.cpu.get_cpu_capability()}), {s.threads} threads")
-    print(f"{s.preset}: {count.total:,} parameters, {count.active:,} active, without MTP\n"
-          f"{where}; torch {torch.__version__}, transformers {version('transformers')}; "
+    if s.tables != ["program"]:  # which has a model of its own
+        print(f"{s.preset}: {count.total:,} parameters, {count.active:,} active, without MTP")
+    print(f"{where}; torch {torch.__version__}, transformers {version('transformers')}; "
           f"{s.pairs} pairs; training {s.batch_size} x {s.seq_len} tokens per step, decoding "
           f"{s.new_tokens} tokens after {s.prompt}", flush=True)
     for name in s.tables:

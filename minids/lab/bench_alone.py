@@ -10,6 +10,7 @@ import torch
 
 from minids.base.command_line import parse
 from minids.config import ModelArgs
+from minids.costs import count_parameters
 from minids.costs.decoding import drafting
 from minids.costs.flops import forward_flops_per_token
 from minids.infer.generation import generate
@@ -44,8 +45,8 @@ def program_table(bench: Bench) -> Iterator[list[str]]:
     steps = [program.train_step() for _ in range(WARM_UP + s.pairs * s.steps_per_timing)][WARM_UP:]
     speed = statistics.median(step["tokens_per_s"] for step in steps)
     mfu = program.model_flops_utilisation(speed)
-    size = sum(p.numel() for p in program.model.parameters())
-    yield [s.command, f"{size:,}", f"{speed:,.0f}", f"{mfu:.1%}" if mfu else "-",
+    count = count_parameters(program.model.args)
+    yield [s.command, f"{count.total + count.mtp:,}", f"{speed:,.0f}", f"{mfu:.1%}" if mfu else "-",
            f"{steps[-1]['memory_mib'] / 1024:.1f}", f"{compiled:.1f}", f"{began:.1f}",
            f"{first['loss']:.3f}", f"{steps[-1]['loss']:.3f}"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from minids.base.fields import Settings, nearest, option, require
+from minids.base.fields import Settings, option, require
 from minids.config import ModelArgs
 from minids.lab.timing import in_turn, speed_cells
 from minids.model.transformer import Transformer
@@ -58,8 +58,9 @@ class BenchArgs(Settings):
     def __post_init__(self):
         super().__post_init__()
         unknown = next((name for name in self.tables if name not in TABLES), "")
-        require(self, "what", not unknown,
-                f"all, or one or several of {', '.join(TABLES)}; {nearest(unknown, TABLES)}".rstrip("; "))
+        require(self, "what", not unknown, f"all, or one or several of {', '.join(TABLES)}")
+        require(self, "label", "profile" not in self.tables or bool(self.label or self.record),
+                "a name for the measurement, unless --record names a file that has some")
 
     @property
     def tables(self) -> list[str]:

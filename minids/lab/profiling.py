@@ -33,12 +33,14 @@ KINDS = {
     "attention": r"flash|fmha|sdpa|attention|attn|softmax_warp",
     "products": r"gemm|gemv|cutlass|nvjet|xmma|cublas|::(mm|bmm|addmm|baddbmm|linear)\b|splitk",
     "optimizer": r"adam|multi_tensor|foreach|lerp|orthogonal",
-    "norms": r"norm|rsqrt",
     "cross-entropy": r"softmax|nll|entropy|logsumexp",
     "routing": r"sort|topk|gather|scatter|index|radix|scan|cumsum|embedding|dispatch|combine",
     "copies and casts": r"memcpy|memset|copy|cat|fill|zero",
-    "elementwise": r"",
+    "norms and elementwise": r"",
 }
+
+
+ANNOTATION = re.compile(r"^[\w.]+#[\w.]+$|^ProfilerStep")  # a stretch of time with kernels in it
 
 
 def kind_of(kernel: str) -> str:
@@ -49,8 +51,8 @@ def kind_of(kernel: str) -> str:
 def by_kind(done: profile, steps: int) -> dict[str, float]:
     """Return milliseconds per step by kind: of the GPU's kernels, or of a CPU's operations."""
     taken = Counter()
-    events = [e for e in done.events() if not getattr(e, "is_user_annotation", False)]
-    kernels = [e for e in events if e.device_type == DeviceType.CUDA and "#" not in e.name]
+    events = [e for e in done.events() if not ANNOTATION.search(e.name)]
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA]
     for event in kernels:
         taken[kind_of(event.name)] += event.time_range.elapsed_us()
     for event in events if not kernels else []:
@@ -108,8 +110,6 @@ def profiled_steps(model: Transformer, prompts: list[list[int]], steps: int, wat
 def profile_table(bench: Bench) -> Iterator[list[str]]:
     """Measure if there is a label, keep it, draw the figure; a row for each kind of kernel."""
     s = bench.settings
-    demand("label", s.label, bool(s.label or s.record),
-           "a name for this measurement, unless --record names a file that has some")
     file = Path(s.record) if s.record else None
     kept = read_json(file) if file and file.is_file() else {}
     if s.label:

@@ -4,14 +4,16 @@ The calls are those of one training step and of one decoding step of the model, 
 tokens: for each body the largest call, its arguments copied several times, so that no timing finds
 them in a cache. A call cannot be faster than its floor, the larger of two times: its FLOPs at the
 peak of a large product, its bytes (arguments read once, results written once) at the rate of a
-large copy. A body's share is the floor over the time it takes. The backward pass reads arguments and
-the result's gradient and writes the arguments' gradients; it costs twice the FLOPs.
+large copy. A body's share is the floor over the time it takes. Training's times are of forward and
+backward together: the latter reads the arguments and the result's gradient, writes the arguments'
+gradients, and costs twice the FLOPs. Nothing here is compiled, and each body stands alone.
 
 (Williams, Waterman and Patterson, "Roofline", 2009.)
 """
 
 import functools
 import inspect
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from minids.infer.decoding import new_cache, next_token, prefill
 from minids.kernels.registry import REGISTRY, recorded
+from minids.lab.bench_decoding import count_flops
 from minids.lab.bench_setup import Bench, minids_loss
 
 SIDE = {"cuda": 8192, "cpu": 1024}  # of the square product whose rate is the peak
@@ -30,7 +33,7 @@ COPIED = {"cuda": 2 ** 30, "cpu": 2 ** 26}  # bytes of the copy
 CACHES = {"cuda": 2 ** 28, "cpu": 2 ** 26}  # bytes of arguments that no cache holds
 MOST_COPIES = 32
 ROUNDS = {"cuda": 15, "cpu": 3}
-SPIN = 2_000_000  # clock cycles that a GPU waits, a millisecond: the queue is full when it begins
+CLOCK = 2e9  # a GPU's cycles per second, at most
 # A body's result beside the plain one, relative to its length: BF16 rounds to 2^-9, FP32 to 2^-24.
 TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
@@ -44,7 +47,7 @@ class Peaks(NamedTuple):
 
 def seconds_per_call(work: Callable, inputs: list[tuple], device: str) -> float:
     """Return the median time of a call, seconds; each round calls it once on each of `inputs`."""
-    def on_cpu() -> float:
+    def launched() -> float:
         start = time.perf_counter()
         for arguments in inputs:
             work(*arguments)
@@ -52,16 +55,18 @@ def seconds_per_call(work: Callable, inputs: list[tuple], device: str) -> float:
 
     def on_gpu() -> float:
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(SPIN)
+        torch.cuda._sleep(wait)  # until the queue is full, or launching would be timed
         begin.record()
-        for arguments in inputs:
-            work(*arguments)
+        launched()
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
 
-    once = on_gpu if device == "cuda" else on_cpu
-    once()  # warms up
+    launched()  # warms up
+    if device == "cuda":
+        torch.cuda.synchronize()
+    wait = int(CLOCK * (2 * launched() + 1e-4))
+    once = on_gpu if device == "cuda" else launched
     return statistics.median(once() for _ in range(ROUNDS[device])) / len(inputs)
 
 
@@ -123,10 +128,6 @@ class Call:
             size["weight"] *= (tensors["counts"] > 0).double().mean().item()
         return sum(size.values())
 
-    def flops(self) -> float:
-        """Return the FLOPs of its products; 0 for functions that only pass over memory."""
-        return FLOPS.get(self.name, lambda **_: 0)(**self.arguments)
-
 
 def attention_flops(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> float:
     """Count the pairs that a causal mask, or another, lets a query see."""
@@ -137,14 +138,6 @@ def attention_flops(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sca
     return 2 * len(q) * q.size(2) * seen * (k.size(-1) + v.size(-1))
 
 
-FLOPS = {  # by the function's own arguments
-    "layers.linear": lambda x, weight: 2 * x.numel() * len(weight),
-    "mla.attention": attention_flops,
-    "mla.latent_attention": lambda q, latent, rank, visible, scale:
-        2 * q[..., 0].numel() * latent.size(1) * (latent.size(-1) + rank),
-    "moe.grouped_linear": lambda x, weight, counts: 2 * counts.sum().item() * weight[0].numel(),
-    "objective.linear_cross_entropy": lambda x, weight, targets, count:
-        2 * x.numel() * len(weight)}
 SENSIBLE = {"moe.grouped_linear": lambda out, counts, **_: out[:counts.sum()]}  # of the result
 
 
@@ -176,31 +169,30 @@ def body_row(call: Call, device: str, learns: bool) -> list[str]:
     """
     function, peaks = REGISTRY[call.name], measure_peaks(device)
     copies = max(2, min(MOST_COPIES, int(CACHES[device] / call.read()) + 1))
-    inputs = [call.copy() for _ in range(copies)]
+    inputs, plain = [call.copy() for _ in range(copies)], []
     out = call.body(*inputs[0])
-    require_equal(call, out, function.plain(*inputs[0]))
+    flops = count_flops(lambda: plain.append(function.plain(*inputs[0])))
+    if call.name == "mla.attention":
+        flops = attention_flops(*inputs[0])
+    require_equal(call, out, plain[0])
+    moved, work, rounds = call.read() + out.nbytes, call.body, 1
+    leaves = [i for i, t in enumerate(inputs[0]) if isinstance(t, Tensor) and t.requires_grad]
+    if learns and leaves and out.requires_grad:
+        grad, rounds = torch.randn_like(out), 3
+        moved += grad.nbytes + 2 * sum(inputs[0][i].nbytes for i in leaves)
+
+        def work(*arguments) -> tuple:
+            return torch.autograd.grad(call.body(*arguments), [arguments[i] for i in leaves], grad)
+    taken = seconds_per_call(work, inputs, device)
     dtype = next((t.dtype for t in call.tensors().values() if t.dtype in peaks.flops), None)
-    peak, plain = peaks.flops.get(dtype, float("inf")), call.body is function.plain
-
-    def cells(taken: float, flops: float, moved: float) -> list[str]:
-        by_flops, by_bytes = flops / peak, moved / peaks.bytes_per_second
-        bound = "products" if by_flops > by_bytes else "memory"
-        return [f"{1e3 * taken:.4f}", f"{flops / taken / 1e12:.1f}",
-                f"{moved / taken / 1e9:,.0f}", bound, f"{max(by_flops, by_bytes) / taken:.0%}"]
-
-    moved, flops = call.read() + out.nbytes, call.flops()
+    by_flops = rounds * flops / peaks.flops.get(dtype, math.inf)
+    by_bytes = moved / peaks.bytes_per_second
     shapes = " ".join("x".join(map(str, t.shape)) for t in list(call.tensors().values())[:2])
-    head = [f"{call.name}, {'plain' if plain else call.body.__name__}", shapes]
-    leaves = [name for name, t in call.tensors().items() if t.requires_grad]
-    at = [list(call.arguments).index(name) for name in leaves]
-    if not (learns and leaves and out.requires_grad):
-        return [*head, *cells(seconds_per_call(call.body, inputs, device), flops, moved)]
-    grad = torch.randn_like(out)
-
-    def both(*arguments) -> tuple:
-        return torch.autograd.grad(call.body(*arguments), [arguments[i] for i in at], grad)
-    more = grad.nbytes + 2 * sum(call.arguments[name].nbytes for name in leaves)
-    return [*head, *cells(seconds_per_call(both, inputs, device), 3 * flops, moved + more)]
+    ran = "plain" if call.body is function.plain else call.body.__name__
+    return [f"{call.name}, {ran}", shapes, f"{1e3 * taken:.4f}",
+            f"{rounds * flops / taken / 1e12:.1f}", f"{moved / taken / 1e9:,.0f}",
+            "products" if by_flops > by_bytes else "memory",
+            f"{max(by_flops, by_bytes) / taken:.0%}"]
 
 
 def require_equal(call: Call, ours: Tensor, plain: Tensor) -> None:

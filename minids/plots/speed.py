@@ -5,8 +5,8 @@ from minids.plots import style
 STEPS = "training", "decoding"
 IDLE = "the card waits"
 COLOURS = {"grouped products": style.BLUE, "products": style.SKY, "attention": style.GREEN,
-           "norms": style.ORANGE, "elementwise": style.YELLOW, "copies and casts": style.RED,
-           "routing": style.PINK, "cross-entropy": "#8c6bb1", "optimizer": style.BLACK,
+           "norms and elementwise": style.YELLOW, "copies and casts": style.RED,
+           "routing": style.PINK, "cross-entropy": style.ORANGE, "optimizer": style.BLACK,
            IDLE: "#dddddd"}
 
 
@@ -44,13 +44,12 @@ def profile_figure(kept: dict[str, dict], path: style.File = None):
         for kind, colour in COLOURS.items():
             parts = [kept[label][step] for label in kept]
             row = [idle(part) if kind == IDLE else part["kinds"].get(kind, 0.0) for part in parts]
-            ax.barh(range(len(kept)), row, 0.62, left, color=colour, label=kind, edgecolor="white",
+            ax.barh(list(kept), row, 0.62, left, color=colour, label=kind, edgecolor="white",
                     linewidth=0.4)
             left = [a + b for a, b in zip(left, row, strict=True)]
         for height, label in enumerate(kept):
             style.note(ax, f"{kept[label][step]['ms']:.3g} ms", (left[height], height), (4, 0),
                        va="center")
-        ax.set_yticks(range(len(kept)), kept)
         ax.set(title=f"one {step} step", xlabel="time (milliseconds)", xlim=(0, 1.18 * max(left)),
                ylim=(len(kept) - 0.5, -0.5))
         ax.grid(visible=False, axis="y")

@@ -140,6 +140,7 @@ def test_lower_bits_per_byte_win():
     (["--new-tokens", "250"], "new_tokens"),
     (["--pairs", "0"], "pairs"),
     (["--decode-batch", "99999"], "decode_batch"),
+    (["--what", "train,trian"], "what"), (["--what", "profile"], "label"),
     (["--preset", "nanoo"], "did you mean 'nano'"), (["--preset", "v3"], "does not fit"),
 ])
 def test_bad_settings_are_named(settings, flags, named, monkeypatch):
@@ -160,3 +161,30 @@ def test_rollout_table(settings, capsys):
     head, row = run(settings, "rollout", capsys, "--dtype=fp32")
     assert len(head) == len(row) == 6 and "fp32, batch" in row[0]
     assert float(row[3]) > 0 and float(row[4]) <= float(row[3]) <= float(row[5])
+
+
+def test_several_tables_in_one_process(settings, capsys):
+    flags = ["--preset=nano", f"--data={settings.data}", "--pairs=1", "--prompt=8", "--threads=1",
+             "--new-tokens=8", "--decode-batch=3", "--dtype=fp32", "--context=40"]
+    bench.main(["--what=step,prompt", *flags])
+    out = capsys.readouterr().out
+    assert out.index("decoding step") < out.index("prompt  ") and out.count("bodies: ") == 2
+
+
+def test_precisions_by_device(settings):
+    gpu = replace(settings, dtype="both", device="cuda")
+    assert gpu.dtypes == ["bf16-weights", "bf16"] and gpu.decode_dtypes == ["bf16"]
+    cpu = replace(settings, dtype="both")
+    assert cpu.dtypes == cpu.decode_dtypes == ["bf16", "fp32"]
+
+
+def test_a_model_may_have_more_tokens_than_the_text(settings):
+    wide = bench_setup.Bench(settings, replace(NANO, vocab_size=5000))
+    few = bench_setup.Bench(settings, replace(NANO, vocab_size=100))
+    assert wide.args.vocab_size == 5000 and few.args.vocab_size == Tokenizer.load().vocab_size
+
+
+def test_a_decoder_is_made_in_its_precision(settings):
+    made = bench_setup.Bench(replace(settings, dtype="bf16"), NANO).decoder(n_layers=1)
+    assert {p.dtype for p in made.parameters()} == {torch.bfloat16} and len(made.layers) == 1
+    assert torch.get_default_dtype() == torch.float32 and not made.training

@@ -13,7 +13,7 @@ from matplotlib.image import imread
 
 from minids import ModelArgs
 from minids.costs import count_parameters
-from minids.plots import counts, model, runs
+from minids.plots import counts, model, runs, speed
 from minids.plots.counts import PARTS, short
 from minids.plots.style import png
 
@@ -31,6 +31,16 @@ def run_of(steps: int, layers: int = 3) -> list[dict]:
                     grad_norm=1.0, tokens_per_s=1e3, max_vio=[i + 1 / step for i in range(layers)])
         lines.append(line | ({"valid_bpb": main / 2} if step % 5 == 0 else {}))
     return lines
+
+
+def measured(ms: float, **kinds: float) -> dict:
+    return dict(what="a step", ms=ms, kinds=kinds)
+
+
+PROFILE = {"before": dict(where="a card", training=measured(100.0, products=30.0, attention=20.0),
+                          decoding=measured(50.0, products=1.0)),
+           "after": dict(where="a card", training=measured(40.0, products=30.0),
+                         decoding=measured(4.0, products=1.0, routing=2.0))}
 
 
 def drawn(figure, axis: int) -> list[tuple[list, list]]:
@@ -57,7 +67,8 @@ def axes_without_a_unit(figure) -> list[str]:
 
 FIGURES = {"loss_curve": (runs.loss_curve, run_of(30)),
            "parameter_map": (counts.parameter_map, COUNTS),
-           "compression_curve": (counts.compression_curve, ROWS)}
+           "compression_curve": (counts.compression_curve, ROWS),
+           "profile_figure": (speed.profile_figure, PROFILE)}
 
 
 @pytest.mark.parametrize("name", FIGURES)
@@ -143,6 +154,29 @@ def test_panels_without_data_are_left_out():
     unevaluated = [row | {"valid_bpb": None} for row in run_of(3)]
     assert len(runs.loss_curve(unevaluated).axes) == 2
     assert len(runs.loss_curve(run_of(5)).axes) == 3
+
+
+def test_a_profile_s_parts_and_what_is_left_are_a_step():
+    figure = speed.profile_figure(PROFILE)
+    for ax, step in zip(figure.axes, speed.STEPS, strict=True):
+        parts = bars(ax)
+        for height, part in enumerate(PROFILE.values()):
+            end = 0.0
+            for kind in speed.COLOURS:
+                left, width = parts[kind][height]
+                assert left == pytest.approx(end, abs=1e-9)
+                assert kind == speed.IDLE or width == part[step]["kinds"].get(kind, 0)
+                end += width
+            assert end == pytest.approx(part[step]["ms"], abs=1e-9)
+
+
+def test_a_profile_s_title_is_its_message():
+    both = speed.profile_figure(PROFILE)._suptitle.get_text()
+    assert both == ("A training step is 2.5 times as fast, a decoding step 12.5 times (a card)")
+    one = speed.profile_figure({"before": PROFILE["before"]})._suptitle.get_text()
+    assert one.startswith("The card waits for 50% of a training step and 98% of a decoding step")
+    with pytest.raises(ValueError, match="nothing is recorded"):
+        speed.profile_figure({})
 
 
 def test_one_step_is_enough_and_none_is_refused():

@@ -1,0 +1,103 @@
+"""What is timed of minids alone is the program's own step; what it is compared with is counted."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from minids.config import ModelArgs
+from minids.costs import count_parameters
+from minids.costs.flops import forward_flops_per_token
+from minids.kernels.registry import using
+from minids.lab import bench_alone
+from minids.lab.bench_alone import prompt_flops, seconds_per_step, trainer
+from minids.lab.bench_decoding import count_flops
+from minids.lab.bench_setup import Bench
+from minids.lab.roofline import Peaks
+
+NANO = replace(ModelArgs.preset("nano"), n_mtp_layers=0)
+COMMAND = "--preset nano --n-layers 1 --batch-size 2 --seq-len 32 --bias-speed 0.02 --data {data}"
+
+
+def rows(table, bench: Bench) -> list[dict[str, str]]:
+    """A table's rows, by title."""
+    head, *body = table(bench)
+    return [dict(zip(head, row, strict=True)) for row in body]
+
+
+@pytest.fixture
+def peaks(monkeypatch):
+    """A machine of a gigabyte and a gigaflop per second."""
+    found = Peaks(dict.fromkeys((torch.float32, torch.bfloat16), 1e9), 1e9)
+    monkeypatch.setattr(bench_alone, "measure_peaks", lambda device: found)
+
+
+def test_the_command_is_the_program_s(settings):
+    program = trainer(COMMAND.format(data=settings.data), "cpu")
+    assert program.args.batch_size == 2 and program.args.bias_speed == 0.02
+    assert program.model.args.n_layers == 1 and program.args.preset == "nano"
+    before = [bias.clone() for bias in program.model.gate_biases()]
+    program.train_step()
+    moved = [(a - b).abs().max().item() for a, b in
+             zip(program.model.gate_biases(), before, strict=True)]
+    assert moved and all(m == pytest.approx(0.02) for m in moved)  # no harness moves biases
+
+
+def test_a_wrong_flag_of_the_command_is_named():
+    with pytest.raises(ValueError, match="preset 'nanu' is unknown"):
+        trainer("--preset nanu", "cpu")
+    with pytest.raises(SystemExit):
+        trainer("--stepps 3", "cpu")
+
+
+def test_program_table(settings):
+    command = COMMAND.format(data=settings.data)
+    bench = Bench(replace(settings, command=command, steps_per_timing=2), NANO)
+    [row] = rows(bench_alone.program_table, bench)
+    args = replace(ModelArgs.preset("nano"), n_layers=1)
+    size = count_parameters(args).total + count_parameters(args).mtp
+    assert row["train"] == command and row["parameters"] == f"{size:,}" and row["MFU"] == "-"
+    assert float(row["tokens/s"].replace(",", "")) > 0
+    assert float(row["start to step 1 s"]) >= float(row["first step s"]) >= 0
+
+
+def test_the_later_half_of_the_steps_is_timed(monkeypatch):
+    """Tokens at 1, 2, 3, 13 and 33: the later half took 15 each; the prompt's 1 does not count."""
+    now = iter([1.0, 2.0, 3.0, 13.0, 33.0])
+
+    def tokens(model, prompts, new_tokens, on_token):
+        for _ in range(new_tokens):
+            for row in range(len(prompts)):
+                on_token(row, 0)
+    monkeypatch.setattr(bench_alone, "generate", tokens)
+    monkeypatch.setattr(bench_alone.time, "perf_counter", lambda: next(now))
+    assert seconds_per_step(None, [[1], [2]], 5) == 15.0
+
+
+def test_step_table(settings, peaks, monkeypatch):
+    monkeypatch.setattr(bench_alone, "seconds_per_step", lambda *_: 0.01)
+    one, three = rows(bench_alone.step_table, Bench(settings, NANO))
+    assert [one["decoding step"], three["decoding step"]] == ["batch 1", "batch 3"]
+    assert (one["tokens/s"], three["tokens/s"]) == ("100", "300")
+    read = 4 * count_parameters(replace(NANO, vocab_size=4096)).active_without_embedding
+    assert float(one["weights read GB"]) == pytest.approx(read / 1e9, abs=1e-3)
+    assert float(one["floor ms"]) == pytest.approx(read / 1e6, rel=0.05)  # norms are not counted
+    assert float(three["floor ms"]) > float(one["floor ms"])  # more experts are visited
+
+
+def test_prompts_grow_up_to_the_context(settings, peaks, monkeypatch):
+    monkeypatch.setattr(bench_alone, "SHORTEST", 16)
+    found = rows(bench_alone.prompt_table, Bench(replace(settings, context=300), NANO))
+    assert [row["prompt"] for row in found] == [f"{n} tokens" for n in (16, 64, 256, 300)]
+
+
+def test_the_flops_of_a_prompt_are_those_that_are_counted(settings):
+    """With bodies off, all pairs of queries and keys are computed."""
+    model, tokens = Bench(settings, NANO).decoder(), torch.arange(40)[None]
+    with using("off"):
+        counted = count_flops(lambda: model.head(model.hidden(tokens).states[:, -1]))
+    pairs = 40 * 40 - 40 * 41 / 2  # that the mask hides
+    hidden = 2 * NANO.n_heads * (NANO.qk_head_dim + NANO.v_head_dim) * pairs * NANO.n_layers
+    assert prompt_flops(model.args, 40) + hidden == pytest.approx(counted, rel=0.02)
+    every = 40 * forward_flops_per_token(model.args, 40)  # the head on all tokens
+    assert every + hidden != pytest.approx(counted, rel=0.02)
