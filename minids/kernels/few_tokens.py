@@ -80,7 +80,12 @@ def is_folded(block, x: Tensor, context) -> bool:
 
 @body(is_folded)
 def folded_block(block, x: Tensor, context) -> tuple:
-    """Run `Block.forward` on folded weights, past the modules' own calls."""
+    """Run `Block.forward` on folded weights, without the modules' own calls.
+
+    This repeats the walk through a block because a decoding step is bound by such calls: with
+    attention and MLP as bodies of their own under the plain block, a token took 1.07 times as long
+    in BF16 and 1.12 in FP32 (preset tiny, batch 1, one thread, medians of nine pairs).
+    """
     ffn, rows, routing = block.ffn, x.flatten(0, 1), None  # (N, D)
     with own_products(rows):
         rows = rows + folded_attention(block.attn, normalise(rows, block.attn_norm), context)
