@@ -11,7 +11,7 @@ PPO with human feedback in four points:
 
     1. No critic. The model answers every question with a group of replies, and a reply's advantage
        is its reward less the group's mean.
-    2. No reward model. Rules mark answer, format, language and length (`minids.rl.rewards`).
+    2. No reward model. Rules score answer, format, language and length (`minids.rl.rewards`).
     3. The KL to a reference model is a term of the loss, not of the reward. `minids.rl.objectives`
        has the loss and the variants of the papers: --objective names one, and each of its settings
        is a flag too.
@@ -167,7 +167,7 @@ class Reinforcer(Learner):
         return self.learn(part) | self.batch.metrics | sampled, None
 
     def tell_silence(self) -> None:
-        """Say why no group has a signal, now and then; not of a run that learned all there is."""
+        """Say now and then why no group has a signal, unless the run has learned all there is."""
         found = self.batch.metrics
         why, learned = why_no_signal(found), any(not why_no_signal(r) for r in self.metrics)
         done = learned and found["groups_all_right"] == 1
@@ -294,8 +294,10 @@ class Reinforcer(Learner):
             self.batch = self.judge(state["step"] // self.args.updates, rollout)
 
     def measure(self, record: dict, last: bool) -> float | None:
-        """Mark greedy replies to held-out problems: in the mode of training, at the end in every
-        mode. The best checkpoint has the lowest error in its best mode."""
+        """Score greedy replies to held-out problems: in the modes of training, at the end in all.
+
+        The best checkpoint is the one with the lowest error in its best mode.
+        """
         args = self.args
         if not (last or (args.eval_every and self.step % args.eval_every == 0)):
             return None

@@ -6,10 +6,10 @@
     python -m minids.hf --run runs/tiny --out tiny-fp8 --quantize fp8
     python -m minids.hf --folder DeepSeek-V3 --out V3-bf16 --dtype bf16       # FP8 made BF16
 
-The folder is read by `transformers` and by every program of this package that takes --run; that of
-a run of sft or grpo has a chat template, and its tokenizer takes tags in a text for tokens. It is
-checked by its headers before any weight is read, and written whole or not at all: an interrupted
-save leaves the old folder or the new one.
+`transformers` reads such a folder, and so does every program here that takes --run. The export of
+an sft or grpo run has a chat template, and its tokenizer reads the template's tags as tokens. A
+folder is checked by its headers before any weight is read, and written whole or not at all: an
+interrupted save leaves the old folder or the new one.
 
 Simplified: one process holds the whole model.
 """

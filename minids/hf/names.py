@@ -4,9 +4,10 @@ A folder holds `config.json` and the weights, in `model.safetensors` or in shard
 `model.safetensors.index.json` lists. Each expert's matrices are separate tensors there and slices
 of one stacked tensor here. The MTP modules are layers n_layers, n_layers + 1, ..
 
-transformers ignores a layer 61, and no other. So the MTP module of a model of 61 layers is stored
-among the other weights, with copies of embedding and head, as released. Any other model has its
-modules in `mtp.safetensors`, which the index does not list and transformers does not read.
+transformers ignores layer 61, V3's MTP module, and no other layer. A model of 61 layers therefore
+stores its module among the other weights, with copies of embedding and head, as V3 was released.
+Any other model stores its modules in `mtp.safetensors`, which the index does not list and
+transformers does not read.
 """
 
 from collections.abc import Iterator, Sequence
@@ -82,7 +83,7 @@ def skeleton(args: ModelArgs) -> Transformer:
 
 
 def shapes(args: ModelArgs) -> dict[str, list[int]]:
-    """Return released name -> shape of every tensor of a model of these settings."""
+    """Return the shape of every tensor of a model, by its released name."""
     return {name: list(t.shape) for name, t in to_hf(args, skeleton(args).state_dict())}
 
 

@@ -1,8 +1,9 @@
-"""Read a Hugging Face folder: check all by the headers, then load one tensor at a time.
+"""Read a Hugging Face folder: check everything by the headers, then load one tensor at a time.
 
-A model is so loaded whole or not at all. Each tensor goes straight into the model's memory: the
-peak is the model and the largest tensor. FP8 weights are multiplied by their block scales (V3,
-arXiv 2412.19437, section 3.3.2; `weight_scale_inv` in the files, FP32 or UE8M0).
+A folder with an error is refused before any weight is read. Each tensor goes straight into the
+model's memory, so the peak is the model plus its largest tensor. FP8 weights are multiplied by
+their block scales (V3, arXiv 2412.19437, section 3.3.2; `weight_scale_inv` in the files, FP32 or
+UE8M0).
 """
 
 import math
@@ -31,7 +32,7 @@ WIDE = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16
 
 
 class Header(NamedTuple):
-    """The header of one tensor; `name` in its file, `dtype` as safetensors says it ("BF16")."""
+    """The header of one tensor; `name` in its file, `dtype` as safetensors names it, "BF16"."""
 
     file: Path
     name: str
@@ -40,7 +41,7 @@ class Header(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A checked folder: settings with the MTP modules that the files have, headers by name."""
+    """A checked folder: its settings, with the MTP modules that its files hold, and its headers."""
 
     folder: Path
     args: ModelArgs
@@ -48,7 +49,7 @@ class Source(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the embedding, in released files that of all that is not FP8."""
+        """The precision of the embedding; released files store all that is not FP8 in it."""
         return WIDE.get(self.headers["model.embed_tokens.weight"].dtype, torch.bfloat16)
 
     def is_fp8(self, name: str) -> bool:
@@ -90,7 +91,8 @@ def inspect(folder: str | Path) -> Source:
 
 
 def matched_mtp(args: ModelArgs, headers: dict[str, Header]) -> tuple[ModelArgs, set[str]]:
-    """Return the settings with no more MTP modules than the files, and tensors of further ones."""
+    """Return the settings with at most the MTP modules that the files hold, and the names of the
+    tensors of modules that the settings do not have."""
     layers = {}
     for name in headers:
         if found := re.match(r"model\.layers\.(\d{1,9})\.", name):
@@ -102,7 +104,10 @@ def matched_mtp(args: ModelArgs, headers: dict[str, Header]) -> tuple[ModelArgs,
 
 
 def tied(folder: Path, config: dict, headers: dict[str, Header]) -> dict[str, Header]:
-    """Return the headers with that of the embedding for the head, where the two are one tensor."""
+    """Return the headers, with the embedding's for a tied head that the files leave out.
+
+    Raises `ValueError` if they hold a tied head that is not equal to the embedding.
+    """
     embed, head = "model.embed_tokens.weight", "lm_head.weight"
     if not config.get("tie_word_embeddings") or embed not in headers:
         return headers
@@ -172,7 +177,7 @@ def read_header(file: Path) -> dict[str, Header]:
 
 
 def check_tensors(source: Source, has_fp8: bool) -> None:
-    """Raise `ValueError` unless exactly the model's tensors are there, in a form that we read."""
+    """Raise `ValueError` unless the files hold exactly the model's tensors, in readable types."""
     args, headers, expected = source.args, source.headers, {}
     for name, shape in shapes(args).items():
         narrow = ["F8_E4M3"] if has_fp8 and len(shape) == 2 else []
@@ -202,7 +207,7 @@ def check_tensors(source: Source, has_fp8: bool) -> None:
 
 
 def read_model(source: Source, dtype: torch.dtype, device: torch.device | str) -> Transformer:
-    """Allocate the model's memory, then read one tensor after the other into it."""
+    """Allocate the model's memory, then read one tensor after another into it."""
     model = skeleton(source.args)
     state = {name: torch.empty(tensor.shape, dtype=own_dtype(name, dtype), device=device)
              for name, tensor in model.state_dict().items()}
@@ -226,8 +231,11 @@ def read_into(target: Tensor, source: Source, name: str) -> None:
 
 
 def stored(header: Header) -> Tensor:
-    """Return a tensor as its file stores it, with the file open for this tensor alone: the pages
-    of a mapped file count as the process's memory, and a shard has gigabytes of them."""
+    """Return a tensor as its file stores it.
+
+    The file is open for this tensor alone, because the pages of a mapped file count as the
+    process's memory, and a shard has gigabytes of them.
+    """
     with safe_open(header.file, "pt") as stream:
         return stream.get_tensor(header.name)
 

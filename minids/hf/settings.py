@@ -1,9 +1,9 @@
 """Translate between `config.json` of a Hugging Face folder and `ModelArgs`.
 
-DeepseekV3ForCausalLM is V3, R1, V3.1, Moonlight, Kimi K2. What readers of a file may take in two
-ways is refused. Settings that no released configuration can express (YaRN's where YaRN is off, the
-indexer's Hadamard transform and FP8 rounding) go under the key "minids", if they differ from what
-the other fields imply.
+DeepseekV3ForCausalLM serves V3, R1, V3.1, Moonlight and Kimi K2. A field that two readers could
+take differently is refused. Settings that no released configuration can express (YaRN's where YaRN
+is off, the indexer's Hadamard transform and FP8 rounding) go under the key "minids" if they differ
+from what the other fields imply.
 """
 
 import math
@@ -36,7 +36,7 @@ OWN_FIELDS = (*ROPE_FIELDS, *SOFTMAX_FIELDS, *INDEX_FIELDS, "n_dense_layers", "i
               "index_fp8")
 DEFAULTS = {"rms_norm_eps": 1e-6, "initializer_range": 0.02, "num_nextn_predict_layers": 0,
             "rope_theta": 10000.0, "beta_fast": 32.0, "beta_slow": 1.0}
-# Null has one reading in these fields; in those of DEFAULTS it is the default.
+# What null means in these fields; in those of DEFAULTS it means the default.
 NULLS = {"q_lora_rank": 0, "n_shared_experts": 0, "n_group": 1}
 SPELLINGS = {"num_mtp_layers": "num_nextn_predict_layers", "num_local_experts": "n_routed_experts",
              "num_experts": "n_routed_experts", "type": "rope_type"}
@@ -148,7 +148,10 @@ def read_fields(config: dict, model_type: str) -> dict:
 
 
 def together(parts: dict[str, dict]) -> dict:
-    """Return the fields of all parts (their prefix -> fields); refuse one that has two values."""
+    """Return the fields of all parts, in one spelling; refuse a field with two values.
+
+    parts: what messages put before a field's name -> fields
+    """
     found, source = {}, {}
     for where, fields in parts.items():
         for name, value in fields.items():
@@ -162,7 +165,7 @@ def together(parts: dict[str, dict]) -> dict:
 
 
 def read(given: dict, names: dict[str, str], where: str = "") -> dict:
-    """Return our name -> value or default. Raises `ValueError` for a field that has neither."""
+    """Return each field's value or default, by our name; `ValueError` for one that has neither."""
     given = {name: (DEFAULTS | NULLS).get(name) if value is None else value
              for name, value in (DEFAULTS | given).items()}
     for name in names.values():
@@ -172,12 +175,12 @@ def read(given: dict, names: dict[str, str], where: str = "") -> dict:
 
 
 def whole(value):
-    """Return a float without a fraction as int: 64.0 is a size as well as 64."""
+    """Return a float without a fraction as an int: a file may write a size as 64.0."""
     return int(value) if type(value) is float and value.is_integer() else value
 
 
 def read_rope(config: dict, length: int) -> dict:
-    """Return the fields of ModelArgs that describe the rotation: its base, and YaRN's."""
+    """Return the fields of ModelArgs that describe the rotation: rope_theta and YaRN's."""
     parts = {"": {name: config[name] for name in OUTER_ROPE if name in config}}
     for where in ("rope_scaling", "rope_parameters"):
         parts[f"{where}."] = fields = config.get(where) or {}
@@ -203,8 +206,11 @@ def read_rope(config: dict, length: int) -> dict:
 
 
 def read_softmax(rope: dict, where: str) -> dict:
-    """Return YaRN's weight in the softmax scale and its factor on what is rotated, as transformers
-    takes them (mscale as 1 unless mscale_all_dim is there too) and DeepSeek's own code does."""
+    """Return YaRN's weight in the softmax scale, and its factor on queries and keys.
+
+    transformers reads mscale as 1 unless mscale_all_dim is given too; DeepSeek's own code does not.
+    A file that the two would read differently is refused.
+    """
     for name in ("factor", "mscale", "mscale_all_dim", "attention_factor"):
         value = rope.get(name)
         demand(where + name, value, value is None or type(value) in (int, float)
@@ -248,7 +254,7 @@ def check_expressible(args: ModelArgs, model_type: str) -> None:
 
 
 def released_fields(args: ModelArgs) -> dict:
-    """Return config.json without our own key."""
+    """Return config.json without the key "minids"."""
     model_type = model_type_of(args)
     config = {"architectures": [CLASSES[model_type]], "model_type": model_type}
     config |= {name: values[0] for name, values in FIXED[model_type].items()}

@@ -113,14 +113,15 @@ def check_target(folder: Path, overwrite: bool) -> None:
 
 
 def marker_of(folder: Path) -> Path:
-    """Return the file that says, while it exists, that the folder put aside is a save's own."""
+    """Return the file that exists while the folder put aside is one that a save put there."""
     return folder.with_name(f".tmp_replacing_{folder.name}")
 
 
 def tokenizer_files(folder: Path) -> list[Path]:
     """Return the files of a folder that make up its tokenizer, with its generation settings.
 
-    Raises `ValueError` for one that is no object of JSON or no text, or leads out of the folder.
+    Raises `ValueError` for a file that is not a JSON object or not text, or a link out of the
+    folder.
     """
     found = sorted(path for path in folder.iterdir()
                    if path.is_file() and re.fullmatch(TOKENIZER_FILE, path.name))
@@ -134,8 +135,10 @@ def tokenizer_files(folder: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def replacing(folder: Path, replaced: str) -> Iterator[Path]:
-    """Yield a new folder to fill, which then takes this one's name, and its files that do not match
-    the pattern `replaced`."""
+    """Yield a new folder to fill; at the end it takes over this one's name and remaining files.
+
+    replaced: pattern of the names of files that it does not take over
+    """
     temp, aside = folder.with_name(f".tmp_{folder.name}"), aside_of(folder)
     marker = marker_of(folder)
     try:
@@ -167,7 +170,7 @@ def replacing(folder: Path, replaced: str) -> Iterator[Path]:
 
 
 def put_back(aside: Path, folder: Path) -> None:
-    """Give the folder put aside its name again, or remove it if the new one has the name."""
+    """Rename the folder put aside back, or remove it if the new one has taken its name."""
     if aside.exists() and not folder.exists():
         os.rename(aside, folder)
     shutil.rmtree(aside, ignore_errors=True)
@@ -196,13 +199,13 @@ def write_weights(model: Transformer, folder: Path, dtype: torch.dtype | None, s
 
 
 def mtp_among_others(args: ModelArgs) -> bool:
-    """Return whether transformers takes this model's MTP layer for one: V3's layer 61 alone."""
+    """Return whether transformers ignores this model's MTP layer; it ignores layer 61 only."""
     return (args.n_layers, args.n_mtp_layers) == (61, 1) and model_type_of(args) != "deepseek_v2"
 
 
 def complete(model: Transformer) -> dict[str, Tensor]:
-    """Return the weights, and what transformers has where we have nothing: an empty layer for no
-    shared experts, a zero bias for a sigmoid gate without one."""
+    """Return the weights, and those that only transformers has: an empty layer where there are no
+    shared experts, and a zero bias for a sigmoid gate without one."""
     args, state = model.args, dict(model.state_dict())
     empty = {"w1": (0, args.dim), "w2": (args.dim, 0), "w3": (0, args.dim)}
     for name in [name for name in state if name.endswith("ffn.gate.weight")]:
@@ -218,8 +221,10 @@ def complete(model: Transformer) -> dict[str, Tensor]:
 
 def stored(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None,
            quantize: str | None) -> Iterator[tuple[str, Tensor]]:
-    """Yield what a file stores for each tensor: itself in `dtype`, or FP8 and its scales; in CPU
-    memory of its own, since safetensors refuses shared memory."""
+    """Yield what a file stores for each tensor: itself in `dtype`, or in FP8 with its scales.
+
+    Each is a copy in CPU memory, because safetensors refuses shared memory.
+    """
     for name, tensor in tqdm(tensors, desc="save", unit="tensor", disable=None, delay=1):
         if quantize is not None and goes_to_fp8(name, tensor.shape):
             q, scale = quantize_weight(tensor, ue8m0=quantize == "fp8-ue8m0")

@@ -1,4 +1,4 @@
-"""Put problems to a model and mark its replies by rule.
+"""Put problems to a model and score its replies by rule.
 
 The problems are held out, so no training has seen them. With several replies per problem, pass@k is
 the probability that at least one of k replies is right (Chen et al., arXiv 2107.03374, section 2.1;
@@ -33,7 +33,7 @@ class Asking(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """Shares of replies that are right, well formed, and with a thought; and their mean length."""
+    """The shares of replies that are right, well formed, with a thought; mean length, tokens."""
 
     accuracy: float
     form: float

@@ -79,7 +79,8 @@ def advantages(rewards: Tensor, kind: str) -> Tensor:
 
 
 class Objective(NamedTuple):
-    """The loss, a scalar with gradient; the KL's mean over tokens, nats; and shares of tokens."""
+    """The loss, a scalar with gradient; the mean KL per token, nats; the shares of tokens whose
+    ratio was clipped, and whose reply was left out as off-policy."""
 
     loss: Tensor
     kl: float
@@ -130,7 +131,7 @@ def token_weights(lengths: Tensor, normalise: str, longest: int, kept: Tensor | 
     normalise: "sequence", 1 / (B length): each reply has the same weight (DeepSeekMath); "tokens",
         1 / (all tokens) (DAPO); "constant", 1 / (B longest) (Dr. GRPO)
     kept: (B,) bool, the replies in the loss; None: all. The others weigh 0, and neither they nor
-        their tokens are counted: B and "all tokens" are those of the kept. The constant stays
+        their tokens are counted, except in the constant
     """
     kept = torch.ones_like(lengths, dtype=torch.bool) if kept is None else kept
     batch, tokens = kept.sum().clamp(min=1), (lengths * kept).sum().clamp(min=1)

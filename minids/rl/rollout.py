@@ -1,15 +1,15 @@
-"""Sampling for reinforcement learning: replies, and all that the trainer has to know about them.
+"""Sampling for reinforcement learning: replies, and what the trainer needs to know about them.
 
-The trainer asks for the probability of what the sampler wrote. The two must mean the same model, so
-that V3.2 (arXiv 2512.02556, section 3.1) keeps two things of the sampling and takes them again in
+The trainer computes the probability of what the sampler wrote, and both must mean the same model.
+V3.2 (arXiv 2512.02556, section 3.1) therefore keeps two things from sampling and uses them again in
 training:
 
-    routing    the experts that each token went to: a rounding error that sends a token to another
-               expert is a jump in its probability
+    routing    the experts that each token went to: if a rounding error sends a token to another
+               expert, its probability jumps
     mask       the tokens that top-k or top-p left to draw from
 
-Prompts are sampled together with the latent cache, aligned at position 0 and padded on the right;
-the trainer sees the same positions, and nobody sees padding.
+Prompts are decoded together, aligned at position 0 and padded on the right. The trainer uses the
+same positions, and no token attends to padding.
 """
 
 from collections.abc import Callable, Collection
@@ -25,7 +25,7 @@ from minids.model.transformer import Transformer
 
 
 class Rollout(NamedTuple):
-    """Replies to B prompts, from position 0; L is the longest prompt and reply together.
+    """B prompts with their replies, from position 0; L is the length of the longest.
 
     tokens: (B, L) int64
     written: (B, L - 1) bool, whether the token after a position was written by the model
@@ -61,7 +61,7 @@ class Rollout(NamedTuple):
 @torch.no_grad()
 def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, sampler: Sampler,
              eos_id: int | Collection[int]) -> Rollout:
-    """Write replies that end with `eos_id` (or one of several), at a temperature above 0.
+    """Sample replies that end with `eos_id`, or one of several, at a temperature above 0.
 
     Raises `ValueError` for a token that cannot be drawn.
     """

@@ -91,7 +91,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def tidy(run: Path, newest: Path, keep_last: int) -> None:
-    """Bring the checkpoints of a run in the order in which a last save has to leave them."""
+    """Remove what a killed save left, and the checkpoints that it would have removed."""
     remove_leftovers(Path(run) / "checkpoints")
     prune(run, newest, keep_last)
 

@@ -17,7 +17,7 @@ LOCK = ".lock"
 
 
 def free_folders(wanted: Path) -> Iterator[Path]:
-    """Yield those of NAME, NAME-2, NAME-3, .. that are not taken; a lock alone takes none."""
+    """Yield those of NAME, NAME-2, NAME-3, .. that are free: absent, or holding only a lock."""
     for number in count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
         if not folder.exists() or [path.name for path in folder.glob("*")] == [LOCK]:

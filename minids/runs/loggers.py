@@ -1,8 +1,8 @@
 """Mirror metrics.jsonl in TensorBoard or Weights & Biases (wandb), while a run learns.
 
-metrics.jsonl stays the truth: a resumed run writes its log anew from there, so no step is missing
-and none stands there twice. Both packages are optional and imported only when used, and a log that
-cannot be written never stops a run.
+metrics.jsonl stays the source: a resumed run rewrites its log from there, so no step is missing or
+there twice. Both packages are optional and imported only when used, and a log that cannot be
+written never stops a run.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ class TensorBoard:
 
 
 class Wandb:
-    """RUN/wandb, with one run of wandb, whose id stands in id.txt.
+    """RUN/wandb, with one run of wandb, whose id is in id.txt.
 
     Offline unless WANDB_MODE says otherwise: nothing leaves the machine, and no account is asked
     for. Online, the server keeps the steps that it has.
@@ -108,7 +108,7 @@ LOGS = {"tensorboard": TensorBoard, "wandb": Wandb}
 
 
 class Mirror:
-    """The log that `--log` names, or none. Its errors are one line, and then it is left alone.
+    """The log that `--log` names, or none. Its first error is told in one line and ends the log.
 
     Raises `ModuleNotFoundError` if its package is not installed, `ValueError` if it is broken.
     """

@@ -1,4 +1,4 @@
-"""Byte-pair encoding: the pattern and special tokens of ours, and the `tokenizers` library.
+"""Byte-pair encoding: our pattern and special tokens, and the `tokenizers` library.
 
 The library learns the merges (training only) and runs the `tokenizer.json` of released models. It
 spells bytes as printable characters, GPT-2's alphabet. This file translates between its vocabulary
@@ -51,7 +51,7 @@ def byte_ranks(vocab: dict[str, int], special: Iterable[str] = ()) -> dict[bytes
 
 
 def byte_level_bpe(model, pattern: str):
-    """Return the library's tokenizer that splits text by `pattern`, spells it and merges."""
+    """Return the library's tokenizer, which splits text by `pattern` and merges its bytes."""
     from tokenizers import Regex, pre_tokenizers
     from tokenizers import Tokenizer as Engine
 
@@ -82,7 +82,7 @@ def learn_merges(texts: Iterable[str], n_merges: int) -> list[bytes]:
 def to_library(ranks: dict[bytes, int], special: dict[str, int], pattern: str, shown=()):
     """Return the same tokenizer in the `tokenizers` library, with its special tokens.
 
-    shown: those that a reader who skips special tokens sees, as DeepSeek's tags of thoughts
+    shown: those that decoding keeps when it skips special tokens, as with DeepSeek's <think>
     """
     from tokenizers import AddedToken, decoders, models, processors
 
@@ -144,7 +144,7 @@ def check_byte_level(spec: dict, model: str) -> None:
 
 
 def without_added(spec: dict, special: dict[str, int]) -> dict:
-    """Return a tokenizer.json that takes any text as text: without added tokens (`special`)."""
+    """Return a tokenizer.json without its added tokens (`special`): no text becomes one of them."""
     vocab = {token: i for token, i in spec["model"]["vocab"].items() if token not in special}
     off = dict.fromkeys(("truncation", "padding", "post_processor"))
     model = spec["model"] | {"vocab": vocab, "unk_token": None, "dropout": None}
@@ -154,8 +154,8 @@ def without_added(spec: dict, special: dict[str, int]) -> dict:
 def end_ids(end: str, ids: dict[str, int], tokenizer_config: dict, *configs: dict) -> list[int]:
     """Return the ids of "bos" or "eos" in a released tokenizer; ids: id of each token.
 
-    The first is the one to write: tokenizer_config.json names it; failing that, config.json or
-    generation_config.json numbers it; failing all, it has DeepSeek's name. The others end a text.
+    The first is the one to write: the token that tokenizer_config.json names, else the id in
+    config.json or generation_config.json, else DeepSeek's own token. The others also end a text.
     """
     name, numbers = tokenizer_config.get(f"{end}_token"), []
     if isinstance(name, dict):
