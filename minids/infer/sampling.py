@@ -87,7 +87,9 @@ class Sampler:
 
         On a CPU 10 to 40 times as quick as torch.multinomial, which draws a number for every token.
         """
-        sums = probs.cumsum(-1, dtype=torch.float64)  # FP32 would lose the unlikely ones
+        # FP32 loses the unlikely ones, but Apple's GPU has nothing wider.
+        wide = torch.float32 if probs.device.type == "mps" else torch.float64
+        sums = probs.cumsum(-1, dtype=wide)
         number = torch.rand(len(probs), 1, generator=self.generator, dtype=sums.dtype,
                             device=probs.device)
         # A token of probability 0 has the sum of the one before it, and is never the first above.

@@ -185,7 +185,7 @@ def draft_agreement(model, tokens: Tensor, kinds: list[str], seq_len: int, batch
             p, drafted = own[:, k:], kind[:, k + 1:].flatten()
             passes = torch.stack([torch.ones_like(p[..., 0]), draft.argmax(-1) == p.argmax(-1),
                                   torch.minimum(p, draft).sum(-1)], dim=-1)
-            sums[k - 1].index_add_(0, drafted, passes.flatten(0, 1).double().cpu())
+            sums[k - 1].index_add_(0, drafted, passes.flatten(0, 1).cpu().double())
     rows = [dict(zip(names, depth, strict=True)) | {"all": depth.sum(0)} for depth in sums]
     return [{name: Agreement(int(n), float(g / n), float(s / n))
              for name, (n, g, s) in row.items() if n} for row in rows]

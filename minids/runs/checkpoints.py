@@ -272,6 +272,7 @@ def rng_state() -> dict:
     """Return the state of Python's, numpy's and torch's generators, on the CPU and each GPU."""
     name, keys, *rest = np.random.get_state()
     gpus = {"cuda": torch.cuda.get_rng_state_all()} if torch.cuda.is_available() else {}
+    gpus |= {"mps": torch.mps.get_rng_state()} if torch.backends.mps.is_available() else {}
     return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
             "torch": torch.get_rng_state()} | gpus
 
@@ -283,3 +284,5 @@ def set_rng_state(state: dict) -> None:
     torch.set_rng_state(state["torch"])
     for device, gpu in zip(range(torch.cuda.device_count()), state.get("cuda", []), strict=False):
         torch.cuda.set_rng_state(gpu, device)
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
