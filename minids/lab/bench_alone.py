@@ -1,5 +1,6 @@
 """minids alone: steps of the program `train`, steps of decoding, prompts of growing length."""
 
+import gc
 import shlex
 import statistics
 import time
@@ -14,7 +15,7 @@ from minids.costs import count_parameters
 from minids.costs.decoding import drafting
 from minids.costs.flops import forward_flops_per_token
 from minids.infer.generation import generate
-from minids.lab.bench_setup import WARM_UP, Bench
+from minids.lab.bench_setup import WARM_UP, Bench, BenchArgs
 from minids.lab.roofline import measure_peaks
 from minids.lab.timing import watch_memory
 from minids.model.transformer import Transformer
@@ -34,19 +35,32 @@ def trainer(command: str, device: str) -> Trainer:
 
 
 def program_table(bench: Bench) -> Iterator[list[str]]:
-    """Measure the program's own steps: data, gradients, clipping, optimizers, metrics."""
-    s = bench.settings
+    """Measure the program's own steps: data, gradients, clipping, optimizers, metrics.
+
+    Nothing of one command is left for the next, neither memory nor compiled code.
+    """
     yield ["train", "parameters", "tokens/s", "MFU", "GiB", "first step s", "start to step 1 s",
            "first loss", "last loss"]
+    for command in bench.settings.command.split(";"):
+        yield program_row(bench.settings, command.strip())
+        gc.collect()
+        if bench.settings.device == "cuda":
+            torch.compiler.reset()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def program_row(s: BenchArgs, command: str) -> list[str]:
+    """Return the table's cells for one command."""
     start = time.perf_counter()
-    program = trainer(s.command, s.device)
+    program = trainer(command, s.device)
     first = program.train_step()
     compiled, began = program.seconds, time.perf_counter() - start
     steps = [program.train_step() for _ in range(WARM_UP + s.pairs * s.steps_per_timing)][WARM_UP:]
     speed = statistics.median(step["tokens_per_s"] for step in steps)
     mfu = program.model_flops_utilisation(speed)
     count = count_parameters(program.model.args)
-    yield [s.command, f"{count.total + count.mtp:,}", f"{speed:,.0f}", f"{mfu:.1%}" if mfu else "-",
+    return [command, f"{count.total + count.mtp:,}", f"{speed:,.0f}", f"{mfu:.1%}" if mfu else "-",
            f"{steps[-1]['memory_mib'] / 1024:.1f}", f"{compiled:.1f}", f"{began:.1f}",
            f"{first['loss']:.3f}", f"{steps[-1]['loss']:.3f}"]
 

@@ -32,7 +32,8 @@ class BenchArgs(Settings):
 
     preset: str = option("tiny", "model: " + ", ".join(ModelArgs.presets()))
     what: str = option("all", f"tables, with commas between; all: {', '.join(DEFAULT_TABLES)}")
-    command: str = option("", "program, profile: flags of minids.train, as one text")
+    command: str = option("", "program, profile: flags of minids.train, as one text; program: "
+                              "or several, with semicolons between")
     pairs: int = option(7, "timings of each side", low=1)
     steps_per_timing: int = option(8, "training steps in one timing", low=1)
     batch_size: int = option(8, "training: sequences per step", low=1)

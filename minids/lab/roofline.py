@@ -6,7 +6,8 @@ them in a cache. A call cannot be faster than its floor, the larger of two times
 peak of a large product, its bytes (arguments read once, results written once) at the rate of a
 large copy. A body's share is the floor over the time it takes. Training's times are of forward and
 backward together: the latter reads the arguments and the result's gradient, writes the arguments'
-gradients, and costs twice the FLOPs. Nothing here is compiled, and each body stands alone.
+gradients, and costs twice the FLOPs. Nothing here is compiled, each body stands alone, and all
+but those of whole blocks are compared with their plain definitions first.
 
 (Williams, Waterman and Patterson, "Roofline", 2009.)
 """
@@ -32,6 +33,7 @@ SIDE = {"cuda": 8192, "cpu": 1024}  # of the square product whose rate is the pe
 COPIED = {"cuda": 2 ** 30, "cpu": 2 ** 26}  # bytes of the copy
 CACHES = {"cuda": 2 ** 28, "cpu": 2 ** 26}  # bytes of arguments that no cache holds
 MOST_COPIES = 32
+BLOCK, BLOCKS = "transformer.Block.forward", 7  # so many blocks' weights are in no cache
 ROUNDS = {"cuda": 15, "cpu": 3}
 CLOCK = 2e9  # a GPU's cycles per second, at most
 # A body's result beside the plain one, relative to its length: BF16 rounds to 2^-9, FP32 to 2^-24.
@@ -141,25 +143,27 @@ def attention_flops(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, sca
 SENSIBLE = {"moe.grouped_linear": lambda out, counts, **_: out[:counts.sum()]}  # of the result
 
 
-def largest_calls(work: Callable[[], object], device: str) -> list[Call]:
-    """Return the largest call of each function and body that `work` makes.
+def largest_calls(work: Callable[[], object]) -> tuple[list[Call], list[Call]]:
+    """Return the largest call of each function and body that `work` makes, and blocks' calls.
 
-    Functions of modules, such as a whole block, are made of the others and left out.
+    Functions of modules are made of the others and left out, but for bodies of a whole block.
     """
     found: dict[tuple, Call] = {}
+    blocks: list[Call] = []
 
     def watch(name: str, chosen: Callable, given: tuple, named: dict) -> None:
         bound = inspect.signature(REGISTRY[name].plain).bind(*given, **named)
         call = Call(name, chosen, bound.arguments)
         if any(isinstance(a, torch.nn.Module) for a in call.arguments.values()):
-            return
+            whole = name == BLOCK and chosen is not REGISTRY[name].plain
+            return blocks.append(call) if whole and call.arguments["self"].is_moe else None
         key = name, chosen.__name__
         if key not in found or call.read() > found[key].read():
             found[key] = call
 
     with recorded(watch):
         work()
-    return sorted(found.values(), key=lambda call: call.name)
+    return sorted(found.values(), key=lambda call: call.name), blocks
 
 
 def body_row(call: Call, device: str, learns: bool) -> list[str]:
@@ -195,6 +199,25 @@ def body_row(call: Call, device: str, learns: bool) -> list[str]:
             f"{max(by_flops, by_bytes) / taken:.0%}"]
 
 
+def block_row(calls: list[Call], device: str) -> list[str]:
+    """Return the table's cells for a body of a whole block with experts, one block after another.
+
+    It reads the weights, of experts those that somebody visits as if tokens chose evenly, and the
+    latents of the tokens before.
+    """
+    block, x, context = calls[0].arguments.values()
+    args, tokens = block.ffn.args, x.size(0) * x.size(1)
+    visited = 1 - (1 - args.n_activated_experts / args.n_routed_experts) ** tokens
+    moved = 2 * x.nbytes + context.cache.latents[0, :, :context.cache.length].nbytes
+    moved += sum(p.nbytes * (visited if name.startswith("ffn.experts.") else 1)
+                 for name, p in block.named_parameters())
+    taken = seconds_per_call(calls[0].body, [tuple(c.arguments.values()) for c in calls], device)
+    floor = moved / measure_peaks(device).bytes_per_second
+    return [f"{BLOCK}, {calls[0].body.__name__}", "x".join(map(str, x.shape)),
+            f"{1e3 * taken:.4f}", "", f"{moved / taken / 1e9:,.0f}", "memory",
+            f"{floor / taken:.0%}"]
+
+
 def require_equal(call: Call, ours: Tensor, plain: Tensor) -> None:
     """Stop unless both results agree within `TOLERANCE`."""
     cut = SENSIBLE.get(call.name, lambda out, **_: out)
@@ -204,27 +227,27 @@ def require_equal(call: Call, ours: Tensor, plain: Tensor) -> None:
     assert gap <= limit, f"{call.name}, {call.body.__name__}: {gap:.1e} from the plain definition"
 
 
-def few_layers(bench: Bench) -> int:
-    """Return how many layers hold one of each kind."""
-    return min(bench.args.n_layers, bench.args.n_dense_layers + 1)
+def few_layers(bench: Bench, count: int) -> int:
+    """Return how many layers have `count` with experts among them, if there are so many."""
+    return min(bench.args.n_layers, bench.args.n_dense_layers + count)
 
 
-def training_calls(bench: Bench) -> list[Call]:
+def training_calls(bench: Bench) -> tuple[list[Call], list[Call]]:
     """Return the largest calls of one training step's forward pass."""
-    model = bench.decoder(n_layers=few_layers(bench)).train().requires_grad_(True)
+    model = bench.decoder(n_layers=few_layers(bench, 1)).train().requires_grad_(True)
     [batch] = bench.batches(1)
-    return largest_calls(lambda: minids_loss(model, *batch), bench.settings.device)
+    return largest_calls(lambda: minids_loss(model, *batch))
 
 
-def decoding_calls(bench: Bench, batch: int) -> list[Call]:
+def decoding_calls(bench: Bench, batch: int) -> tuple[list[Call], list[Call]]:
     """Return the largest calls of one decoding step after a prompt."""
-    model, s = bench.decoder(n_layers=few_layers(bench)), bench.settings
+    model, s = bench.decoder(n_layers=few_layers(bench, BLOCKS)), bench.settings
     text = torch.tensor(bench.prompts(batch), device=s.device)
     lengths = torch.full((batch,), s.prompt, device=s.device)
     with torch.inference_mode():
         cache = new_cache(model, batch, s.prompt + 2)
         prefill(model, cache, text, lengths)
-        return largest_calls(lambda: next_token(model, cache, text[:, 0]), s.device)
+        return largest_calls(lambda: next_token(model, cache, text[:, 0]))
 
 
 def roofline_table(bench: Bench) -> Iterator[list[str]]:
@@ -248,7 +271,12 @@ def roofline_table(bench: Bench) -> Iterator[list[str]]:
         works[f"decoding, batch {batch}"] = functools.partial(decoding_calls, bench, batch), False
     for title, (calls, learns) in works.items():
         yield [title, *[""] * 6]
-        for call in calls():
+        single, blocks = calls()
+        for call in single:
             with torch.inference_mode(not learns):
                 row = body_row(call, s.device, learns)
+            yield row
+        if blocks:
+            with torch.inference_mode():
+                row = block_row(blocks, s.device)
             yield row

@@ -52,8 +52,10 @@ def test_a_wrong_flag_of_the_command_is_named():
 
 def test_program_table(settings):
     command = COMMAND.format(data=settings.data)
-    bench = Bench(replace(settings, command=command, steps_per_timing=2), NANO)
-    [row] = rows(bench_alone.program_table, bench)
+    both = f"{command}; {command} --dim 32"
+    bench = Bench(replace(settings, command=both, steps_per_timing=2), NANO)
+    row, narrow = rows(bench_alone.program_table, bench)
+    assert narrow["train"] == f"{command} --dim 32" and narrow["first loss"] != row["first loss"]
     args = replace(ModelArgs.preset("nano"), n_layers=1)
     size = count_parameters(args).total + count_parameters(args).mtp
     assert row["train"] == command and row["parameters"] == f"{size:,}" and row["MFU"] == "-"

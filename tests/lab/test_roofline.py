@@ -66,14 +66,28 @@ def test_a_causal_query_counts_the_keys_that_it_sees():
 
 
 def test_the_largest_call_of_each_body_is_kept(settings):
-    calls = roofline.training_calls(Bench(settings, NANO))
+    calls, blocks = roofline.training_calls(Bench(settings, NANO))
     found = {call.name: call for call in calls}
     assert {"layers.rms_norm", "mla.attention", "moe.grouped_linear", "moe.combine"} <= set(found)
     assert not {"moe.MoE.routed", "transformer.Block.forward"} & set(found)  # made of the others
+    assert blocks == []
     assert found["layers.rms_norm"].tensors()["x"].size(-1) == NANO.dim  # and not a latent's norm
     x = found["layers.rms_norm"].arguments["x"]
     copy = found["layers.rms_norm"].copy()[0]
     assert torch.equal(copy, x) and copy.data_ptr() != x.data_ptr() and copy.requires_grad
+
+
+def test_a_whole_block_reads_its_weights_and_the_latents(settings, machine):
+    bench = Bench(replace(settings, prompt=8), replace(NANO, n_layers=4))
+    _, blocks = roofline.decoding_calls(bench, 1)
+    assert [call.arguments["self"].layer for call in blocks] == [1, 2, 3]  # those with experts
+    *_, rate, bound, share = roofline.block_row(blocks, "cpu")
+    experts = 4 * 3 * NANO.dim * NANO.moe_inter_dim  # of each, bytes
+    weights = 4 * sum(p.numel() for p in blocks[0].arguments["self"].parameters())
+    visited = weights - experts * (NANO.n_routed_experts - NANO.n_activated_experts)
+    latents = 4 * 9 * (NANO.kv_lora_rank + NANO.qk_rope_head_dim)  # of nine tokens
+    moved = visited + latents + 2 * 4 * NANO.dim
+    assert (rate, bound, share) == (f"{moved / 1e6:,.0f}", "memory", f"{moved / 1e6:.0%}")
 
 
 def test_a_body_that_computes_something_else_stops_the_table(machine):
