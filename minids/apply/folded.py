@@ -1,28 +1,52 @@
 """Weights derived for decoding: W_UK multiplied into W_Q and W_UV into W_O, as V2 says they can be.
 
-(DeepSeek-V2, arXiv 2405.04434, section 2.1.2 and appendix C.) The copies belong to the cache of one
-decoding session and end with it; a change of the model's weights in between is not seen.
+(DeepSeek-V2, arXiv 2405.04434, section 2.1.2 and appendix C.) And, on a GPU, weights in the type of
+their products, cast once and not at each use. The copies belong to one decoding session and end
+with it; a change of the model's weights in between is not seen.
 """
 
-import torch
-from torch import Tensor
+import copy
 
+import torch
+from torch import Tensor, nn
+
+from minids.kernels import few_tokens_gpu
+from minids.kernels.few_tokens_gpu import Joined
 from minids.kernels.precision import compute_dtype
 from minids.model.cache import LatentCache
 from minids.model.layers import MLP, Linear, RMSNorm
 from minids.model.mla import MLA
-from minids.model.moe import Experts, Gate, MoE
+from minids.model.moe import Experts, Gate, MoE, Routing
 from minids.model.transformer import Block, Transformer
 
 PARTS = {Block, MLA, MLP, MoE, Gate, Experts, Linear, RMSNorm}  # of blocks that can be folded
 
 
-def fold(model: Transformer, cache: LatentCache) -> None:
-    """Give a cache the folded weights of the layers that it serves, where they pay.
+def for_products(model: Transformer) -> Transformer:
+    """Return a model with the weights of products in the type that autocast gives these, or itself.
 
-    They do on a CPU, for models so small that the multiplied matrices are not much larger than
-    those they replace: in a wide model, reading weights is what takes the time. A block must have
-    nothing but the parts of V3, and nothing replaced from outside.
+    What autocast leaves alone (embedding, norms, gates) is shared, and so is each weight that has
+    the type. A product is then what it was, without a cast before it.
+    """
+    dtype, cast = compute_dtype(model.head.weight), {}
+    for module in model.modules():
+        if isinstance(module, Linear | Experts):
+            for weight in module.parameters(recurse=False):
+                if weight.dtype != dtype:
+                    cast[id(weight)] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+    if not cast:
+        return model
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return copy.deepcopy(model, shared | cast)
+
+
+def fold(model: Transformer, cache: LatentCache) -> None:
+    """Give a cache the derived weights of the layers that it serves, where they pay.
+
+    On a CPU they are folded, for models so small that the multiplied matrices are not much larger
+    than those they replace: in a wide model, reading weights is what takes the time. On a GPU the
+    matrices that read a block's input are joined. A block must have nothing but the parts of V3,
+    and nothing replaced from outside.
     """
     args, weight = model.args, model.head.weight
     pays = (weight.device.type == "cpu" and compute_dtype(weight) == weight.dtype
@@ -30,9 +54,17 @@ def fold(model: Transformer, cache: LatentCache) -> None:
     blocks = model.blocks()[cache.first_layer:][:len(cache.latents)]
     known = all(type(part) in PARTS and not {"product", "selection"} & vars(part).keys()
                 for block in blocks for part in block.modules())
-    if pays and known:
-        with torch.no_grad():
+    with torch.no_grad():
+        if pays and known:
             cache.folded = {block.layer: folded(block.attn) for block in blocks}
+        if known and few_tokens_gpu.takes(args, weight, cache.latents.dtype):
+            cache.joined = {block.layer: joined(block.attn) for block in blocks}
+
+
+def joined(attn: MLA) -> Joined:
+    """Join the matrices that read one layer's input."""
+    first = attn.wq_a if attn.args.q_lora_rank else attn.wq
+    return Joined(torch.cat([first.weight, attn.wkv_a.weight]), Routing)
 
 
 def folded(attn: MLA) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,13 @@ import math
 import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, count
 
 import torch
 from torch import Tensor
 
 from minids.base.fields import demand
-from minids.infer.decoding import last_states, new_cache, next_token, prefill, right_pad
+from minids.infer.decoding import Session, last_states, one_step_late, right_pad
 from minids.infer.sampling import Sampler, no_token
 from minids.infer.speculative import speculative_rounds
 from minids.model.transformer import Transformer
@@ -109,12 +109,23 @@ def plain_rounds(model: Transformer, tokens: Tensor, lengths: Tensor, new_tokens
 
     tokens, lengths: prompts as `right_pad` returns them; new_tokens: what the cache has room for
     """
-    cache = new_cache(model, len(tokens), tokens.size(1) + new_tokens)
-    logits = model.head(last_states(prefill(model, cache, tokens, lengths).states, lengths))
-    while True:
-        tokens = sampler.sample(logits)  # (B,)
-        yield tokens.unsqueeze(1).tolist()
-        logits = model.head(next_token(model, cache, tokens).states[:, -1])  # (B, V)
+    session = Session(model, len(tokens), tokens.size(1) + new_tokens)
+    head = session.model.head
+    states = last_states(session.prefill(tokens, lengths).states, lengths)
+    token = sampler.sample(head(states))  # (B,)
+
+    def step(longest: int) -> None:
+        states = session.next_token(token, longest).states[:, -1]  # (B, D)
+        token.copy_(sampler.sample(head(states)))
+
+    def each() -> Iterator[Tensor]:
+        run = session.steps(step, sampler.generator)
+        for longest in count(tokens.size(1)):
+            yield token
+            run(longest)
+
+    for drawn in one_step_late(each()):
+        yield [[number] for number in drawn]
 
 
 def check_arguments(args, prompts, max_new_tokens, temperature, top_k, top_p, speculative) -> None:

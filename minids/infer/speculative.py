@@ -16,13 +16,16 @@ next pass overwrites them.
 """
 
 from collections.abc import Iterator
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from minids.apply.folded import fold
-from minids.infer.decoding import last_states, new_cache, prefill
+from minids.infer.decoding import Session, last_states, new_cache, one_step_late
 from minids.infer.sampling import Sampler
+from minids.kernels.attention import FEW
+from minids.model.cache import LatentCache
 from minids.model.transformer import Transformer
 
 
@@ -35,29 +38,40 @@ def speculative_rounds(model: Transformer, tokens: Tensor, lengths: Tensor, new_
     drafts: D, tokens drafted in a round
     """
     text = Text(model, tokens, lengths, new_tokens, drafts)
-    states = prefill(model, text.cache, tokens, lengths).states  # (B, S, dim)
-    token = sampler.sample(model.head(last_states(states, lengths)))
-    text.put(text.end, token)
-    yield token.unsqueeze(1).tolist()
-    window = Window(states, torch.zeros_like(lengths), lengths - 1)
-    ahead, q = draft(text, window, drafts, sampler)  # (B, D), (B, D, V)
-    fold(model, text.ahead)
-    depth = len(model.mtp)
-    while True:
-        text.cache.truncate(text.end)
+    model, depth = text.model, len(text.model.mtp)
+    made = tokens.new_zeros(len(tokens), drafts + 2)  # drafts, how many passed, the token after
+
+    def play(window: Window, longest: int | None) -> Window:
+        """Draft and verify; returns the states that the next drafts start from."""
+        ahead, q = draft(text, window, drafts, sampler, longest)  # (B, D), (B, D, V)
+        text.cut(text.cache, text.end, longest)
         read = take(text.slots, text.end, drafts + 1)
         states = model.hidden(read, text.cache, absorbed=True).states  # (B, D + 1, dim)
         passed, token = sampler.verify(ahead, q, sampler.distribution(model.head(states)))
-        yield [[*row[:n], last] for row, n, last in
-               zip(ahead.tolist(), passed.tolist(), token.tolist(), strict=True)]
+        made.copy_(torch.cat([ahead, passed[:, None], token[:, None]], dim=1))
         text.put(text.end + passed + 1, token)
         moved = torch.minimum(passed + 1, text.last - text.end)  # (B,)
         # The modules read the last positions of the old window again: now they know what follows.
         before = window.last_states(depth - 1)
-        text.end = text.end + moved
-        window = Window(torch.cat([before, states], dim=1), text.end - moved - (depth - 1),
-                        (moved + depth - 2).clamp(min=0))
-        ahead, q = draft(text, window, drafts, sampler)
+        text.end.add_(moved)
+        return Window(torch.cat([before, states], dim=1), text.end - moved - (depth - 1),
+                      (moved + depth - 2).clamp(min=0))
+
+    def each() -> Iterator[Tensor]:
+        states = text.session.prefill(tokens, lengths).states  # (B, S, dim)
+        made[:, -1] = sampler.sample(model.head(last_states(states, lengths)))
+        text.put(text.end, made[:, -1])
+        yield made
+        window = play(Window(states, torch.zeros_like(lengths), lengths - 1), None)
+        fold(model, text.ahead)
+        run = text.session.steps(lambda longest: window.become(play(window, longest)),
+                                 sampler.generator, drafts)
+        for rounds in count(1):
+            yield made
+            run(tokens.size(1) + min(rounds * (drafts + 1), new_tokens - 1))
+
+    for rows in one_step_late(each()):
+        yield [[*row[:passed], last] for *row, passed, last in rows]
 
 
 def take(values: Tensor, start: Tensor, count: int) -> Tensor:
@@ -80,6 +94,11 @@ class Window:
         self.states = take(states, shift, states.size(1))
         self.start, self.at = start + shift, at - shift
 
+    def become(self, other: "Window") -> None:
+        """Take over the numbers of a window of the same size."""
+        for name, values in vars(other).items():
+            getattr(self, name).copy_(values)
+
     def last_states(self, count: int) -> Tensor:
         """Return those at the `count` slots up to `at`, (B, count, D)."""
         return take(self.states, self.at - count + 1, count)
@@ -93,38 +112,47 @@ class Text:
 
     def __init__(self, model: Transformer, tokens: Tensor, lengths: Tensor, new_tokens: int,
                  drafts: int):
-        self.model, (batch, length) = model, tokens.shape
-        self.end, self.last = lengths, lengths + new_tokens - 1
-        room = length + new_tokens + drafts
-        self.slots = tokens.new_zeros(batch, room + drafts + len(model.mtp))
+        batch, length = tokens.shape
+        self.end, self.last = lengths.clone(), lengths + new_tokens - 1
+        room = length + new_tokens + drafts + len(model.mtp) - 1
+        self.slots = tokens.new_zeros(batch, room + drafts + 1)
         self.slots[:, :length] = tokens
-        self.cache = new_cache(model, batch, room)
-        self.ahead = new_cache(model, batch, room, mtp=True)
+        self.session = Session(model, batch, room)
+        self.model, self.cache = self.session.model, self.session.cache
+        self.ahead = new_cache(self.model, batch, room, mtp=True)
 
     def module(self, k: int, states: Tensor, tokens: Tensor) -> Tensor:
         """Run MTP module k, counted from 0, on states (B, S, D) and the tokens it embeds (B, S)."""
-        context = self.model.context(tokens, self.ahead, absorbed=self.ahead.folded is not None)
+        few = self.session.static and tokens.size(1) <= FEW
+        context = self.model.context(tokens, self.ahead, few or self.ahead.folded is not None)
         return self.model.mtp[k](states, self.model.embed(tokens), context)[0]
+
+    def cut(self, cache: LatentCache, lengths: Tensor, longest: int | None) -> None:
+        """Forget what follows the first slots of each sequence; longest: as for `truncate`."""
+        cache.truncate(lengths, longest if self.session.static else None)
 
     def put(self, slot: Tensor, token: Tensor) -> None:
         """Write a token of each sequence: (B,), (B,)"""
         self.slots.scatter_(1, slot[:, None], token[:, None])
 
 
-def draft(text: Text, window: Window, drafts: int, sampler: Sampler) -> tuple[Tensor, Tensor]:
+def draft(text: Text, window: Window, drafts: int, sampler: Sampler, longest: int | None
+          ) -> tuple[Tensor, Tensor]:
     """Put the tokens that the modules expect behind the text's newest one.
 
+    longest: no sequence of the text has its newest token behind this slot; None: look
     Returns them, (B, D), and their distributions, (B, D, V).
     """
     model, states, tokens, probs = text.model, window.states, [], []
     depth, width = len(model.mtp), window.states.size(1)
-    text.ahead.truncate(window.start)
+    text.cut(text.ahead, window.start, longest and max(longest - depth + 1, 0))
     for k in range(1, drafts + 1):
         if k <= depth:
             states = text.module(k - 1, states, take(text.slots, window.start + k, width))
             state = take(states, window.at, 1)  # (B, 1, D)
         else:  # the last module, one position further
-            text.ahead.truncate(window.start + window.at + k - depth)
+            text.cut(text.ahead, window.start + window.at + k - depth,
+                     longest and longest + k - depth)
             state = text.module(depth - 1, state, take(text.slots, text.end + k - 1, 1))
         probs += [sampler.distribution(model.head(state.squeeze(1)))]
         # Where there is no token, any is read: `verify` sees that its probability is NaN.

@@ -50,6 +50,49 @@ def fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float)
     return out[..., :width].transpose(1, 2)
 
 
+def takes_parts(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> bool:
+    """Return whether queries are a prefill's, and a kernel here also tells its sums."""
+    if visible is not None or torch.is_grad_enabled() or q.size(1) <= FEW:
+        return False
+    if q.device.type == "cpu":
+        return q.size(1) < k.size(1)
+    return (q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+            and torch.cuda.get_device_capability(q.device)[0] >= 8)
+
+
+@body(takes_parts)
+def in_parts(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+    """Attend to the keys before the first query, which all see, then to the queries' own, causally.
+
+    No mask is made: (S, T) numbers of a long prompt's piece would take more memory than its keys.
+    """
+    past = k.size(1) - q.size(1)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S or T, ..)
+    out, own = with_sums(q, k[:, :, past:], v[:, :, past:], True, scale)
+    if past:
+        before, rest = with_sums(q, k[:, :, :past], v[:, :, :past], False, scale)
+        out = torch.lerp(before.to(own.dtype), out.to(own.dtype), (own - rest).sigmoid())
+    return out.to(v.dtype).transpose(1, 2)
+
+
+def with_sums(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, scale: float
+              ) -> tuple[Tensor, Tensor]:
+    """Return attention's output, (B, H, S, v_head_dim), and log sum exp of its scores, (B, H, S, 1)
+
+    cuDNN takes values of another width than the keys'; the CPU's kernel wants them padded.
+    """
+    if q.device.type == "cuda":
+        out, sums, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, is_causal, False, scale=scale)
+    else:
+        width = v.size(-1)
+        v = F.pad(v, (0, k.size(-1) - width)) if k.size(-1) > width else v
+        out, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, is_causal, scale=scale)
+        out = out[..., :width]
+    return out, sums.reshape(*q.shape[:3], 1)
+
+
 def one_key_for_all_heads(q: Tensor, latent: Tensor, visible: Tensor | None,
                           scale: float) -> Tensor:
     """Attend to latents that are keys and values at once, heads as queries of a single head:

@@ -67,6 +67,11 @@ def use(setting: str) -> None:
     _setting = setting
 
 
+def current_setting() -> str:
+    """Return the setting that `use` made."""
+    return _setting
+
+
 @contextlib.contextmanager
 def using(setting: str) -> Iterator[None]:
     """Apply `use` within the block only."""

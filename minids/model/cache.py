@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from minids.config import ModelArgs
-from minids.kernels.attention import causal
+from minids.kernels.attention import FEW, causal
 from minids.model.rope import rotations
 
 
@@ -21,9 +21,9 @@ class LatentCache:
 
     latents: (n_layers, batch, max_len, kv_lora_rank + qk_rope_head_dim)
     index_keys: (n_layers, batch, max_len, index_head_dim) with an indexer, else None
-    length: slots that the longest sequence has filled
+    length: slots that the longest sequence has filled, or more
     lengths: (B,) int64, slots that each has filled; None when all have filled `length`
-    folded: by layer, weights derived from the model's for decoding with this cache, or None
+    folded, joined: by layer, weights derived from the model's for decoding with this cache, or None
     """
 
     def __init__(self, args: ModelArgs, batch: int, max_len: int, device=None,
@@ -36,7 +36,8 @@ class LatentCache:
         if args.has_indexer:
             self.index_keys = torch.zeros(*shape, args.index_head_dim, **kind)
         self.rotations = rotations(torch.arange(max_len, device=device), args)  # (max_len, rope/2)
-        self.length, self.lengths, self.folded = 0, None, None
+        self.length, self.lengths, self.folded, self.joined = 0, None, None, None
+        self.at = None  # (B, count) int64, the slots of the pass under way where lengths differ
 
     @property
     def room(self) -> int:
@@ -52,16 +53,17 @@ class LatentCache:
     def look(self, count: int) -> tuple[Tensor, Tensor | None]:
         """Return the rotations of the next `count` tokens and the slots that each sees.
 
-        (B or 1, count, rope / 2) complex, and (B or 1, count, T) bool; None for the first tokens,
-        and for one token of sequences of equal length, which sees all.
+        (B or 1, count, rope / 2) complex, and (B or 1, count, T) bool; None where sequences of
+        equal length see all up to their own, as in `Context`: a mask pays for few tokens only.
         """
         end = self.length + count
         if self.lengths is None:
-            visible = causal(count, end, self.latents.device) if count > 1 and self.length else None
+            self.at, masked = None, 1 < count <= FEW and self.length
+            visible = causal(count, end, self.latents.device) if masked else None
             return self.rotations[None, self.length:end], visible
-        slots = self.slots(count)
-        keys = torch.arange(end, device=slots.device)  # (T,)
-        return self.rotations[slots], keys <= slots[..., None]
+        self.at = self.slots(count)
+        keys = torch.arange(end, device=self.at.device)  # (T,)
+        return self.rotations[self.at], keys <= self.at[..., None]
 
     def append(self, layer: int, latent: Tensor) -> Tensor:
         """Store the new latents of a layer and return all, (B, S, ..) -> (B, T, ..).
@@ -80,7 +82,7 @@ class LatentCache:
             stored[:, self.length:end] = new
         else:
             sequence = torch.arange(len(stored), device=stored.device)[:, None]
-            stored[sequence, self.slots(new.size(1))] = new.to(stored.dtype)
+            stored[sequence, self.at] = new.to(stored.dtype)
         return stored[:, :end]
 
     def advance(self, count: int) -> None:
@@ -89,7 +91,13 @@ class LatentCache:
         if self.lengths is not None:
             self.lengths = self.lengths + count
 
-    def truncate(self, lengths: Tensor) -> None:
-        """Forget what follows the first `lengths` slots of each sequence, (B,) int64."""
+    def truncate(self, lengths: Tensor, longest: int | None = None) -> None:
+        """Forget what follows the first `lengths` slots of each sequence, (B,) int64.
+
+        longest: none of them is above it; None: look, for which the CPU waits for a GPU
+        """
+        if longest is not None:
+            self.length, self.lengths = longest, lengths
+            return
         self.length = int(lengths.max())
         self.lengths = None if bool((lengths == self.length).all()) else lengths

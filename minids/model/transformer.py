@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minids.config import ModelArgs
-from minids.kernels import few_tokens
+from minids.kernels import few_tokens, few_tokens_gpu
 from minids.kernels.registry import bodies
 from minids.model.cache import LatentCache
 from minids.model.layers import MLP, Linear, RMSNorm
@@ -36,7 +36,7 @@ class Block(nn.Module):
         self.is_moe = args.is_moe_layer(layer)
         self.ffn = MoE(args) if self.is_moe else MLP(args.dim, args.inter_dim)
 
-    @bodies(few_tokens.folded_block)
+    @bodies(few_tokens.folded_block, few_tokens_gpu.joined_block)
     def forward(self, x: Tensor, context: Context) -> tuple[Tensor, Routing | None, Tensor | None]:
         """x: (B, S, D) -> (B, S, D), the routing of a MoE layer, the loss of a learning indexer"""
         attended, indexer_loss = self.attn(self.attn_norm(x), context)

@@ -12,16 +12,18 @@ Prompts are decoded together, aligned at position 0 and padded on the right. The
 same positions, and no token attends to padding.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.infer.decoding import last_states, new_cache, next_token, prefill, right_pad
+from minids.infer.decoding import Session, last_states, one_step_late, right_pad
 from minids.infer.sampling import Sampler, no_token
 from minids.model.transformer import Transformer
+
+NEVER = 2 ** 31  # a token's number that no reply has
 
 
 class Rollout(NamedTuple):
@@ -75,35 +77,51 @@ def roll_out(model: Transformer, prompts: list[list[int]], max_new_tokens: int, 
     allowed = written.new_zeros(*room, len(weight)) if sampler.cuts else None
     routes = {block.layer: text.new_zeros(*room, model.args.n_activated_experts)
               for block in model.layers if block.is_moe}
-    running = torch.ones_like(row, dtype=torch.bool)
-    cache = new_cache(model, batch, tokens.size(1))
+    running, wrong = torch.ones_like(row, dtype=torch.bool), torch.full_like(row, NEVER)  # (B,)
+    at, token = lengths.clone(), torch.zeros_like(row)  # (B,), where the next token goes; newest
+    state = torch.zeros(2, dtype=torch.int64, device=row.device)
     with torch.inference_mode():
-        found = prefill(model, cache, text, lengths)
-        for kept, routing in zip(routes.values(), found.routings, strict=True):
-            kept[:, :longest] = routing.indices
-        states = last_states(found.states, lengths)  # (B, D)
-        for step in range(max_new_tokens):
-            at = lengths + step  # (B,), positions of the tokens to draw
-            probs = sampler.distribution(model.head(states))  # (B, V)
+        session = Session(model, batch, tokens.size(1))
+        head = session.model.head
+
+        def draw(states: Tensor) -> None:
+            """Draw a token of every sequence, and note all there is to know about it."""
+            probs = sampler.distribution(head(states))  # (B, V)
             drawn = sampler.draw(probs)  # (B,)
-            token = drawn.clamp(max=len(weight) - 1)
+            token.copy_(drawn.clamp(max=len(weight) - 1))
             tokens[row, at] = token
             written[row, at - 1] = running
             logp[row, at - 1] = probs[row, token].log().masked_fill(~running, 0.0)
             if sampler.cuts:
                 allowed[row, at - 1] = probs > 0
             for end in ends:
-                running &= token != end
-            going, sound = torch.stack([running.any(), (drawn == token).all()]).tolist()  # one wait
-            if not sound:
-                bad = int((drawn != token).nonzero()[0])
-                raise no_token(f"reply {bad + 1}, token {step + 1}")
-            if step == max_new_tokens - 1 or not going:
-                break
-            found = next_token(model, cache, token)
+                running.logical_and_(token != end)
+            wrong.copy_(torch.where((drawn != token) & (wrong == NEVER), at - lengths, wrong))
+            state.copy_(torch.stack([running.any(), wrong.min()]))
+            at.add_(1)
+
+        def step(longest: int) -> None:
+            found = session.next_token(token, longest)
             for kept, routing in zip(routes.values(), found.routings, strict=True):
-                kept[row, at] = routing.indices[:, 0]
-            states = found.states[:, -1]
+                kept[row, at - 1] = routing.indices[:, 0]
+            draw(found.states[:, -1])
+
+        def each() -> Iterator[Tensor]:
+            found = session.prefill(text, lengths)
+            for kept, routing in zip(routes.values(), found.routings, strict=True):
+                kept[:, :longest] = routing.indices
+            draw(last_states(found.states, lengths))
+            run = session.steps(step, sampler.generator)
+            for more in range(max_new_tokens - 1):
+                yield state
+                run(longest + more)
+            yield state
+
+        for going, bad in one_step_late(each()):  # one wait
+            if bad < NEVER:
+                raise no_token(f"reply {int(wrong.argmin()) + 1}, token {bad + 1}")
+            if not going:
+                break
     return Rollout(tokens, written, logp, routes, allowed).part(slice(None))
 
 

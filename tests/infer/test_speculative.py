@@ -108,14 +108,14 @@ def test_drafts_that_nobody_checks_are_caught(monkeypatch):
 def test_a_cache_that_goes_back_too_far_is_caught(monkeypatch):
     truncate = LatentCache.truncate
 
-    def one_too_far(self, lengths):
+    def one_too_far(self, lengths, longest=None):
         truncate(self, (lengths - 1).clamp(min=0))
 
     assert wrong_texts(monkeypatch, LatentCache, "truncate", one_too_far) > 0
 
 
 def test_a_batch_that_goes_back_together_is_caught(monkeypatch):
-    def together(self, lengths):
+    def together(self, lengths, longest=None):
         self.length, self.lengths = int(lengths.min()), None
 
     assert wrong_texts(monkeypatch, LatentCache, "truncate", together) > 0

@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from small_models import LITTLE
+import triton_interpreter
+from small_models import LITTLE, scrambled
 from torch import Tensor
 
 from minids import ModelArgs, Transformer
@@ -34,11 +35,20 @@ class Case:
     """A call that a body takes.
 
     call: makes the arguments anew; learns: whether its gradients are compared too
+    triton: whether it runs in Triton: on a GPU, or here by the interpreter in a subprocess
     """
 
     call: Callable[[], tuple]
     learns: bool = True
     dtype: torch.dtype = torch.float64
+    triton: bool = False
+
+    def skip_where_it_cannot_run(self) -> None:
+        if self.triton and not INTERPRETED:
+            pytest.skip("runs in the interpreter's subprocess")
+
+
+INTERPRETED = triton_interpreter.running()
 
 
 def drawn(*shape: int, dtype: torch.dtype = torch.float64, learns: bool = True) -> Tensor:
@@ -136,6 +146,21 @@ def folded_case(count: int, uneven: bool, batch: int = 3, layer: int = 1, **shap
     return Case(call, learns=False)
 
 
+def joined_case(count: int, batch: int = 3, layer: int = 1, **shape) -> Case:
+    """A step of a block on a GPU, after sequences of unequal length; FP32, which Triton sums in."""
+    def call() -> tuple:
+        wide = dict(max_seq_len=128, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
+                    v_head_dim=16)
+        model = scrambled(replace(LITTLE, **wide | shape), dtype=F32).requires_grad_(False)
+        cache = LatentCache(model.args, batch, 90, dtype=F32)
+        model.hidden(torch.randint(model.args.vocab_size, (batch, 40)), cache)
+        cache.truncate(torch.arange(batch) % 3 * 14 + 5, 60)  # the longest has 33
+        fold(model, cache)
+        context = model.context(torch.zeros(batch, count, dtype=torch.int64), cache, absorbed=True)
+        return model.layers[layer], drawn(batch, count, 24, dtype=F32, learns=False), context
+    return Case(call, False, F32, triton=True)
+
+
 def moe_case(tokens: int, skewed: bool = False) -> Case:
     def call() -> tuple:
         moe = next(block.ffn for block in little_layer({}).layers if block.is_moe)
@@ -155,6 +180,8 @@ CASES: dict[tuple[str, str], list[Case]] = {
                                     attention_case(7, 7, True), attention_case(4, 7, True)],
     ("mla.attention", "fused"): [attention_case(520, 520, False), attention_case(5, 520, False),
                                  attention_case(5, 520, True), attention_case(5, 520, True, 10)],
+    ("mla.attention", "in_parts"): [
+        replace(attention_case(20, 530, False, width), learns=False) for width in (6, 10)],
     ("mla.latent_attention", "shared_key"): [
         latent_case(2, 1, False), latent_case(2, 3, False), latent_case(2, 3, True),
         latent_case(17, 1, True), latent_case(17, 2, True)],
@@ -162,6 +189,11 @@ CASES: dict[tuple[str, str], list[Case]] = {
         folded_case(1, False), folded_case(1, True), folded_case(1, True, layer=0),
         folded_case(3, False), folded_case(2, True),
         folded_case(1, True, batch=18), folded_case(2, False, q_lora_rank=12)],
+    ("transformer.Block.forward", "joined_block"): [
+        joined_case(1), joined_case(1, layer=0), joined_case(1, batch=1), joined_case(20),
+        joined_case(2, q_lora_rank=0), joined_case(1, batch=18, n_shared_experts=2),
+        joined_case(3, score_func="softmax", gate_bias=False, n_shared_experts=0),
+        joined_case(3, n_routed_experts=6, n_expert_groups=1, n_limited_groups=1)],
     ("moe.MoE.routed", "routed"): [moe_case(1), moe_case(4), moe_case(30),
                                    moe_case(30, skewed=True)],
     ("moe.dispatch", "dispatch_by_slot"): [Case(dispatch_case)],
@@ -218,6 +250,7 @@ def test_every_body_has_examples():
     pytest.param(key, case, id=f"{key[0]}-{key[1]}-{number}")
     for key, cases in CASES.items() for number, case in enumerate(cases)])
 def test_a_body_equals_its_plain_definition(key, case):
+    case.skip_where_it_cannot_run()
     check(REGISTRY[key[0]], *key, case)
 
 
@@ -260,6 +293,7 @@ def wrongs(case: Case) -> Iterator[Callable[[Tensor], Tensor]]:
 @pytest.mark.parametrize("key", CASES, ids="-".join)
 def test_a_broken_body_is_noticed(key):
     function, case = REGISTRY[key[0]], CASES[key][0]
+    case.skip_where_it_cannot_run()
     for how in wrongs(case):
         with pytest.raises(AssertionError):
             check(broken(function, key[1], how), *key, case)
@@ -268,11 +302,18 @@ def test_a_broken_body_is_noticed(key):
 @pytest.mark.parametrize("key", CASES, ids="-".join)
 def test_a_fallback_in_silence_is_noticed(key):
     function = REGISTRY[key[0]]
+    CASES[key][0].skip_where_it_cannot_run()
     before = dict(REGISTRY)
     without = bodies(*(b for b in function.bodies if b.__name__ != key[1]))(function.plain)
     REGISTRY.update(before)
     with pytest.raises(AssertionError):
         check(without, *key, CASES[key][0])
+
+
+def test_bodies_in_triton_by_its_interpreter():
+    """The tests above, of the bodies that this process skips."""
+    names = {name for (_, name), cases in CASES.items() if cases[0].triton}
+    triton_interpreter.run(__file__, "-k", " or ".join(names))
 
 
 @pytest.mark.parametrize("rows, width, wanted", [

@@ -1,0 +1,83 @@
+"""One CUDA graph per decoding step: its kernels are launched together, by one call.
+
+A step of a small model is a thousand kernels of a few microseconds each, and Python needs longer to
+launch them than the GPU to run them. A graph records the launches once and repeats them. It repeats
+them as they were: with the same tensors at the same addresses, the same shapes and no question
+asked of the GPU in between. So a step reads and writes tensors that stay where they are (newest
+tokens, lengths, draws), and looks at a number of slots that is the same for a while: 256, 512, 1024
+and so on, one graph for each.
+
+The first step of each size runs without a graph. It compiles what has to be compiled; to capture
+runs nothing, so the text goes on as if there were none.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+
+from minids.kernels.registry import current_setting
+
+SMALLEST = 256  # slots; below it a step takes no longer than for fewer
+
+_told: set[str] = set()
+
+
+def graphed(device: torch.device) -> bool:
+    """Return whether decoding steps on this device become graphs: on a GPU, with bodies on."""
+    return device.type == "cuda" and current_setting() == "auto"
+
+
+class Steps:
+    """Run a step again and again, on a GPU as graphs.
+
+    step: called with a bound on the slots that any sequence has filled, at most `most`
+    device: of the step's tensors; generator: of its draws
+    """
+
+    def __init__(self, step: Callable[[int], None], most: int, device: torch.device,
+                 generator: torch.Generator | None = None):
+        self.step, self.most, self.generator = step, most, generator
+        self.graphed, self.captures = graphed(device), device.type == "cuda"
+        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self.pool = None
+
+    def __call__(self, longest: int) -> None:
+        """Run the step; longest: slots that the longest sequence has filled."""
+        if not self.graphed:
+            return self.step(longest)
+        bound = SMALLEST
+        while bound < longest:
+            bound *= 2
+        bound = min(bound, self.most)
+        if bound not in self.graphs:
+            self.graphs[bound] = None
+            return self.step(bound)
+        if self.graphs[bound] is None and self.captures:
+            self.graphs[bound] = self.capture(bound)
+        if self.graphs[bound] is None:
+            return self.step(bound)
+        self.graphs[bound].replay()
+
+    def capture(self, bound: int) -> torch.cuda.CUDAGraph | None:
+        """Record a step and return it, or None, and say so, where that cannot be done."""
+        try:
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            graph = torch.cuda.CUDAGraph()
+            if self.generator is not None:
+                graph.register_generator_state(self.generator)
+            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+                self.step(bound)
+        except Exception as error:  # whatever a body or a driver refuses: the step itself works
+            self.captures = False
+            tell_once(f"decoding goes on without CUDA graphs, several times slower: "
+                      f"{str(error).strip().splitlines()[0]}")
+            return None
+        return graph
+
+
+def tell_once(line: str) -> None:
+    """Print a line on stderr, the first time that it is told."""
+    if line not in _told:
+        _told.add(line)
+        print(line, file=sys.stderr, flush=True)

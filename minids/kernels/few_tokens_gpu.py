@@ -1,0 +1,179 @@
+"""A few tokens of every sequence, on a GPU: the decoding step of a block in a dozen kernels.
+
+Written in PyTorch operations a block takes a hundred kernels, most of which move a few kilobytes
+and last as long as it takes to start them. Here the kernels are Triton's (`triton_decode`), and
+torch's for the products with one matrix:
+
+    norm   product   fold, rotate, store the latent   attend in pieces   merge   product
+    add and norm   gate   choose   list by expert   experts up   experts down   add up
+
+Attention looks at the slots that are filled and no others, whatever the cache has room for. Experts
+read each weight once, and only those that somebody chose.
+"""
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minids.kernels.registry import body
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a CPU, for tests
+TRITON = find_spec("triton") is not None  # comes with torch's CUDA build
+MANY = 1024  # tokens of a step; with more the plain definition's products are as quick
+PROGRAMS = 264  # that attention is cut into: two for each multiprocessor of a large GPU
+LOG2_E = 1.4426950408889634
+
+
+class Joined(NamedTuple):
+    """What a decoding session derives for one block.
+
+    down: [wq_a or wq ; wkv_a], the matrices that read the block's input
+    routing: makes what the block returns of scores and indices
+    """
+
+    down: Tensor
+    routing: Callable[[Tensor, Tensor], tuple]
+
+
+def takes(args, weight: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether these kernels take a model: its settings, a weight, the type of products."""
+    powers = (args.qk_nope_head_dim, args.v_head_dim, args.kv_lora_rank, args.qk_rope_head_dim)
+    groups = args.n_expert_groups == 1 or args.n_routed_experts & (args.n_routed_experts - 1) == 0
+    known = INTERPRETED or (weight.device.type == "cuda"
+                            and dtype in (torch.bfloat16, torch.float16))
+    return (TRITON and known and weight.dtype == dtype and not args.has_indexer and groups
+            and all(width >= 16 and width & (width - 1) == 0 for width in powers))
+
+
+def is_joined(block, x: Tensor, context) -> bool:
+    """Return whether the decoding session that owns the cache has joined this block's weights."""
+    cache = context.cache
+    return (cache is not None and cache.joined is not None and cache.at is not None
+            and context.absorbed and context.routes is None and torch.is_inference_mode_enabled()
+            and x.size(0) * x.size(1) <= MANY)
+
+
+@body(is_joined)
+def joined_block(block, x: Tensor, context) -> tuple:
+    """Run `Block.forward` in a dozen kernels."""
+    own, rows = context.cache.joined[block.layer], x.flatten(0, 1)  # (N, D)
+    kind = own.down.dtype
+    n, _ = normalise(rows, block.attn_norm, kind)
+    rows, n = normalise(rows, block.ffn_norm, kind, attention(block.attn, own, n, context))[::-1]
+    if not block.is_moe:
+        hidden = F.silu(F.linear(n, block.ffn.w1.weight)) * F.linear(n, block.ffn.w3.weight)
+        return (rows + F.linear(hidden, block.ffn.w2.weight)).view_as(x), None, None
+    weights, scores, indices = choose(block.ffn.gate, n)
+    out = experts(block.ffn, rows, n, weights, indices)
+    found = own.routing(*(t.view(*x.shape[:2], -1) for t in (scores, indices)))
+    return out.view_as(x), found, None
+
+
+def precision(x: Tensor) -> str:
+    """Return how products of x are computed: FP32 as it is, without rounding to TF32."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+def normalise(x: Tensor, norm, kind: torch.dtype, more: Tensor | None = None
+              ) -> tuple[Tensor, Tensor]:
+    """Return the RMSNorm of x (N, D), or of x + more, and that sum, in x's type."""
+    from minids.kernels import triton_decode as kernels
+    total = x if more is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = torch.empty(x.shape, dtype=kind, device=x.device)
+    width = x.size(1)
+    kernels.normalise_kernel[(len(x),)](
+        x, x if more is None else more, norm.weight, total, out, x.stride(0), norm.eps, width,
+        ADD=more is not None, BLOCK=kernels.power(width), num_warps=8 if width > 2048 else 4)
+    return out, total
+
+
+def attention(attn, own: Joined, x: Tensor, context) -> Tensor:
+    """Run `MLA.forward` in its absorbed form: (N, D) -> (N, D)"""
+    from minids.kernels import triton_decode as kernels
+    args, cache, slots = attn.args, context.cache, context.cache.at
+    heads, rank, rope = args.n_heads, args.kv_lora_rank, args.qk_rope_head_dim
+    widths = dict(H=heads, NOPE=args.qk_nope_head_dim, V=args.v_head_dim, R=rank)
+    latents = cache.latents[attn.layer - cache.first_layer]  # (B, slots, W)
+    batch, count = len(latents), context.rotation.size(1)
+    new, how = dict(dtype=x.dtype, device=x.device), precision(x)
+    q, kv = F.linear(x, own.down).split([own.down.size(0) - rank - rope, rank + rope], dim=1)
+    if args.q_lora_rank:
+        q = F.linear(normalise(q, attn.q_norm, x.dtype)[0], attn.wq_b.weight)
+    turn = torch.view_as_real(context.rotation)  # (B or 1, S, rope / 2, 2)
+    folded = torch.empty(len(x), heads, rank + rope, **new)
+    tokens, block = 16, min(rank, 64)
+    kernels.prepare_kernel[(-(-len(x) // tokens), heads + 1, rank // block)](
+        q, kv, attn.wkv_b.weight, attn.kv_norm.weight, turn, slots, folded, latents, len(x), count,
+        q.stride(0), kv.stride(0), turn.stride(0) if len(turn) > 1 else 0,
+        slots.stride(0) if len(slots) > 1 else 0, latents.stride(0), attn.kv_norm.eps, P=rope,
+        TOKENS=tokens, BLOCK=block, PRECISION=how, **widths)
+    rows, keys = count * heads, 32
+    together = max(16, min(kernels.power(rows), 32))
+    end = cache.length + count
+    pieces = max(1, min(PROGRAMS // (batch * -(-rows // together)), -(-end // keys)))
+    piece = -(-end // pieces // keys) * keys
+    pieces = -(-end // piece)
+    parts = torch.empty(pieces, len(x), heads, rank, dtype=torch.float32, device=x.device)
+    best, total = parts.new_empty(2, pieces, len(x), heads).unbind()
+    kernels.attend_kernel[(batch, -(-rows // together), pieces)](
+        folded, latents, slots, parts, best, total, slots.stride(0) if len(slots) > 1 else 0,
+        latents.stride(0), attn.scale * LOG2_E, rows, piece, H=heads, R=rank, P=rope,
+        HEADS=together, KEYS=keys, PRECISION=how, num_warps=4 if together == 16 else 8,
+        num_stages=2)
+    out, block = torch.empty(len(x), heads * args.v_head_dim, **new), min(args.v_head_dim, 32)
+    kernels.merge_kernel[(-(-len(x) // tokens), heads, args.v_head_dim // block)](
+        parts, best, total, attn.wkv_b.weight, out, len(x), pieces, TOKENS=tokens, BLOCK=block,
+        PRECISION=how, **widths)
+    return F.linear(out, attn.wo.weight)
+
+
+def choose(gate, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run `Gate.forward`: (N, D) -> weights (N, K) FP32, scores (N, E) FP32, indices (N, K)"""
+    from minids.kernels import triton_decode as kernels
+    args, n, number = gate.args, len(x), gate.args.n_routed_experts
+    k, block = args.n_activated_experts, min(kernels.power(x.size(1)), 1024)
+    new = dict(dtype=torch.float32, device=x.device)
+    logits, scores, weights = (torch.empty(n, w, **new) for w in (number, number, k))
+    indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
+    kernels.gate_kernel[(n, -(-number // 4))](x, gate.weight, logits, x.size(1), number, EXPERTS=4,
+                                             BLOCK=block)
+    kernels.choose_kernel[(n,)](
+        logits, logits if gate.bias is None else gate.bias, scores, indices, weights, number,
+        args.route_scale, K=k, GROUPS=args.n_expert_groups, LIMITED=args.n_limited_groups,
+        SIGMOID=args.score_func == "sigmoid", BIAS=gate.bias is not None, ALL=kernels.power(number),
+        FEW=kernels.power(k), num_warps=1)
+    return weights, scores, indices
+
+
+def experts(moe, x: Tensor, n: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Return x plus what routed and shared experts make of n: x, n (N, D), the rest (N, K)"""
+    from minids.kernels import triton_decode as kernels
+    w1, w2, w3 = moe.experts.w1, moe.experts.w2, moe.experts.w3
+    (number, inner, width), (tokens, k) = w1.shape, indices.shape
+    shared = moe.args.n_shared_experts
+    s1, s2, s3 = ((w1, w2, w3) if not shared else
+                  (getattr(moe.shared_experts, name).weight for name in ("w1", "w2", "w3")))
+    pairs = torch.empty(number, tokens * k, dtype=torch.int32, device=x.device)
+    counts = pairs.new_empty(number)
+    kernels.list_kernel[(number,)](
+        indices, pairs, counts, tokens * k, BLOCK=kernels.power(tokens * k),
+        num_warps=1 if tokens * k <= 256 else 4)
+    rows = max(16, min(kernels.power(2 * tokens * k // number), 64))
+    sizes = tokens, k, width, inner, number
+    hidden = torch.empty(tokens * (k + shared), inner, dtype=n.dtype, device=x.device)
+    how = dict(ROWS=rows, PRECISION=precision(n), num_stages=4)
+    cols = 32 if rows == 16 else 64
+    kernels.up_kernel[(-(-inner // cols), number + shared)](
+        n, w1, w3, s1, s3, pairs, counts, hidden, *sizes, COLS=cols, BLOCK=128, **how)
+    out = torch.empty(len(hidden), width, dtype=n.dtype, device=x.device)
+    kernels.down_kernel[(-(-width // cols), number + shared)](
+        hidden, w2, s2, pairs, counts, out, *sizes, shared, COLS=cols, BLOCK=128, **how)
+    summed, block = torch.empty_like(x), min(kernels.power(width), 1024)
+    kernels.combine_kernel[(tokens, -(-width // block))](
+        x, out, weights, summed, tokens, width, K=k, SHARED=shared, BLOCK=block)
+    return summed
