@@ -18,13 +18,16 @@ import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
+from minids.apply.folded import cast_products
 from minids.base.command_line import parse, run_program
 from minids.base.fields import demand, option
 from minids.base.files import inside, read_json
 from minids.hf.settings import whole
 from minids.infer.generation import check_arguments, generate
-from minids.runs.device import Machine
-from minids.runs.open import open_model
+from minids.runs.device import Machine, pick_dtype
+from minids.runs.open import Source, open_model
 from minids.text.bpe import GENERATION
 from minids.text.tokenizer import Tokenizer
 
@@ -61,6 +64,8 @@ class GenerateArgs(Machine):
     samples: int = option(1, "number of texts, written one after the other", low=1)
     speculative: int = option(0, "tokens that the MTP modules draft for each pass; 0: none", low=0)
     device: str = option("cpu", "auto, cpu, cuda, or mps: Apple's GPU")
+    dtype: str = option("auto", "precision of products; auto: on a CUDA GPU bf16, or what it has, "
+                        "else fp32", ("auto", "bf16", "fp16", "fp32"))
 
 
 def own_defaults(folder: Path) -> dict:
@@ -79,27 +84,38 @@ def own_defaults(folder: Path) -> dict:
     return found
 
 
+def write_sample(run: Source, prompt: list[int], how: tuple, number: int, args: GenerateArgs
+                 ) -> None:
+    """Print one sample as it comes, then a line of statistics on stderr."""
+    writer = Writer(run.tokenizer)
+    print(args.prompt, end="", flush=True)
+    done = generate(run.model, [prompt], *how, args.seed + number, run.tokenizer.eos_ids,
+                    args.speculative, writer.write)
+    writer.close()
+    drafted = (f"{done.tokens_per_pass:.2f} tokens per pass, drafts accepted: "
+               + " ".join(f"{share:.0%}" for share in done.acceptance) + ", ")
+    print(f"{len(done.tokens[0])} tokens after {done.prompt_tokens} in {done.seconds:.2f} s, "
+          f"{done.tokens_per_second:.0f} tokens/s, {drafted if args.speculative else ''}"
+          f"{run.path}", file=sys.stderr)
+
+
 def main() -> None:
     """Print the samples as they come, each with a line of statistics on stderr."""
     [given] = parse("minids.generate", __doc__, GenerateArgs)
     args = GenerateArgs(**given)
-    run = open_model(args.run, args.prepare())
+    device = args.prepare()
+    auto = args.dtype == "auto" and device.type != "cuda"
+    dtype = torch.float32 if auto else pick_dtype(args.dtype, device)
+    run = open_model(args.run, device)
     args = replace(args, **own_defaults(run.folder) | given)
     tokenizer = run.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
     how = args.max_new_tokens, args.temperature, args.top_k, args.top_p
     check_arguments(run.model.args, [prompt], *how, args.speculative)  # before anything is printed
-    for sample_number in range(args.samples):
-        writer = Writer(tokenizer)
-        print(args.prompt, end="", flush=True)
-        done = generate(run.model, [prompt], *how, args.seed + sample_number, tokenizer.eos_ids,
-                        args.speculative, writer.write)
-        writer.close()
-        drafted = (f"{done.tokens_per_pass:.2f} tokens per pass, drafts accepted: "
-                   + " ".join(f"{share:.0%}" for share in done.acceptance) + ", ")
-        print(f"{len(done.tokens[0])} tokens after {done.prompt_tokens} in {done.seconds:.2f} s, "
-              f"{done.tokens_per_second:.0f} tokens/s, {drafted if args.speculative else ''}"
-              f"{run.path}", file=sys.stderr)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        cast_products(run.model)
+        for sample_number in range(args.samples):
+            write_sample(run, prompt, how, sample_number, args)
 
 
 if __name__ == "__main__":

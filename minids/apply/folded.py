@@ -6,6 +6,7 @@ with it; a change of the model's weights in between is not seen.
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -22,18 +23,32 @@ from minids.model.transformer import Block, Transformer
 PARTS = {Block, MLA, MLP, MoE, Gate, Experts, Linear, RMSNorm}  # of blocks that can be folded
 
 
-def for_products(model: Transformer) -> Transformer:
-    """Return a model with the weights of products in the type that autocast gives these, or itself.
+def other_weights(model: Transformer) -> Iterator[tuple[nn.Module, str, Tensor]]:
+    """Yield weights of products in another type than autocast's: module, name, in that type.
 
-    What autocast leaves alone (embedding, norms, gates) is shared, and so is each weight that has
-    the type. A product is then what it was, without a cast before it.
+    What autocast leaves alone (embedding, norms, gates) has no part in it.
     """
-    dtype, cast = compute_dtype(model.head.weight), {}
+    dtype = compute_dtype(model.head.weight)
     for module in model.modules():
         if isinstance(module, Linear | Experts):
-            for weight in module.parameters(recurse=False):
+            for name, weight in module.named_parameters(recurse=False):
                 if weight.dtype != dtype:
-                    cast[id(weight)] = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
+                    yield module, name, weight.detach().to(dtype)
+
+
+def cast_products(model: Transformer) -> None:
+    """Cast a model's weights, one after the other, to the type of their products, for good."""
+    for module, name, weight in other_weights(model):
+        setattr(module, name, nn.Parameter(weight, requires_grad=False))
+
+
+def for_products(model: Transformer) -> Transformer:
+    """Return a model with weights in the type of their products, or itself where they have it.
+
+    All else is shared. A product is then what it was, without a cast before it.
+    """
+    cast = {id(getattr(module, name)): nn.Parameter(weight, requires_grad=False)
+            for module, name, weight in other_weights(model)}
     if not cast:
         return model
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}

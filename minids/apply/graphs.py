@@ -11,16 +11,14 @@ The first step of each size runs without a graph. It compiles what has to be com
 runs nothing, so the text goes on as if there were none.
 """
 
-import sys
 from collections.abc import Callable
 
 import torch
 
+from minids.base.command_line import say_once
 from minids.kernels.registry import current_setting
 
 SMALLEST = 256  # slots; below it a step takes no longer than for fewer
-
-_told: set[str] = set()
 
 
 def graphed(device: torch.device) -> bool:
@@ -70,14 +68,7 @@ class Steps:
                 self.step(bound)
         except Exception as error:  # whatever a body or a driver refuses: the step itself works
             self.captures = False
-            tell_once(f"decoding goes on without CUDA graphs, several times slower: "
-                      f"{str(error).strip().splitlines()[0]}")
+            say_once("decoding goes on without CUDA graphs, several times slower: "
+                     + str(error).strip().partition("\n")[0])
             return None
         return graph
-
-
-def tell_once(line: str) -> None:
-    """Print a line on stderr, the first time that it is told."""
-    if line not in _told:
-        _told.add(line)
-        print(line, file=sys.stderr, flush=True)

@@ -16,7 +16,7 @@ from minids.model.cache import LatentCache
 from minids.model.moe import Routing
 from minids.model.transformer import Hidden, Transformer
 
-PIECE = 2 ** 14  # tokens of all prompts that a GPU reads at a time; more fill its memory, not it
+PIECE = 2 ** 15  # tokens of all prompts that a GPU reads at a time; more fill its memory, not it
 SHORTEST = 256  # tokens of a prompt in such a piece, at least
 
 

@@ -24,6 +24,7 @@ from minids.kernels.registry import body
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a CPU, for tests
 TRITON = find_spec("triton") is not None  # comes with torch's CUDA build
+KINDS = torch.bfloat16, torch.float16, torch.float32
 MANY = 1024  # tokens of a step; with more the plain definition's products are as quick
 PROGRAMS = 264  # that attention is cut into: two for each multiprocessor of a large GPU
 LOG2_E = 1.4426950408889634
@@ -44,8 +45,7 @@ def takes(args, weight: Tensor, dtype: torch.dtype) -> bool:
     """Return whether these kernels take a model: its settings, a weight, the type of products."""
     powers = (args.qk_nope_head_dim, args.v_head_dim, args.kv_lora_rank, args.qk_rope_head_dim)
     groups = args.n_expert_groups == 1 or args.n_routed_experts & (args.n_routed_experts - 1) == 0
-    known = INTERPRETED or (weight.device.type == "cuda"
-                            and dtype in (torch.bfloat16, torch.float16))
+    known = INTERPRETED or weight.device.type == "cuda" and dtype in KINDS
     return (TRITON and known and weight.dtype == dtype and not args.has_indexer and groups
             and all(width >= 16 and width & (width - 1) == 0 for width in powers))
 
@@ -115,7 +115,7 @@ def attention(attn, own: Joined, x: Tensor, context) -> Tensor:
     rows, keys = count * heads, 32
     together = max(16, min(kernels.power(rows), 32))
     end = cache.length + count
-    pieces = max(1, min(PROGRAMS // (batch * -(-rows // together)), -(-end // keys)))
+    pieces = max(1, min(PROGRAMS // (batch * -(-rows // together)), -(-end // (2 * keys))))
     piece = -(-end // pieces // keys) * keys
     pieces = -(-end // piece)
     parts = torch.empty(pieces, len(x), heads, rank, dtype=torch.float32, device=x.device)
@@ -166,7 +166,7 @@ def experts(moe, x: Tensor, n: Tensor, weights: Tensor, indices: Tensor) -> Tens
     rows = max(16, min(kernels.power(2 * tokens * k // number), 64))
     sizes = tokens, k, width, inner, number
     hidden = torch.empty(tokens * (k + shared), inner, dtype=n.dtype, device=x.device)
-    how = dict(ROWS=rows, PRECISION=precision(n), num_stages=4)
+    how = dict(ROWS=rows, PRECISION=precision(n), num_stages=4 if n.element_size() == 2 else 2)
     cols = 32 if rows == 16 else 64
     kernels.up_kernel[(-(-inner // cols), number + shared)](
         n, w1, w3, s1, s3, pairs, counts, hidden, *sizes, COLS=cols, BLOCK=128, **how)

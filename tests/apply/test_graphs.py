@@ -12,16 +12,17 @@ from small_models import LITTLE, random_tokens, scrambled
 
 from minids.apply import folded, graphs
 from minids.apply.graphs import Steps
+from minids.base import command_line
 from minids.generate import generate
 from minids.infer import decoding
 from minids.infer.sampling import Sampler
-from minids.kernels.registry import using
 from minids.model.cache import LatentCache
 from minids.model.moe import MoE
 from minids.rl.rollout import log_probs, roll_out
 
 PROMPTS = [[5, 9, 2, 33, 7], [8], [1, 2, 3], [4, 60, 50, 40, 30]]
 SPARSE = replace(LITTLE, index_n_heads=12, index_head_dim=16, index_topk=5)  # no ties at 0
+WIDE = replace(LITTLE, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
 MODELS = {"query latent": LITTLE, "no query latent": replace(LITTLE, q_lora_rank=0),
           "indexer": SPARSE, "three modules": replace(LITTLE, n_mtp_layers=3)}
 HOW = {"greedy": dict(), "sampled": dict(temperature=1.0, seed=3),
@@ -118,6 +119,10 @@ def test_weights_are_cast_once_to_what_autocast_makes_of_them(static, monkeypatc
     assert derived.layers[1].ffn.gate.bias is model.layers[1].ffn.gate.bias
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     assert folded.for_products(model) is model  # outside of autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        folded.cast_products(model)
+        assert folded.for_products(model) is model
+    assert {n: w.dtype for n, w in model.named_parameters()} == kinds
 
 
 def test_a_prompt_read_in_pieces_is_the_prompt_read_whole(monkeypatch):
@@ -154,7 +159,7 @@ def test_sizes_double_and_each_starts_without_a_graph(static):
 
 def test_a_capture_that_fails_says_so_once_and_goes_on(static, capsys, monkeypatch):
     static()
-    monkeypatch.setattr(graphs, "_told", set())
+    monkeypatch.setattr(command_line, "SAID", set())
 
     class NoGraph:
         def __init__(self):
@@ -176,21 +181,22 @@ def test_a_capture_that_fails_says_so_once_and_goes_on(static, capsys, monkeypat
 
 @on_gpu
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
-def test_a_captured_step_writes_the_same_text(static, args, how):
-    model = scrambled(args).cuda()
-    with using("off"):
-        plain = generate(model, PROMPTS, 24, **HOW[how])
-    graphs.SMALLEST = 8
-    captured = generate(model, PROMPTS, 24, **HOW[how])
-    graphs.SMALLEST = 256
-    assert captured.tokens == plain.tokens and not graphs._told
+@pytest.mark.parametrize("args, dtype", [
+    *((args, torch.bfloat16) for args in MODELS.values()),
+    (WIDE, torch.bfloat16), (WIDE, torch.float32)], ids=[*MODELS, "Triton", "Triton, FP32"])
+def test_a_captured_step_writes_the_same_text(capsys, monkeypatch, args, dtype, how):
+    monkeypatch.setattr(graphs, "SMALLEST", 8)
+    model = scrambled(args, dtype=dtype).cuda()
+    captured = generate(model, PROMPTS, 24, **HOW[how]).tokens
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(Steps, "capture", lambda self, bound: None)
+    assert generate(model, PROMPTS, 24, **HOW[how]).tokens == captured
 
 
 @on_gpu
 def test_a_question_to_the_gpu_in_a_step_falls_back(capsys, monkeypatch):
-    monkeypatch.setattr(graphs, "_told", set())
-    model = scrambled(LITTLE).cuda()
+    monkeypatch.setattr(command_line, "SAID", set())
+    model = scrambled(SPARSE, dtype=torch.bfloat16).cuda()
     plain = generate(model, PROMPTS, 24).tokens
     right = MoE.forward
     monkeypatch.setattr(MoE, "forward",
