@@ -341,7 +341,7 @@ def test_the_program_prints_the_text_and_a_line_of_statistics(run, capsys, monke
 
 
 @pytest.mark.parametrize("words, named", [
-    (["--run", "nowhere"], "nowhere"), (["--device", "tpu"], "valid are auto, cpu and cuda"),
+    (["--run", "nowhere"], "nowhere"), (["--device", "tpu"], "valid are auto, cpu, cuda and mps"),
     (["--device", "cuda"], "use --device cpu"), (["--samples", "0"], "samples = 0"),
     (["--top-p", "2"], "top_p = 2.0"), (["--temprature", "1"], "--temperature"),
     (["--max-new-tokens", "300"], "max_seq_len is 256"),
