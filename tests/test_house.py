@@ -21,7 +21,6 @@ REACHES: dict[str, str] = {}
 LONG: dict[str, str] = {}
 
 LINES = 16_345  # of the whole package, tables of names and presets included
-LINES = 16_345  # of the whole package, tables of names and presets included
 
 
 def module_name(path: Path) -> str:

@@ -66,7 +66,7 @@ class Session:
         """
         if self.static:
             self.cache.truncate(self.end, longest)
-        found = self.model.hidden(tokens.unsqueeze(1), self.cache, absorbed=True)
+        found = next_token(self.model, self.cache, tokens)
         if self.static:
             self.end += 1
         return found
@@ -96,6 +96,11 @@ def prefill(model: Transformer, cache: LatentCache, tokens: Tensor, lengths: Ten
     routings = [Routing(*(torch.cat(t, dim=1) for t in zip(*each, strict=True)))
                 for each in zip(*(part.routings for part in parts), strict=True)]
     return Hidden(torch.cat([part.states for part in parts], dim=1), routings, [])
+
+
+def next_token(model: Transformer, cache: LatentCache, tokens: Tensor) -> Hidden:
+    """Read one more token of every sequence, (B,) int64, in attention's absorbed form."""
+    return model.hidden(tokens.unsqueeze(1), cache, absorbed=True)
 
 
 def last_states(states: Tensor, lengths: Tensor) -> Tensor:
