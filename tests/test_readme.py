@@ -56,6 +56,9 @@ SMALL = {
     "python -m minids.lab.bench --what moe-vs-dense": f"{BENCH} --seeds 1 --steps 2",
     "python -m minids.lab.bench --what rollout":
         f"{BENCH} --decode-batch 2 --prompt 8 --new-tokens 4",
+    "python -m minids.lab.bench --device cuda":
+        f"{BENCH} --device cpu --decode-batch 2 --prompt 8 --new-tokens 4 --context 64 "
+        f"--command '--preset nano {TRAIN}'",
     "python -m minids.lab.recall": "--seq-len 256 --dim 32 --steps 2 --warmup-steps 2 "
                                "--sparse-steps 2 --tokens 512 --test-sequences 2 --threads 1 "
                                "--device cpu",
@@ -80,6 +83,7 @@ NAMED = {"python -m minids.grpo"}
 
 # These take more than ten seconds, and other tests run what they run.
 SLOW = ("python tests/", "python -m minids.lab.bench --what moe-vs-dense",
+        "python -m minids.lab.bench --device cuda",
         "python -m minids.train --")  # the plain one is `first_run`
 
 # What is not run here, and where it is.

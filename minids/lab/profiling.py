@@ -113,6 +113,8 @@ def profile_table(bench: Bench) -> Iterator[list[str]]:
     file = Path(s.record) if s.record else None
     kept = read_json(file) if file and file.is_file() else {}
     if s.label:
+        if file:
+            file.parent.mkdir(parents=True, exist_ok=True)
         card = torch.cuda.get_device_name() if s.device == "cuda" else "CPU"
         where = f"{card}, torch {version('torch').split('+')[0]}"
         kept[s.label] = dict(where=where, training=training_profile(bench),

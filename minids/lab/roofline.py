@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minids.infer.decoding import new_cache, next_token, prefill
+from minids.infer.decoding import Session
 from minids.kernels.registry import REGISTRY, recorded
 from minids.lab.bench_decoding import count_flops
 from minids.lab.bench_setup import Bench, minids_loss
@@ -245,9 +245,9 @@ def decoding_calls(bench: Bench, batch: int) -> tuple[list[Call], list[Call]]:
     text = torch.tensor(bench.prompts(batch), device=s.device)
     lengths = torch.full((batch,), s.prompt, device=s.device)
     with torch.inference_mode():
-        cache = new_cache(model, batch, s.prompt + 2)
-        prefill(model, cache, text, lengths)
-        return largest_calls(lambda: next_token(model, cache, text[:, 0]))
+        session = Session(model, batch, s.prompt + 2)
+        session.prefill(text, lengths)
+        return largest_calls(lambda: session.next_token(text[:, 0], s.prompt))
 
 
 def roofline_table(bench: Bench) -> Iterator[list[str]]:

@@ -79,7 +79,7 @@ def test_only_the_later_steps_are_profiled(monkeypatch):
 
 def test_profile_table(settings, tmp_path, monkeypatch):
     monkeypatch.setattr(profiling, "PROFILED", {"training": 1, "decoding": 2})
-    file = tmp_path / "profile.json"
+    file = tmp_path / "new" / "profile.json"
     command = f"--preset nano --batch-size 2 --seq-len 32 --data {settings.data}"
     bench = Bench(replace(settings, record=str(file), command=command, label="one"), NANO)
     head, *rows = profile_table(bench)
@@ -95,7 +95,7 @@ def test_profile_table(settings, tmp_path, monkeypatch):
     file.write_text(json.dumps(kept))
     head, *rows = profile_table(Bench(replace(settings, record=str(file)), NANO))  # draws only
     assert head[1:] == ["training, one", "training, two", "decoding, one", "decoding, two"]
-    assert float(rows[0][2]) == pytest.approx(2 * float(rows[0][1]), abs=0.01)
+    assert float(rows[0][2]) == pytest.approx(2 * float(rows[0][1]), abs=0.03)  # both rounded
     assert file.with_suffix(".png").read_bytes() != first and json.loads(file.read_text()) == kept
 
 
