@@ -14,8 +14,9 @@ from typing import NoReturn
 
 from minids.base.fields import bounds, check_folder, check_writable, nearest
 
+# torch's RuntimeErrors
 NO_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory"
-                       "|Storage size calculation overflowed")  # torch's RuntimeErrors
+                       "|Storage size calculation overflowed|_STATUS_ALLOC_FAILED")
 # Other RuntimeErrors of torch and Triton that the machine is to blame for, and what to do.
 MACHINE = {
     re.compile("no kernel image is available"): (

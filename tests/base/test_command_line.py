@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy  # noqa: F401
 import pytest
 import safetensors.torch  # noqa: F401
-import torch  # noqa: F401
+import torch
 
 from minids.base.command_line import Stopped, flag_of, parse, run_program  # noqa: F401
 from minids.base.fields import bounds, option
@@ -118,6 +118,8 @@ def raise_(error: Exception):
     ("numpy.ones(10**15)", 2, "python -m bakery: not enough memory for 7.11 PiB; take smaller"),
     ("raise_(torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 ..'))",
      2, "python -m bakery: not enough memory for 20.00 GiB; take smaller sizes\n"),
+    ("raise_(RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`'))",
+     2, "python -m bakery: not enough memory; take smaller sizes\n"),
     ("raise_(RuntimeError('CUDA error: no kernel image is available for execution'))",
      2, "python -m bakery: this torch has no code for this GPU; install a build that has "),
     ("raise_(RuntimeError('The NVIDIA driver on your system is too old (found version 11040).'))",
@@ -146,6 +148,20 @@ def test_a_program_ends_with_one_line_and_a_status(body, status, err, capsys, mo
     code, out, told = end_of(body, capsys)
     assert code == status and out == ""
     assert told.startswith(err) and told.count("\n") == bool(err)
+
+
+def test_torchs_own_error_without_a_compiler_is_known(capsys):
+    def compiled():
+        with torch._inductor.config.patch({"cpp.cxx": (None, "no-such-compiler"),
+                                           "force_disable_caches": True}):
+            torch.compile(lambda x: (x + 1).sin())(torch.ones(3))
+
+    with pytest.raises(SystemExit) as end:
+        run_program("bakery", compiled)
+    assert end.value.code == 2
+    assert capsys.readouterr().err == (
+        "python -m bakery: torch.compile finds no C compiler, Python headers or Triton to compile "
+        "with; install gcc and python3-dev, or use --compile false\n")
 
 
 @pytest.mark.parametrize("body, error", [
