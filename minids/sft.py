@@ -31,7 +31,7 @@ from minids.model.objective import Packed
 from minids.rl.examination import Asking, check_room, examine_modes
 from minids.runs.learner import Learner, content, learn
 from minids.runs.open import settings
-from minids.runs.settings import LearnArgs
+from minids.runs.settings import EvenArgs
 from minids.text.chat import MODES, Chat, checked
 from minids.text.tasks import Problem, open_task
 from minids.text.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ PRESETS = {"tiny": dict(dtype="fp32"), "r1": R1}
 
 
 @dataclass(frozen=True)
-class SftArgs(LearnArgs):
+class SftArgs(EvenArgs):
     """The settings of one fine-tuning run."""
 
     preset: str = option("tiny", "tiny, or r1: the paper's", tuple(PRESETS))
@@ -65,7 +65,7 @@ class SftArgs(LearnArgs):
     optimizer: str = option("muon", "muon: for the matrices inside the blocks", ("adamw", "muon"))
     constant_until: float = option(0.5, "share of the run after which lr falls", low=0, high=1)
 
-    may_change = LearnArgs.may_change | {"eval_every", "eval_problems", "max_new_tokens"}
+    may_change = EvenArgs.may_change | {"eval_every", "eval_problems", "max_new_tokens"}
 
     @classmethod
     def for_preset(cls, preset: str = "tiny", **given) -> "SftArgs":
@@ -169,17 +169,20 @@ class FineTuner(Learner):
         super().__init__(args, model_args, run, tokenizer)
         self.more_config = content(args.data)
 
+    def prepare(self) -> None:
+        self.speed_up(self.args.compile)
+
     def accumulate(self) -> tuple[dict, None]:
         """Compute the gradients of the step's rows; returns its metrics."""
         args = self.args
         tokens, targets, packed = self.rows.batch(self.step, args.batch_size, args.seed)
-        packed = Packed(*(t.to(self.device) for t in packed))
+        learnt = int(packed.loss_mask.sum())
+        packed = Packed(*map(self.send, packed))
         with self.autocast():
-            losses = self.model.loss(tokens.to(self.device), targets.to(self.device),
-                                     args.mtp_weight, args.balance_weight, packed=packed)
+            losses = self.model.loss(self.send(tokens), self.send(targets), args.mtp_weight,
+                                     args.balance_weight, packed=packed)
         self.scaler.scale(losses.total).backward()
-        return dict(loss=losses.total.item(), main=losses.main.item(),
-                    learnt=int(packed.loss_mask.sum())), None
+        return dict(loss=losses.total, main=losses.main, learnt=learnt), None
 
     def measure(self, record: dict, last: bool) -> float | None:
         """Mark the model in each mode; the best checkpoint has the lowest mean error of thinking

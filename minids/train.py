@@ -70,7 +70,6 @@ class Trainer(Learner):
 
     def __init__(self, args: TrainArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
         super().__init__(args, model_args, run, tokenizer)
-        self.loss = torch.compile(self.model.loss) if args.compile else self.model.loss
         self.prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]  # samples continue it
         if len(self.prompt) >= model_args.max_seq_len:
             raise ValueError(f"prompt = {args.prompt!r} is not valid: its {len(self.prompt)} "
@@ -95,14 +94,15 @@ class Trainer(Learner):
 
     def prepare(self) -> None:
         """Set up recomputation and FP8, and freeze what a warm-up of indexers leaves alone."""
-        if self.args.recompute:
-            recompute_blocks(self.model)
-        if self.args.dsa == "warmup":
+        args = self.args
+        recompute_blocks(self.model, args.recompute)
+        if args.dsa == "warmup":
             freeze_all_but_indexers(self.model)
-        if self.args.fp8:
-            require(self.args, "fp8", self.dtype != torch.float16,
+        if args.fp8:
+            require(args, "fp8", self.dtype != torch.float16,
                     "false where products are in FP16, or with --dtype fp32")
             use_fp8(self.model)
+        self.speed_up(args.compile, plain=args.fp8 or bool(args.dsa), ramp=args.batch_start > 0)
 
     def more_state(self) -> dict:
         return dict(loader=self.data.loader.state_dict())
@@ -131,22 +131,22 @@ class Trainer(Learner):
                 f"{record['tokens_per_s']:.0f} tokens/s")
 
     def accumulate(self) -> tuple[dict, Tensor]:
-        """Add up a batch's gradients; return the parts of the loss, means, and the loads, sums."""
+        """Add up a batch's gradients; return the parts of each loss, and the loads, sums."""
         args, loads, parts = self.args, 0, {}
         size = batch_size_at(self.step, args) // args.grad_accum
         for _ in range(args.grad_accum):
-            tokens, targets = (t.to(self.device) for t in self.data.loader.next_batch(size))
+            tokens, targets = map(self.send, self.data.loader.next_batch(size))
             begins = tokens == self.tokenizer.bos_id  # documents that do not see each other
             packed = Packed(begins.cumsum(1), torch.ones_like(begins)) if args.separate else None
             with self.autocast():
-                losses = self.loss(tokens, targets, mtp_weight_at(self.step, args),
-                                   args.balance_weight, args.balance_loss, args.dsa,
-                                   args.indexer_weight, packed)
+                losses = self.model.loss(tokens, targets, mtp_weight_at(self.step, args),
+                                         args.balance_weight, args.balance_loss, args.dsa,
+                                         args.indexer_weight, packed)
             self.scaler.scale(losses.total / args.grad_accum).backward()
             loads = loads + losses.loads
             names = ("loss", "main", "mtp", "balance", "indexer")
             for name, value in zip(names if args.dsa else names[:-1], losses, strict=False):
-                parts[name] = parts.get(name, 0.0) + value.item() / args.grad_accum
+                parts.setdefault(name, []).append(value.detach())
         self.tokens += size * args.grad_accum * args.seq_len
         return parts, loads
 
@@ -160,14 +160,15 @@ class Trainer(Learner):
         size, parts = self.args.batch_size, self.args.grad_accum
         more = next((n for n in range(parts + 1, size + 1) if size % n == 0), None)
         return ([f"--grad-accum={more}"] if more else []) + (
-            [] if self.args.recompute else ["--recompute"])
+            ["--recompute"] if self.args.recompute == "none" else [])
 
     def more_metrics(self, loads: Tensor, elapsed: float) -> dict:
         """Return tokens, speed, memory and the experts' balance."""
         speed = batch_size_at(self.step, self.args) * self.args.seq_len / elapsed
         record = dict(tokens=self.tokens, tokens_per_s=round(speed, 1),
                       memory_mib=memory_mib(self.device),
-                      max_vio=[round(max_violation(load).item(), 4) for load in loads])
+                      max_vio=[round(v, 4) for v in max_violation(loads).tolist()] if len(loads)
+                      else [])
         if mfu := self.model_flops_utilisation(speed):
             record["mfu"] = mfu
         if self.args.log_experts_every and self.step % self.args.log_experts_every == 0:

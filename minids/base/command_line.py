@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import functools
 import io
 import os
 import re
@@ -82,6 +83,14 @@ def to_bool(text: str) -> bool:
     raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
 
 
+def to_choice(switch: tuple[str, str], text: str) -> str:
+    """Return the choice that a text names, or means as a truth value; see `option`."""
+    try:
+        return switch[to_bool(text)]
+    except argparse.ArgumentTypeError:
+        return text
+
+
 def flag_of(f) -> str:
     """Return the flag of a dataclass's field."""
     return "--" + (f.metadata["flag"] or f.name.replace("_", "-"))
@@ -105,6 +114,8 @@ def add_flags(parser: argparse.ArgumentParser, cls, title: str) -> None:
             spec |= dict(type=to_bool, nargs="?", const=True)
         if f.metadata["choices"]:
             spec |= dict(choices=f.metadata["choices"], metavar=None)
+        if switch := f.metadata["switch"]:
+            spec |= dict(type=functools.partial(to_choice, switch), nargs="?", const=switch[True])
         group.add_argument(flag_of(f), **spec)
 
 

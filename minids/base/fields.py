@@ -17,7 +17,7 @@ MOST = 10**6  # problems, replies or sequences at once; far more than that fills
 
 def option(default, help: str, choices: tuple = (), flag: str = "", low: float | None = None,
            high: float | None = None, above: float | None = None, folder: bool = False,
-           utf8: bool = False):
+           utf8: bool = False, switch: tuple[str, str] | None = None):
     """Declare a dataclass field that is also a command-line flag.
 
     default: the value when the flag is absent; help: one line, with the unit
@@ -26,10 +26,12 @@ def option(default, help: str, choices: tuple = (), flag: str = "", low: float |
     low, high: smallest and largest valid value; above: a lower bound that is not itself valid
     folder: whether it names a folder to write, so that an existing file is not valid
     utf8: whether it is text for a model; whatever the locale, its bytes are read as UTF-8
+    switch: the choices that false and true mean, of a flag that was once one of the two; a bare
+        flag is true
     """
     return field(default=default, metadata=dict(help=help, choices=choices, flag=flag, low=low,
                                                 high=high, above=above, folder=folder,
-                                                utf8=utf8))
+                                                utf8=utf8, switch=switch))
 
 
 def nearest(name: str, valid) -> str:
@@ -90,6 +92,9 @@ def check_types(args) -> None:
         value = getattr(args, f.name)
         if f.type is float and type(value) is int and abs(value) < 2 ** 1023:
             value = float(value)
+            object.__setattr__(args, f.name, value)
+        if f.metadata.get("switch") and type(value) is bool:
+            value = f.metadata["switch"][value]
             object.__setattr__(args, f.name, value)
         require(args, f.name, type(value) is f.type, f"of type {f.type.__name__}")
         require(args, f.name, f.type is not float or math.isfinite(value), "a finite number")

@@ -194,7 +194,7 @@ def card_table(rented: dict) -> str:
     for rental, preset, measured in CARDS:
         train = TrainArgs.for_preset(preset)
         recipe = Recipe(train.seq_len, train.batch_size // train.grad_accum,
-                        train.steps * train.batch_size * train.seq_len, train.recompute)
+                        train.steps * train.batch_size * train.seq_len, train.recompute != "none")
         rental = replace(rental, **rented)
         run = plan_card(ModelArgs.preset(preset), recipe, rental)
         share = f"{rental.mfu:.0%}" + "*" * (measured and "mfu" not in rented)

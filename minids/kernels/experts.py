@@ -1,11 +1,17 @@
-"""The routed experts: dispatch, combine and grouped products, each in one pass over its rows."""
+"""The routed experts: dispatch, combine and grouped products, each in one pass over its rows.
+
+On a GPU a layer in training is one body, `weighted_inside`, with fewer passes: w1 and w3 are one
+product, and a pair's weight goes to its hidden vector, since w (W2 h) = W2 (w h). What comes out of
+the experts is then only added up, so that its gradient is a copy of the tokens' gradients.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from minids.kernels.precision import compute_dtype
-from minids.kernels.registry import body
+from minids.kernels.precision import TRITON, compute_dtype, wide
+from minids.kernels.registry import REGISTRY, body
 
 
 @body(lambda x, source, slot: torch.is_grad_enabled() and x.requires_grad)
@@ -52,10 +58,27 @@ class Combine(torch.autograd.Function):
         return d_rows, None, (out * each).sum(-1)
 
 
+class SumSlots(torch.autograd.Function):
+    """Each token's sum over its slots, (M, D) -> (N, D). The gradient copies each token's to its
+    slots; a slot without a pair gets some token's, and has to be multiplied by zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, source: Tensor, slot: Tensor) -> Tensor:
+        ctx.save_for_backward(source)
+        return sum_slots(rows, slot)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
 def sum_slots(rows: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tensor:
     """Sum each token's rows, weighted or not: rows (M, D), slot and weights (N, K) -> (N, D)"""
     if rows.device.type == "cpu":  # one pass, measured five times as fast as gather and sum
         return F.embedding_bag(slot, rows, mode="sum", per_sample_weights=weights)
+    if TRITON and not is_compiling():  # a compiler makes such a kernel itself
+        from minids.kernels import triton_experts
+        return triton_experts.sum_slots(rows, slot, weights)
     out = rows[slot]  # (N, K, D)
     out = (out if weights is None else out * weights.unsqueeze(-1)).sum(1)
     return out.to(rows.dtype)  # on a GPU autocast makes sums FP32
@@ -64,7 +87,8 @@ def sum_slots(rows: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tens
 def takes_grouped(x: Tensor, weight: Tensor, counts: Tensor) -> bool:
     """Return whether torch's kernel takes this precision on this device, and rows of this width."""
     dtype = compute_dtype(x)
-    known = dtype == torch.bfloat16 or (dtype == torch.float32 and x.device.type == "cpu")
+    on_cpu = x.device.type == "cpu" and not is_compiling()  # a compiler knows BF16 only
+    known = dtype == torch.bfloat16 or (dtype == torch.float32 and on_cpu)
     return known and all(width * dtype.itemsize % 16 == 0 for width in weight.shape[1:])
 
 
@@ -74,3 +98,32 @@ def grouped_fused(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     dtype = compute_dtype(x)
     offsets = counts.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(x.to(dtype), weight.to(dtype).transpose(1, 2), offs=offsets)
+
+
+def trains_on_gpu(moe, x: Tensor, weights: Tensor, indices: Tensor) -> bool:
+    """Return whether a GPU trains these experts, in BF16 and with no products of another kind."""
+    experts = moe.experts
+    return (x.device.type == "cuda" and torch.is_grad_enabled() and "product" not in vars(experts)
+            and compute_dtype(x) == torch.bfloat16 and takes_grouped(x, experts.w1, indices)
+            and takes_grouped(x, experts.w2, indices))
+
+
+@body(trains_on_gpu)
+def weighted_inside(moe, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
+    """Run `MoE.routed` for training on a GPU: x (N, D), weights and indices (N, K) -> (N, D)"""
+    dtype, (w13, w2) = compute_dtype(x), matrices(moe.experts, compute_dtype(x))
+    source, slot, counts = REGISTRY["moe.sort_by_expert"](indices, len(w2))
+    rows = Dispatch.apply(x.to(dtype), source, slot)  # (M, D)
+    x1, x3 = grouped_fused(rows, w13, counts).chunk(2, dim=-1)  # (M, moe_inter_dim)
+    share = weights.new_zeros(len(source)).scatter(0, slot.flatten(), weights.flatten())  # (M,)
+    hidden = F.silu(x1.to(wide(x1))) * x3 * share.unsqueeze(-1)  # 0 in a slot without a pair
+    return SumSlots.apply(grouped_fused(hidden.to(dtype), w2, counts), source, slot)
+
+
+def matrices(experts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return [w1; w3], (E, 2 moe_inter_dim, D), and w2: copies that belong to the optimizer's step
+    (`minids.apply.precision`), or made here."""
+    copies = getattr(experts, "copies", None)
+    if copies is not None:
+        return copies
+    return torch.cat([experts.w1.to(dtype), experts.w3.to(dtype)], dim=1), experts.w2.to(dtype)

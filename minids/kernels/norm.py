@@ -1,7 +1,10 @@
-"""RMSNorm: one with its gradient written out for training, torch's fused one for inference."""
+"""RMSNorm: its gradient written out for training on a CPU, torch's fused one for inference and on a
+GPU, and the plain formula for a compiler, which fuses it with its neighbours."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from minids.kernels.precision import compute_dtype, plain_inference, wide
 from minids.kernels.registry import body
@@ -13,6 +16,21 @@ FEW = 2 ** 15  # numbers up to which one call is quicker than six passes
 def fused(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Run torch's kernel, which computes in FP32 inside."""
     return torch.rms_norm(x, weight.shape, weight, eps)
+
+
+@body(lambda x, weight, eps: is_compiling())
+def traced(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Compute the plain formula, rounded once to what a product takes."""
+    x_wide = x.to(wide(x))
+    scale = (x_wide.square().mean(-1, keepdim=True) + eps).rsqrt()  # (.., 1), 1 / rms
+    return (x_wide * scale * weight).to(compute_dtype(x))
+
+
+@body(lambda x, weight, eps: x.device.type == "cuda")
+def fused_on_gpu(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Run torch's kernel, forward and backward, which computes in FP32 inside."""
+    both = torch.promote_types(x.dtype, weight.dtype)
+    return F.rms_norm(x.to(both), weight.shape, weight.to(both), eps).to(compute_dtype(x))
 
 
 @body(lambda x, weight, eps: True)

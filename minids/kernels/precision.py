@@ -1,9 +1,13 @@
 """In which precision a product runs. Only bodies ask: plain definitions follow their inputs."""
 
 import contextlib
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+TRITON = find_spec("triton") is not None  # comes with torch's CUDA build; imported where it runs
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -29,5 +33,5 @@ def plain_inference(x: Tensor) -> bool:
 
     Only inference mode counts: without gradients alone, a forward pass gives the bits of training.
     """
-    return (torch.is_inference_mode_enabled() and x.device.type == "cpu"
+    return (not is_compiling() and torch.is_inference_mode_enabled() and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu"))

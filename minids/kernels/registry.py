@@ -11,13 +11,16 @@ A body takes the same arguments and states when it runs, by device, type and siz
     def written_out(x, weight, eps): ...
 
 The first whose condition holds is called; where none does, and inside `using("off")`, the plain
-definition. `recorded` tells which one ran, so that tests and benchmarks see a fallback.
+definition. `recorded` tells which one ran, so that tests and benchmarks see a fallback. A compiler
+chooses once, while it traces, and that is when a choice in compiled code is counted.
 """
 
 import contextlib
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterator
+
+from torch.compiler import is_compiling
 
 SETTINGS = "auto", "off"
 REGISTRY: dict[str, Callable] = {}  # "moe.combine" -> the function that picks a body
@@ -48,8 +51,10 @@ def bodies(*candidates: Callable):
                     if candidate.when(*args, **named):
                         chosen = candidate
                         break
-            if _record is not None:
-                _record[name, chosen.__name__ if chosen is not plain else "plain"] += 1
+            if is_compiling():
+                note(name, chosen.__name__ if chosen is not plain else "plain")
+            elif _record is not None:
+                note(name, chosen.__name__ if chosen is not plain else "plain")
                 if _watch is not None:
                     _watch(name, chosen, args, named)
             return chosen(*args, **named)
@@ -58,6 +63,17 @@ def bodies(*candidates: Callable):
         REGISTRY[name] = pick
         return pick
     return register
+
+
+def note(name: str, chosen: str) -> None:
+    """Count a choice, if anybody asked."""
+    if _record is not None:
+        _record[name, chosen] += 1
+
+
+# What `torch.compiler.assume_constant_result` does, without importing the compiler: it calls this
+# as it traces, and leaves no trace of it in the compiled code.
+note._dynamo_marked_constant = True
 
 
 def use(setting: str) -> None:

@@ -17,7 +17,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-@bodies(norm.fused, norm.written_out)
+@bodies(norm.fused, norm.traced, norm.fused_on_gpu, norm.written_out)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Return x / sqrt(mean(x^2) + eps) times the weight (dim,), computed in FP32 or wider."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))

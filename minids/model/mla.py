@@ -177,7 +177,7 @@ def seen_by(context: Context, x: Tensor, keys: int) -> Tensor:
     return causal(x.size(1), keys, x.device) if visible is None else visible
 
 
-@bodies(kernels.products, kernels.in_parts, kernels.fused)
+@bodies(kernels.products, kernels.in_parts, kernels.unequal_widths, kernels.fused)
 def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     """Softmax attention of every head: (B, S, H, v_head_dim). visible: as in `Context`
 

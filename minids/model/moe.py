@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from minids.config import ModelArgs
 from minids.kernels import experts as kernels
-from minids.kernels import few_tokens
+from minids.kernels import few_tokens, routing
 from minids.kernels.precision import without_autocast
 from minids.kernels.registry import bodies
 from minids.model.layers import MLP
@@ -34,6 +34,12 @@ class Routing(NamedTuple):
         pairs = self.indices.flatten()
         load = torch.zeros(self.scores.size(-1), dtype=torch.int64, device=pairs.device)
         return load.scatter_add_(0, pairs, torch.ones_like(pairs))
+
+
+@bodies(routing.in_rounds)
+def largest(x: Tensor, k: int):
+    """Return .values and .indices of the k largest of each row, in no order: (.., E) -> (.., k)"""
+    return x.topk(k, dim=-1, sorted=False)
 
 
 class Gate(nn.Module):
@@ -67,7 +73,7 @@ class Gate(nn.Module):
     def choose(self, scores: Tensor) -> Tensor:
         """Choose the K experts of each token: (B, S, E) -> (B, S, K) int64"""
         choice = scores if self.bias is None else scores + self.bias
-        return self.limit_groups(choice).topk(self.args.n_activated_experts, sorted=False).indices
+        return largest(self.limit_groups(choice), self.args.n_activated_experts).indices
 
     def scores(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, E), in FP32 or wider: rounding a score would choose other experts."""
@@ -86,8 +92,8 @@ class Gate(nn.Module):
             return choice
         grouped = choice.unflatten(-1, (args.n_expert_groups, -1))  # (B, S, G, E / G)
         counted = 1 if self.bias is None else 2
-        group_scores = grouped.topk(counted, dim=-1).values.sum(-1)  # (B, S, G)
-        best = group_scores.topk(args.n_limited_groups, dim=-1, sorted=False).indices
+        group_scores = largest(grouped, counted).values.sum(-1)  # (B, S, G)
+        best = largest(group_scores, args.n_limited_groups).indices
         others = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
         return grouped.masked_fill(others.unsqueeze(-1), float("-inf")).flatten(-2)
 
@@ -132,7 +138,7 @@ class MoE(nn.Module):
         y = y.view_as(x)
         return y if self.shared_experts is None else y + self.shared_experts(x), routing
 
-    @bodies(few_tokens.routed)
+    @bodies(few_tokens.routed, kernels.weighted_inside)
     def routed(self, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
         """Send each token (N, D) to its experts (N, K), and add up what comes back: (N, D)"""
         source, slot, counts = sort_by_expert(indices, self.args.n_routed_experts)
@@ -143,6 +149,7 @@ class MoE(nn.Module):
 ALIGN = 32  # rows; measured on a CPU in BF16, 1 is eight times slower, 16 to 128 are alike
 
 
+@bodies()
 def sort_by_expert(indices: Tensor, n_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Give each pair of token and expert a slot, so that an expert's rows lie side by side.
 

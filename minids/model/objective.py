@@ -99,7 +99,7 @@ def mtp_loss(model, hidden: Tensor, targets: Tensor, packed: Packed | None = Non
     return total / len(model.mtp), routings, indexer
 
 
-@bodies(cross_entropy.chunked)
+@bodies(cross_entropy.chunked_on_gpu, cross_entropy.chunked)
 def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, count: int) -> Tensor:
     """Return the sum of -log softmax(x W^T)[target], divided by `count`, in FP32 or wider.
 

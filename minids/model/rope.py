@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from minids.config import ModelArgs
+from minids.kernels import rotary
+from minids.kernels.registry import bodies
 
 
 def rotary_frequencies(args: ModelArgs, device=None) -> Tensor:
@@ -64,6 +66,7 @@ def rotations(positions: Tensor, args: ModelArgs) -> Tensor:
     return torch.complex(length * angles.cos(), length * angles.sin())
 
 
+@bodies(rotary.real_pairs)
 def apply_rotary_emb(x: Tensor, rotation: Tensor) -> Tensor:
     """Rotate the interleaved pairs (x0, x1), (x2, x3), .. of every head, in FP32 or wider.
 

@@ -18,6 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from minids import __version__
+from minids.apply.compile import compile_blocks
+from minids.apply.precision import StepCopies
 from minids.base.command_line import Stopped, no_memory
 from minids.base.fields import require
 from minids.base.files import digest, sealed, write_whole
@@ -68,6 +70,7 @@ class Learner:
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(args.seed)  # all the generators that a checkpoint holds
         self.model = Transformer(model_args).to(self.device)
+        self.copies: StepCopies | None = None
         self.prepare()
         self.optimizers = optimizers.build_optimizers(self.model, args, self.dtype)
         # FP16 has no number below 6e-8: there the loss is scaled, or small gradients would vanish.
@@ -79,8 +82,9 @@ class Learner:
     def accumulate(self) -> tuple[dict, Tensor | None]:
         """Add up the gradients of one batch; `step` already counts this step, from 1.
 
-        Returns the metrics, "loss" among them, and the tokens of every expert, (layers, E), for
-        `after_update` and `more_metrics`; None where they do not need them.
+        Returns the metrics, "loss" among them: numbers, scalars on the device, or lists of such
+        scalars, one of each micro-batch, of which the mean is taken; and the tokens of every
+        expert, (layers, E), for `after_update` and `more_metrics`; None where they need none.
         """
 
     def measure(self, record: dict, last: bool) -> float | None:
@@ -124,6 +128,25 @@ class Learner:
         """Return a context of BF16 or FP16 products over FP32 weights, if the run has them."""
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
+    def speed_up(self, compile: str, plain: bool = False, ramp: bool = False) -> None:
+        """Set up what makes steps faster, on a GPU and where it is asked for: for `prepare`.
+
+        compile: "true", "false", or "auto": on a GPU, unless `plain`
+        plain: whether products are not the usual ones, as with FP8 or indexers that learn
+        ramp: whether batches will grow
+        """
+        on_gpu = self.device.type == "cuda"
+        if on_gpu and not plain and self.dtype == torch.bfloat16:
+            self.copies = StepCopies(self.model)
+        if compile == "true" or compile == "auto" and on_gpu and not plain:
+            compile_blocks(self.model, ramp, tqdm.write)
+
+    def send(self, batch: Tensor) -> Tensor:
+        """Return a batch on the device; a GPU fetches it while it works on the one before."""
+        if self.device.type != "cuda":
+            return batch.to(self.device)
+        return batch.pin_memory().to(self.device, non_blocking=True)
+
     def train_step(self) -> dict:
         """Take one optimizer step; returns its line of metrics.
 
@@ -134,17 +157,21 @@ class Learner:
         self.step += 1
         factor = optimizers.learning_rate_factor(self.step, self.args)
         optimizers.set_learning_rate(self.optimizers, factor)
+        if self.copies:
+            self.copies.refresh()
         metrics, loads = self.accumulate()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # clipping means the true gradient
-        norms = optimizers.clip_gradients(self.model, self.args.clip)
-        loss, norm = metrics["loss"], sum(norms.values())
+        norms = optimizers.gradient_norms(self.model)
+        found = fetched(metrics | norms)  # the only wait for the device in a step
+        loss, norm = found["loss"], sum(found[name] for name in norms)
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0
         overflow = scale >= 1 and not math.isfinite(norm)
         if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):  # before the weights
             raise self.diverged(f"the loss is {loss} and the gradient's norm {norm}")
+        optimizers.scale_gradients(self.model, {n: found[n] for n in norms}, self.args.clip)
         if overflow:
-            norms = {name: None for name in norms}
+            found |= {name: None for name in norms}
         skipped = overflow or self.is_spike(loss)
         if not skipped:
             for optimizer in self.optimizers:
@@ -155,7 +182,7 @@ class Learner:
         self.scaler.update()
         elapsed = time.perf_counter() - start
         self.seconds += elapsed
-        record = dict(step=self.step, **metrics, **norms,
+        record = dict(step=self.step, **found,
                       lr=self.optimizers[0].param_groups[0]["lr"], seconds=round(self.seconds, 3))
         record |= {"loss_scale": scale} if scale else {}
         record |= {"overflow": True} if overflow else {}
@@ -278,6 +305,17 @@ class Learner:
     def write_config(self) -> None:
         """Write config.json, sealed; written anew by a resumed run, which may have other values."""
         write_whole(self.run / CONFIG, sealed(self.config()))
+
+
+def fetched(values: dict) -> dict:
+    """Return what `Learner.accumulate` does as numbers, with one transfer from the device."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    flat = [t for some in lists.values() for t in some if isinstance(t, Tensor)]
+    numbers = iter(torch.stack([t.detach().double() for t in flat]).tolist() if flat else [])
+    lists = {name: [next(numbers) if isinstance(t, Tensor) else t for t in some]
+             for name, some in lists.items()}
+    return {name: sum(v / len(some) for v in some) if len(some) > 1 else some[0]
+            for name, some in lists.items()}
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from minids.kernels import muon
 from minids.model.sparse_attention import in_indexer
 from minids.parallel.matrices import of_whole, sharing_rows
 from minids.parallel.shards import is_sharded, local
@@ -46,23 +47,20 @@ class Muon(torch.optim.Optimizer):
 
         A rank has its share of sharded parameters: matrices of a stack, or rows of each matrix.
         """
-        momentum, updates = group["momentum"], []
-        for p in params:
+        grads = [local(p.grad) for p in params]
+        sizes = [len(grad) if grad.ndim == 3 else 1 for grad in grads]
+        updates = grads[0].new_empty(sum(sizes), *grads[0].shape[-2:], dtype=self.dtype)
+        for p, grad, update in zip(params, grads, updates.split(sizes), strict=True):
             state = self.state[p]
             if "momentum" not in state:
                 state["momentum"] = torch.zeros_like(p)
-            grad, mean = local(p.grad), local(state["momentum"])
-            mean.lerp_(grad, 1 - momentum)
-            nesterov = grad.lerp(mean, momentum)
-            stack = nesterov if nesterov.ndim == 3 else nesterov.unsqueeze(0)  # (1 or E, r, c)
-            updates.append(stack.to(self.dtype))
+            muon.look_ahead(grad, local(state["momentum"]), group["momentum"], update)
         shape, ranks = params[0].shape[-2:], sharing_rows(params[0])
-        steps = of_whole(orthogonalise, torch.cat(updates), shape[0], ranks)
-        scale = 0.2 * math.sqrt(max(shape))
-        for p, step in zip(params, steps.split([len(u) for u in updates]), strict=True):
-            weight = local(p)
-            weight.mul_(1 - group["lr"] * group["weight_decay"])
-            weight.add_(step.reshape(weight.shape), alpha=-group["lr"] * scale)
+        steps = of_whole(orthogonalise, updates, shape[0], ranks)
+        decay = 1 - group["lr"] * group["weight_decay"]
+        length = group["lr"] * (0.2 * math.sqrt(max(shape)))
+        for p, step in zip(params, steps.split(sizes), strict=True):
+            muon.move(local(p), step, decay, length)
 
 
 class AdamWInBF16(torch.optim.AdamW):
@@ -136,16 +134,37 @@ def build_optimizers(model: nn.Module, args: LearnArgs,
     return optimizers
 
 
-def clip_gradients(model: nn.Module, longest: float) -> dict[str, float]:
-    """Scale long gradients down; return the norms before, by their names in metrics.jsonl.
+def clipped_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Return the parameters that are clipped together, by their norm's name in metrics.jsonl.
 
     The indexers are clipped apart: together, each loss would set the pace of what the other trains.
     """
     named = list(model.named_parameters())
     parts = {"grad_norm": [p for n, p in named if not in_indexer(n)],
              "indexer_grad_norm": [p for n, p in named if in_indexer(n)]}
-    return {name: nn.utils.clip_grad_norm_(parameters, longest).item()
-            for name, parameters in parts.items() if parameters}
+    return {name: parameters for name, parameters in parts.items() if parameters}
+
+
+def gradient_norms(model: nn.Module) -> dict[str, Tensor | float]:
+    """Return the norms of the gradients, scalars on the device; 0.0 where there are none."""
+    grads = {name: [p.grad for p in parameters if p.grad is not None]
+             for name, parameters in clipped_parts(model).items()}
+    return {name: nn.utils.get_total_norm(some) if some else 0.0 for name, some in grads.items()}
+
+
+def scale_gradients(model: nn.Module, norms: dict[str, float], longest: float) -> None:
+    """Scale gradients longer than `longest` down; norms: of `gradient_norms`, fetched"""
+    for name, parameters in clipped_parts(model).items():
+        if norms[name] * 1.001 + 1e-5 > longest:  # else the factor below is exactly 1
+            norm = parameters[0].new_tensor(norms[name])
+            nn.utils.clip_grads_with_norm_(parameters, longest, norm)
+
+
+def clip_gradients(model: nn.Module, longest: float) -> dict[str, float]:
+    """Scale long gradients down; return the norms before."""
+    norms = {name: float(norm) for name, norm in gradient_norms(model).items()}
+    scale_gradients(model, norms, longest)
+    return norms
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) -> None:

@@ -52,7 +52,18 @@ class LearnArgs(Logged):
 
 
 @dataclass(frozen=True)
-class TrainArgs(LearnArgs):
+class EvenArgs(LearnArgs):
+    """The settings of a run whose batches keep their shape, so that compiling them pays."""
+
+    compile: str = option("auto", "compile the blocks: half a minute at the start, faster steps"
+                          " after; auto: on a GPU, without --fp8 and --dsa",
+                          ("auto", "true", "false"), switch=("false", "true"))
+
+    may_change: ClassVar[set[str]] = LearnArgs.may_change | {"compile"}
+
+
+@dataclass(frozen=True)
+class TrainArgs(EvenArgs):
     """The settings of one pre-training run.
 
     Defaults are V3's where the paper states them (section 4.2); `TRAIN_PRESETS` has what a model
@@ -91,8 +102,9 @@ class TrainArgs(LearnArgs):
     separate: bool = option(False, "documents of a window do not see each other; in V3 they do")
     fim_rate: float = option(0.0, "share of fill-in-the-middle documents; V3: 0.1", low=0, high=1)
     fp8: bool = option(False, "FP8 products in linear layers and experts, BF16 moments in AdamW")
-    compile: bool = option(False, "compile the model: a minute at the start, faster steps after")
-    recompute: bool = option(False, "store less for the backward pass and compute blocks twice")
+    recompute: str = option("none", "what is computed twice, to store less for the backward pass:"
+                            " all of the blocks, or selective: not attention, not grouped products",
+                            ("none", "blocks", "selective"), switch=("none", "blocks"))
     spike_factor: float = option(0.0, "skip steps at this many times the mean loss; 0: none", low=0)
     eval_every: int = option(100, "steps between validations; 0: only at the end", low=0)
     eval_tokens: int = option(32768, "validation tokens in between; the end uses all", low=1)
@@ -102,8 +114,8 @@ class TrainArgs(LearnArgs):
                          utf8=True)
     save_every: int = option(100, "steps between checkpoints", low=1)
 
-    may_change = LearnArgs.may_change | {  # grad_accum: of the same batch, split in another way
-        "compile", "grad_accum", "recompute", "eval_every", "eval_tokens", "sample_every", "prompt",
+    may_change = EvenArgs.may_change | {  # grad_accum: of the same batch, split in another way
+        "grad_accum", "recompute", "eval_every", "eval_tokens", "sample_every", "prompt",
         "indexer_lr", "spike_factor"}
 
     def __post_init__(self):
@@ -143,12 +155,12 @@ TRAIN_PRESETS = {
     "deep": TINY_RUN,
     "small": dict(steps=20000, batch_size=64, batch_start=16, batch_ramp_steps=1000, seq_len=2048,
                   optimizer="muon", lr=1e-3, muon_lr=1e-3, warmup_steps=500, fim_rate=0.1,
-                  recompute=True, eval_every=500, eval_tokens=262144, sample_every=500,
+                  recompute="blocks", eval_every=500, eval_tokens=262144, sample_every=500,
                   save_every=500),
     "gpu-24gb": GPU_80GB_RUN | dict(steps=14_400, batch_size=128),
     "gpu-80gb": GPU_80GB_RUN,
     "v3": dict(steps=235_000, batch_size=15360, batch_start=3072, batch_ramp_steps=12_400,
-               seq_len=4096, fim_rate=0.1, recompute=True),
+               seq_len=4096, fim_rate=0.1, recompute="blocks"),
 }
 
 # A run that begins with another one's weights: a constant learning rate, and the late MTP weight.

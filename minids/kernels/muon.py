@@ -1,0 +1,27 @@
+"""What Muon does to each number, beside its products: on a GPU two passes over memory, not seven."""
+
+import torch
+from torch import Tensor
+
+from minids.kernels.precision import TRITON
+
+
+def look_ahead(grad: Tensor, mean: Tensor, momentum: float, out: Tensor) -> None:
+    """Move the mean gradient towards `grad`; write Nesterov's step, momentum further on, to `out`.
+
+    grad, mean: of one shape; out: as many numbers, of the type in which the step is orthogonalised
+    """
+    if TRITON and grad.is_cuda:
+        from minids.kernels import triton_muon
+        return triton_muon.look_ahead(grad, mean, momentum, out)
+    mean.lerp_(grad, 1 - momentum)
+    out.copy_(grad.lerp(mean, momentum).view_as(out))
+
+
+def move(weight: Tensor, step: Tensor, decay: float, length: float) -> None:
+    """Multiply a weight by `decay` and subtract `length` times the step."""
+    if TRITON and weight.is_cuda:
+        from minids.kernels import triton_muon
+        return triton_muon.move(weight, step, decay, length)
+    weight.mul_(decay)
+    weight.add_(step.reshape(weight.shape), alpha=-length)

@@ -1,0 +1,112 @@
+"""Bodies that run on a GPU or in compiled code: equal to their plain definitions, and chosen there.
+
+On a CPU those that are made of torch's operations run here too; the rest is skipped without a GPU,
+and kernels in Triton run by its interpreter (`test_triton.py`).
+"""
+
+import pytest
+import torch
+from gpu_cases import BF16, BY_A_COMPILER, CASES, F32, GPU_ONLY
+from torch import Tensor
+
+from minids.kernels import experts
+from minids.kernels.registry import REGISTRY, recorded, using
+from minids.model import moe as plain
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+# Norm of the difference over the norm. FP32: sums in another order. BF16: both sides round to 8
+# bits, in a chain of up to four products, against the plain definition in FP32.
+TOLERANCE = {F32: 1e-5, BF16: 1.5e-2}
+
+
+def leaves(arguments: tuple) -> list[Tensor]:
+    """Return what learns: tensors, and the experts' matrices of a layer."""
+    found = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    return found + [p for a in arguments if isinstance(a, torch.nn.Module)
+                    for p in a.experts.parameters()]
+
+
+def results(function, arguments: tuple) -> list[Tensor]:
+    """Return a function's output and the gradients of what learns, in FP32."""
+    out = function(*arguments)
+    out = out if isinstance(out, Tensor) else out.values.sort(-1).values
+    weigh = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
+    grads = torch.autograd.grad((out * weigh).sum(), leaves(arguments))
+    return [t.detach().float() for t in (out, *grads)]
+
+
+def widened(arguments: tuple) -> tuple:
+    """Return the same numbers in FP32; a layer is changed in place."""
+    return tuple(a.float() if isinstance(a, torch.nn.Module) else
+                 a.detach().float().requires_grad_() if isinstance(a, Tensor) and a.requires_grad
+                 else a for a in arguments)
+
+
+def largest_gap(function, body, arguments: tuple) -> float:
+    mine = results(body, arguments)
+    with using("off"):
+        exact = results(function, widened(arguments))
+    return max(((a - b).norm() / b.norm()).item() for a, b in zip(mine, exact, strict=True))
+
+
+def body_of(key: tuple[str, str]):
+    return next(b for b in REGISTRY[key[0]].bodies if b.__name__ == key[1])
+
+
+@pytest.mark.parametrize("key", [k for k in CASES if k[1] not in GPU_ONLY], ids="-".join)
+def test_on_a_cpu_the_body_equals_the_plain_definition(key):
+    torch.manual_seed(0)
+    body = body_of(key)
+    assert largest_gap(REGISTRY[key[0]], body, CASES[key](F32, "cpu")) < TOLERANCE[F32]
+
+    def wrong(*arguments):
+        first, *rest = arguments
+        return body(first * 1.001 if isinstance(first, Tensor) else first,
+                    *[1.001 * a if isinstance(a, Tensor) and a.is_floating_point() else a
+                      for a in rest])
+
+    assert largest_gap(REGISTRY[key[0]], wrong, CASES[key](F32, "cpu")) > TOLERANCE[F32]
+
+
+@needs_gpu
+@pytest.mark.parametrize("key", CASES, ids="-".join)
+def test_on_a_gpu_the_body_runs_and_equals_the_plain_definition(key):
+    torch.manual_seed(0)
+    function, arguments = REGISTRY[key[0]], CASES[key](BF16, "cuda")
+    if key[1] in BY_A_COMPILER:
+        torch.compiler.reset()
+        call = torch.compile(lambda *given: function(*given))  # a function of its own each time
+    else:
+        call = function
+    with recorded() as record:
+        gap = largest_gap(function, call, arguments)
+    assert record[key] == 1 and gap < TOLERANCE[BF16], (gap, dict(record))
+
+
+@needs_gpu
+@pytest.mark.parametrize("weighted", [False, True])
+def test_triton_adds_up_slots(weighted):
+    torch.manual_seed(0)
+    indices = torch.rand(500, 8, device="cuda").topk(3).indices
+    _, slot, _ = plain.sort_by_expert(indices, 8)
+    rows = torch.randn(int(slot.max()) + 1, 1500, device="cuda")
+    weights = torch.rand(500, 3, device="cuda") if weighted else None
+    exact = rows[slot] if weights is None else rows[slot] * weights.unsqueeze(-1)
+    found = experts.sum_slots(rows, slot, weights)
+    assert torch.allclose(found, exact.sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_slot_without_a_pair_changes_nothing(monkeypatch):
+    """`SumSlots` sends gradients into empty slots; weights of zero keep them from the matrices."""
+    torch.manual_seed(0)
+    layer, *rest = CASES["moe.MoE.routed", "weighted_inside"](F32, "cpu")
+    found = []
+    for align in (1, 32):
+        monkeypatch.setattr(plain, "ALIGN", align)
+        found.append(results(experts.weighted_inside, (layer, *rest)))
+    for a, b in zip(*found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(torch.Tensor, "new_zeros", torch.Tensor.new_ones)  # empty slots weigh
+    wrong = results(experts.weighted_inside, (layer, *rest))
+    assert not all(torch.allclose(a, b, rtol=1e-4, atol=1e-4)
+                   for a, b in zip(found[0], wrong, strict=True))

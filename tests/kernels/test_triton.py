@@ -1,0 +1,66 @@
+"""Kernels in Triton, by its interpreter: indexing and masks, in a process of its own, which needs
+no GPU. What they compute on one is `test_gpu_bodies.py`'s."""
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import pytest
+
+pytestmark = pytest.mark.skipif(
+    find_spec("triton") is None, reason="Triton is not installed: pip install 'triton==3.6.*'")
+
+SUMS = """
+import torch
+from minids.kernels.triton_experts import sum_slots
+torch.manual_seed(0)
+for width in (1, 16, 1500):  # one block, a whole one, and one and a half
+    rows, slot, weights = torch.randn(13, width), torch.randint(13, (5, 3)), torch.rand(5, 3)
+    for w in (None, weights):
+        plain = (rows[slot] * (1 if w is None else w.unsqueeze(-1))).sum(1)
+        assert torch.allclose(sum_slots(rows, slot, w), plain, rtol=1e-6, atol=1e-6), width
+        assert not torch.allclose(sum_slots(rows, slot.flip(0), w), plain, rtol=1e-3), width
+"""
+ENTROPY = """
+import torch
+from minids.kernels.cross_entropy import loss_and_gradient as plain
+from minids.kernels.triton_cross_entropy import loss_and_gradient
+torch.manual_seed(0)
+for vocab_size in (1, 11, 64, 8200):  # masked, whole, and more than one block
+    logits, targets = 3 * torch.randn(4, vocab_size), torch.randint(vocab_size, (4,))
+    loss, grad = plain(logits.clone(), targets)
+    mine = loss_and_gradient(logits.clone(), targets)
+    assert torch.allclose(mine[0], loss, rtol=1e-6, atol=1e-6), vocab_size
+    assert torch.allclose(mine[1], grad, atol=1e-6), vocab_size
+    other = loss_and_gradient(logits.clone(), (targets + 1) % vocab_size)
+    assert vocab_size == 1 or not torch.allclose(other[1], grad, atol=1e-3)
+"""
+MUON = """
+import torch
+from minids.kernels import muon, triton_muon
+torch.manual_seed(0)
+for size in (1, 2048, 3000):  # a masked block, a whole one, and one and a half
+    grad, mean, weight, step = (torch.randn(1, size) for _ in range(4))
+    found = []
+    for kernels in (muon, triton_muon):
+        m, w, out = mean.clone(), weight.clone(), torch.empty(1, 1, size)
+        kernels.look_ahead(grad, m, 0.95, out)
+        before = w._version
+        kernels.move(w, step, 0.9, 0.02)
+        assert w._version > before  # copies of the weight notice
+        found.append((m, w, out))
+    for plain, mine in zip(*found, strict=True):
+        assert torch.allclose(mine, plain, rtol=1e-5, atol=1e-6), size
+    other = weight.clone()
+    triton_muon.move(other, step, 0.9, 0.03)
+    assert not torch.allclose(other, found[0][1], rtol=1e-3), size
+"""
+
+
+@pytest.mark.parametrize("source", [SUMS, ENTROPY, MUON],
+                         ids=["sum_slots", "cross_entropy", "muon"])
+def test_by_the_interpreter(source):
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True,
+                          env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
