@@ -1,6 +1,5 @@
-"""What Muon does to each number, beside its products: on a GPU two passes over memory, not seven."""
+"""What Muon does to each number, beside its products: on a GPU in two passes over memory."""
 
-import torch
 from torch import Tensor
 
 from minids.kernels.precision import TRITON
