@@ -20,6 +20,7 @@ from minids.model.transformer import positions_in, same_sample
 from minids.rl import examination
 from minids.rl.examination import Asking, Marks
 from minids.runs.checkpoints import load_weights, resolve
+from minids.runs.learner import fetched
 from minids.runs.open import open_model, open_source
 from minids.runs.settings import TrainArgs
 from minids.sft import PRESETS, FineTuner, Rows, SftArgs, conversation, open_conversations
@@ -150,7 +151,7 @@ def test_a_step_learns_each_token_of_the_reply_from_those_before_it(base, tmp_pa
     (tmp_path / "one.jsonl").write_text(json.dumps(dict(messages=messages)))
     made = tuner(base, tmp_path / "run", data=f"jsonl:{tmp_path}/one.jsonl", batch_size=1)
     made.step = 1
-    metrics, _ = made.accumulate()
+    metrics = fetched(made.accumulate()[0])
     ids, learnt = Chat(made.tokenizer).sample(messages)
     row, learnt = torch.tensor(ids), torch.tensor(learnt)
 

@@ -19,6 +19,7 @@ from training_runs import (
 from minids import ModelArgs
 from minids.costs.flops import flops_per_token
 from minids.model.moe import Gate, Routing
+from minids.runs.learner import fetched
 from minids.runs.settings import TrainArgs
 from minids.tokenizer import Tokenizer
 from minids.train import Trainer
@@ -33,7 +34,7 @@ def gradients(trainer: Trainer) -> tuple[dict, torch.Tensor, dict[str, torch.Ten
     trainer.model.double()
     trainer.step = 1
     parts, loads = trainer.accumulate()
-    return parts, loads, {n: p.grad for n, p in trainer.model.named_parameters()}
+    return fetched(parts), loads, {n: p.grad for n, p in trainer.model.named_parameters()}
 
 
 def apart(a: tuple, b: tuple) -> float:
@@ -44,13 +45,13 @@ def apart(a: tuple, b: tuple) -> float:
 
 def forgets_to_average(trainer: Trainer) -> Trainer:
     """The wrong variant: micro-batches are added up and not divided by their number."""
-    whole = trainer.loss
+    whole = trainer.model.loss
 
     def loss(*inputs):
         losses = whole(*inputs)
         return losses._replace(total=losses.total * trainer.args.grad_accum)
 
-    trainer.loss = loss
+    trainer.model.loss = loss
     return trainer
 
 
@@ -68,13 +69,13 @@ def test_micro_batches_equal_one_batch(tmp_path, home):
 def bias_moves_by_the_whole_batch(trainer: Trainer) -> bool:
     """After one step each bias has moved by the speed, against the loads of the whole batch."""
     args, total = trainer.args, 0
-    step, seen = trainer.loss, []
+    step, seen = trainer.model.loss, []
 
     def loss(*inputs):
         seen.append(step(*inputs))
         return seen[-1]
 
-    trainer.loss = loss
+    trainer.model.loss = loss
     trainer.train_step()
     total = sum(losses.loads for losses in seen)
     assert len(seen) == args.grad_accum
@@ -87,14 +88,14 @@ def bias_moves_by_the_whole_batch(trainer: Trainer) -> bool:
 
 def moves_bias_per_micro_batch(trainer: Trainer) -> Trainer:
     """The wrong variant: the biases move after each micro-batch, then not after the step."""
-    whole, update = trainer.loss, trainer.model.update_gate_bias
+    whole, update = trainer.model.loss, trainer.model.update_gate_bias
 
     def loss(*inputs):
         losses = whole(*inputs)
         update(losses.loads, trainer.args.bias_speed)
         return losses
 
-    trainer.loss = loss
+    trainer.model.loss = loss
     trainer.model.update_gate_bias = lambda loads, speed: None
     return trainer
 

@@ -38,7 +38,8 @@ class Chunked(torch.autograd.Function):
     a chunk of rows goes through forward and backward at once, for as many products as ever."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, count: int, middle) -> Tensor:
+    def forward(ctx, x: Tensor, weight: Tensor, targets: Tensor, count: int,
+                middle=loss_and_gradient) -> Tensor:
         dtype = compute_dtype(x)
         w, total = weight.to(dtype), 0.0
         dx, dw = torch.empty_like(x), torch.zeros_like(weight)

@@ -1,5 +1,6 @@
 """What Muon does to each number, beside its products: on a GPU in two passes over memory."""
 
+import torch
 from torch import Tensor
 
 from minids.kernels.precision import TRITON
@@ -15,6 +16,17 @@ def look_ahead(grad: Tensor, mean: Tensor, momentum: float, out: Tensor) -> None
         return triton_muon.look_ahead(grad, mean, momentum, out)
     mean.lerp_(grad, 1 - momentum)
     out.copy_(grad.lerp(mean, momentum).view_as(out))
+
+
+def times_and_more(x: Tensor, poly: Tensor, a: float) -> Tensor:
+    """Return a x + P x of stacks, (n, r, c) and P (n, r, r), which may be written over.
+
+    On a GPU as (a 1 + P) x: the sum would first copy x, a fifth of the time of the iteration.
+    """
+    if not x.is_cuda:
+        return torch.baddbmm(x, poly, x, beta=a)
+    poly.diagonal(dim1=-2, dim2=-1).add_(a)
+    return torch.bmm(poly, x)
 
 
 def move(weight: Tensor, step: Tensor, decay: float, length: float) -> None:

@@ -1,30 +1,28 @@
-"""The largest few of a row, for a compiler: in rounds, which it makes one kernel of."""
-
-from typing import NamedTuple
+"""The gate's choice, and the loss that balances it, as kernels in Triton on a GPU."""
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
+from minids.kernels.precision import TRITON
 from minids.kernels.registry import body
 
-FEW = 16  # rounds; a sort of more is quicker
+
+def takes_rows(scores: Tensor) -> bool:
+    """Return whether scores are on a GPU, in the type in which the gate computes them."""
+    return TRITON and scores.device.type == "cuda" and scores.dtype == torch.float32
 
 
-class Top(NamedTuple):
-    """Values and their places in a row, like those of `torch.topk`."""
+@body(lambda gate, scores: takes_rows(scores))
+def choose_in_one_kernel(gate, scores: Tensor) -> Tensor:
+    """Run `Gate.choose`: bias, groups and the largest few of each row."""
+    from minids.kernels import triton_routing
+    args = gate.args
+    return triton_routing.choose(scores, gate.bias, args.n_activated_experts,
+                                 args.n_expert_groups, args.n_limited_groups)
 
-    values: Tensor
-    indices: Tensor
 
-
-@body(lambda x, k: is_compiling() and x.device.type == "cuda" and k <= FEW)
-def in_rounds(x: Tensor, k: int) -> Top:
-    """Take the largest, k times."""
-    places, values, indices = torch.arange(x.size(-1), device=x.device), [], []
-    for _ in range(k):
-        value, index = x.max(dim=-1, keepdim=True)
-        values.append(value)
-        indices.append(index)
-        x = x.masked_fill(places == index, float("-inf"))
-    return Top(torch.cat(values, dim=-1), torch.cat(indices, dim=-1))
+@body(lambda routing, args: takes_rows(routing.scores))
+def balance_in_one_pass(routing, args) -> Tensor:
+    """Run `sequence_balance_loss`."""
+    from minids.kernels import triton_balance
+    return triton_balance.Balance.apply(routing.scores, args.n_activated_experts)

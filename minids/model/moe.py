@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from minids.config import ModelArgs
 from minids.kernels import experts as kernels
-from minids.kernels import few_tokens, routing
+from minids.kernels import few_tokens
+from minids.kernels import routing as routing_kernels
 from minids.kernels.precision import without_autocast
 from minids.kernels.registry import bodies
 from minids.model.layers import MLP
@@ -34,12 +35,6 @@ class Routing(NamedTuple):
         pairs = self.indices.flatten()
         load = torch.zeros(self.scores.size(-1), dtype=torch.int64, device=pairs.device)
         return load.scatter_add_(0, pairs, torch.ones_like(pairs))
-
-
-@bodies(routing.in_rounds)
-def largest(x: Tensor, k: int):
-    """Return .values and .indices of the k largest of each row, in no order: (.., E) -> (.., k)"""
-    return x.topk(k, dim=-1, sorted=False)
 
 
 class Gate(nn.Module):
@@ -70,10 +65,11 @@ class Gate(nn.Module):
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return weights * args.route_scale, Routing(scores, indices)
 
+    @bodies(routing_kernels.choose_in_one_kernel)
     def choose(self, scores: Tensor) -> Tensor:
         """Choose the K experts of each token: (B, S, E) -> (B, S, K) int64"""
         choice = scores if self.bias is None else scores + self.bias
-        return largest(self.limit_groups(choice), self.args.n_activated_experts).indices
+        return self.limit_groups(choice).topk(self.args.n_activated_experts, sorted=False).indices
 
     def scores(self, x: Tensor) -> Tensor:
         """(B, S, D) -> (B, S, E), in FP32 or wider: rounding a score would choose other experts."""
@@ -92,8 +88,8 @@ class Gate(nn.Module):
             return choice
         grouped = choice.unflatten(-1, (args.n_expert_groups, -1))  # (B, S, G, E / G)
         counted = 1 if self.bias is None else 2
-        group_scores = largest(grouped, counted).values.sum(-1)  # (B, S, G)
-        best = largest(group_scores, args.n_limited_groups).indices
+        group_scores = grouped.topk(counted, dim=-1).values.sum(-1)  # (B, S, G)
+        best = group_scores.topk(args.n_limited_groups, dim=-1, sorted=False).indices
         others = torch.ones_like(group_scores, dtype=torch.bool).scatter(-1, best, False)
         return grouped.masked_fill(others.unsqueeze(-1), float("-inf")).flatten(-2)
 
@@ -220,6 +216,7 @@ def update_bias(bias: Tensor, load: Tensor, speed: float) -> None:
     bias += speed * torch.sign(load.mean() - load)
 
 
+@bodies(routing_kernels.balance_in_one_pass)
 def sequence_balance_loss(routing: Routing, args: ModelArgs) -> Tensor:
     """Return the mean over sequences of the sum of f_i P_i (V3 equations 17 to 20, alpha = 1).
 

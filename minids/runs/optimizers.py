@@ -91,7 +91,7 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
     for _ in range(steps):
         gram = torch.bmm(x, x.mT)  # (n, r, r)
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = torch.baddbmm(x, poly, x, beta=a)
+        x = muon.times_and_more(x, poly, a)
     return x.mT if tall else x
 
 

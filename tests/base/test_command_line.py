@@ -259,3 +259,22 @@ def test_a_folder_that_is_read_only_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.TemporaryFile", refuse)  # root may write everywhere
     with pytest.raises(ValueError, match=f"can be written; {tmp_path}: Permission denied"):
         parse("bakery", "Bake.", shelf(""), argv=["--out", str(tmp_path / "a/b")])
+
+
+@pytest.mark.parametrize("words, found", [
+    ([], ("auto", "none")), (["--compile", "--recompute"], ("true", "blocks")),
+    (["--compile", "false", "--recompute=no"], ("false", "none")),
+    (["--compile=auto", "--recompute", "selective"], ("auto", "selective")),
+    (["--compile", "yes", "--recompute", "on"], ("true", "blocks"))], ids=str)
+def test_a_switch_that_has_more_than_two_positions(words, found):
+    """A bare flag, and a value as of the truth value that it once was."""
+    [given] = parse("minids.train", "", TrainArgs, argv=words)
+    args = TrainArgs(**given)
+    assert (args.compile, args.recompute) == found
+
+
+def test_a_stored_truth_value_is_read_as_a_choice():
+    assert TrainArgs(compile=True, recompute=False).recompute == "none"
+    assert TrainArgs(compile=True, recompute=True).compile == "true"
+    with pytest.raises(ValueError, match="one of none, blocks, selective"):
+        TrainArgs(recompute="some")

@@ -18,7 +18,7 @@ from minids.runs.settings import TrainArgs
 def all_settings() -> list[type]:
     """Every settings class of the package, found by importing all of its modules."""
     for module in pkgutil.walk_packages(minids.__path__, "minids."):
-        if not module.name.endswith("__main__"):
+        if not module.name.endswith("__main__") and ".triton_" not in module.name:
             importlib.import_module(module.name)
     for package in ("costs", "hf"):
         importlib.import_module(f"minids.{package}.__main__")

@@ -8,6 +8,7 @@ from small_models import LITTLE
 from torch import Tensor
 
 from minids import Transformer
+from minids.model.moe import Gate, Routing
 
 BF16, F32 = torch.bfloat16, torch.float32
 
@@ -40,8 +41,17 @@ def moe(dtype: torch.dtype, device: str) -> tuple:
     return layer, drawn(400, 64, dtype=dtype, device=device), weights, indices
 
 
-def row(dtype: torch.dtype, device: str) -> tuple:
-    return drawn(70, 32, dtype=dtype, device=device), 5
+def gate(dtype: torch.dtype, device: str) -> tuple:
+    """Choices of equal sets are equal once they are sorted; FP32, as the gate computes."""
+    args = replace(LITTLE, n_routed_experts=16, n_expert_groups=4, n_limited_groups=2)
+    layer = Gate(args).to(device)
+    layer.bias.copy_(torch.rand(16))
+    return layer, torch.rand(2, 70, 16, device=device)
+
+
+def routed(dtype: torch.dtype, device: str) -> tuple:
+    scores = torch.rand(2, 70, LITTLE.n_routed_experts, device=device).requires_grad_()
+    return Routing(scores, scores.topk(LITTLE.n_activated_experts).indices), LITTLE
 
 
 def attention(dtype: torch.dtype, device: str) -> tuple:
@@ -61,9 +71,11 @@ CASES: dict[tuple[str, str], Callable[[torch.dtype, str], tuple]] = {
     ("layers.rms_norm", "fused_on_gpu"): norm,
     ("rope.apply_rotary_emb", "real_pairs"): rotation,
     ("moe.MoE.routed", "weighted_inside"): moe,
-    ("moe.largest", "in_rounds"): row,
+    ("moe.Gate.choose", "choose_in_one_kernel"): gate,
+    ("moe.sequence_balance_loss", "balance_in_one_pass"): routed,
     ("mla.attention", "unequal_widths"): attention,
     ("objective.linear_cross_entropy", "chunked_on_gpu"): entropy,
 }
-BY_A_COMPILER = {"traced", "real_pairs", "in_rounds"}  # chosen while it traces
-GPU_ONLY = {"unequal_widths", "chunked_on_gpu"}  # the others' code runs on a CPU too
+BY_A_COMPILER = {"traced", "real_pairs"}  # chosen while it traces
+# The others' code runs on a CPU too.
+GPU_ONLY = {"unequal_widths", "chunked_on_gpu", "choose_in_one_kernel", "balance_in_one_pass"}

@@ -12,6 +12,7 @@ from torch import Tensor
 from minids.kernels import experts
 from minids.kernels.registry import REGISTRY, recorded, using
 from minids.model import moe as plain
+from minids.runs.optimizers import Muon
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 # Norm of the difference over the norm. FP32: sums in another order. BF16: both sides round to 8
@@ -21,15 +22,19 @@ TOLERANCE = {F32: 1e-5, BF16: 1.5e-2}
 
 def leaves(arguments: tuple) -> list[Tensor]:
     """Return what learns: tensors, and the experts' matrices of a layer."""
-    found = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
-    return found + [p for a in arguments if isinstance(a, torch.nn.Module)
-                    for p in a.experts.parameters()]
+    found = []
+    for a in arguments:
+        found += [a] if isinstance(a, Tensor) and a.requires_grad else []
+        found += [a.scores] if isinstance(a, plain.Routing) else []
+        found += a.experts.parameters() if isinstance(a, plain.MoE) else []
+    return found
 
 
 def results(function, arguments: tuple) -> list[Tensor]:
     """Return a function's output and the gradients of what learns, in FP32."""
     out = function(*arguments)
-    out = out if isinstance(out, Tensor) else out.values.sort(-1).values
+    if not out.is_floating_point():  # experts chosen, in no order
+        return [out.sort(-1).values.float()]
     weigh = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     grads = torch.autograd.grad((out * weigh).sum(), leaves(arguments))
     return [t.detach().float() for t in (out, *grads)]
@@ -81,6 +86,35 @@ def test_on_a_gpu_the_body_runs_and_equals_the_plain_definition(key):
     with recorded() as record:
         gap = largest_gap(function, call, arguments)
     assert record[key] == 1 and gap < TOLERANCE[BF16], (gap, dict(record))
+
+
+@needs_gpu
+def test_a_wrong_result_is_noticed_on_a_gpu():
+    for key in CASES:
+        torch.manual_seed(0)
+        body = body_of(key)
+        gap = largest_gap(REGISTRY[key[0]], lambda *a, body=body: body(*a).roll(1, 0)
+                          if body(*a).ndim else 1.02 * body(*a), CASES[key](BF16, "cuda"))
+        assert gap > TOLERANCE[BF16], key
+
+
+@needs_gpu
+@pytest.mark.parametrize("dtype, error", [(F32, 1e-5), (BF16, 2e-2)])
+def test_muon_steps_on_a_gpu_as_on_a_cpu(dtype, error):
+    """In BF16 the iteration rounds in other places; the copies of the weights see the change."""
+    shapes, ends = [(24, 40), (40, 24), (3, 24, 40)], []
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(shape).to(device)) for shape in shapes]
+        muon, before = Muon(weights, lr=0.1, dtype=dtype), [w._version for w in weights]
+        for _ in range(3):
+            for w in weights:
+                w.grad = torch.randn(w.shape).to(device)
+            muon.step()
+        assert all(w._version > old for w, old in zip(weights, before, strict=True))
+        ends.append([w.detach().cpu() for w in weights])
+    for a, b in zip(*ends, strict=True):
+        assert (a - b).norm() / a.norm() < error
 
 
 @needs_gpu

@@ -56,10 +56,36 @@ for size in (1, 2048, 3000):  # a masked block, a whole one, and one and a half
     triton_muon.move(other, step, 0.9, 0.03)
     assert not torch.allclose(other, found[0][1], rtol=1e-3), size
 """
+GATE = """
+from dataclasses import replace
+import torch
+from minids import ModelArgs
+from minids.kernels.triton_balance import Balance
+from minids.kernels.triton_routing import choose
+from minids.model.moe import Gate, Routing, sequence_balance_loss
+torch.manual_seed(0)
+for E, K, G, L, bias, S in (
+        (8, 2, 1, 1, True, 7), (12, 3, 3, 2, True, 40), (12, 3, 3, 2, False, 64)):
+    args = replace(ModelArgs.preset("nano"), n_routed_experts=E, n_activated_experts=K,
+                   n_expert_groups=G, n_limited_groups=L, gate_bias=bias)
+    gate, scores = Gate(args), torch.rand(2, S, E)
+    if bias:
+        gate.bias.copy_(torch.rand(E))
+    wanted = gate.choose(scores).sort(-1).values
+    assert torch.equal(choose(scores, gate.bias, K, G, L).sort(-1).values, wanted)
+    assert not torch.equal(choose(1 - scores, gate.bias, K, G, L).sort(-1).values, wanted)
+    a, b = (scores.clone().requires_grad_() for _ in range(2))
+    plain = sequence_balance_loss(Routing(a, wanted), args)
+    mine = Balance.apply(b, K)
+    (3 * plain).backward()
+    (3 * mine).backward()
+    assert torch.allclose(mine, plain, rtol=1e-6) and torch.allclose(a.grad, b.grad, atol=1e-6)
+    assert a.grad.abs().max() > 1e-3
+"""
 
 
-@pytest.mark.parametrize("source", [SUMS, ENTROPY, MUON],
-                         ids=["sum_slots", "cross_entropy", "muon"])
+@pytest.mark.parametrize("source", [SUMS, ENTROPY, MUON, GATE],
+                         ids=["sum_slots", "cross_entropy", "muon", "gate"])
 def test_by_the_interpreter(source):
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True,
                           env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=300)

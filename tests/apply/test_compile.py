@@ -1,0 +1,81 @@
+"""Blocks compiled from outside: traced whole, in training only, with one line where that fails.
+
+The compiler's back end, which takes a minute, is left out here; a slow test of `train` has it.
+"""
+
+import functools
+
+import pytest
+import torch
+from small_models import LITTLE, random_tokens, scrambled
+from torch._dynamo.exc import TorchDynamoException
+
+from minids.apply.compile import compile_blocks
+from minids.apply.recompute import recompute_blocks
+from minids.kernels.registry import recorded
+
+TOKENS = random_tokens(LITTLE, 2, 12)
+
+
+def step(model) -> tuple[float, list]:
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        losses = model.loss(TOKENS, TOKENS.roll(-1, 1))
+    losses.total.backward()
+    return losses.total.item(), [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("how", ["none", "selective"])
+def test_blocks_are_traced_whole_and_only_in_training(how, monkeypatch):
+    torch.compiler.reset()
+    graphs = []
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend=lambda graph, _: graphs.append(graph) or graph, fullgraph=True))
+    model = scrambled(LITTLE, dtype=torch.float32)
+    plain, names = step(model), list(model.state_dict())
+    recompute_blocks(model, how)
+    compile_blocks(model)
+    with recorded() as traced:
+        loss, grads = step(model)
+    # The formula of the norm in one piece, not in two: other roundings to BF16.
+    assert loss == pytest.approx(plain[0], rel=1e-3)
+    for a, b in zip(plain[1], grads, strict=True):
+        assert (a - b).norm() <= 0.03 * a.norm()
+    kinds = 3 if how == "none" else 2 * 3  # dense, experts, MTP; a checkpoint's inside is a graph
+    assert len(graphs) <= kinds and traced["rope.apply_rotary_emb", "real_pairs"] > 0
+    assert traced["layers.rms_norm", "traced"] > 0
+    assert list(model.state_dict()) == names
+    before = len(graphs)
+    with torch.no_grad():
+        model(TOKENS[:, :7])
+    step(model)
+    assert len(graphs) == before
+
+
+def test_where_the_compiler_fails_one_line_says_so_and_training_goes_on(monkeypatch):
+    def fail(function, **how):
+        def call(*inputs):
+            try:
+                raise RuntimeError("Failed to find C compiler.\nPlease specify via CC.")
+            except RuntimeError as error:
+                raise TorchDynamoException("backend failed") from error
+        return call
+
+    model = scrambled(LITTLE, dtype=torch.float32)
+    plain, said = step(model), []
+    monkeypatch.setattr(torch, "compile", fail)
+    compile_blocks(model, tell=said.append)
+    loss, grads = step(model)
+    assert said == ["compile: Failed to find C compiler.; the run goes on without"]
+    assert loss == plain[0] and all(map(torch.equal, grads, plain[1]))
+
+
+def test_an_error_of_the_model_is_not_the_compilers(monkeypatch):
+    def no_memory(*inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    model = scrambled(LITTLE, dtype=torch.float32)
+    monkeypatch.setattr(torch, "compile", lambda function, **how: no_memory)
+    compile_blocks(model)
+    with pytest.raises(torch.OutOfMemoryError):
+        step(model)
