@@ -28,7 +28,8 @@ from minids.costs.memory import Sharding
 from minids.costs.parameters import count_parameters, stored_elements
 
 CARD_NOTES = (
-    "Share of the BF16 peak: assumed, * measured; --mfu, --gpu-price and others set it for all.",
+    "Share of the BF16 peak: assumed, * measured. Prices are assumed. --mfu, --gpu-price and",
+    "others set them for all cards.",
     "Memory without logits and workspace, for which a tenth of the card is left.",
     "Loss, nats per token: of a dense model with as many parameters as a token uses here, on other",
     "text (arXiv 2404.10102); experts do better by an unknown margin.")

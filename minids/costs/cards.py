@@ -30,9 +30,10 @@ class Card(NamedTuple):
     measured: bool = False
 
 
-def card(name: str, memory: float, price: float, mfu: float, preset: str) -> Card:
-    """Return a card; memory: GB; price: USD an hour, as rented in 2026; mfu: a careful guess."""
-    return Card(Rental(name, memory, PEAK_FLOPS[name] / 1e12, price, mfu), preset)
+def card(name: str, memory: float, price: float, mfu: float, preset: str,
+         measured: bool = False) -> Card:
+    """Return a card; memory: GB; price: USD an hour, assumed; mfu: a careful guess, or measured."""
+    return Card(Rental(name, memory, PEAK_FLOPS[name] / 1e12, price, mfu), preset, measured)
 
 
 CARDS = (card("H100", 80, 2.5, 0.35, "gpu-80gb"), card("A100", 80, 1.5, 0.40, "gpu-80gb"),

@@ -67,9 +67,9 @@ def out_of_memory(monkeypatch, at_step: int) -> None:
 def test_memory_that_runs_out_in_a_step_names_what_to_lower(tmp_path, flags, monkeypatch):
     run = tmp_path / "run"
     out_of_memory(monkeypatch, at_step=8)
-    said = run_train(*flags, "--out", str(run), "--batch-size", "6", "--grad-accum", "2")
+    said = run_train(*flags, "--out", str(run), "--batch-size", "8", "--grad-accum", "2")
     good = run / "checkpoints/step_000006"
-    advice = ["--resume", "--out", str(run), "--grad-accum=3", "--recompute"]
+    advice = ["--resume", "--out", str(run), "--grad-accum=4", "--recompute"]
     assert said.status == 2 and said.err == (
         f"python -m minids.train: step 8: not enough memory for 2.50 GiB; the last good checkpoint "
         f"is {good}; try {shlex.join(advice)}\n")
