@@ -87,7 +87,8 @@ def elsewhere(monkeypatch):
     monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **more: adamw(*given, **more))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: [1] * t.numel())  # rows of each expert
-    monkeypatch.setattr(torch.Tensor, "item", lambda t: 1.0)
+    for number in ("item", "__float__"):
+        monkeypatch.setattr(torch.Tensor, number, lambda t: 1.0)
 
 
 def train(args: ModelArgs, stage: str = "", alter: Callable = lambda model: None) -> Noted:
