@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from minids.apply.compile import compile_blocks
+from minids.apply.precision import StepCopies
 from minids.base.fields import Settings, option, require
 from minids.config import ModelArgs
 from minids.lab.timing import in_turn, speed_cells
@@ -154,23 +156,30 @@ def minids_loss(model: Transformer, tokens: Tensor, targets: Tensor) -> Tensor:
     return model.loss(tokens, targets, mtp_weight=0.0, balance_weight=0.0).total
 
 
-def compile_blocks(model: Transformer) -> None:
-    """Compile a model's blocks one by one."""
-    for block in model.blocks():
-        block.compile()
-
-
 class Stepper:
     """One model's training step: forward, backward, clipping, fused AdamW.
 
     loss: such as `minids_loss`
     dtype: "bf16" (autocast, FP32 master weights), "bf16-weights" (nothing else) or "fp32"
-    first: seconds of the first step, which compiles what is compiled
+    first, first_loss: seconds of the first step, which compiles what is compiled, and its loss
     """
 
     def __init__(self, model: nn.Module, loss: Callable, dtype: str):
         self.model, self.loss, self.dtype, self.first = model, loss, dtype, 0.0
+        self.first_loss, self.copies = 0.0, None
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
+
+    def speed_up(self) -> None:
+        """Set up what `minids.train` does on a GPU: copies of weights, and compiled blocks."""
+        self.copies = StepCopies(self.model)
+        compile_blocks(self.model)
+
+    def check(self, batch: tuple[Tensor, Tensor], loss: float, tolerance: float) -> None:
+        """Stop unless the first step's loss is that of the model as it was before `speed_up`."""
+        with self.resting():
+            self.run([batch])
+        gap = abs(self.first_loss - loss)
+        assert gap <= tolerance, f"the loss was {loss:.6f} and is {self.first_loss:.6f} when fast"
 
     def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of a batch; tokens, targets: (B, S) int64."""
@@ -179,6 +188,8 @@ class Stepper:
 
     def step(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Take one optimizer step and return the loss before it."""
+        if self.copies:
+            self.copies.refresh()
         loss = self.forward(tokens, targets)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -192,7 +203,7 @@ class Stepper:
         for batch in batches:
             loss = self.step(*batch)
             if not self.first:
-                loss.item()  # waits for a GPU
+                self.first_loss = loss.item()  # waits for a GPU
                 self.first = time.perf_counter() - start
 
     @contextlib.contextmanager

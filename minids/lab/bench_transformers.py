@@ -17,23 +17,16 @@ from torch import Tensor, nn
 
 from minids.base.command_line import one_line
 from minids.config import ModelArgs
+from minids.costs.cards import PEAK_FLOPS
 from minids.costs.flops import flops_per_token
 from minids.hf import config_from_args, save_hf
 from minids.infer.generation import generate
 from minids.infer.sampling import Sampler
-from minids.lab.bench_setup import (
-    DTYPES,
-    Bench,
-    BenchArgs,
-    Stepper,
-    compile_blocks,
-    minids_loss,
-)
+from minids.lab.bench_setup import DTYPES, Bench, BenchArgs, Stepper, minids_loss
 from minids.lab.timing import RATIOS, in_turn, speed_cells, watch_memory
 from minids.model.transformer import Transformer
 from minids.rl.rollout import roll_out
 from minids.runs.device import prepare_cpu
-from minids.train import PEAK_FLOPS
 
 TRIAL_ROUNDS = {"cpu": 3, "cuda": 1}
 MEMORY_STEPS = 5  # training steps whose memory is watched
@@ -235,9 +228,11 @@ def train_table(bench: Bench) -> Iterator[list[str]]:
         setting = fastest_training(bench, dtype)
         choose(theirs.model, setting)
         ours = Stepper(bench.trained(dtype), minids_loss, dtype)
-        losses = first_losses(ours, theirs, bench.batches(1)[0])
+        batch = bench.batches(1)[0]
+        losses = first_losses(ours, theirs, batch)
         if gpu:
-            compile_blocks(ours.model)
+            ours.speed_up()
+            ours.check(batch, losses[0], LOSS_TOLERANCE[dtype])
         cells = bench.time_steps(ours, theirs)
         yield [f"{dtype}, {setting}", *cells, *(f"{loss:.5f}" for loss in losses),
                *(gpu_cells(bench, ours, theirs, cells) if gpu else [])]

@@ -28,13 +28,16 @@ from minids.plots.speed import IDLE, STEPS, profile_figure
 
 PROFILED = {"training": 3, "decoding": 16}  # steps
 # The first pattern that a kernel's name holds decides; the last takes what is left.
+# What is called .._kernel alone is ours; a compiler's own name lists all that it has fused.
+FUSED = r"^triton_(poi|red|per)_"
 KINDS = {
-    "grouped products": r"group(ed|problem)|_grouped_mm",
-    "attention": r"flash|fmha|sdpa|attention|attn|softmax_warp",
+    "grouped products": r"group(ed|problem)|_grouped_mm|^(up|down)_kernel",
+    "attention": r"flash|fmha|sdpa|attention|attn|^(prepare|attend|merge)_kernel",
     "products": r"gemm|gemv|cutlass|nvjet|xmma|cublas|::(mm|bmm|addmm|baddbmm|linear)\b|splitk",
-    "optimizer": r"adam|multi_tensor|foreach|lerp|orthogonal",
-    "cross-entropy": r"softmax|nll|entropy|logsumexp",
-    "routing": r"sort|topk|gather|scatter|index|radix|scan|cumsum|embedding|dispatch|combine",
+    "optimizer": r"adam|multi_tensor|foreach|lerp|^(look_ahead|move)_kernel",
+    "cross-entropy": r"softmax|nll|entropy|^loss_and_gradient_kernel",
+    "routing": r"sort|topk|gather|scatter|index|radix|scan|cumsum|embedding|"
+               r"^(sum_slots|gate|choose|list|combine|sums|gradient)_kernel",
     "copies and casts": r"memcpy|memset|copy|cat|fill|zero",
     "norms and elementwise": r"",
 }
@@ -45,6 +48,8 @@ ANNOTATION = re.compile(r"^[\w.]+#[\w.]+$|^ProfilerStep")  # a stretch of time w
 
 def kind_of(kernel: str) -> str:
     """Return the kind of a kernel, or of an operation on a CPU, by its name."""
+    if re.search(FUSED, kernel):
+        return [*KINDS][-1]
     return next(kind for kind, pattern in KINDS.items() if re.search(pattern, kernel, re.I))
 
 

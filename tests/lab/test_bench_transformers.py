@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from minids.config import ModelArgs
+from minids.lab import bench_setup, timing
 from minids.lab import bench_transformers as beside
-from minids.lab import timing
 from minids.lab.bench_setup import Stepper
 from minids.lab.timing import RATIOS, process_memory, speed_cells
 from minids.model.transformer import Transformer
@@ -321,6 +321,23 @@ def test_a_trial_of_training_changes_no_weight():
     assert stepper.held() == 3 * size + buffers + counters and stepper.first > 0
     stepper.run([some_batch()])
     assert not all(torch.equal(before[n], p) for n, p in stepper.model.named_parameters())
+
+
+def test_a_fast_step_computes_what_the_slow_one_does(monkeypatch):
+    """With copies of the weights; compiled code is a GPU's, and nothing compiles here."""
+    monkeypatch.setattr(bench_setup, "compile_blocks", lambda model: None)
+    stepper = Stepper(random_model(), beside.minids_loss, "bf16")
+    with torch.no_grad():
+        loss = stepper.forward(*some_batch()).item()
+    stepper.speed_up()
+    stepper.check(some_batch(), loss, beside.LOSS_TOLERANCE["bf16"])
+    stepper.run([some_batch()] * 3)  # the copies follow the weights
+    with torch.no_grad():
+        learnt = stepper.forward(*some_batch()).item()
+    stepper.first = 0.0
+    with pytest.raises(AssertionError, match="when fast"):
+        stepper.check(some_batch(), loss, beside.LOSS_TOLERANCE["bf16"])
+    assert stepper.first_loss == pytest.approx(learnt, abs=beside.LOSS_TOLERANCE["bf16"])
 
 
 def test_one_batch_size_is_one_row(nothing_runs):

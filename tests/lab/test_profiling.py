@@ -34,6 +34,9 @@ KERNELS = {
     "void at::native::radixSortKVInPlace<2, -1, 32, 4, long, long, unsigned int>": "routing",
     "void at::native::_scatter_gather_elementwise_kernel<128, 8": "routing",
     "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float>": "cross-entropy",
+    "triton_poi_fused__to_copy_index_mul_silu_3": "norms and elementwise",
+    "attend_kernel": "attention", "up_kernel": "grouped products", "choose_kernel": "routing",
+    "normalise_kernel": "norms and elementwise", "sum_slots_kernel": "routing",
     "aten::mm": "products", "aten::_grouped_mm": "grouped products",
 }
 
