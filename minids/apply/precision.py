@@ -26,7 +26,6 @@ class StepCopies:
 
     def __init__(self, model: Transformer, dtype: torch.dtype = torch.bfloat16):
         self.pairs: list[tuple[nn.Parameter, Tensor]] = []  # a parameter and its (part of a) copy
-        self.versions: list[int] = []
         for module in (m for part in (model.layers, model.mtp) for m in part.modules()):
             if type(module) is Linear:
                 module.product = ProductOfCopy(self.copy(dtype, module.weight), module.product)
@@ -46,12 +45,9 @@ class StepCopies:
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Cast all parameters anew if one of them has changed."""
-        versions = [parameter._version for parameter, _ in self.pairs]
-        if versions != self.versions:
-            parameters, copies = zip(*self.pairs, strict=True)
-            torch._foreach_copy_(copies, parameters)
-            self.versions = versions
+        """Cast all parameters anew: a fused optimizer's step leaves no mark that one changed."""
+        parameters, copies = zip(*self.pairs, strict=True)
+        torch._foreach_copy_(copies, parameters)
 
 
 class ProductOfCopy:

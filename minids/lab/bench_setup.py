@@ -170,8 +170,8 @@ class Stepper:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def speed_up(self) -> None:
-        """Set up what `minids.train` does on a GPU: copies of weights, and compiled blocks."""
-        self.copies = StepCopies(self.model)
+        """Do to a model of minids what `train` does on a GPU: BF16 copies, compiled blocks."""
+        self.copies = StepCopies(self.model) if self.dtype == "bf16" else None
         compile_blocks(self.model)
 
     def check(self, batch: tuple[Tensor, Tensor], loss: float, tolerance: float) -> None:

@@ -59,6 +59,16 @@ def test_a_changed_weight_reaches_its_copy_and_a_stale_one_is_noticed():
     assert gap(right[1], after[1]) < 1e-2 < gap(right[1], stale[1])
 
 
+def test_a_fused_optimizer_s_step_reaches_the_copies():
+    """It changes parameters without raising the version that torch counts for each."""
+    model = scrambled(LITTLE, dtype=torch.float32)
+    copies, optimizer = StepCopies(model), torch.optim.AdamW(model.parameters(), 0.1, fused=True)
+    gradients(model, 1, copies)
+    optimizer.step()
+    copies.refresh()
+    assert all(torch.equal(made, p.detach().bfloat16()) for p, made in copies.pairs)
+
+
 def test_without_gradients_the_parameters_are_read():
     model = scrambled(LITTLE, dtype=torch.float32)
     tokens = random_tokens(LITTLE, 2, 16)
