@@ -26,6 +26,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a
 KINDS = torch.bfloat16, torch.float16, torch.float32
 MANY = 1024  # tokens of a step; with more the plain definition's products are as quick
 PROGRAMS = 264  # that attention is cut into: two for each multiprocessor of a large GPU
+MOST_PIECES = 64  # more take longer to add up than they save
 LOG2_E = 1.4426950408889634
 
 
@@ -114,7 +115,8 @@ def attention(attn, own: Joined, x: Tensor, context) -> Tensor:
     rows, keys = count * heads, 32
     together = max(16, min(kernels.power(rows), 32))
     end = cache.length + count
-    pieces = max(1, min(PROGRAMS // (batch * -(-rows // together)), -(-end // (2 * keys))))
+    pieces = min(PROGRAMS // (batch * -(-rows // together)), -(-end // (2 * keys)), MOST_PIECES)
+    pieces = max(pieces, 1)
     piece = -(-end // pieces // keys) * keys
     pieces = -(-end // piece)
     parts = torch.empty(pieces, len(x), heads, rank, dtype=torch.float32, device=x.device)
@@ -127,7 +129,7 @@ def attention(attn, own: Joined, x: Tensor, context) -> Tensor:
     out, block = torch.empty(len(x), heads * args.v_head_dim, **new), min(args.v_head_dim, 32)
     kernels.merge_kernel[(-(-len(x) // tokens), heads, args.v_head_dim // block)](
         parts, best, total, attn.wkv_b.weight, out, len(x), pieces, TOKENS=tokens, BLOCK=block,
-        PRECISION=how, **widths)
+        ALL=kernels.power(pieces), PRECISION=how, **widths)
     return F.linear(out, attn.wo.weight)
 
 

@@ -131,23 +131,28 @@ def attend_kernel(q, latents, slots, out, best, total, slot_stride, latent_strid
 @triton.jit
 def merge_kernel(parts, best, total, wkv_b, out, N, pieces, H: tl.constexpr, NOPE: tl.constexpr,
                  V: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-                 PRECISION: tl.constexpr):
-    """Add up the pieces' sums, and fold W_UV in: (pieces, N, H, R) -> out (N, H, V)"""
+                 ALL: tl.constexpr, PRECISION: tl.constexpr):
+    """Add up the pieces' sums, and fold W_UV in: (pieces, N, H, R) -> out (N, H, V)
+
+    ALL: a power of two not below the number of pieces
+    """
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     h = tl.program_id(1)
     there = n < N
     v = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     r = tl.arange(0, R)
     row = n * H + h
-    high = tl.full((TOKENS,), float("-inf"), tl.float32)
-    for part in range(pieces):
-        high = tl.maximum(high, tl.load(best + part * N * H + row, mask=there, other=0.0))
-    mass = tl.zeros((TOKENS,), tl.float32)
+    every = tl.arange(0, ALL)
+    places = every[None, :] * N * H + row[:, None]
+    inside = there[:, None] & (every < pieces)[None, :]
+    highs = tl.load(best + places, mask=inside, other=float("-inf"))
+    high = tl.where(there, tl.max(highs, axis=1), 0.0)
+    masses = tl.load(total + places, mask=inside, other=0.0)
+    mass = tl.where(there, tl.sum(tl.exp2(highs - high[:, None]) * masses, axis=1), 1.0)
     z = tl.zeros((TOKENS, R), tl.float32)
     for part in range(pieces):
         place = part * N * H + row
         weight = tl.exp2(tl.load(best + place, mask=there, other=0.0) - high)
-        mass += weight * tl.load(total + place, mask=there, other=1.0)
         z += weight[:, None] * tl.load(parts + place[:, None] * R + r[None, :],
                                        mask=there[:, None], other=0.0)
     z = z / mass[:, None]
