@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from minids.apply.precision import ProductOfCopy
 from minids.kernels import few_tokens_gpu
 from minids.kernels.few_tokens_gpu import Joined
 from minids.kernels.precision import compute_dtype
@@ -52,7 +53,19 @@ def for_products(model: Transformer) -> Transformer:
     if not cast:
         return model
     shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    for module in model.modules():  # what serves the steps of training is left behind
+        if isinstance(product := vars(module).get("product"), ProductOfCopy):
+            shared[id(product)] = product.product
+        if "copies" in vars(module):
+            shared[id(module.copies)] = ()
     return copy.deepcopy(model, shared | cast)
+
+
+def is_replaced(part: nn.Module) -> bool:
+    """Return whether something stands in for a part's own product or selection."""
+    product = vars(part).get("product")
+    product = product.product if isinstance(product, ProductOfCopy) else product
+    return "selection" in vars(part) or product not in (None, getattr(type(part), "product", None))
 
 
 def fold(model: Transformer, cache: LatentCache) -> None:
@@ -67,7 +80,7 @@ def fold(model: Transformer, cache: LatentCache) -> None:
     pays = (weight.device.type == "cpu" and compute_dtype(weight) == weight.dtype
             and args.kv_lora_rank % 2 == 0 and args.n_heads * args.kv_lora_rank <= 2 * args.dim)
     blocks = model.blocks()[cache.first_layer:][:len(cache.latents)]
-    known = all(type(part) in PARTS and not {"product", "selection"} & vars(part).keys()
+    known = all(type(part) in PARTS and not is_replaced(part)
                 for block in blocks for part in block.modules())
     with torch.no_grad():
         if pays and known:

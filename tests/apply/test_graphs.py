@@ -12,6 +12,7 @@ from small_models import LITTLE, random_tokens, scrambled
 
 from minids.apply import folded, graphs
 from minids.apply.graphs import Steps
+from minids.apply.precision import ProductOfCopy, StepCopies
 from minids.base import command_line
 from minids.generate import generate
 from minids.infer import decoding
@@ -123,6 +124,23 @@ def test_weights_are_cast_once_to_what_autocast_makes_of_them(static, monkeypatc
         folded.cast_products(model)
         assert folded.for_products(model) is model
     assert {n: w.dtype for n, w in model.named_parameters()} == kinds
+
+
+def test_what_serves_training_is_left_behind():
+    """A model that learns on a GPU has copies of its weights, which a session does not want."""
+    model = scrambled(LITTLE, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = folded.for_products(model)
+        StepCopies(model).refresh()
+        derived = folded.for_products(model)
+    assert not any(map(folded.is_replaced, derived.modules()))
+    assert not any(isinstance(vars(part).get("product"), ProductOfCopy) or
+                   vars(part).get("copies") for part in derived.modules())
+    pairs = zip(derived.parameters(), plain.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+    assert not any(map(folded.is_replaced, model.modules()))
+    model.layers[0].attn.wo.product = lambda x, weight: x @ weight.t()
+    assert list(map(folded.is_replaced, model.modules())).count(True) == 1
 
 
 def test_a_prompt_read_in_pieces_is_the_prompt_read_whole(monkeypatch):
