@@ -28,6 +28,7 @@ from minids.base.fields import MOST, option, require
 from minids.base.files import read_jsonl
 from minids.config import ModelArgs
 from minids.model.objective import Packed
+from minids.model.transformer import Transformer
 from minids.rl.examination import Asking, check_room, examine_modes
 from minids.runs.learner import Learner, content, learn
 from minids.runs.open import settings
@@ -169,8 +170,8 @@ class FineTuner(Learner):
         super().__init__(args, model_args, run, tokenizer)
         self.more_config = content(args.data)
 
-    def prepare(self) -> None:
-        self.speed_up(self.args.compile)
+    def prepare(self, model: Transformer) -> None:
+        self.speed_up(model, self.args.compile)
 
     def accumulate(self) -> tuple[dict, None]:
         """Compute the gradients of the step's rows; returns its metrics."""

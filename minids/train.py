@@ -20,7 +20,13 @@ A run folder holds config.json (every setting), tokenizer/, metrics.jsonl (one o
 checkpoints/step_NNNNNN/, loss.png and sample.txt. On one machine a run that is stopped at any
 moment and resumed ends with the same bytes as an unbroken one; Ctrl-C finishes the step and saves.
 
-Simplified: one process. The sequence length is fixed, and there is no context extension.
+torchrun starts one process per GPU, or several on a CPU, and the same command trains over all of
+them with the numbers of one process; --fsdp, --replicate, --expert-parallel and --pipeline lay them
+out. Their checkpoints continue on any other number of processes.
+
+    torchrun --nproc-per-node 2 -m minids.train --preset nano --device cpu
+
+Simplified: the sequence length is fixed, and there is no context extension.
 """
 
 import dataclasses
@@ -43,18 +49,21 @@ from minids.costs import count_parameters
 from minids.costs.cards import PEAK_FLOPS
 from minids.costs.flops import flops_per_token
 from minids.infer.generation import generate
-from minids.infer.validation import evaluate, parse_share, windows
+from minids.infer.validation import Evaluation, evaluate, parse_share, windows
 from minids.model.moe import max_violation
 from minids.model.objective import Packed
 from minids.model.sparse_attention import freeze_all_but_indexers
+from minids.model.transformer import Transformer
+from minids.parallel.layout import Layout
+from minids.parallel.team import speaking_first, started, world_size
 from minids.plots.runs import loss_curve
 from minids.runs import open as runs
-from minids.runs.device import memory_mib, prepare_cpu
+from minids.runs.device import memory_mib, pick_device, prepare_cpu
 from minids.runs.folders import free_folders, locked
 from minids.runs.learner import Learner, run_learner
 from minids.runs.optimizers import batch_size_at, bias_speed_at, mtp_weight_at
 from minids.runs.settings import TrainArgs
-from minids.text.loaders import open_data
+from minids.text.loaders import Data, open_data
 from minids.text.tokenizer import Tokenizer
 
 # Fields of the model that may differ from those of the run before: its weights still fit.
@@ -75,8 +84,7 @@ class Trainer(Learner):
             raise ValueError(f"prompt = {args.prompt!r} is not valid: its {len(self.prompt)} "
                              f"tokens must be fewer than max_seq_len = {model_args.max_seq_len}")
         importlib.import_module("matplotlib")  # the figure at the end needs it
-        self.data = open_data(args.data, tokenizer, args.seq_len, args.seed, args.fim_rate,
-                              workers=args.threads)
+        self.data = self.open_data()
         self.more_config = dict(data=self.data.fingerprint)
         self.tokens = 0
         self.recent_loss = math.nan  # moving mean, the yardstick for spikes
@@ -92,17 +100,24 @@ class Trainer(Learner):
                 f"data    {self.data.describe()}\nrun     {self.run}, on {self.device}, "
                 f"{str(self.dtype).removeprefix('torch.')}{threads}")
 
-    def prepare(self) -> None:
+    def prepare(self, model: Transformer) -> None:
         """Set up recomputation and FP8, and freeze what a warm-up of indexers leaves alone."""
         args = self.args
-        recompute_blocks(self.model, args.recompute)
+        recompute_blocks(model, args.recompute)
         if args.dsa == "warmup":
-            freeze_all_but_indexers(self.model)
+            freeze_all_but_indexers(model)
         if args.fp8:
             require(args, "fp8", self.dtype != torch.float16,
                     "false where products are in FP16, or with --dtype fp32")
-            use_fp8(self.model)
-        self.speed_up(args.compile, plain=args.fp8 or bool(args.dsa), ramp=args.batch_start > 0)
+            use_fp8(model)
+        self.speed_up(model, args.compile, plain=args.fp8 or bool(args.dsa),
+                      ramp=args.batch_start > 0)
+
+    def open_data(self, rank: int = 0, world: int = 1) -> Data:
+        """Return training batches and validation text; rank, world: as of `PackedLoader`"""
+        args = self.args
+        return open_data(args.data, self.tokenizer, args.seq_len, args.seed, args.fim_rate,
+                         workers=args.threads, rank=rank, world=world)
 
     def more_state(self) -> dict:
         return dict(loader=self.data.loader.state_dict())
@@ -115,16 +130,21 @@ class Trainer(Learner):
         args, metric = self.args, None
         if last or (args.eval_every and self.step % args.eval_every == 0):
             with self.autocast():
-                found = evaluate(self.model, self.data.valid, self.tokenizer.n_bytes, args.seq_len,
-                                 args.batch_size // args.grad_accum,
-                                 None if last else args.eval_tokens,
-                                 self.tokenizer.bos_id if args.separate else None)
+                found = self.validate(None if last else args.eval_tokens)
             metric = self.valid_bpb = record["valid_bpb"] = found.bits_per_byte
             record["valid_max_vio"] = [round(v, 4) for v in found.max_vio]
             record["valid_loads"] = found.loads.tolist()
         if args.sample_every and self.step % args.sample_every == 0 and not last:
-            tqdm.write(f"step {self.step}: {self.sample(64)[0]!r}")
+            for text in self.sample(64):
+                tqdm.write(f"step {self.step}: {text!r}")
         return metric
+
+    def validate(self, max_tokens: int | None) -> Evaluation:
+        """Evaluate the model on validation text, at most so many tokens; None: all of it."""
+        args = self.args
+        return evaluate(self.model, self.data.valid, self.tokenizer.n_bytes, args.seq_len,
+                        args.batch_size // args.grad_accum, max_tokens,
+                        self.tokenizer.bos_id if args.separate else None)
 
     def line(self, record: dict) -> str:
         return (f"loss {record['loss']:.3f}, validation {self.valid_bpb:.4f} bits per byte, "
@@ -189,11 +209,11 @@ class Trainer(Learner):
         return False
 
     def model_flops_utilisation(self, tokens_per_second: float) -> float | None:
-        """Return the MFU: the model's FLOP/s as a share of the device's peak, if that is known."""
+        """Return the MFU: the model's FLOP/s as a share of the devices' peak, if that is known."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         peak = next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
         return peak and round(flops_per_token(self.model.args, self.args.seq_len)
-                              * tokens_per_second / peak, 4)
+                              * tokens_per_second / peak / self.ranks, 4)
 
     def sample(self, max_new_tokens: int, count: int = 1) -> list[str]:
         """Generate `count` texts that continue the prompt, without the token that ends them."""
@@ -322,32 +342,48 @@ def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
     return model_args
 
 
-def train(args: TrainArgs, model: dict | None = None) -> Path:
+def train(args: TrainArgs, model: dict | None = None, layout: Layout | None = None) -> Path:
     """Train a model, or continue a run if `args.resume` is set; returns the run's folder.
 
     model: fields of `ModelArgs` that differ from the preset's
+    layout: of the ranks, if torchrun has started several processes: all of them call this
     Raises `ValueError` for settings that do not fit, before anything is written, and for a NaN or
     Inf loss; `Stopped` after a signal, with the state saved.
     """
     prepare_cpu(args.threads, args.bodies)
-    with locked([Path(args.out)] if args.out else free_folders(default_folder(args))) as run:
-        args = dataclasses.replace(args, out=str(run))
-        source, model = runs.source_of(args), model or {}
-        if runs.resumes(args):
-            model = dataclasses.asdict(source.args)
-        elif source:
-            model = model_after(args, model, source)
-        tokenizer = source.tokenizer if source else Tokenizer.open(args.tokenizer)
-        trainer = Trainer(args, fit_model(args, model, tokenizer), run, tokenizer)
-        print(trainer.describe(), flush=True)
-        run_learner(trainer, source)
+    layout = (layout or Layout()).fitted(world_size())
+    wanted = [Path(args.out)] if args.out else free_folders(default_folder(args))
+    with started(layout, pick_device(args.device).type) as team:
+        if team is None:
+            with locked(wanted) as run:
+                train_in(run, args, model or {}, Trainer)
+            return run
+        from minids.runs.over_ranks import locked_for_all, over_ranks
+        with team.alike(), locked_for_all(team, wanted) as run:
+            train_in(run, args, model or {}, over_ranks(Trainer, team))
     return run
+
+
+def train_in(run: Path, args: TrainArgs, model: dict, kind: type[Trainer]) -> None:
+    """Train in a folder that no other run has; model: fields that differ from the preset's"""
+    args = dataclasses.replace(args, out=str(run))
+    source = runs.source_of(args)
+    if runs.resumes(args):
+        model = dataclasses.asdict(source.args)
+    elif source:
+        model = model_after(args, model, source)
+    tokenizer = source.tokenizer if source else Tokenizer.open(args.tokenizer)
+    trainer = kind(args, fit_model(args, model, tokenizer), run, tokenizer)
+    print(trainer.describe(), flush=True)
+    run_learner(trainer, source)
 
 
 def main() -> None:
     """The command line."""
-    given, given_model = parse("minids.train", __doc__, TrainArgs, ModelArgs)
-    train(*settings(given, given_model))
+    with speaking_first():
+        given, given_model, layout = parse("minids.train", __doc__, TrainArgs, ModelArgs, Layout)
+        args, layout = settings(given, given_model), Layout(**layout).fitted(world_size())
+    train(*args, layout)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from minids.__main__ import programs
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ("README.md", "minids/README.md", "notebooks/README.md", "figures/README.md")
-PROGRAMS = ("python", "pip", "pytest", "jupyter", "nbgrader", "cd")
+PROGRAMS = ("python", "torchrun", "pip", "pytest", "jupyter", "nbgrader", "cd")
 
 # The beginning of a command -> flags that make it small. The longest beginning counts.
 GIVEN = "--steps 2 --batch-size 2 --seq-len 64 --max-seq-len 64 --eval-every 0 --threads 1"
@@ -99,6 +99,7 @@ ELSEWHERE = {
     "python tests/crash_points.py": "tests/test_crash_points.py",
     "python tests/kinds.py": "it runs hundreds of programs, for a quarter of an hour",
     "python tests/busy.py": "it measures a machine that does nothing else",
+    "torchrun": "tests/parallel/test_training_over_ranks.py",
     "python -m minids.r1": "tests/test_r1.py runs all stages with small settings",
 }
 

@@ -20,7 +20,7 @@ from minids.model.transformer import positions_in, same_sample
 from minids.rl import examination
 from minids.rl.examination import Asking, Marks
 from minids.runs.checkpoints import load_weights, resolve
-from minids.runs.learner import fetched
+from minids.runs.device import fetched
 from minids.runs.open import open_model, open_source
 from minids.runs.settings import TrainArgs
 from minids.sft import PRESETS, FineTuner, Rows, SftArgs, conversation, open_conversations

@@ -19,7 +19,7 @@ from training_runs import (
 from minids import ModelArgs
 from minids.costs.flops import flops_per_token
 from minids.model.moe import Gate, Routing
-from minids.runs.learner import fetched
+from minids.runs.device import fetched
 from minids.runs.settings import TrainArgs
 from minids.tokenizer import Tokenizer
 from minids.train import Trainer

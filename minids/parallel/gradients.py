@@ -8,30 +8,31 @@ from minids.parallel.ranks import Ranks
 from minids.parallel.shards import local
 
 
-@torch.no_grad()
-def clip(parameters: list[nn.Parameter], longest: float, ranks: Ranks,
-         counted_elsewhere: list[nn.Parameter] = ()) -> float:
-    """Scale a gradient down that is longer than `longest`; return its norm before.
+def norm(parameters: list[nn.Parameter], ranks: Ranks,
+         counted_elsewhere: list[nn.Parameter] = ()) -> Tensor:
+    """Return the norm of a gradient, on all ranks, each with its own shards.
 
-    parameters: those of all ranks together, each rank with its own shards
-    counted_elsewhere: those of them whose gradient another rank holds and counts as well
+    counted_elsewhere: parameters whose gradient another rank holds and counts as well
 
     Ranks of an `fsdp` group hold different shards of everything, experts included, and replicas
     hold the same: the sum of squares goes over the group, then over the pipeline.
     """
-    grads = [local(p.grad) for p in parameters if p.grad is not None]
     twice = {id(p) for p in counted_elsewhere}
-    counted = [local(p.grad) for p in parameters if p.grad is not None and id(p) not in twice]
+    grads = [local(p.grad) for p in parameters if p.grad is not None and id(p) not in twice]
     squares = torch.zeros((), dtype=torch.float64, device=ranks.device)
-    if counted:
-        squares += nn.utils.get_total_norm(counted).double() ** 2
+    if grads:
+        squares += nn.utils.get_total_norm(grads).double() ** 2
     for name in ("fsdp", "pipeline"):
         dist.all_reduce(squares, group=ranks.dense.get_group(name))
-    norm = squares.sqrt()
-    factor = (longest / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
-    for grad in grads:
-        grad.mul_(factor.to(grad.dtype))
-    return norm.item()
+    return squares.sqrt()
+
+
+@torch.no_grad()
+def scale(parameters: list[nn.Parameter], longest: float, length: float) -> None:
+    """Scale a gradient of that length down to `longest`, as torch.nn.utils.clip_grad_norm_ does."""
+    factor = longest / (length + 1e-6)
+    for grad in (local(p.grad) for p in parameters if p.grad is not None and factor < 1):
+        grad.mul_(factor)
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

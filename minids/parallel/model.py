@@ -4,12 +4,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from minids.config import ModelArgs
 from minids.model.objective import Losses, Packed
 from minids.model.transformer import Transformer
-from minids.parallel.gradients import clip, sum_over_ranks
-from minids.parallel.pipeline import Pipeline, Weights, cut
+from minids.parallel.gradients import norm, sum_over_ranks
+from minids.parallel.pipeline import LaterEmbedding, Pipeline, Weights, cut
 from minids.parallel.ranks import Ranks
 from minids.parallel.sharding import empty_model, initialise_parts, shard
 
@@ -30,7 +31,7 @@ class ParallelModel:
         prepare: does to each part, before it is sharded, what is done to a model from outside
         """
         ranks.layout.check(args)
-        self.args, self.ranks, self.parts = args, ranks, []
+        self.args, self.ranks, self.dtype, self.parts = args, ranks, dtype, []
         for stage in ranks.layout.stages_of(ranks.pipeline_rank):
             part = empty_model(args, dtype)
             if ranks.layout.pipeline > 1:
@@ -83,12 +84,29 @@ class ParallelModel:
         (losses.total * share).backward()
         return Losses(*(part.detach() * share for part in losses[:5]), losses.loads)
 
-    def clip(self, parameters: list[nn.Parameter], longest: float) -> float:
-        """Scale down a gradient longer than `longest`; return the norm over all ranks, before."""
+    def norm(self, parameters: list[nn.Parameter]) -> Tensor:
+        """Return the norm of these parameters' gradient over all ranks, a scalar."""
         twice = self.pipeline.second_embedding() if self.pipeline else []
-        return clip(parameters, longest, self.ranks, counted_elsewhere=twice)
+        return norm(parameters, self.ranks, counted_elsewhere=twice)
 
     def update_gate_bias(self, loads: Tensor, speed: float) -> None:
         """Move the selection biases; loads: those of the whole model, summed over ranks."""
         for part in self.parts:
             part.update_gate_bias(loads, speed)
+
+    def gate_biases(self) -> list[Tensor]:
+        """Return the selection biases of all layers, on every rank; all ranks call this."""
+        args = self.args
+        layers = sum(map(args.is_moe_layer, range(args.n_layers + args.n_mtp_layers)))
+        found = torch.zeros(layers, args.n_routed_experts, device=self.ranks.device)
+        for part in self.parts:
+            for block in part.blocks():
+                if block.is_moe and block.ffn.gate.bias is not None:
+                    found[block.layer - args.n_dense_layers] = block.ffn.gate.bias
+        dist.all_reduce(found, group=self.ranks.dense.get_group("pipeline"))
+        return list(found) if args.gate_bias else []
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return this rank's weights and gate biases, sharded, by the whole model's names."""
+        return {name: tensor for part in self.parts for name, tensor in part.state_dict().items()
+                if not (name == "embed.weight" and isinstance(part.embed, LaterEmbedding))}

@@ -13,7 +13,8 @@ the data that it names (Pillai et al., "All File Systems Are Not Created Equal",
 reader recomputes the checksums, names what it refuses, and falls back on the checkpoint before it.
 `state.pt` holds tensors and plain values only: reading it runs no foreign code.
 
-Simplified: one process writes to a run at a time, and holds all the weights.
+Simplified: one process writes to a run at a time, and holds all the weights; where many ranks
+share them, `minids.runs.sharded` writes, with other files under the same manifest.
 """
 
 import contextlib
@@ -25,6 +26,7 @@ import re
 import shutil
 import sys
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +37,11 @@ from torch import Tensor
 
 from minids.base.fields import nearest
 from minids.base.files import digest, discard, flush, is_sealed, publish, sealed, write_flushed
+from minids.parallel.parts import Parts
 
-FORMAT = 1
+FORMAT, SHARDED = 1, 2  # SHARDED: written by many ranks, see `minids.runs.sharded`
 WEIGHTS, STATE, MANIFEST = "model.safetensors", "state.pt", "manifest.json"
+PLAIN_STATE = "state.json"  # of many ranks, beside their parts of tensors
 NAME = re.compile(r"step_(\d{6,})(\.replaced)?")
 
 
@@ -61,24 +65,41 @@ def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dic
     check_plain(state, "state")
     if metric is not None and not math.isfinite(metric):
         raise ValueError(f"metric = {metric!r} is not valid: it must be finite, or None")
-    folder = Path(run) / "checkpoints"
-    final = folder / f"step_{step:06d}"
-    temp = folder / f".tmp_{final.name}"
+    final, temp = places(run, step)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        flush(folder.parent)
-        remove_leftovers(folder)
-        temp.mkdir()
-        write_files(temp, step, weights, state, metric, record)
-        publish(temp, final)
-    except (OSError, SafetensorError) as error:
-        reason, before = getattr(error, "strerror", None) or error, newest_checkpoint(run)
-        intact = f"{before}, the one before it, is intact" if before else "there is none before it"
-        raise OSError(f"checkpoint {final} could not be written: {reason}; {intact}") from error
+        with telling(run, final):
+            make_folder(temp)
+            write_files(temp, step, weights, state, metric, record)
+            publish(temp, final)
     finally:
         shutil.rmtree(temp, ignore_errors=True)
     prune(run, final, keep_last)
     return final
+
+
+def places(run: Path, step: int) -> tuple[Path, Path]:
+    """Return the folder of a checkpoint, and the one in which it is made."""
+    folder = Path(run) / "checkpoints"
+    return folder / f"step_{step:06d}", folder / f".tmp_step_{step:06d}"
+
+
+def make_folder(temp: Path) -> None:
+    """Make the folder in which a checkpoint is written."""
+    temp.parent.mkdir(parents=True, exist_ok=True)
+    flush(temp.parent.parent)
+    remove_leftovers(temp.parent)
+    temp.mkdir()
+
+
+@contextlib.contextmanager
+def telling(run: Path, final: Path) -> Iterator[None]:
+    """Turn an error of writing into one that says which checkpoint failed and which is intact."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason, before = getattr(error, "strerror", None) or error, newest_checkpoint(run)
+        intact = f"{before}, the one before it, is intact" if before else "there is none before it"
+        raise OSError(f"checkpoint {final} could not be written: {reason}; {intact}") from error
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -125,7 +146,13 @@ def write_files(folder: Path, step: int, weights: dict, state: dict, metric: flo
     for name in (WEIGHTS, STATE):
         flush(folder / name)
         files[name] = {"bytes": (folder / name).stat().st_size, "sha256": digest(folder / name)}
-    write_flushed(folder / MANIFEST, sealed({"format": FORMAT, "step": step, "metric": metric,
+    write_manifest(folder, FORMAT, step, metric, files, record)
+
+
+def write_manifest(folder: Path, version: int, step: int, metric: float | None, files: dict,
+                   record: dict | None) -> None:
+    """Write the last file of a checkpoint; files: size and SHA-256 of the others."""
+    write_flushed(folder / MANIFEST, sealed({"format": version, "step": step, "metric": metric,
                                              "torch": torch.__version__, "files": files}
                                             | (record or {})))
     flush(folder)
@@ -178,8 +205,9 @@ def read_manifest(path: Path) -> dict:
         version = manifest["format"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise ValueError(f"{file} is not a readable manifest ({len(data)} bytes)") from None
-    if version != FORMAT:
-        raise ValueError(f"{file} has format {version!r}: this version reads format {FORMAT}")
+    if version not in (FORMAT, SHARDED):
+        raise ValueError(f"{file} has format {version!r}: this version reads formats {FORMAT} and "
+                         f"{SHARDED}")
     if not is_sealed(data, manifest):
         raise ValueError(f"{file} was changed: it does not match its seal")
     return manifest
@@ -199,10 +227,15 @@ def recorded(run: Path, name: str, checkpoint: Path | None = None) -> dict | Non
     return None
 
 
-def verify(path: Path, names: tuple[str, ...] = (WEIGHTS, STATE)) -> dict:
-    """Check files and return the manifest; raise `ValueError` naming a damaged file."""
+def verify(path: Path, kind: str = "") -> dict:
+    """Check the files whose names begin with `kind`, all by default, and return the manifest.
+
+    Raises `ValueError` naming a damaged file.
+    """
     manifest = read_manifest(path)
-    for name in names:
+    for name in manifest["files"]:
+        if not name.startswith(kind):
+            continue
         file, recorded = Path(path) / name, manifest["files"][name]
         if not file.is_file():
             raise ValueError(f"{file} is missing")
@@ -234,15 +267,39 @@ def newest_checkpoint(run: Path) -> Path | None:
     return newest
 
 
+def is_sharded(path: Path) -> bool:
+    """Return whether many ranks wrote a checkpoint, each its own parts."""
+    return read_manifest(path)["format"] == SHARDED
+
+
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Load the weights on the CPU; raise `ValueError` if the file is not the one saved."""
-    verify(path, (WEIGHTS,))
+    """Load the weights on the CPU; raise `ValueError` if a file is not the one saved."""
+    if is_sharded(path):
+        return open_parts(path, "model").whole()
+    verify(path, WEIGHTS)
     return load_file(Path(path) / WEIGHTS)
 
 
+def open_parts(path: Path, kind: str) -> Parts:
+    """Return the verified "model" or "optimizer" tensors of a checkpoint that many ranks wrote."""
+    names = [name for name in verify(path, kind)["files"] if name.startswith(kind)]
+    return Parts([Path(path) / name for name in names])
+
+
 def load_state(path: Path) -> dict:
-    """Load the state on the CPU; raise `ValueError` if it is not the one saved, or not plain."""
-    verify(path, (STATE,))
+    """Load the state on the CPU; raise `ValueError` if it is not the one saved, or not plain.
+
+    Its "optimizers" are their state_dicts or, of many ranks, `Parts` of tensors named
+    PARAMETER/exp_avg and the like.
+    """
+    if is_sharded(path):
+        verify(path, PLAIN_STATE)
+        state = json.loads((Path(path) / PLAIN_STATE).read_bytes())
+        python, numbers = state["rng"]["python"], state["rng"]["torch"]
+        state["rng"] |= dict(python=(python[0], tuple(python[1]), python[2]),
+                             torch=torch.tensor(numbers, dtype=torch.uint8))
+        return state | dict(optimizers=open_parts(path, "optimizer"))
+    verify(path, STATE)
     file = Path(path) / STATE
     try:
         return torch.load(file, map_location="cpu", weights_only=True)

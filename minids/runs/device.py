@@ -9,6 +9,7 @@ import warnings
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from minids.base.command_line import one_line, say_once
 from minids.base.fields import Settings, demand, nearest, option
@@ -130,14 +131,15 @@ def memory_mib(device: torch.device) -> int:
     return peak >> (20 if sys.platform == "darwin" else 10)
 
 
-def check_memory(args: ModelArgs, device: torch.device, each: int = 16) -> None:
+def check_memory(args: ModelArgs, device: torch.device, each: int = 16, ranks: int = 1) -> None:
     """Refuse a model too large to train here, before torch runs out of memory halfway.
 
     each: bytes per parameter; 16 are weight, gradient and two moments in FP32
+    ranks: GPUs that share it; ranks on CPUs share the memory of one machine
     """
     count = count_parameters(args)
     parameters = count.total + count.mtp
-    needed = each * parameters
+    needed = each * parameters // (ranks if device.type == "cuda" else 1)
     here = (torch.cuda.mem_get_info(device)[1] if device.type == "cuda"
             else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if needed > here:
@@ -145,3 +147,14 @@ def check_memory(args: ModelArgs, device: torch.device, each: int = 16) -> None:
                          f"{', gradients and optimizer' if each == 16 else ''} take "
                          f"{needed / 2**30:,.0f} GiB, and {device} has "
                          f"{here / 2**30:,.0f}; take a smaller preset or fewer layers")
+
+
+def fetched(values: dict) -> dict:
+    """Return what `Learner.accumulate` does as numbers, with one transfer from the device."""
+    lists = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
+    flat = [t for some in lists.values() for t in some if isinstance(t, Tensor)]
+    numbers = iter(torch.stack([t.detach().double() for t in flat]).tolist() if flat else [])
+    lists = {name: [next(numbers) if isinstance(t, Tensor) else t for t in some]
+             for name, some in lists.items()}
+    return {name: sum(v / len(some) for v in some) if len(some) > 1 else some[0]
+            for name, some in lists.items()}

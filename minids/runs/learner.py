@@ -6,9 +6,6 @@ import math
 import platform
 import random
 import shlex
-import signal
-import sys
-import threading
 import time
 from pathlib import Path
 
@@ -26,8 +23,9 @@ from minids.base.files import digest, sealed, write_whole
 from minids.config import ModelArgs
 from minids.model.sparse_attention import load_weights_without_indexer
 from minids.model.transformer import Transformer
+from minids.parallel.parts import Parts
 from minids.runs import checkpoints, optimizers
-from minids.runs.device import check_memory, pick_device, pick_dtype, prepare_cpu
+from minids.runs.device import check_memory, fetched, pick_device, pick_dtype, prepare_cpu
 from minids.runs.folders import free_folders, locked
 from minids.runs.loggers import Mirror
 from minids.runs.metrics import METRICS, append, line_of, read_metrics, settle, summary
@@ -43,6 +41,8 @@ from minids.runs.open import (
     tokenizer_files,
 )
 from minids.runs.settings import LearnArgs
+from minids.runs.sharded import load_states
+from minids.runs.signals import stopping
 from minids.runs.threads import Threads
 from minids.text.tokenizer import Tokenizer
 
@@ -56,22 +56,23 @@ class Learner:
 
     program: name of the run's settings in config.json; run: its folder
     numbers: attributes that a checkpoint's state holds, besides optimizers and generators
+    ranks: processes that share the model; first: whether this one writes and speaks for all
     """
 
     program = ""
+    ranks, first = 1, True
     numbers: tuple[str, ...] = ("step", "seconds")
 
     def __init__(self, args: LearnArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
         self.args, self.run, self.tokenizer = args, run, tokenizer
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
-        check_memory(model_args, self.device)
-        self.mirror = Mirror(args.log, run)
+        check_memory(model_args, self.device, ranks=self.ranks)
+        self.mirror = Mirror(args.log if self.first else "", run)
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(args.seed)  # all the generators that a checkpoint holds
-        self.model = Transformer(model_args).to(self.device)
         self.copies: StepCopies | None = None
-        self.prepare()
+        self.model = self.build(model_args)
         self.optimizers = optimizers.build_optimizers(self.model, args, self.dtype)
         # FP16 has no number below 6e-8: there the loss is scaled, or small gradients would vanish.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -96,7 +97,13 @@ class Learner:
     def describe(self) -> str:
         """Return what the first line that `learn` prints says about the run."""
 
-    def prepare(self) -> None:
+    def build(self, model_args: ModelArgs):
+        """Return the model, prepared."""
+        model = Transformer(model_args).to(self.device)
+        self.prepare(model)
+        return model
+
+    def prepare(self, model: Transformer) -> None:
         """Freeze or convert the model before the optimizers are built."""
 
     def lighter(self) -> list[str]:
@@ -124,11 +131,24 @@ class Learner:
     def finish(self) -> None:
         """Write and print what a run ends with; no longer interrupted by a first signal."""
 
+    def gradient_norms(self) -> dict[str, Tensor | float]:
+        """Return the norms of the gradients by their names in metrics.jsonl."""
+        return optimizers.gradient_norms(self.model)
+
+    def scale_gradients(self, norms: dict[str, float]) -> None:
+        """Scale gradients that are too long down; norms: of `gradient_norms`, fetched"""
+        optimizers.scale_gradients(self.model, norms, self.args.clip)
+
+    def asked_to_stop(self) -> int:
+        """Return the number of the signal that asks for an end; 0: none does."""
+        return self.stop_signal
+
     def autocast(self):
         """Return a context of BF16 or FP16 products over FP32 weights, if the run has them."""
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
-    def speed_up(self, compile: str, plain: bool = False, ramp: bool = False) -> None:
+    def speed_up(self, model: Transformer, compile: str, plain: bool = False,
+                 ramp: bool = False) -> None:
         """Set up what makes steps faster, on a GPU and where it is asked for: for `prepare`.
 
         compile: "true", "false", or "auto": on a GPU, unless `plain`
@@ -137,9 +157,9 @@ class Learner:
         """
         on_gpu = self.device.type == "cuda"
         if on_gpu and not plain and self.dtype == torch.bfloat16:
-            self.copies = StepCopies(self.model)
+            self.copies = StepCopies(model)
         if compile == "true" or compile == "auto" and on_gpu and not plain:
-            compile_blocks(self.model, ramp, tqdm.write)
+            compile_blocks(model, ramp, tqdm.write)
 
     def send(self, batch: Tensor) -> Tensor:
         """Return a batch on the device; a GPU fetches it while it works on the one before."""
@@ -162,14 +182,14 @@ class Learner:
         metrics, loads = self.accumulate()
         for optimizer in self.optimizers:
             self.scaler.unscale_(optimizer)  # clipping means the true gradient
-        norms = optimizers.gradient_norms(self.model)
+        norms = self.gradient_norms()
         found = fetched(metrics | norms)  # the only wait for the device in a step
         loss, norm = found["loss"], sum(found[name] for name in norms)
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0
         overflow = scale >= 1 and not math.isfinite(norm)
         if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):  # before the weights
             raise self.diverged(f"the loss is {loss} and the gradient's norm {norm}")
-        optimizers.scale_gradients(self.model, {n: found[n] for n in norms}, self.args.clip)
+        self.scale_gradients({name: found[name] for name in norms})
         if overflow:
             found |= {name: None for name in norms}
         skipped = overflow or self.is_spike(loss)
@@ -192,7 +212,8 @@ class Learner:
         """Take all steps that are left; measure, save and show progress on the way."""
         args = self.args
         threads = Threads(args.threads != 0 or self.device.type != "cpu", tqdm.write)
-        with tqdm(total=args.steps, initial=self.step, unit="step", disable=None) as bar:
+        with tqdm(total=args.steps, initial=self.step, unit="step",
+                  disable=None if self.first else True) as bar:
             while self.step < args.steps:
                 before = self.seconds
                 with self.fitting_memory():
@@ -206,13 +227,25 @@ class Learner:
                 bar.set_postfix_str(self.line(record))
                 if bar.disable and (last or metric is not None):
                     print(f"step {self.step}/{args.steps}: {self.line(record)}", flush=True)
-                if self.step % args.save_every == 0 or last or self.stop_signal:
+                stop = self.asked_to_stop()
+                if self.step % args.save_every == 0 or last or stop:
                     self.save(metric)
-                if self.stop_signal and not last:
-                    raise Stopped(self.stop_signal, ["--resume", "--out", str(self.run)])
+                if stop and not last:
+                    raise Stopped(stop, ["--resume", "--out", str(self.run)])
         threads.end()
         if overflows := sum(record.get("overflow", False) for record in self.metrics):
             print(f"{overflows} of {self.step} steps were skipped: their gradients overflowed FP16")
+
+    def begin(self, source: Source | None) -> None:
+        """Write what a run's folder holds from its first step on; source: of its weights, if any.
+        """
+        if source:
+            self.begin_from(source)  # weights that cannot be read leave nothing behind
+        checkpoints.forget_beginning(self.run)
+        self.tokenizer.save(self.run / "tokenizer")
+        if source:
+            self.save()  # the run's own folder is then all it needs
+        self.write_config()  # comes last, so a folder that has it is complete
 
     def begin_from(self, source: Source) -> None:
         """Take over weights; step 0 is saved when this, and what a subclass adds, is done."""
@@ -230,14 +263,7 @@ class Learner:
                                  "put it back, or name another folder with --out")
         if checkpoints.all_checkpoints(self.run):
             checkpoint = checkpoints.resolve(self.run)
-            with fitting(checkpoint):
-                self.model.load_state_dict(checkpoints.load_weights(checkpoint))
-            state = checkpoints.load_state(checkpoint)
-            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-                peaks = [group["peak_lr"] for group in optimizer.param_groups]
-                optimizer.load_state_dict(saved)
-                for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                    group["peak_lr"] = peak
+            state = self.load(checkpoint)
             if scaling := state.get("scaler"):  # none of a run in another precision
                 self.scaler.load_state_dict(scaling)
             self.restore_more(state)
@@ -246,9 +272,26 @@ class Learner:
                 setattr(self, name, state[name])
             require(self.args, "steps", self.args.steps >= self.step,
                     f"at least {self.step}, the steps that the run in {self.run} has done")
-            checkpoints.tidy(self.run, checkpoint, self.args.keep_last)
+            if self.first:
+                checkpoints.tidy(self.run, checkpoint, self.args.keep_last)
         self.metrics = read_metrics(self.run, checkpoint)[:self.step]
-        write_whole(self.run / METRICS, b"".join(map(line_of, self.metrics)))
+        if self.first:
+            write_whole(self.run / METRICS, b"".join(map(line_of, self.metrics)))
+
+    def load(self, checkpoint: Path) -> dict:
+        """Load weights and optimizers, whoever wrote them; return the checkpoint's state."""
+        with fitting(checkpoint):
+            self.model.load_state_dict(checkpoints.load_weights(checkpoint))
+        state = checkpoints.load_state(checkpoint)
+        if isinstance(saved := state["optimizers"], Parts):
+            load_states(self.model, self.optimizers, saved.found, saved.read)
+            return state
+        for optimizer, states in zip(self.optimizers, saved, strict=True):
+            peaks = [group["peak_lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(states)
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["peak_lr"] = peak
+        return state
 
     def save(self, metric: float | None = None) -> Path:
         """Write a checkpoint; refuse to save NaN or Inf weights; metric: measured at this step."""
@@ -288,7 +331,8 @@ class Learner:
     def write_record(self, record: dict) -> None:
         """Append a line to metrics.jsonl, and to the log that --log names."""
         self.metrics.append(record)
-        append(self.run, record)
+        if self.first:
+            append(self.run, record)
         self.mirror.write(record)
 
     def config(self) -> dict:
@@ -307,41 +351,6 @@ class Learner:
         write_whole(self.run / CONFIG, sealed(self.config()))
 
 
-def fetched(values: dict) -> dict:
-    """Return what `Learner.accumulate` does as numbers, with one transfer from the device."""
-    lists = {name: value if isinstance(value, list) else [value] for name, value in values.items()}
-    flat = [t for some in lists.values() for t in some if isinstance(t, Tensor)]
-    numbers = iter(torch.stack([t.detach().double() for t in flat]).tolist() if flat else [])
-    lists = {name: [next(numbers) if isinstance(t, Tensor) else t for t in some]
-             for name, some in lists.items()}
-    return {name: sum(v / len(some) for v in some) if len(some) > 1 else some[0]
-            for name, some in lists.items()}
-
-
-@contextlib.contextmanager
-def stopping(learner: Learner):
-    """Let Ctrl-C, SIGTERM and a closed terminal finish the step; a second signal interrupts at
-    once. Under nohup, a closed terminal stays ignored."""
-    def ask(number, _frame):
-        if learner.stop_signal:
-            raise KeyboardInterrupt
-        learner.stop_signal = number
-        with contextlib.suppress(OSError):  # a terminal that is closed takes no text
-            print("\nfinishing the step and saving ..", file=sys.stderr, flush=True)
-
-    handled = threading.current_thread() is threading.main_thread()  # no other thread may
-    numbers = [signal.SIGINT, signal.SIGTERM] if handled else []
-    hangup = getattr(signal, "SIGHUP", None)
-    if handled and hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-        numbers.append(hangup)
-    before = {number: signal.signal(number, ask) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def run_learner(learner: Learner, source: Source | None) -> None:
     """Start or continue a run, up to its last step or a signal: then raise `Stopped`, all saved.
 
@@ -356,13 +365,7 @@ def run_learner(learner: Learner, source: Source | None) -> None:
             if learner.args.resume:
                 print(f"{learner.run} holds no run yet: starting from the beginning", flush=True)
             refuse_a_run(learner.run)
-            if source:
-                learner.begin_from(source)  # weights that cannot be read leave nothing behind
-            checkpoints.forget_beginning(learner.run)
-            learner.tokenizer.save(learner.run / "tokenizer")
-            if source:
-                learner.save()  # the run's own folder is then all it needs
-            learner.write_config()  # comes last, so a folder that has it is complete
+            learner.begin(source)
         with learner.mirror.following(learner.config(), learner.metrics):
             learner.train()
         learner.finish()

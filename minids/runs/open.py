@@ -55,7 +55,8 @@ class Source(NamedTuple):
         """Return the path, and a checkpoint's SHA-256, for the config.json of a run after it."""
         found = dict(checkpoint=str(self.path))
         if not hf.is_hf_folder(self.path):
-            found["sha256"] = read_manifest(self.path)["files"]["model.safetensors"]["sha256"]
+            files = read_manifest(self.path)["files"]  # a manifest of many ranks has many
+            found["sha256"] = files.get("model.safetensors", files[min(files)])["sha256"]
         return found
 
 

@@ -183,12 +183,15 @@ def learning_rate_factor(step: int, args: LearnArgs) -> float:
     return args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def batch_size_at(step: int, args: TrainArgs) -> int:
-    """Return the sequences in a step's batch: a linear ramp up to batch_size (V3 section 4.2)."""
+def batch_size_at(step: int, args: TrainArgs, parts: int = 0) -> int:
+    """Return the sequences in a step's batch: a linear ramp up to batch_size (V3 section 4.2).
+
+    parts: micro-batches that the batch is split into, on all ranks; 0: grad_accum
+    """
     if not args.batch_start or step >= args.batch_ramp_steps:
         return args.batch_size
     grown = (args.batch_size - args.batch_start) * (step - 1) / args.batch_ramp_steps
-    parts = args.grad_accum
+    parts = parts or args.grad_accum
     return max(int(args.batch_start + grown) // parts * parts, parts)
 
 

@@ -10,6 +10,7 @@ from torch import distributed as dist
 
 from minids import ModelArgs, Transformer
 from minids.model.objective import Losses, Packed
+from minids.parallel.gradients import scale
 from minids.parallel.layout import Layout
 from minids.parallel.model import SECOND_EMBEDDING, ParallelModel
 from minids.parallel.pipeline import Weights
@@ -103,6 +104,14 @@ def largest(value: float) -> float:
     return found.item()
 
 
+def clip(parallel: ParallelModel, longest: float) -> float:
+    """Scale a gradient down that is longer; returns its norm before."""
+    parameters = [p for _, p in parallel.named_parameters()]
+    norm = parallel.norm(parameters).item()
+    scale(parameters, longest, norm)
+    return norm
+
+
 def compare_step(ranks: Ranks, parts: int = 1, args: ModelArgs = ARGS, weights: Weights = WEIGHTS,
                  separate: bool = False, **options) -> None:
     """Take the gradients of a batch on all ranks, and hold everything against one process."""
@@ -116,7 +125,7 @@ def compare_step(ranks: Ranks, parts: int = 1, args: ModelArgs = ARGS, weights: 
     assert error < CLOSE, f"the gradient of {name} is {error:.1e} off"
     grads = [p.grad.clone() for p in model.parameters()]
     wanted_norm = torch.nn.utils.get_total_norm(grads).item()
-    norm = parallel.clip([p for _, p in parallel.named_parameters()], 0.5)
+    norm = clip(parallel, 0.5)
     assert abs(norm / wanted_norm - 1) < CLOSE, (norm, wanted_norm)
     for name, p in parallel.named_parameters():
         whole = by_name(model)[name].grad * (0.5 / (wanted_norm + 1e-6))
@@ -141,7 +150,7 @@ def train_in_parallel(ranks: Ranks, optimizer: str, steps: int = 3,
     for step in range(steps):
         whole = batch(step)
         losses = parallel.step(share(ranks, whole), WEIGHTS)
-        parallel.clip([p for _, p in parallel.named_parameters()], 1.0)
+        clip(parallel, 1.0)
         one = model.loss(*whole, *WEIGHTS)
         one.total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -102,8 +102,8 @@ def test_damaged_newest_is_named_and_the_one_before_it_used(tmp_path, capsys, na
 
 def test_later_format_is_named(tmp_path, monkeypatch):
     path = save_checkpoint(tmp_path, 1, *small(1))
-    monkeypatch.setattr(checkpoint, "FORMAT", 2)
-    with pytest.raises(ValueError, match="format 1: this version reads format 2"):
+    monkeypatch.setattr(checkpoint, "FORMAT", 3)
+    with pytest.raises(ValueError, match="format 1: this version reads formats 3 and 2"):
         verify(path)
 
 

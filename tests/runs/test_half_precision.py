@@ -101,8 +101,9 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(home, tmp_path, capsys)
 def test_overflows_are_counted_at_the_end(flags, tmp_path, monkeypatch):
     build = training_runs.Trainer.prepare
 
-    def prepare(trainer):
-        build(trainer)
+    def prepare(trainer, model):
+        build(trainer, model)
+        trainer.model = model
         overflowing(trainer, at_step=3)
 
     monkeypatch.setattr(training_runs.Trainer, "prepare", prepare)
@@ -129,8 +130,9 @@ def test_a_resumed_run_is_the_unbroken_one(flags, tmp_path, monkeypatch):
     """The scale, halved before the break, is part of the checkpoint."""
     build = training_runs.Trainer.prepare
 
-    def prepare(trainer):
-        build(trainer)
+    def prepare(trainer, model):
+        build(trainer, model)
+        trainer.model = model
         overflowing(trainer, at_step=2)
 
     monkeypatch.setattr(training_runs.Trainer, "prepare", prepare)

@@ -1,0 +1,178 @@
+"""The processes of one run: who speaks, what they agree on, and how all of them end together.
+
+torchrun starts the processes and names each in its environment. Rank 0 chooses the run's folder,
+writes and speaks; the others print nothing, unless one of them alone has trouble to tell.
+"""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+from minids.parallel.layout import Layout
+
+# For the others to start, and later for a rank that compiles, validates or writes meanwhile. A rank
+# that has ended is no reason to wait: torchrun ends the others.
+WAITING = timedelta(minutes=15)
+SILENCE = timedelta(seconds=5)  # for rank 0 to find the error that another rank has found
+
+
+def world_size() -> int:
+    """Return the number of processes that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextlib.contextmanager
+def speaking_first() -> Iterator[None]:
+    """Run what all ranks do alike, such as reading flags; only rank 0 tells of a mistake."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        yield
+        return
+    out, err = sys.stdout, sys.stderr
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        sys.stdout = sys.stderr = nowhere
+        try:
+            yield
+        except ValueError:
+            raise SystemExit(2) from None
+        finally:
+            sys.stdout, sys.stderr = out, err
+
+
+def meeting_place(rank: int, world: int, here: int) -> dist.Store:
+    """Return the store in which processes leave their addresses.
+
+    here: processes on this machine
+    When torchrun starts the processes of a machine again, its store still has the addresses of
+    those that ended; so each start has names of its own. Machines do not count their starts alike:
+    for several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 lets torchrun make a new store each time.
+    """
+    with_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world,
+                          is_master=rank == 0 and not with_torchrun, timeout=WAITING)
+    start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if here == world else "0"
+    return dist.PrefixStore(f"minids/{start}", store)
+
+
+class Team:
+    """This process among those of a run, once they have found each other.
+
+    rank, world: its number, and how many there are; ranks: the meshes between them
+    """
+
+    def __init__(self, layout: Layout, device: str):
+        """Join the process group; layout: fitted; device: cpu or cuda, one GPU per process.
+
+        Raises ValueError where GPUs are missing or the others do not answer.
+        """
+        local, here = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        cuda = device == "cuda"
+        if cuda and here > torch.cuda.device_count():
+            if local:
+                raise SystemExit(2)
+            raise ValueError(f"device = 'cuda' is not valid: {here} processes on this machine, "
+                             f"which has {torch.cuda.device_count()} GPUs; start fewer "
+                             "(--nproc-per-node), or use --device cpu")
+        self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        if cuda:
+            torch.cuda.set_device(self.device)
+        self.rank, self.world, self.local_rank = int(os.environ["RANK"]), world_size(), local
+        try:
+            self.store = meeting_place(self.rank, self.world, here)
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAITING,
+                                    store=self.store, rank=self.rank, world_size=self.world,
+                                    device_id=self.device if cuda else None)
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(f"the {self.world} processes of this run did not meet at "
+                             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
+                             f"{WAITING.seconds // 60} minutes: {error}") from error
+        from minids.parallel.ranks import Ranks  # which waits a second for torch's own imports
+        self.ranks = Ranks.of(layout, torch.device(device))
+
+    @property
+    def first(self) -> bool:
+        """Return whether this process chooses, writes and speaks."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Run a block in which ranks do not wait for each other; if it fails on one, end all.
+
+        The first rank that failed raises its error, and the others end without a word.
+        """
+        error = None
+        try:
+            yield
+        except Exception as caught:
+            error = caught
+        failed = self.agree(self.rank if error else self.world, dist.ReduceOp.MIN)
+        if failed == self.rank:
+            raise error
+        if failed < self.world:
+            raise SystemExit(2)
+
+    @contextlib.contextmanager
+    def alike(self) -> Iterator[None]:
+        """Run a block in which a mistake or a divergence is found by all ranks; rank 0 tells of it.
+
+        A rank that fails alone, as its GPU may, says so.
+        """
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(RuntimeError):  # the store is gone, or rank 0 has no error
+                if self.first:
+                    self.store.set("failed", "1")
+                else:
+                    self.store.wait(["failed"], SILENCE)
+                    raise SystemExit(2) from None
+            raise
+
+    def in_turn(self, act: Callable):
+        """Return act(), which one process per machine runs first, so that the rest find its files.
+        """
+        for turn in (True, False):
+            with self.together():
+                if turn == (self.local_rank == 0):
+                    result = act()
+        return result
+
+    def agree(self, number: int, how=dist.ReduceOp.MAX) -> int:
+        """Return the largest of all ranks' numbers, or what else `how` makes of them."""
+        found = torch.tensor(number)
+        dist.all_reduce(found, how)
+        return int(found)
+
+    def told(self, value):
+        """Return what rank 0 has as `value`: text or plain data."""
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gathered(self, value) -> list:
+        """Return every rank's value, plain data, in order of ranks."""
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+
+@contextlib.contextmanager
+def started(layout: Layout, device: str) -> Iterator[Team | None]:
+    """Yield the team of a run over several processes, and part at the end; None for one process.
+
+    device: cpu or cuda
+    """
+    if world_size() == 1:
+        yield None
+        return
+    team = Team(layout, device)
+    with contextlib.ExitStack() as stack:
+        if not team.first:
+            stack.enter_context(contextlib.redirect_stdout(
+                stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
+        yield team
+    dist.destroy_process_group()

@@ -1,0 +1,201 @@
+"""`torchrun -m minids.train`: the run of one process, by every layout, stopped, killed and resumed.
+
+Each test starts the program as its user does. Two ranks, on gloo.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import Said, as_flags, cut_back, home, read_records, run_train, settings
+
+from minids import hf
+from minids.runs import checkpoints
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+__all__ = ["home"]  # a fixture
+
+STEPS = 6
+# FP32 sums in another order differ by some 1e-7 of a loss; the weights of the sixth step by more,
+# since a step of AdamW or Muon magnifies what differs in gradients that are nearly zero.
+CLOSE = 1e-4
+
+
+def command(*flags: str, world: int = 2, restarts: int = 0) -> list[str]:
+    """The command that starts the ranks on this machine."""
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(world), "--max-restarts", str(restarts), "-m", "minids.train", *flags]
+
+
+def begin(*flags: str, **options) -> subprocess.Popen:
+    """Start ranks that go on beside the test."""
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    return subprocess.Popen(command(*flags, **options), text=True, env=environment,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def torchrun(*flags: str, **options) -> Said:
+    """Run to the end, or for two minutes."""
+    ranks = begin(*flags, **options)
+    try:
+        out, err = ranks.communicate(timeout=120)
+    finally:
+        ranks.kill()
+    return Said(ranks.returncode, out, err)
+
+
+@pytest.fixture(scope="module")
+def flags(home) -> list[str]:
+    """A run of six steps in FP32, whose batches two ranks, or four micro-batches, can share."""
+    options = settings(home) | dict(steps=STEPS, batch_size=8, eval_every=3, dtype="fp32",
+                                    mtp_weight=0.3, balance_weight=0.01, device="cpu")
+    return ["--preset", "nano", "--max-seq-len", "64", "--n-layers", "3", *as_flags(options)]
+
+
+@pytest.fixture(scope="module")
+def alone(home, flags) -> Path:
+    """The run of one process."""
+    run = home / "alone"
+    said = run_train(*flags, "--out", str(run))
+    assert (said.status, said.err) == (0, "")
+    return run
+
+
+def assert_same_run(run: Path, alone: Path) -> None:
+    """Both have the same steps: losses, norms, validations, and where the tokens went."""
+    mine, theirs = read_records(run), read_records(alone)
+    assert [r["step"] for r in mine] == [r["step"] for r in theirs] == [*range(1, STEPS + 1)]
+    for a, b in zip(mine, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in ("loss", "main", "mtp", "balance", "grad_norm", "valid_bpb"):
+            if name in b:
+                assert a[name] == pytest.approx(b[name], rel=CLOSE), (a["step"], name)
+        assert a["tokens"] == b["tokens"] and a["lr"] == b["lr"]
+    assert mine[0]["max_vio"] == theirs[0]["max_vio"]
+    weights = [checkpoints.load_weights(checkpoints.resolve(r)) for r in (run, alone)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[1].items():
+        assert torch.allclose(weights[0][name], tensor, atol=3e-3), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", [
+    (), ("--expert-parallel", "2", "--grad-accum", "2"), ("--pipeline", "2", "--recompute")])
+def test_any_layout_takes_the_steps_of_one_process(home, flags, alone, layout):
+    run = home / f"over-{len(layout)}-{''.join(layout[:1]).strip('-')}"
+    said = torchrun(*flags, "--out", str(run), *layout)
+    assert said.status == 0, said.err
+    assert said.out.count("model   nano") == 1 and "ranks   2 = pipeline" in said.out
+    assert_same_run(run, alone)
+    assert (run / "sample.txt").is_file() and (run / "loss.png").is_file()
+    newest = checkpoints.resolve(run)
+    assert {path.name for path in newest.iterdir()} == {
+        "manifest.json", "state.json", *(f"{kind}-0000{i}-of-00002.safetensors" for i in (1, 2)
+                                         for kind in ("model", "optimizer"))}
+
+
+@pytest.mark.slow
+def test_any_layout_goes_on_where_another_stopped(home, flags, alone):
+    """Two ranks by experts, then one process, then a pipeline of two."""
+    run = home / "handed-on"
+    said = torchrun(*flags, "--out", str(run), "--expert-parallel", "2", "--save-every", "2")
+    assert said.status == 0, said.err
+    for step, go_on in ((2, run_train), (4, torchrun)):
+        shutil.move(run, whole := home / f"until-{step}")
+        cut_back(whole, run, step)
+        more = ["--pipeline", "2"] if go_on is torchrun else []
+        said = go_on("--resume", "--out", str(run), *more)
+        assert said.status == 0, said.err
+        assert f"resumed at step {step} of {STEPS}" in said.out
+    assert_same_run(run, alone)
+    assert checkpoints.is_sharded(run / "checkpoints" / "step_000006")
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_to_two_and_exports(home, flags, alone, tmp_path):
+    run = tmp_path / "run"
+    cut_back(alone, run, step=3)
+    said = torchrun("--resume", "--out", str(run))
+    assert said.status == 0, said.err
+    assert_same_run(run, alone)
+    exported = subprocess.run([sys.executable, "-m", "minids.hf", "--run", run, "--out",
+                               tmp_path / "hf"], env=os.environ | dict(PYTHONPATH=str(ROOT)))
+    assert exported.returncode == 0
+    whole = checkpoints.load_weights(checkpoints.resolve(run))
+    for name, tensor in hf.load_hf(tmp_path / "hf").state_dict().items():
+        assert torch.equal(tensor, whole[name]), name
+
+
+def ranks_below(launcher: int) -> list[int]:
+    """The processes that torchrun started."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True,
+                           text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
+    """Wait until a run has taken steps; a run that ends before has failed."""
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(flags, tmp_path):
+    run = tmp_path / "run"
+    ranks = begin(*flags, "--out", str(run), "--steps", "400", "--eval-every", "0",
+                  "--save-every", "400")
+    wait_for_steps(run, 2, ranks)
+    os.kill(ranks_below(ranks.pid)[-1], signal.SIGTERM)
+    out, err = ranks.communicate(timeout=100)
+    steps = len(read_records(run))
+    newest = checkpoints.resolve(run)
+    assert checkpoints.verify(newest)["step"] == steps < 400, (out, err)
+    assert f"continue with: python -m minids.train --resume --out {run}" in out
+    said = torchrun("--resume", "--out", str(run), "--steps", str(steps + 1))
+    assert said.status == 0, said.err
+    assert [record["step"] for record in read_records(run)] == [*range(1, steps + 2)]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_again_and_ends_as_an_unbroken_run(home, flags, alone, tmp_path):
+    run = tmp_path / "run"
+    ranks = begin(*flags, "--out", str(run), "--resume", "--save-every", "1", restarts=1)
+    wait_for_steps(run, 2, ranks)
+    os.kill(ranks_below(ranks.pid)[-1], signal.SIGKILL)
+    out, err = ranks.communicate(timeout=100)
+    assert ranks.returncode == 0, err
+    assert re.search(r"resumed at step [1-6] of 6", out)
+    assert_same_run(run, alone)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrong, words", [
+    (("--pipeline", "3"), "pipeline = 3 is not valid"),
+    (("--batch-size", "9"), "batch_size = 9 is not valid"),
+    (("--balance-loss", "expert"), "balance_loss = 'expert' is not valid"),
+    (("--data", "text:no-such-folder"), "no-such-folder")])
+def test_a_mistake_is_one_line_of_rank_0(flags, tmp_path, wrong, words):
+    said = torchrun(*flags, "--out", str(tmp_path / "run"), *wrong)
+    lines = [line for line in said.err.splitlines() if line.startswith("python -m minids.train: ")]
+    assert said.status != 0 and len(lines) == 1 and words in lines[0], said.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_ends_all_ranks_with_one_line(flags, tmp_path):
+    said = torchrun(*flags, "--out", str(tmp_path / "run"), "--lr", "1e30", "--muon-lr", "1e30")
+    lines = [line for line in said.err.splitlines() if line.startswith("python -m minids.train: ")]
+    assert said.status != 0 and len(lines) == 1, said.err
+    assert "step " in lines[0] and "the last good checkpoint is" in lines[0]
+    for checkpoint in checkpoints.all_checkpoints(tmp_path / "run"):
+        assert json.loads((checkpoint / "manifest.json").read_bytes())["format"] == 2
