@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from small_models import LITTLE, random_tokens, scrambled
@@ -9,16 +10,20 @@ from torch import Tensor
 from torch import distributed as dist
 
 from minids import ModelArgs, Transformer
+from minids.infer.validation import evaluate
 from minids.model.objective import Losses, Packed
 from minids.parallel.gradients import scale
 from minids.parallel.layout import Layout
 from minids.parallel.model import SECOND_EMBEDDING, ParallelModel
+from minids.parallel.parts import Parts, own_parts, write_parts
 from minids.parallel.pipeline import Weights
 from minids.parallel.ranks import Ranks
 from minids.parallel.sharding import load_parts
 from minids.parallel.shards import local, own_part
+from minids.parallel.validation import evaluate as evaluate_over_ranks
 from minids.runs.optimizers import build_optimizers
 from minids.runs.settings import TrainArgs
+from minids.runs.sharded import load_states, named_states
 
 # Every kind of layer, on widths that two and four ranks do not divide evenly.
 ARGS = replace(LITTLE, n_layers=4, n_dense_layers=1, n_mtp_layers=1)
@@ -164,3 +169,59 @@ def train_in_parallel(ranks: Ranks, optimizer: str, steps: int = 3,
     # One step divides by the root of a squared gradient, or by a matrix's norm: it magnifies what
     # differs in gradients that are nearly zero.
     assert error < 1e-9, f"{name} is {error:.1e} off after {steps} steps of {optimizer}"
+
+
+def compare_validation(ranks: Ranks) -> None:
+    """Validate on windows that ranks cannot share evenly, then train on: nothing is left over."""
+    model, _ = one_process()
+    parallel = spread(ranks, model)
+    text, n_bytes = random_tokens(ARGS, 1, 5 * LENGTH + 3)[0], torch.arange(ARGS.vocab_size) % 4 + 1
+    for begin_id in (None, BEGIN):
+        arguments = text, n_bytes, LENGTH, 2, None, begin_id
+        mine, wanted = evaluate_over_ranks(parallel, *arguments), evaluate(model, *arguments)
+        # Both sum up in FP32.
+        assert abs(mine.bits_per_byte / wanted.bits_per_byte - 1) < 1e-5, (mine, wanted)
+        assert torch.equal(mine.loads, wanted.loads)
+    parallel.step(share(ranks, batch()), WEIGHTS)
+    error, name = worst_gradient(parallel, model)
+    assert error < CLOSE, f"the gradient of {name} is {error:.1e} off after a validation"
+
+
+def hand_over(writers: Ranks, readers: list[Ranks], folder: Path) -> None:
+    """Write weights and AdamW's moments in one layout, and read them in others, and whole."""
+    args = TrainArgs(optimizer="muon")
+
+    def trained(ranks: Ranks, steps: int) -> tuple[ParallelModel, list]:
+        parallel = spread(ranks, one_process()[0])
+        optimizers = build_optimizers(parallel, args, torch.float64)
+        for step in range(steps):
+            parallel.step(share(ranks, batch(step)), WEIGHTS)
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
+        return parallel, optimizers
+
+    first, optimizers = trained(writers, 1)
+    place = writers.dense.get_local_rank
+    states = {name: tensor for name, tensor in named_states(first, optimizers)
+              if not name.startswith(SECOND_EMBEDDING)}
+    for kind, tensors in (("model", first.tensors()), ("optimizer", states)):
+        write_parts(folder / f"{kind}-{dist.get_rank()}",
+                    own_parts(tensors, place("replicate"), place("fsdp")))
+    dist.barrier()
+    weights, saved = (Parts([folder / f"{kind}-{rank}" for rank in range(dist.get_world_size())])
+                      for kind in ("model", "optimizer"))
+    whole = weights.whole()
+    assert whole.keys() == one_process()[0].state_dict().keys()
+    for part in first.parts:
+        for name, tensor in part.state_dict().items():
+            assert difference(tensor, whole[name]) == 0.0, name
+    for ranks in readers:
+        other, other_optimizers = trained(ranks, 0)
+        load_states(other, other_optimizers, saved.found, saved.read,
+                    lambda name: name.replace(SECOND_EMBEDDING, "embed.weight"))
+        found = dict(named_states(other, other_optimizers))
+        assert found
+        for name, tensor in found.items():
+            kept = saved.read(name.replace(SECOND_EMBEDDING, "embed.weight"))
+            assert difference(tensor, kept) == 0.0, name

@@ -1,8 +1,17 @@
 """What four ranks go through; started by test_four_ranks.py."""
 
 from dataclasses import replace
+from pathlib import Path
 
-from comparing import ARGS, WEIGHTS, compare_step, ranks_of, train_in_parallel
+from comparing import (
+    ARGS,
+    WEIGHTS,
+    compare_step,
+    compare_validation,
+    hand_over,
+    ranks_of,
+    train_in_parallel,
+)
 from launching import run_checks
 
 from minids.apply.recompute import recompute_blocks
@@ -65,6 +74,21 @@ def check_no_mtp():
     bare = replace(ARGS, n_mtp_layers=0)
     for fields in (dict(expert_parallel=2), dict(pipeline=2)):
         compare_step(ranks_of(**fields), args=bare, weights=weights)
+
+
+def check_validation():
+    for fields in (dict(replicate=2), dict(pipeline=2, expert_parallel=2), dict(pipeline=4)):
+        compare_validation(ranks_of(**fields))
+    if torch_version() >= (2, 13):
+        compare_validation(ranks_of(pipeline=2, schedule="DualPipeV"))
+
+
+def check_parts_that_another_layout_reads():
+    for number, fields in enumerate([dict(pipeline=2, expert_parallel=2),
+                                     dict(replicate=2, expert_parallel=2)]):
+        (folder := Path(f"parts-{number}")).mkdir(exist_ok=True)
+        hand_over(ranks_of(**fields), [ranks_of(), ranks_of(expert_parallel=4),
+                                       ranks_of(pipeline=4)], folder)
 
 
 def check_adamw():

@@ -1,12 +1,16 @@
 """What two ranks go through; started by test_two_ranks.py."""
 
+from pathlib import Path
+
 import torch
 from comparing import (
     ARGS,
     WEIGHTS,
     batch,
     compare_step,
+    compare_validation,
     difference,
+    hand_over,
     largest,
     one_process,
     ranks_of,
@@ -78,6 +82,15 @@ def check_pipeline():
 
 def check_pipeline_of_two_stages_each():
     compare_step(ranks_of(pipeline=2, schedule="Interleaved1F1B"))
+
+
+def check_validation():
+    for fields in (dict(expert_parallel=2), dict(pipeline=2, schedule="Interleaved1F1B")):
+        compare_validation(ranks_of(**fields))
+
+
+def check_parts_that_another_layout_reads():
+    hand_over(ranks_of(expert_parallel=2), [ranks_of(pipeline=2), ranks_of()], Path.cwd())
 
 
 def check_adamw():
