@@ -21,7 +21,7 @@ from torch.distributed.pipelining.schedules import PipelineScheduleSingle, get_s
 
 from minids.model.moe import BALANCE_LOSSES, update_bias
 from minids.model.objective import Losses, Packed
-from minids.model.transformer import Transformer
+from minids.model.transformer import Hidden, Transformer
 from minids.parallel.ranks import Ranks
 from minids.parallel.shards import local
 
@@ -62,14 +62,17 @@ class Stage(Transformer):
     parts: Tensor
     loads: Tensor
 
-    def forward(self, x: Tensor, balance: Tensor | None = None, *, targets: Tensor,
-                samples: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, balance: Tensor | None = None, *, targets: Tensor | None = None,
+                samples: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor] | Hidden:
         """Run the stage on a micro-batch.
 
         x: (B, S) int64, the tokens, in the first stage; else (B, S, D)
         balance: the balance losses of the stages before; targets, samples: (B, S) int64
-        Returns x and balance for the next stage, or the loss, weighed by `share`.
+        Returns x and balance for the next stage, or the loss, weighed by `share`; without targets
+        what `hidden` finds, for validation.
         """
+        if targets is None:
+            return self.hidden(x, samples=samples)
         if balance is None:
             balance = torch.zeros((), dtype=self.wide, device=x.device)
         if isinstance(self.head, nn.Identity):

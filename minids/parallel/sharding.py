@@ -41,8 +41,9 @@ def shard(model: Transformer, ranks: Ranks) -> None:
     for unit in [*model.layers, *model.mtp]:
         fully_shard(unit, mesh=ranks.shards(), **options)
     fully_shard(model, mesh=ranks.shards())
-    for name in ("loss", "hidden"):  # both use the embedding and the head outside of `forward`
-        register_fsdp_forward_method(model, name)
+    if ranks.layout.pipeline == 1:  # a stage has one way in, its `forward`
+        for name in ("loss", "hidden"):  # both use the embedding and the head
+            register_fsdp_forward_method(model, name)
     for unit in model.modules():
         if isinstance(unit, FSDPModule):
             unit.set_gradient_divide_factor(1.0)

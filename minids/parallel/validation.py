@@ -74,7 +74,8 @@ def forward(parallel: ParallelModel, inputs: Tensor,
                 x = torch.empty(*inputs.shape, parallel.args.dim, dtype=parallel.dtype,
                                 device=inputs.device)
                 dist.recv(x, group=group, group_src=holder[stage - 1])
-        states, routings, _ = part.hidden(x, samples=samples)
+        run = part.hidden if layout.pipeline == 1 else part
+        states, routings, _ = run(x, samples=samples)
         layers = [block.layer for block in part.layers if block.is_moe]
         rows = [layer - parallel.args.n_dense_layers for layer in layers]
         found += [(row, routing.load()) for row, routing in zip(rows, routings, strict=True)]

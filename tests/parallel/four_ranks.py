@@ -80,7 +80,7 @@ def check_validation():
     for fields in (dict(replicate=2), dict(pipeline=2, expert_parallel=2), dict(pipeline=4)):
         compare_validation(ranks_of(**fields))
     if torch_version() >= (2, 13):
-        compare_validation(ranks_of(pipeline=2, schedule="DualPipeV"))
+        compare_validation(ranks_of(pipeline=2, schedule="DualPipeV", micro_batches=4))
 
 
 def check_parts_that_another_layout_reads():
