@@ -32,7 +32,7 @@ PROFILED = {"training": 3, "decoding": 16}  # steps
 FUSED = r"^triton_(poi|red|per)_"
 KINDS = {
     "grouped products": r"group(ed|problem)|_grouped_mm|^(up|down)_kernel",
-    "attention": r"flash|fmha|sdpa|attention|attn|^(prepare|attend|merge)_kernel",
+    "attention": r"cudnn|flash|fmha|sdpa|attention|attn|^(prepare|attend|merge)_kernel",
     "products": r"gemm|gemv|cutlass|nvjet|xmma|cublas|::(mm|bmm|addmm|baddbmm|linear)\b|splitk",
     "optimizer": r"adam|multi_tensor|foreach|lerp|^(look_ahead|move)_kernel",
     "cross-entropy": r"softmax|nll|entropy|^loss_and_gradient_kernel",

@@ -35,6 +35,7 @@ KERNELS = {
     "void at::native::_scatter_gather_elementwise_kernel<128, 8": "routing",
     "void at::native::(anonymous namespace)::cunn_SoftMaxForward<4, float>": "cross-entropy",
     "triton_poi_fused__to_copy_index_mul_silu_3": "norms and elementwise",
+    "void cudnn::fusion::compute_dot_do_o<true>(void const*, void const*": "attention",
     "attend_kernel": "attention", "up_kernel": "grouped products", "choose_kernel": "routing",
     "normalise_kernel": "norms and elementwise", "sum_slots_kernel": "routing",
     "aten::mm": "products", "aten::_grouped_mm": "grouped products",

@@ -9,7 +9,15 @@ from minids.config import ModelArgs
 from minids.kernels.registry import REGISTRY
 from minids.lab import roofline
 from minids.lab.bench_setup import Bench
-from minids.lab.roofline import Call, Peaks, attention_flops, body_row, seconds_per_call
+from minids.lab.roofline import (
+    Call,
+    Peaks,
+    attention_flops,
+    body_row,
+    require_equal,
+    seconds_per_call,
+)
+from minids.model.moe import Routing
 
 NANO = replace(ModelArgs.preset("nano"), n_mtp_layers=0)
 LINEAR = REGISTRY["layers.linear"].plain
@@ -71,7 +79,7 @@ def test_the_largest_call_of_each_body_is_kept(settings):
     assert {"layers.rms_norm", "mla.attention", "moe.grouped_linear", "moe.combine"} <= set(found)
     assert not {"moe.MoE.routed", "transformer.Block.forward"} & set(found)  # made of the others
     assert blocks == []
-    assert found["layers.rms_norm"].tensors()["x"].size(-1) == NANO.dim  # and not a latent's norm
+    assert found["layers.rms_norm"].arguments["x"].size(-1) == NANO.dim  # and not a latent's norm
     x = found["layers.rms_norm"].arguments["x"]
     copy = found["layers.rms_norm"].copy()[0]
     assert torch.equal(copy, x) and copy.data_ptr() != x.data_ptr() and copy.requires_grad
@@ -88,6 +96,20 @@ def test_a_whole_block_reads_its_weights_and_the_latents(settings, machine):
     latents = 4 * 9 * (NANO.kv_lora_rank + NANO.qk_rope_head_dim)  # of nine tokens
     moved = visited + latents + 2 * 4 * NANO.dim
     assert (rate, bound, share) == (f"{moved / 1e6:,.0f}", "memory", f"{moved / 1e6:.0%}")
+
+
+def test_tensors_in_a_tuple_are_arguments_too(machine):
+    """Such as a routing; and results may be several, such as a sorting."""
+    scores = torch.rand(2, 10, 4, requires_grad=True)
+    routing = Routing(scores, torch.zeros(2, 10, 2, dtype=torch.int64))
+    call = Call("moe.BALANCE", LINEAR, dict(routing=routing, args=NANO))
+    assert call.read() == 4 * 80 + 8 * 40
+    [copy, same] = call.copy()
+    assert isinstance(copy, Routing) and same is NANO and copy.scores.requires_grad
+    assert torch.equal(copy.scores, scores) and copy.scores.data_ptr() != scores.data_ptr()
+    require_equal(call, (scores, scores + 1), (scores, scores + 1))
+    with pytest.raises(AssertionError, match="from the plain definition"):
+        require_equal(call, (scores, scores + 1), (scores, scores + 1.1))
 
 
 def test_a_body_that_computes_something_else_stops_the_table(machine):
