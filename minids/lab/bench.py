@@ -31,7 +31,7 @@ The other side of train, decode, memory and rollout is transformers' model with 
 fastest. The two run in turn, A B then B A, and the ratio is the median over such pairs: where other
 programs share the machine, a ratio within a pair is steadier than any time. The benchmark first
 checks that both compute the same function and stops if they do not: it compares logits and first
-losses, and decoded tokens may differ only where rounding decides.
+losses. Decoded tokens may differ only where rounding decides; where more differs, the row says so.
 
 Rows appear on stderr as they are measured; below each table stands which body of each function ran
 (`minids.kernels.registry`).

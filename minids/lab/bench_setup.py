@@ -106,9 +106,10 @@ class Bench:
                 f"at most {len(self.valid) // s.prompt}: the validation text is short")
 
     def model(self, args: ModelArgs | None = None) -> Transformer:
-        """Return a new model, with the same random weights every time."""
+        """Return a new model, with the same random weights every time, drawn on the device."""
         torch.manual_seed(self.settings.seed)
-        return Transformer(args or self.args).to(self.settings.device)
+        with torch.device(self.settings.device):
+            return Transformer(args or self.args)
 
     def trained(self, dtype: str) -> Transformer:
         """Return a new model whose weights have a training precision's type."""

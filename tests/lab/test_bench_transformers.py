@@ -340,6 +340,14 @@ def test_a_fast_step_computes_what_the_slow_one_does(monkeypatch):
     assert stepper.first_loss == pytest.approx(learnt, abs=beside.LOSS_TOLERANCE["bf16"])
 
 
+def test_tokens_that_differ_are_told(nothing_runs, monkeypatch):
+    def differ(*_):
+        raise AssertionError("token 5 differs and is no tie")
+    monkeypatch.setattr(beside, "equal_tokens", differ)
+    _, row, *_ = beside.decode_table(nothing_runs)
+    assert row[-1] == "token 5 differs and is no tie"
+
+
 def test_one_batch_size_is_one_row(nothing_runs):
     nothing_runs.settings.decode_batch = 1
     head, *rows = beside.decode_table(nothing_runs)
