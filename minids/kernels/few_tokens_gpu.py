@@ -164,16 +164,19 @@ def experts(moe, x: Tensor, n: Tensor, weights: Tensor, indices: Tensor) -> Tens
     kernels.list_kernel[(number,)](
         indices, pairs, counts, tokens * k, BLOCK=kernels.power(tokens * k),
         num_warps=1 if tokens * k <= 256 else 4)
-    rows = max(16, min(kernels.power(2 * tokens * k // number), 64))
+    # Without tensor cores a product is written out number by number: small ones compile in time.
+    half = n.element_size() == 2
+    rows = max(16, min(kernels.power(2 * tokens * k // number), 64 if half else 16))
     sizes = tokens, k, width, inner, number
     hidden = torch.empty(tokens * (k + shared), inner, dtype=n.dtype, device=x.device)
-    how = dict(ROWS=rows, PRECISION=precision(n), num_stages=4 if n.element_size() == 2 else 2)
+    how = dict(ROWS=rows, BLOCK=128 if half else 32, PRECISION=precision(n),
+               num_stages=4 if half else 2)
     cols = 32 if rows == 16 else 64
     kernels.up_kernel[(-(-inner // cols), number + shared)](
-        n, w1, w3, s1, s3, pairs, counts, hidden, *sizes, COLS=cols, BLOCK=128, **how)
+        n, w1, w3, s1, s3, pairs, counts, hidden, *sizes, COLS=cols, **how)
     out = torch.empty(len(hidden), width, dtype=n.dtype, device=x.device)
     kernels.down_kernel[(-(-width // cols), number + shared)](
-        hidden, w2, s2, pairs, counts, out, *sizes, shared, COLS=cols, BLOCK=128, **how)
+        hidden, w2, s2, pairs, counts, out, *sizes, shared, COLS=cols, **how)
     summed, block = torch.empty_like(x), min(kernels.power(width), 1024)
     kernels.combine_kernel[(tokens, -(-width // block))](
         x, out, weights, summed, tokens, width, K=k, SHARED=shared, BLOCK=block)
