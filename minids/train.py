@@ -25,6 +25,7 @@ them with the numbers of one process; --fsdp, --replicate, --expert-parallel and
 out. Their checkpoints continue on any other number of processes.
 
     torchrun --nproc-per-node 2 -m minids.train --preset nano --device cpu
+    python -m minids.train --resume --merge         their newest checkpoint as one process's
 
 Simplified: the sequence length is fixed, and there is no context extension.
 """
@@ -42,7 +43,7 @@ from tqdm import tqdm
 from minids.apply.fp8 import use_fp8
 from minids.apply.recompute import recompute_blocks
 from minids.base.command_line import parse, run_program
-from minids.base.fields import require
+from minids.base.fields import demand, require
 from minids.base.files import write_whole
 from minids.config import ModelArgs
 from minids.costs import count_parameters
@@ -63,6 +64,7 @@ from minids.runs.folders import free_folders, locked
 from minids.runs.learner import Learner, run_learner
 from minids.runs.optimizers import batch_size_at, bias_speed_at, mtp_weight_at
 from minids.runs.settings import TrainArgs
+from minids.runs.sharded import merge
 from minids.text.loaders import Data, open_data
 from minids.text.tokenizer import Tokenizer
 
@@ -366,7 +368,9 @@ def train(args: TrainArgs, model: dict | None = None, layout: Layout | None = No
 
 def train_in(run: Path, args: TrainArgs, model: dict, kind: type[Trainer]) -> None:
     """Train in a folder that no other run has; model: fields that differ from the preset's"""
-    args = dataclasses.replace(args, out=str(run))
+    merges, args = args.merge, dataclasses.replace(args, out=str(run), merge=False)
+    demand("merge", merges, not merges or runs.resumes(args) and kind is Trainer,
+           "with --resume, the --out of a run, and one process")
     source = runs.source_of(args)
     if runs.resumes(args):
         model = dataclasses.asdict(source.args)
@@ -374,6 +378,9 @@ def train_in(run: Path, args: TrainArgs, model: dict, kind: type[Trainer]) -> No
         model = model_after(args, model, source)
     tokenizer = source.tokenizer if source else Tokenizer.open(args.tokenizer)
     trainer = kind(args, fit_model(args, model, tokenizer), run, tokenizer)
+    if merges:
+        print(f"merged  {merge(trainer)}")
+        return
     print(trainer.describe(), flush=True)
     run_learner(trainer, source)
 

@@ -52,6 +52,8 @@ BAD = {
     "no such tokenizer": (["--tokenizer", "{home}/texts"], "no whole tokenizer in", "texts"),
     "vocabulary too small": (["--vocab-size", "64"], "vocab_size = 64", f"at least {VOCABULARY}"),
     "does not divide": (["--grad-accum", "3"], "grad_accum = 3", "batch_size = 4"),
+    "ranks without torchrun": (["--pipeline", "2"], "pipeline = 2", "the number of ranks, 1"),
+    "nothing to merge": (["--merge"], "merge = True", "--resume"),
     "resume of nothing": (["--preset", "small", "--resume"], "no run of minids.train with preset",
                           "'small'"),
 }

@@ -75,6 +75,8 @@ class TrainArgs(EvenArgs):
     tokenizer: str = option("", "its folder, or bytes: one token per byte; none is data/tokenizer")
     out: str = option("", "run folder; none: the first free runs/PRESET, PRESET-2, ..", folder=True)
     from_run: str = option("", "run or checkpoint to begin with: weights and settings", flag="from")
+    merge: bool = option(False, "with --resume: write the newest checkpoint of many ranks again as "
+                                "one process does, and end")
     dsa: str = option("", "sparse attention, after --from: the indexers learn alone (warmup), or"
                           " with the model (sparse)", ("", "warmup", "sparse"))
     steps: int = option(1000, "optimizer steps", low=1)
@@ -116,7 +118,7 @@ class TrainArgs(EvenArgs):
 
     may_change = EvenArgs.may_change | {  # grad_accum: of the same batch, split in another way
         "grad_accum", "recompute", "eval_every", "eval_tokens", "sample_every", "prompt",
-        "indexer_lr", "spike_factor"}
+        "indexer_lr", "spike_factor", "merge"}
 
     def __post_init__(self):
         super().__post_init__()

@@ -126,12 +126,30 @@ def test_one_process_goes_on_to_two_and_exports(home, flags, alone, tmp_path):
     said = torchrun("--resume", "--out", str(run))
     assert said.status == 0, said.err
     assert_same_run(run, alone)
+    before = checkpoints.load_weights(checkpoints.resolve(run))
     exported = subprocess.run([sys.executable, "-m", "minids.hf", "--run", run, "--out",
                                tmp_path / "hf"], env=os.environ | dict(PYTHONPATH=str(ROOT)))
     assert exported.returncode == 0
-    whole = checkpoints.load_weights(checkpoints.resolve(run))
     for name, tensor in hf.load_hf(tmp_path / "hf").state_dict().items():
-        assert torch.equal(tensor, whole[name]), name
+        assert torch.equal(tensor, before[name]), name
+    assert_merged(run, before)
+
+
+def assert_merged(run: Path, before: dict[str, torch.Tensor]) -> None:
+    """`--merge` leaves one process's three files with the same numbers, and nothing else new."""
+    others = {path.name for path in (run / "checkpoints").iterdir()}
+    metric = checkpoints.read_manifest(checkpoints.resolve(run))["metric"]
+    said = run_train("--resume", "--out", str(run), "--merge")
+    newest = checkpoints.resolve(run)
+    assert (said.status, said.err, said.out) == (0, "", f"merged  {newest}\n")
+    assert {path.name for path in newest.iterdir()} == {
+        "model.safetensors", "state.pt", "manifest.json"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == others
+    assert checkpoints.read_manifest(newest)["metric"] == metric
+    after = checkpoints.load_weights(newest)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert run_train("--resume", "--out", str(run), "--merge").out == f"merged  {newest}\n"
 
 
 def ranks_below(launcher: int) -> list[int]:
