@@ -42,7 +42,8 @@ def test_a_class_that_is_shared_is_printed_once(monkeypatch):
 
 
 def test_every_program_hands_its_settings_over():
-    assert [cls.__name__ for cls in flags.classes_of("train")] == ["TrainArgs", "ModelArgs"]
+    assert [cls.__name__ for cls in flags.classes_of("train")] == [
+        "TrainArgs", "ModelArgs", "Layout"]
     assert [cls.__name__ for cls in flags.classes_of("lab.flags")] == ["FlagsArgs"]
 
 
