@@ -58,6 +58,12 @@ def meeting_place(rank: int, world: int, here: int) -> dist.Store:
     return dist.PrefixStore(f"minids/{start}", store)
 
 
+def is_lost(error: BaseException | None) -> bool:
+    """Return whether an exchange between ranks failed: gloo's errors are told by their text."""
+    return error is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)
+                                  or is_lost(error.__cause__))
+
+
 class Team:
     """This process among those of a run, once they have found each other.
 
@@ -123,13 +129,17 @@ class Team:
         """
         try:
             yield
-        except Exception:
+        except Exception as error:
             with contextlib.suppress(RuntimeError):  # the store is gone, or rank 0 has no error
                 if self.first:
                     self.store.set("failed", "1")
                 else:
                     self.store.wait(["failed"], SILENCE)
                     raise SystemExit(2) from None
+            if is_lost(error):
+                raise ValueError("another process of this run was lost, or does not answer; with "
+                                 "--resume the run goes on from its last whole checkpoint "
+                                 f"({error})") from error
             raise
 
     def in_turn(self, act: Callable):

@@ -193,6 +193,8 @@ def test_a_killed_rank_is_started_again_and_ends_as_an_unbroken_run(home, flags,
     out, err = ranks.communicate(timeout=100)
     assert ranks.returncode == 0, err
     assert re.search(r"resumed at step [1-6] of 6", out)
+    assert err.count("python -m minids.train: another process of this run was lost") == 1
+    assert "Traceback" not in err
     assert_same_run(run, alone)
 
 
