@@ -36,6 +36,9 @@ def shard(model: Transformer, ranks: Ranks) -> None:
     split = 1 if ranks.layout.splits_matrices(model.args) else 0  # rows of matrices, or experts
     for block in model.blocks():
         if block.is_moe:
+            # Bodies that read the experts' weights past `Experts.forward`, and so past the
+            # gathering and the exchange around it, leave experts with products of their own alone.
+            block.ffn.experts.product = block.ffn.experts.product
             fully_shard(block.ffn.experts, mesh=ranks.shards(experts=True),
                         shard_placement_fn=lambda _: Shard(split), **options)
     for unit in [*model.layers, *model.mtp]:

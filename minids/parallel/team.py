@@ -97,7 +97,7 @@ class Team:
                              f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
                              f"{WAITING.seconds // 60} minutes: {error}") from error
         from minids.parallel.ranks import Ranks  # which waits a second for torch's own imports
-        self.ranks = Ranks.of(layout, torch.device(device))
+        self.ranks = Ranks.of(layout, self.device)
 
     @property
     def first(self) -> bool:

@@ -1,6 +1,7 @@
 """What two ranks go through; started by test_two_ranks.py."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from comparing import (
@@ -24,6 +25,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from minids import Transformer
 from minids.apply.recompute import recompute_blocks
+from minids.kernels.experts import trains_on_gpu
 from minids.parallel.model import ParallelModel
 
 
@@ -59,6 +61,15 @@ def check_experts():
 
 def check_experts_and_recompute():
     compare_step(ranks_of(expert_parallel=2), parts=2, prepare=recompute_blocks)
+
+
+def check_no_body_reads_past_the_experts():
+    """On a GPU a body of `MoE.routed` takes whole weights, which no rank has."""
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    for fields in ({}, dict(expert_parallel=2)):
+        [part] = spread(ranks_of(**fields), one_process()[0]).parts
+        for block in part.blocks():
+            assert not block.is_moe or not trains_on_gpu(block.ffn, on_gpu, None, None)
 
 
 def check_all_tokens_to_one_rank():
