@@ -171,7 +171,7 @@ class FineTuner(Learner):
         self.more_config = content(args.data)
 
     def prepare(self, model: Transformer) -> None:
-        self.speed_up(model, self.args.compile)
+        self.speed_up(model, self.args.compile, self.args.batch_size)
 
     def accumulate(self) -> tuple[dict, None]:
         """Compute the gradients of the step's rows; returns its metrics."""

@@ -112,8 +112,8 @@ class Trainer(Learner):
             require(args, "fp8", self.dtype != torch.float16,
                     "false where products are in FP16, or with --dtype fp32")
             use_fp8(model)
-        self.speed_up(model, args.compile, plain=args.fp8 or bool(args.dsa),
-                      ramp=args.batch_start > 0)
+        self.speed_up(model, args.compile, args.batch_size // args.grad_accum,
+                      args.fp8 or bool(args.dsa))
 
     def open_data(self, rank: int = 0, world: int = 1) -> Data:
         """Return training batches and validation text; rank, world: as of `PackedLoader`"""

@@ -147,19 +147,19 @@ class Learner:
         """Return a context of BF16 or FP16 products over FP32 weights, if the run has them."""
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
 
-    def speed_up(self, model: Transformer, compile: str, plain: bool = False,
-                 ramp: bool = False) -> None:
+    def speed_up(self, model: Transformer, compile: str, sequences: int,
+                 plain: bool = False) -> None:
         """Set up what makes steps faster, on a GPU and where it is asked for: for `prepare`.
 
-        compile: "true", "false", or "auto": on a GPU, unless `plain`
+        compile: "true", "false", or "auto": on a GPU in BF16, unless `plain`
+        sequences: of a micro-batch, once it has grown
         plain: whether products are not the usual ones, as with FP8 or indexers that learn
-        ramp: whether batches will grow
         """
-        on_gpu = self.device.type == "cuda"
-        if on_gpu and not plain and self.dtype == torch.bfloat16:
+        usual = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not plain
+        if usual:
             self.copies = StepCopies(model)
-        if compile == "true" or compile == "auto" and on_gpu and not plain:
-            compile_blocks(model, ramp, tqdm.write)
+        if compile == "true" or compile == "auto" and usual:
+            compile_blocks(model, self.dtype, sequences, tqdm.write)
 
     def send(self, batch: Tensor) -> Tensor:
         """Return a batch on the device; a GPU fetches it while it works on the one before."""

@@ -4,6 +4,7 @@ The compiler's back end, which takes a minute, is left out here; a slow test of 
 """
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -50,6 +51,25 @@ def test_blocks_are_traced_whole_and_only_in_training(how, monkeypatch):
         model(TOKENS[:, :7])
     step(model)
     assert len(graphs) == before
+
+
+def test_batches_of_another_size_and_products_it_does_not_know_are_left_out(monkeypatch):
+    """A ramp's smaller batches run as they are; FP32 experts run between two graphs."""
+    torch.compiler.reset()
+    graphs = []
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend=lambda graph, _: graphs.append(graph) or graph))
+    model = scrambled(replace(LITTLE, n_mtp_layers=0), dtype=torch.float32)
+    plain = model.loss(TOKENS, TOKENS.roll(-1, 1)).total
+    compile_blocks(model, torch.float32, sequences=2)
+    assert model.loss(TOKENS[:1], TOKENS[:1].roll(-1, 1)).total.isfinite() and not graphs
+    loss = model.loss(TOKENS, TOKENS.roll(-1, 1)).total
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6) and graphs  # FP32
+    made = []
+    for shift in (3, 5, 7, 9):  # experts get other numbers of tokens, and nothing is compiled anew
+        model.loss((TOKENS + shift) % LITTLE.vocab_size, TOKENS).total.backward()
+        made.append(len(graphs))
+    assert made[0] == made[-1], made
 
 
 def test_where_the_compiler_fails_one_line_says_so_and_training_goes_on(monkeypatch):
