@@ -44,4 +44,4 @@ def move(weight: Tensor, step: Tensor, decay: float, length: float) -> None:
     size = weight.numel()
     move_kernel[triton.cdiv(size, BLOCK),](weight, step.contiguous(), decay, length, size,
                                            BLOCK=BLOCK)
-    torch.autograd.graph.increment_version(weight)  # copies of it know by this that it changed
+    torch.autograd.graph.increment_version(weight)  # as an operation of torch does
