@@ -5,7 +5,6 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 TRITON = find_spec("triton") is not None  # comes with torch's CUDA build; imported where it runs
 
@@ -33,5 +32,6 @@ def plain_inference(x: Tensor) -> bool:
 
     Only inference mode counts: without gradients alone, a forward pass gives the bits of training.
     """
-    return (not is_compiling() and torch.is_inference_mode_enabled() and x.device.type == "cpu"
+    return (not torch.is_grad_enabled()  # which a compiler understands; training ends here
+            and torch.is_inference_mode_enabled() and x.device.type == "cpu"
             and not torch.is_autocast_enabled("cpu"))

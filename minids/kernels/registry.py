@@ -26,6 +26,7 @@ SETTINGS = "auto", "off"
 REGISTRY: dict[str, Callable] = {}  # "moe.combine" -> the function that picks a body
 
 _setting = "auto"
+_recording = False  # compiled code depends on this, and not on what the record holds
 _record: Counter | None = None
 _watch: Callable | None = None
 
@@ -51,11 +52,9 @@ def bodies(*candidates: Callable):
                     if candidate.when(*args, **named):
                         chosen = candidate
                         break
-            if is_compiling():
+            if _recording:
                 note(name, chosen.__name__ if chosen is not plain else "plain")
-            elif _record is not None:
-                note(name, chosen.__name__ if chosen is not plain else "plain")
-                if _watch is not None:
+                if not is_compiling() and _watch is not None:
                     _watch(name, chosen, args, named)
             return chosen(*args, **named)
 
@@ -66,9 +65,8 @@ def bodies(*candidates: Callable):
 
 
 def note(name: str, chosen: str) -> None:
-    """Count a choice, if anybody asked."""
-    if _record is not None:
-        _record[name, chosen] += 1
+    """Count a choice."""
+    _record[name, chosen] += 1
 
 
 # What `torch.compiler.assume_constant_result` does, without importing the compiler: it calls this
@@ -105,9 +103,10 @@ def recorded(watch: Callable | None = None) -> Iterator[Counter]:
 
     watch: called before each call with the function's name, what runs, and its arguments
     """
-    global _record, _watch
-    before, _record, _watch = (_record, _watch), Counter(), watch
+    global _record, _watch, _recording
+    before, _record, _watch, _recording = (_record, _watch), Counter(), watch, True
     try:
         yield _record
     finally:
         _record, _watch = before
+        _recording = _record is not None
