@@ -96,7 +96,9 @@ class OverRanks:
                    for _ in range(args.grad_accum)]
         weights = Weights(optimizers.mtp_weight_at(self.step, args), args.balance_weight,
                           args.balance_loss, args.dsa, args.indexer_weight)
-        with self.autocast():
+        # No cast outlives its micro-batch: gradients through it would come after FSDP has added up.
+        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32,
+                            cache_enabled=False):
             losses = self.model.step(batches, weights, args.separate, self.tokenizer.bos_id)
         self.tokens += size * args.seq_len
         names = ("loss", "main", "mtp", "balance", "indexer")

@@ -103,6 +103,21 @@ def test_any_layout_takes_the_steps_of_one_process(home, flags, alone, layout):
 
 
 @pytest.mark.slow
+def test_micro_batches_in_bf16_add_up_over_ranks(home, flags):
+    """A cast that outlives its micro-batch lost gradients: the norm was then 1 percent off.
+
+    Rounding to BF16 does not depend on the ranks; sums in another order move the norm by 1e-5.
+    """
+    norms, options = [], [*flags, "--dtype", "bf16", "--steps", "1", "--grad-accum", "2"]
+    run_train(*options, "--out", str(home / "bf16-alone"))
+    said = torchrun(*options, "--out", str(home / "bf16-over"))
+    assert said.status == 0, said.err
+    for run in ("bf16-alone", "bf16-over"):
+        norms.append(read_records(home / run)[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=5e-4)
+
+
+@pytest.mark.slow
 def test_any_layout_goes_on_where_another_stopped(home, flags, alone):
     """Two ranks by experts, then one process, then a pipeline of two."""
     run = home / "handed-on"
