@@ -48,6 +48,20 @@ def waited(tasks: Path = Path("/proc/self/task")) -> tuple[int, int]:
     return found[0], found[1]
 
 
+class Starvation:
+    """Measures the share of CPU time in which this process's threads had no core."""
+
+    def __init__(self):
+        self.seen = waited()
+
+    def share(self) -> float:
+        """Return it since the last call; 0 if nothing ran."""
+        (ran, waits), before = waited(), self.seen
+        self.seen = ran, waits
+        ran, waits = ran - before[0], waits - before[1]
+        return waits / (ran + waits) if ran + waits > 0 else 0.0
+
+
 class Trial:
     """Steps on fewer and fewer threads, for as long as fewer make them shorter.
 
@@ -93,7 +107,7 @@ class Threads:
         self.most = torch.get_num_threads()
         self.say, self.watching = say, not fixed and self.most > 1
         self.trial: Trial | None = None
-        self.steps, self.rest, self.seen = 0, 0, waited()
+        self.steps, self.rest, self.starvation = 0, 0, Starvation()
         self.told = 0  # the number that the last line named
 
     def took(self, seconds: float) -> None:
@@ -107,7 +121,7 @@ class Threads:
         self.steps += 1
         if self.steps % STEPS:
             return
-        share, self.rest = self.share(), self.rest - 1
+        share, self.rest = self.starvation.share(), self.rest - 1
         if share > BUSY and self.rest <= 0:
             self.trial = Trial(self.most, share)
         elif share < QUIET and torch.get_num_threads() < self.most:
@@ -119,13 +133,6 @@ class Threads:
         """Put the number back, for what comes after the run in this process."""
         if self.watching:
             torch.set_num_threads(self.most)
-
-    def share(self) -> float:
-        """Return the share of CPU time in which threads had no core, since the last call."""
-        (ran, waits), before = waited(), self.seen
-        self.seen = ran, waits
-        ran, waits = ran - before[0], waits - before[1]
-        return waits / (ran + waits) if ran + waits > 0 else 0.0
 
     def settle(self, trial: Trial) -> None:
         """Go on with the number that was fastest in a trial, and say so if it is another one."""
@@ -139,4 +146,4 @@ class Threads:
                      f"no core; going on with {best} of {self.most} (time of a step, relative: "
                      f"{times}; --threads fixes the number)")
         self.told, self.trial, self.rest = best, None, REST
-        self.share()
+        self.starvation.share()

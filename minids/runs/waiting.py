@@ -1,4 +1,4 @@
-"""How the threads of a product wait for each other: spinning, or asleep while the machine is busy.
+"""Let the threads of a product wait for each other spinning, or asleep while the machine is busy.
 
 A CPU product ends with its slowest thread; the others wait for it. Spinning makes the default run
 a fifth faster on two idle cores than sleep. Beside other programs it burns the very core that the
@@ -16,7 +16,7 @@ import threading
 
 import torch
 
-from minids.runs.threads import waited
+from minids.runs.threads import Starvation
 
 EVERY = 0.5  # seconds between looks
 BUSY, QUIET = 0.15, 0.04  # shares of the threads' time without a core: sleep above, spin below
@@ -47,14 +47,11 @@ class Watcher:
     """Looks at how long this process's threads find no core, and decides how they wait."""
 
     def __init__(self):
-        self.seen, self.guest, self.calm = waited(), None, 0
+        self.starvation, self.guest, self.calm = Starvation(), None, 0
 
     def look(self) -> None:
         """Let the threads sleep, or spin again, by what happened since the last look."""
-        (ran, waits), before = waited(), self.seen
-        self.seen = ran, waits
-        ran, waits = ran - before[0], waits - before[1]
-        share = waits / (ran + waits) if ran + waits > 0 else 0.0
+        share = self.starvation.share()
         self.calm = self.calm + 1 if share < QUIET else 0
         if self.guest is None and share > BUSY:
             self.guest = Guest()

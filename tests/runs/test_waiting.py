@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from minids.runs import waiting
+from minids.runs import threads, waiting
 from minids.runs.waiting import BUSY, CALM, QUIET, Watcher
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ def look(monkeypatch):
     seen = [0, 0]
     monkeypatch.setattr(Guest, "here", 0)
     monkeypatch.setattr(waiting, "Guest", Guest)
-    monkeypatch.setattr(waiting, "waited", lambda: tuple(seen))
+    monkeypatch.setattr(threads, "waited", lambda: tuple(seen))
     watcher = Watcher()
 
     def at(share: float, looks: int = 1) -> int:
@@ -57,7 +57,7 @@ def test_they_sleep_while_it_is_busy_and_spin_again_after(look):
 
 def test_nothing_ran_is_quiet(look, monkeypatch):
     look(0.5)
-    monkeypatch.setattr(waiting, "waited", lambda: (0, 0))  # as where no kernel counts
+    monkeypatch.setattr(threads, "waited", lambda: (0, 0))  # as where no kernel counts
     watcher = Watcher()
     for _ in range(10):
         watcher.look()
