@@ -144,8 +144,12 @@ class Learner:
         return self.stop_signal
 
     def autocast(self):
-        """Return a context of BF16 or FP16 products over FP32 weights, if the run has them."""
-        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32)
+        """Return a context of BF16 or FP16 products over FP32 weights, if the run has them.
+
+        Over ranks, no cast outlives its micro-batch: FSDP would miss gradients through it.
+        """
+        return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32,
+                              cache_enabled=self.ranks == 1)
 
     def speed_up(self, model: Transformer, compile: str, sequences: int,
                  plain: bool = False) -> None:
@@ -279,7 +283,8 @@ class Learner:
             write_whole(self.run / METRICS, b"".join(map(line_of, self.metrics)))
 
     def load(self, checkpoint: Path) -> dict:
-        """Load weights and optimizers, whoever wrote them; return the checkpoint's state."""
+        """Load weights and optimizer states, written by one process or by many ranks; return the
+        checkpoint's state."""
         with fitting(checkpoint):
             self.model.load_state_dict(checkpoints.load_weights(checkpoint))
         state = checkpoints.load_state(checkpoint)

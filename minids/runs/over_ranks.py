@@ -96,9 +96,7 @@ class OverRanks:
                    for _ in range(args.grad_accum)]
         weights = Weights(optimizers.mtp_weight_at(self.step, args), args.balance_weight,
                           args.balance_loss, args.dsa, args.indexer_weight)
-        # No cast outlives its micro-batch: gradients through it would come after FSDP has added up.
-        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32,
-                            cache_enabled=False):
+        with self.autocast():
             losses = self.model.step(batches, weights, args.separate, self.tokenizer.bos_id)
         self.tokens += size * args.seq_len
         names = ("loss", "main", "mtp", "balance", "indexer")
@@ -164,7 +162,7 @@ class OverRanks:
             super().restore()
 
     def load(self, checkpoint: Path) -> dict:
-        """Load this rank's parts of weights and optimizers, whoever wrote them."""
+        """Load this rank's parts of weights and optimizer states, from any layout's checkpoint."""
         state, many = checkpoints.load_state(checkpoint), checkpoints.is_sharded(checkpoint)
         if many:
             weights, states = checkpoints.open_parts(checkpoint, "model"), state["optimizers"]
