@@ -98,15 +98,20 @@ def test_an_overflow_skips_the_step_and_halves_the_scale(home, tmp_path, capsys)
     assert (record["loss_scale"], trainer.scaler.get_scale()) == (2.0 ** 15, 2.0 ** 15)
 
 
-def test_overflows_are_counted_at_the_end(flags, tmp_path, monkeypatch):
+def runs_overflow(monkeypatch, at_step: int) -> None:
+    """Let the gradients of every run that is started overflow at one step."""
     build = training_runs.Trainer.prepare
 
     def prepare(trainer, model):
         build(trainer, model)
         trainer.model = model
-        overflowing(trainer, at_step=3)
+        overflowing(trainer, at_step=at_step)
 
     monkeypatch.setattr(training_runs.Trainer, "prepare", prepare)
+
+
+def test_overflows_are_counted_at_the_end(flags, tmp_path, monkeypatch):
+    runs_overflow(monkeypatch, at_step=3)
     said = run_train(*flags, "--out", str(tmp_path / "run"), "--dtype", "fp16", "--steps", "4")
     assert said.status == 0, said.err
     assert "1 of 4 steps were skipped: their gradients overflowed FP16" in said.out
@@ -128,14 +133,7 @@ def test_gradients_are_clipped_after_unscaling(home, tmp_path):
 
 def test_a_resumed_run_is_the_unbroken_one(flags, tmp_path, monkeypatch):
     """The scale, halved before the break, is part of the checkpoint."""
-    build = training_runs.Trainer.prepare
-
-    def prepare(trainer, model):
-        build(trainer, model)
-        trainer.model = model
-        overflowing(trainer, at_step=2)
-
-    monkeypatch.setattr(training_runs.Trainer, "prepare", prepare)
+    runs_overflow(monkeypatch, at_step=2)
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     said = run_train(*flags, "--out", str(whole), "--dtype", "fp16", "--steps", "8",
                      "--save-every", "4")
