@@ -25,7 +25,7 @@ from minids.text.loaders import open_data
 
 @dataclass(frozen=True)
 class EvaluateArgs(Machine):
-    """Which run to evaluate, and on what."""
+    """The run to evaluate, and the text and windows to evaluate it on."""
 
     run: str = option("runs/tiny", "run folder, one of its checkpoints, or a Hugging Face folder")
     data: str = option("", "text, as for minids.train; none: the run's own, or else pystdlib")

@@ -1,4 +1,4 @@
-"""Compilation from outside: blocks one by one, for the steps of training and nothing else.
+"""Compile a model's blocks one by one, from outside, for training steps only.
 
 Blocks of one kind share their compiled code, so that a model of 60 layers compiles two or three
 graphs: on 16 cores within half a minute, where the loss as a whole took 140 s and ran slower.
@@ -18,7 +18,7 @@ from minids.model.transformer import Transformer
 
 
 class Compiled:
-    """What the compiled blocks of a model share: `run`, until it fails.
+    """The compiled forward that all blocks of a model share, until compiling fails.
 
     sequences: of a batch that the compiled code is for; 0: of any, each compiled anew
     tell: prints a line

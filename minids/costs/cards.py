@@ -42,7 +42,7 @@ CARDS = (card("H100", 80, 2.5, 0.42, "gpu-80gb", measured=True),
 
 
 class Recipe(NamedTuple):
-    """What of a training preset decides its costs."""
+    """The settings of a training preset that decide its costs."""
 
     seq_len: int
     micro_batch: int  # sequences at a time

@@ -31,7 +31,7 @@ LOG2_E = 1.4426950408889634
 
 
 class Joined(NamedTuple):
-    """What a decoding session derives for one block.
+    """Weights that a decoding session derives for one block.
 
     down: [wq_a or wq ; wkv_a], the matrices that read the block's input
     routing: makes what the block returns of scores and indices

@@ -1,4 +1,4 @@
-"""What Muon does to each number, beside its products: on a GPU in two passes over memory."""
+"""Muon's elementwise work, beside its products: on a GPU in two passes over memory."""
 
 import torch
 from torch import Tensor

@@ -41,7 +41,7 @@ TOLERANCE = {torch.bfloat16: 2e-2, torch.float32: 1e-4}
 
 
 class Peaks(NamedTuple):
-    """What the machine can do: FLOP/s by precision, and bytes read or written per second."""
+    """The measured peaks of a machine: FLOP/s by precision; bytes read or written per second."""
 
     flops: dict
     bytes_per_second: float
@@ -158,7 +158,7 @@ SENSIBLE = {"moe.grouped_linear": lambda out, counts, **_: out[:counts.sum()]}  
 def largest_calls(work: Callable[[], object]) -> tuple[list[Call], list[Call]]:
     """Return the largest call of each function and body that `work` makes, and blocks' calls.
 
-    Functions of modules are made of the others and left out, but for bodies of a whole block.
+    Functions of modules consist of the others and are left out, except bodies of a whole block.
     """
     found: dict[tuple, Call] = {}
     blocks: list[Call] = []

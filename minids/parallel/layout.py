@@ -1,4 +1,4 @@
-"""How a run is laid out over ranks: processes with one GPU each, or processes on a CPU.
+"""The layout of a run over ranks: processes with one GPU each, or processes on a CPU.
 
     pipeline          ranks that share the layers
     replicate         groups that hold the same parameters and see different tokens

@@ -35,7 +35,7 @@ class LaterEmbedding(nn.Embedding):
 
 
 class Weights(NamedTuple):
-    """How the parts of the loss are weighed, as in `minids.model.objective`."""
+    """The settings of the loss, as in `minids.model.objective`."""
 
     mtp_weight: float = 0.3
     balance_weight: float = 1e-4

@@ -1,4 +1,4 @@
-"""Which part of a parameter a rank holds.
+"""The part of a parameter that a rank holds.
 
 A sharded parameter is a DTensor; it is known here by its placements, since importing its class
 takes a second, which a program on one process does not have to wait for.
