@@ -76,7 +76,7 @@ def sum_slots(rows: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tens
     """Sum each token's rows, weighted or not: rows (M, D), slot and weights (N, K) -> (N, D)"""
     if rows.device.type == "cpu":  # one pass, measured five times as fast as gather and sum
         return F.embedding_bag(slot, rows, mode="sum", per_sample_weights=weights)
-    if TRITON and not is_compiling():  # a compiler makes such a kernel itself
+    if TRITON and rows.is_cuda and not is_compiling():  # a compiler makes such a kernel itself
         from minids.kernels import triton_experts
         return triton_experts.sum_slots(rows, slot, weights)
     out = rows[slot]  # (N, K, D)
