@@ -1,0 +1,97 @@
+"""The engine's thread: who may wait, who leaves, and what happens when it stops."""
+
+import threading
+
+import pytest
+import torch
+from small_models import LITTLE, scrambled
+from test_batch import LONG, PROMPTS
+
+from minids.generate import generate
+from minids.infer.batch import Request
+from minids.infer.engine import Engine, Full, Stopped
+
+
+@pytest.fixture
+def engine():
+    made = Engine(scrambled(LONG, dtype=torch.float32), rows=2, queue=2)
+    yield made
+    made.stop()
+    assert not made.thread.is_alive()
+
+
+def test_many_threads_ask_at_once():
+    model = scrambled(LITTLE)
+    engine, found = Engine(model, rows=3, queue=20), {}
+
+    def ask(i: int) -> None:
+        found[i] = [token.id for token in engine.stream(Request(PROMPTS[i % 4], 12))]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    engine.stop()
+    expected = generate(model, PROMPTS, 12).tokens
+    assert [found[i] for i in range(12)] == [expected[i % 4] for i in range(12)]
+
+
+def test_a_full_queue_refuses_all_or_none(engine):
+    begun = threading.Event()
+    held = threading.Event()
+    slow = Request([1], 500, take=lambda token: begun.set() or not held.wait())
+    engine.submit(slow)
+    begun.wait()
+    engine.submit(*[Request([1], 5)] * 2)
+    with pytest.raises(Full) as refused:
+        engine.submit(*[Request([1], 5)] * 2)
+    assert refused.value.seconds >= 1
+    engine.submit(Request([1], 5))
+    state = engine.state()
+    assert state["running"] + state["waiting"] == 4
+    each = LONG.n_layers * (LONG.kv_lora_rank + LONG.qk_rope_head_dim) * 4
+    assert state["cache_bytes"] == each * 600 * 2
+    held.set()
+
+
+def test_a_closed_stream_frees_its_row(engine):
+    stream = engine.stream(Request([1, 2], 590))
+    next(stream)
+    stream.close()
+    assert len(list(engine.stream(Request([3], 5)))) == 5
+    while engine.state()["running"]:  # the step under way ends first
+        pass
+    assert len(engine.batch.log) < 590
+
+
+@pytest.mark.parametrize("request_, named", [
+    (Request([], 5), "prompts"), (Request([99], 5), "99"), (Request([1], 0), "max_new_tokens"),
+    (Request([1], 5, temperature=float("nan")), "temperature"), (Request([1], 5, top_p=0), "top_p"),
+    (Request([1] * 590, 20), "600")])
+def test_requests_that_are_not_valid_are_refused(engine, request_, named):
+    with pytest.raises(ValueError, match=named):
+        engine.submit(request_)
+
+
+def test_a_stopped_engine_ends_all(engine):
+    stream = engine.stream(Request([1, 2], 590))
+    next(stream)
+    ended = []
+    engine.submit(*[Request([3], 590, end=lambda *how: ended.append(how))] * 3)
+    engine.stop()
+    with pytest.raises(Stopped):
+        list(stream)
+    assert [reason for reason, _ in ended] == ["error"] * 3
+    with pytest.raises(Stopped):
+        engine.submit(Request([1], 5))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_breaks_leaves_nobody_waiting(engine, monkeypatch):
+    monkeypatch.setattr(engine.batch, "step", lambda: 1 / 0)
+    with pytest.raises(Stopped):
+        list(engine.stream(Request([1], 5)))
+    with pytest.raises(Stopped) as refused:
+        engine.submit(Request([1], 5))
+    assert isinstance(refused.value.__cause__, ZeroDivisionError)
