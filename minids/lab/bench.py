@@ -6,6 +6,7 @@
     python -m minids.lab.bench --what sparse --context 32768 --pairs 3
     python -m minids.lab.bench --what speculative --run runs/deep
     python -m minids.lab.bench --device cuda --what train,roofline --preset small --batch-size 16
+    torchrun --nproc-per-node 2 -m minids.lab.bench --what program --command "--preset nano"
     python -m minids.lab.bench --what profile --record figures/profile.json
 
 The tables:
@@ -19,7 +20,8 @@ The tables:
                   beside the predictions of the cost model in `minids.costs`, also at other depths
     rollout       sampling for reinforcement learning: `minids.rl.rollout`, which also returns
                   log-probabilities and routes, beside transformers' generate, which does not
-    program       steps of `minids.train` itself, with the flags that --command gives
+    program       steps of `minids.train` itself, with the flags that --command gives; under
+                  torchrun over its ranks, and --command names their layout too
     step          a decoding step of minids beside the time that reading its weights takes
     prompt        `generate` up to the first token of prompts of up to --context tokens
     roofline      the machine's measured peaks, and each kernel body's share of them
@@ -64,6 +66,8 @@ from minids.lab.bench_transformers import decode_table, memory_table, rollout_ta
 from minids.lab.profiling import profile_table
 from minids.lab.roofline import roofline_table
 from minids.lab.timing import RATIOS
+from minids.parallel.layout import Layout
+from minids.parallel.team import Team, speaking_first, started, world_size
 from minids.runs.device import check_memory, pick_device, prepare_cpu
 from minids.runs.folders import free_folders
 from minids.runs.metrics import read_metrics
@@ -149,15 +153,26 @@ MAKERS = {"train": train_table, "decode": decode_table, "memory": memory_table,
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
-    given, changes = parse("minids.lab.bench", __doc__, BenchArgs, ModelArgs, argv=argv)
-    s = BenchArgs(**given)
+    with speaking_first():
+        given, changes = parse("minids.lab.bench", __doc__, BenchArgs, ModelArgs, argv=argv)
+        s = BenchArgs(**given)
     prepare_cpu(s.threads)
+    with started(Layout().fitted(world_size()), pick_device(s.device).type) as team:
+        if team is None:
+            print_tables(s, changes, None)
+        else:
+            with team.alike():
+                print_tables(s, changes, team)
+
+
+def print_tables(s: BenchArgs, changes: dict, team: Team | None) -> None:
+    """Make the tables; changes: fields of `ModelArgs` that differ from the preset's"""
     args = replace(ModelArgs.preset(s.preset), **changes)
     each = s.one_dtype.itemsize if set(s.tables) <= set(ALONE) else 16
     check_memory(args, pick_device(s.device), each)  # refuses a GPU that is not there, too
     if set(s.tables) & set(BESIDE_TRANSFORMERS):
         config_from_args(args)  # refuses a model that transformers has no class for
-    bench = Bench(s, args)
+    bench = Bench(s, args, team)
     count = count_parameters(bench.args)
     where = torch.cuda.get_device_name() if s.device == "cuda" else (
         f"cpu ({torch.backends.cpu.get_cpu_capability()}), {s.threads} threads")
@@ -170,7 +185,8 @@ def main(argv: list[str] | None = None) -> None:
         rows = []
         with recorded() as calls:  # costs 0.1 us per call
             for row in MAKERS[name](bench):
-                print("  ".join(row), file=sys.stderr, flush=True)
+                if team is None or team.first:
+                    print("  ".join(row), file=sys.stderr, flush=True)
                 rows.append(row)
         ran = ", ".join(f"{function} {body}" for function, body in sorted(calls))
         print(f"\n{format_table(rows)}\n\nbodies: {ran or 'none ran in this process'}", flush=True)

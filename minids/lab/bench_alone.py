@@ -15,10 +15,12 @@ from minids.costs import count_parameters
 from minids.costs.decoding import drafting
 from minids.costs.flops import forward_flops_per_token
 from minids.infer.generation import generate
-from minids.lab.bench_setup import WARM_UP, Bench, BenchArgs
+from minids.lab.bench_setup import WARM_UP, Bench
 from minids.lab.roofline import measure_peaks
 from minids.lab.timing import watch_memory
 from minids.model.transformer import Transformer
+from minids.parallel.layout import Layout
+from minids.parallel.team import Team, world_size
 from minids.runs.settings import TrainArgs
 from minids.text.tokenizer import Tokenizer
 from minids.train import Trainer, fit_model, settings
@@ -26,23 +28,34 @@ from minids.train import Trainer, fit_model, settings
 SHORTEST = 2048  # tokens of the shortest prompt, a quarter of the next
 
 
-def trainer(command: str, device: str) -> Trainer:
-    """Return what `python -m minids.train` with these flags makes before its first step."""
-    given, changes = parse("minids.train", "", TrainArgs, ModelArgs, argv=shlex.split(command))
+def trainer(command: str, device: str, team: Team | None = None) -> Trainer:
+    """Return what `python -m minids.train` with these flags makes before its first step.
+
+    team: of the ranks that torchrun started, which take the layout that the flags name
+    """
+    given, changes, layout = parse("minids.train", "", TrainArgs, ModelArgs, Layout,
+                                   argv=shlex.split(command))
     args, changes = settings({"device": device} | given, changes)
+    layout, kind = Layout(**layout).fitted(world_size()), Trainer
+    if team is not None:
+        from minids.parallel.ranks import Ranks
+        from minids.runs.over_ranks import over_ranks
+        team.ranks = Ranks.of(layout, team.device)
+        kind = over_ranks(Trainer, team)
     tokenizer = Tokenizer.open(args.tokenizer)
-    return Trainer(args, fit_model(args, changes, tokenizer), Path(args.out or "runs"), tokenizer)
+    return kind(args, fit_model(args, changes, tokenizer), Path(args.out or "runs"), tokenizer)
 
 
 def program_table(bench: Bench) -> Iterator[list[str]]:
     """Measure the program's own steps: data, gradients, clipping, optimizers, metrics.
 
-    Nothing of one command is left for the next, neither memory nor compiled code.
+    Nothing of one command is left for the next, neither memory nor compiled code. Under torchrun
+    all ranks take the steps, and memory is that of the rank which needs most.
     """
-    yield ["train", "parameters", "tokens/s", "MFU", "GiB", "first step s", "start to step 1 s",
-           "first loss", "last loss"]
+    yield ["train", "ranks", "parameters", "tokens/s", "MFU", "GiB", "first step s",
+           "start to step 1 s", "first loss", "last loss"]
     for command in bench.settings.command.split(";"):
-        yield program_row(bench.settings, command.strip())
+        yield program_row(bench, command.strip())
         gc.collect()
         if bench.settings.device == "cuda":
             torch.compiler.reset()
@@ -50,19 +63,20 @@ def program_table(bench: Bench) -> Iterator[list[str]]:
             torch.cuda.reset_peak_memory_stats()
 
 
-def program_row(s: BenchArgs, command: str) -> list[str]:
+def program_row(bench: Bench, command: str) -> list[str]:
     """Return the table's cells for one command."""
-    start = time.perf_counter()
-    program = trainer(command, s.device)
+    s, team, start = bench.settings, bench.team, time.perf_counter()
+    program = trainer(command, s.device, team)
     first = program.train_step()
     compiled, began = program.seconds, time.perf_counter() - start
     steps = [program.train_step() for _ in range(WARM_UP + s.pairs * s.steps_per_timing)][WARM_UP:]
     speed = statistics.median(step["tokens_per_s"] for step in steps)
     mfu = program.model_flops_utilisation(speed)
-    count = count_parameters(program.model.args)
-    return [command, f"{count.total + count.mtp:,}", f"{speed:,.0f}", f"{mfu:.1%}" if mfu else "-",
-           f"{steps[-1]['memory_mib'] / 1024:.1f}", f"{compiled:.1f}", f"{began:.1f}",
-           f"{first['loss']:.3f}", f"{steps[-1]['loss']:.3f}"]
+    count, memory = count_parameters(program.model.args), steps[-1]["memory_mib"]
+    memory = memory if team is None else team.agree(memory)
+    return [command, str(program.ranks), f"{count.total + count.mtp:,}", f"{speed:,.0f}",
+            f"{mfu:.1%}" if mfu else "-", f"{memory / 1024:.1f}", f"{compiled:.1f}",
+            f"{began:.1f}", f"{first['loss']:.3f}", f"{steps[-1]['loss']:.3f}"]
 
 
 def seconds_per_step(model: Transformer, prompts: list[list[int]], new_tokens: int) -> float:

@@ -14,6 +14,7 @@ from minids.base.fields import Settings, option, require
 from minids.config import ModelArgs
 from minids.lab.timing import in_turn, speed_cells
 from minids.model.transformer import Transformer
+from minids.parallel.team import Team, world_size
 from minids.runs.settings import TrainArgs
 from minids.text.loaders import open_data
 from minids.text.tokenizer import Tokenizer
@@ -62,6 +63,8 @@ class BenchArgs(Settings):
         super().__post_init__()
         unknown = next((name for name in self.tables if name not in TABLES), "")
         require(self, "what", not unknown, f"all, or one or several of {', '.join(TABLES)}")
+        require(self, "what", world_size() == 1 or self.tables == ["program"],
+                "program under torchrun")
         require(self, "label", "profile" not in self.tables or bool(self.label or self.record),
                 "a name for the measurement, unless --record names a file that has some")
 
@@ -87,9 +90,13 @@ class BenchArgs(Settings):
 
 
 class Bench:
-    """The configuration and the text of one program; its timed models have no MTP modules."""
+    """The configuration and the text of one program; its timed models have no MTP modules.
 
-    def __init__(self, settings: BenchArgs, args: ModelArgs):
+    team: of the ranks that torchrun started; None for one process
+    """
+
+    def __init__(self, settings: BenchArgs, args: ModelArgs, team: Team | None = None):
+        self.team = team
         tokenizer = Tokenizer.open(TrainArgs.for_preset(settings.preset).tokenizer)
         self.settings = settings
         # Text has the tokenizer's tokens; a model may have more.

@@ -50,6 +50,13 @@ def test_a_wrong_flag_of_the_command_is_named():
         trainer("--stepps 3", "cpu")
 
 
+def test_ranks_take_steps_of_the_program_only(settings, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert replace(settings, what="program").tables == ["program"]
+    with pytest.raises(ValueError, match="program,decode. is not valid: it must be program under"):
+        replace(settings, what="program,decode")
+
+
 def test_program_table(settings):
     command = COMMAND.format(data=settings.data)
     both = f"{command}; {command} --dim 32"
@@ -58,7 +65,8 @@ def test_program_table(settings):
     assert narrow["train"] == f"{command} --dim 32" and narrow["first loss"] != row["first loss"]
     args = replace(ModelArgs.preset("nano"), n_layers=1)
     size = count_parameters(args).total + count_parameters(args).mtp
-    assert row["train"] == command and row["parameters"] == f"{size:,}" and row["MFU"] == "-"
+    assert row["train"] == command and row["parameters"] == f"{size:,}"
+    assert row["ranks"] == "1" and row["MFU"] == "-"
     assert float(row["tokens/s"].replace(",", "")) > 0
     assert float(row["start to step 1 s"]) >= float(row["first step s"]) >= 0
 

@@ -6,6 +6,7 @@ Each test starts the program as its user does. Two ranks, on gloo.
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -29,10 +30,10 @@ STEPS = 6
 CLOSE = 1e-4
 
 
-def command(*flags: str, world: int = 2, restarts: int = 0) -> list[str]:
+def command(*flags: str, world: int = 2, restarts: int = 0, of: str = "train") -> list[str]:
     """The command that starts the ranks on this machine."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(world), "--max-restarts", str(restarts), "-m", "minids.train", *flags]
+            str(world), "--max-restarts", str(restarts), "-m", f"minids.{of}", *flags]
 
 
 def begin(*flags: str, **options) -> subprocess.Popen:
@@ -234,3 +235,26 @@ def test_a_loss_that_is_no_number_ends_all_ranks_with_one_line(flags, tmp_path):
     assert "step " in lines[0] and "the last good checkpoint is" in lines[0]
     for checkpoint in checkpoints.all_checkpoints(tmp_path / "run"):
         assert json.loads((checkpoint / "manifest.json").read_bytes())["format"] == 2
+
+
+@pytest.mark.slow
+def test_bench_times_the_steps_of_every_layout(flags, alone):
+    """One launch for all layouts; the losses are those of one process."""
+    flags = shlex.join(flags)
+    layouts = "--pipeline 2", "--expert-parallel 2 --optimizer muon", ""
+    said = torchrun("--what", "program", "--pairs", "1", "--steps-per-timing", "3", "--threads",
+                    "1", "--command", ";".join(f"{flags} {layout}" for layout in layouts),
+                    of="lab.bench")
+    assert said.status == 0, said.err
+    rows = [line for line in said.out.splitlines() if line.startswith("--preset")]
+    steps = read_records(alone)
+    for layout, row in zip(layouts, rows, strict=True):  # each row is printed once, by rank 0
+        head, cells = row[:len(f"{flags} {layout}")], row.split()
+        assert head.strip() == f"{flags} {layout}".strip() and len(rows) == 3
+        ranks, first, last = cells[-9], float(cells[-2]), float(cells[-1])
+        assert ranks == "2" and first == pytest.approx(steps[0]["loss"], abs=2e-3), row
+        if "muon" not in layout:
+            assert last == pytest.approx(steps[5]["loss"], abs=2e-3), row
+    refused = torchrun("--what", "program", "--command", f"{flags} --pipeline 2 --micro-batches 3",
+                       of="lab.bench")
+    assert refused.status == 1 and refused.err.count("batch_size = 8 is not valid") == 1
