@@ -89,8 +89,6 @@ def start(words: str, folder: Path, hook: Callable[[], None] | None = None) -> i
     os.chdir(folder)
     for number, name in ((1, "out.txt"), (2, "err.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    if hook:
-        hook()
     sys.stdout, sys.stderr = (open(n, "w", encoding="utf-8", closefd=False) for n in (1, 2))
     name, *flags = shlex.split(words)
     if not Path(os.environ["PYTHONPATH"], "minids/lab").exists():  # of an earlier version
@@ -98,6 +96,8 @@ def start(words: str, folder: Path, hook: Callable[[], None] | None = None) -> i
     sys.argv = [name, *flags]
     status = 1
     try:
+        if hook:
+            hook()
         warnings.filterwarnings("ignore", "'minids", RuntimeWarning)  # of runpy: it was imported
         runpy.run_module(f"minids.{name}", run_name="__main__", alter_sys=True)
         status = 0
