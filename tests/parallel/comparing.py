@@ -5,6 +5,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+from launching import device_of_rank
 from small_models import LITTLE, random_tokens, scrambled
 from torch import Tensor
 from torch import distributed as dist
@@ -28,6 +29,7 @@ from minids.runs.sharded import load_states, named_states
 # Every kind of layer, on widths that two and four ranks do not divide evenly.
 ARGS = replace(LITTLE, n_layers=4, n_dense_layers=1, n_mtp_layers=1)
 ROWS, LENGTH = 8, 12
+DEVICE = device_of_rank()
 BEGIN = 7  # the token that begins a document, where documents do not see each other
 # Both losses that reach the gates from elsewhere are as large as the main one.
 WEIGHTS = Weights(mtp_weight=0.7, balance_weight=1.0)
@@ -37,12 +39,12 @@ CLOSE = 1e-12
 
 def ranks_of(**fields) -> Ranks:
     """The ranks of this process group in a layout."""
-    return Ranks.of(Layout(**fields).fitted(dist.get_world_size()), torch.device("cpu"))
+    return Ranks.of(Layout(**fields).fitted(dist.get_world_size()), DEVICE)
 
 
 def batch(step: int = 0) -> tuple[Tensor, Tensor]:
     """The tokens and targets of all ranks in a step."""
-    text = random_tokens(ARGS, ROWS, LENGTH + 1, seed=step + 1)
+    text = random_tokens(ARGS, ROWS, LENGTH + 1, seed=step + 1).to(DEVICE)
     return text[:, :-1], text[:, 1:]
 
 
@@ -64,7 +66,7 @@ def spread(ranks: Ranks, model: Transformer, **options) -> ParallelModel:
 def one_process(args: ModelArgs = ARGS, weights: Weights = WEIGHTS,
                 separate: bool = False) -> tuple[Transformer, Losses]:
     """A model with its gradients of one batch, and its losses."""
-    model, (tokens, targets) = scrambled(args), batch()
+    model, (tokens, targets) = scrambled(args).to(DEVICE), batch()
     samples = (tokens == BEGIN).cumsum(1)
     packed = Packed(samples, torch.ones_like(samples, dtype=torch.bool)) if separate else None
     losses = model.loss(tokens, targets, *weights, packed=packed)
@@ -74,7 +76,8 @@ def one_process(args: ModelArgs = ARGS, weights: Weights = WEIGHTS,
 
 def difference(tensor: Tensor, whole: Tensor) -> float:
     """How far this rank's part is from the whole one's, relative to the whole one's largest."""
-    mine, wanted = local(tensor).double(), whole[own_part(tensor)].double()
+    mine = local(tensor).double()
+    wanted = whole[own_part(tensor)].to(mine)
     assert mine.shape == wanted.shape, (mine.shape, wanted.shape)
     largest = whole.abs().max().item() or 1.0
     return (mine - wanted).abs().max().item() / largest if mine.numel() else 0.0
@@ -148,7 +151,7 @@ def train_in_parallel(ranks: Ranks, optimizer: str, steps: int = 3,
                       model_args: ModelArgs = ARGS) -> None:
     """Take optimizer steps on all ranks and in one process; the weights stay equal."""
     args = TrainArgs(optimizer=optimizer, lr=0.02, muon_lr=0.02)
-    model = scrambled(model_args)
+    model = scrambled(model_args).to(DEVICE)
     parallel = spread(ranks, model)
     pairs = [(parallel, build_optimizers(parallel, args, torch.float64)),
              (model, build_optimizers(model, args, torch.float64))]
@@ -181,7 +184,7 @@ def compare_validation(ranks: Ranks) -> None:
         mine, wanted = evaluate_over_ranks(parallel, *arguments), evaluate(model, *arguments)
         # Both sum up in FP32.
         assert abs(mine.bits_per_byte / wanted.bits_per_byte - 1) < 1e-5, (mine, wanted)
-        assert torch.equal(mine.loads, wanted.loads)
+        assert torch.equal(mine.loads.cpu(), wanted.loads.cpu())
     parallel.step(share(ranks, batch()), WEIGHTS)
     error, name = worst_gradient(parallel, model)
     assert error < CLOSE, f"the gradient of {name} is {error:.1e} off after a validation"

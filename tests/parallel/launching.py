@@ -1,4 +1,5 @@
-"""Start ranks on this machine, with gloo, and collect what each of their checks said.
+"""Start ranks on this machine and collect what each of their checks said: with gloo on its CPU, or
+with NCCL and a GPU for each.
 
 A file of checks ends with `run_checks(globals())`. Each function `check_NAME(layouts..)` is a check
 that all ranks go through together; the test that starts them reads one result per check.
@@ -20,13 +21,21 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 
 
-def launch(checks: str, world: int, folder: Path, limit: float) -> dict[str, list[str]]:
+def device_of_rank() -> torch.device:
+    """The device that this rank computes on."""
+    kind = os.environ.get("DEVICE_OF_RANKS", "cpu")
+    return torch.device(kind, int(os.environ["RANK"])) if kind == "cuda" else torch.device(kind)
+
+
+def launch(checks: str, world: int, folder: Path, limit: float,
+           device: str = "cpu") -> dict[str, list[str]]:
     """Run a file of checks on `world` ranks; return what each rank says to each: "" is right.
 
-    limit: seconds until ranks that hang are ended
+    limit: seconds until ranks that hang are ended; device: cpu or cuda
     """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE)])
-    environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1", WORLD_SIZE=str(world))
+    environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1", WORLD_SIZE=str(world),
+                                    DEVICE_OF_RANKS=device)
     ranks = [subprocess.Popen([sys.executable, HERE / checks, folder], cwd=folder, text=True,
                               stderr=subprocess.PIPE, env=environment | dict(RANK=str(rank)))
              for rank in range(world)]
@@ -49,8 +58,11 @@ def run_checks(names: dict) -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     world, said = int(os.environ["WORLD_SIZE"]), {}
     torch.set_num_threads(1)
-    store, limit = f"file://{folder / 'store'}", timedelta(seconds=60)
-    dist.init_process_group("gloo", store, limit, world, rank)
+    store, limit, device = f"file://{folder / 'store'}", timedelta(seconds=60), device_of_rank()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store, limit,
+                            world, rank)
     try:
         for name, check in names.items():
             if name.startswith("check_"):

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import torch
 from comparing import (
     ARGS,
+    DEVICE,
     WEIGHTS,
     batch,
     compare_step,
@@ -74,7 +75,7 @@ def check_no_body_reads_past_the_experts():
 
 def check_all_tokens_to_one_rank():
     """The other rank's experts get nothing: gradients of zero, and nobody waits for ever."""
-    model = Transformer(ARGS).double()
+    model = Transformer(ARGS).double().to(DEVICE)
     model.load_state_dict(one_process()[0].state_dict())
     for bias in model.gate_biases():
         bias[4:] -= 100.0
