@@ -99,6 +99,7 @@ ELSEWHERE = {
     "python tests/crash_points.py": "tests/test_crash_points.py",
     "python tests/kinds.py": "it runs hundreds of programs, for a quarter of an hour",
     "python tests/busy.py": "it measures a machine that does nothing else",
+    "python -m minids.serve": "tests/serve/",
     "torchrun": "tests/parallel/test_training_over_ranks.py",
     "python -m minids.r1": "tests/test_r1.py runs all stages with small settings",
 }

@@ -110,11 +110,20 @@ class Engine:
         finally:
             self.cancel(job)
 
-    def stop(self) -> None:
-        """End every request with `Stopped`, and the worker with them."""
-        with self.wake:
-            self.stopping = True
+    def close(self) -> None:
+        """Ask the worker to end every request with `Stopped`, and itself.
+
+        A signal's handler may call this, in whatever it interrupts: it waits for no lock.
+        """
+        self.stopping = True
+        if self.wake.acquire(blocking=False):
             self.wake.notify()
+            self.wake.release()
+
+    def stop(self) -> None:
+        """Close the engine, and wait until the worker is done."""
+        with self.wake:
+            self.close()
         self.thread.join()
 
     def state(self) -> dict[str, int]:
