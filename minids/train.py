@@ -6,6 +6,7 @@
     python -m minids.train --preset small --data hf:HuggingFaceFW/fineweb-edu:sample-10BT
     python -m minids.train --from runs/tiny --dsa warmup        V3.2's sparse attention: indexers,
     python -m minids.train --from runs/tiny-warm --dsa sparse   then all of the model
+    python -m minids.train --from runs/tiny --context 2048      longer sequences, with YaRN
 
 The recipe is V3's (arXiv 2412.19437, section 4): next-token loss plus multi-token prediction plus
 the sequence-wise balance loss; the gate biases move once per optimizer step, against the loads of
@@ -14,7 +15,8 @@ the whole batch; the learning rate rises, stays and falls.
 --from begins with another run's weights, settings and tokenizer. --dsa then takes it through the
 two stages of V3.2 (arXiv 2512.02556, section 2.1.1). In the first, indexers are added and learn
 from a frozen model's attention. In the second, the model learns under their selection from the
-language-model loss, while they keep learning from its attention. Without --dsa it trains on as is.
+language-model loss, while they keep learning from its attention. --context extends the context with
+YaRN, as V3 did twice (section 4.3). Without either it trains on as is.
 
 A run folder holds config.json (every setting), tokenizer/, metrics.jsonl (one object per step),
 checkpoints/step_NNNNNN/, loss.png and sample.txt. On one machine a run that is stopped at any
@@ -26,8 +28,6 @@ out. Their checkpoints continue on any other number of processes.
 
     torchrun --nproc-per-node 2 -m minids.train --preset nano --device cpu
     python -m minids.train --resume --merge         their newest checkpoint as one process's
-
-Simplified: the sequence length is fixed, and there is no context extension.
 """
 
 import dataclasses
@@ -65,12 +65,9 @@ from minids.runs.learner import Learner, run_learner
 from minids.runs.optimizers import batch_size_at, bias_speed_at, mtp_weight_at
 from minids.runs.settings import TrainArgs
 from minids.runs.sharded import merge
+from minids.runs.stages import default_folder, fit_model, model_after, settings_after
 from minids.text.loaders import Data, open_data
 from minids.text.tokenizer import Tokenizer
-
-# Fields of the model that may differ from those of the run before: its weights still fit.
-MAY_VARY = {"max_seq_len", "original_seq_len", "rope_factor", "beta_fast", "beta_slow", "mscale",
-            "attention_factor", "index_topk", "index_hadamard", "index_fp8"}
 
 
 class Trainer(Learner):
@@ -273,75 +270,6 @@ def settings(given: dict, given_model: dict) -> tuple[TrainArgs, dict]:
     if given.get("from_run"):
         return settings_after(given), given_model
     return TrainArgs.for_preset(preset, **given), given_model
-
-
-def settings_after(given: dict) -> TrainArgs:
-    """Return the settings of a run after another: that run's, under the stage's and `given`."""
-    run = runs.folder_of(given["from_run"])
-    before = dataclasses.asdict(TrainArgs(**runs.read_config(run, "train", TrainArgs)["train"]))
-    if given.get("preset", before["preset"]) != before["preset"]:
-        raise ValueError(f"preset = {given['preset']!r} is not valid: the run in {run} has "
-                         f"{before['preset']!r}, and this one begins with its weights")
-    if given.get("tokenizer"):
-        raise ValueError(f"tokenizer = {given['tokenizer']!r} is not valid with --from: the model "
-                         f"knows the one in {run}")
-    inherited = {k: v for k, v in before.items() if k not in ("out", "resume", "from_run", "dsa")}
-    return TrainArgs.for_preset(before["preset"], inherited, **given)
-
-
-def default_folder(args: TrainArgs) -> Path:
-    """Return the folder of a run that names none: if it is taken, the run takes NAME-2, .."""
-    if not args.from_run:
-        return Path("runs") / args.preset
-    run = runs.folder_of(args.from_run)
-    # x-warm for the warm-up of run x, x-sparse for the stage after it, else x-more.
-    suffix = {"warmup": "-warm", "sparse": "-sparse"}.get(args.dsa, "-more")
-    return run.with_name(run.name.removesuffix("-warm") + suffix)
-
-
-def model_after(args: TrainArgs, given: dict, source: runs.Source) -> dict:
-    """Return the fields of a model that begins with another's weights and may differ in `given`.
-
-    Adds an indexer if the stage needs one and there is none.
-    """
-    before = dataclasses.asdict(source.args)
-    fixed = given.keys() - MAY_VARY
-    if not before["index_n_heads"]:
-        fixed -= {"index_n_heads", "index_head_dim"}
-    for name in sorted(fixed):
-        if given[name] != before[name]:
-            raise ValueError(f"{name} = {given[name]!r} is not valid: the weights in "
-                             f"{source.folder} have {before[name]!r}")
-    if args.dsa and not before["index_n_heads"]:
-        given = default_indexer(before, args.seq_len) | given
-    return before | given
-
-
-def default_indexer(model: dict, seq_len: int) -> dict:
-    """Return the fields of an indexer in V3.2's proportions; it selects an eighth of the context.
-
-    For "v3" and the paper's 131,072 tokens it is V3.2's own: 64 heads of width 128, 2,048 tokens.
-    """
-    return dict(index_n_heads=max(model["n_heads"] // 2, 4),
-                index_head_dim=2 * model["qk_rope_head_dim"],
-                index_topk=min(max(seq_len // 8, 1), 2048))
-
-
-def fit_model(args: TrainArgs, given: dict, tokenizer: Tokenizer) -> ModelArgs:
-    """Return the preset's model with the tokenizer's vocabulary and `given`, if they fit."""
-    preset = ModelArgs.preset(args.preset)
-    model_args = dataclasses.replace(preset, **{"vocab_size": tokenizer.vocab_size} | given)
-    require(model_args, "vocab_size", model_args.vocab_size >= tokenizer.vocab_size,
-            f"at least {tokenizer.vocab_size}, the tokenizer's")
-    if model_args.has_indexer and not args.dsa:
-        raise ValueError(f"index_n_heads = {model_args.index_n_heads} is not valid without --dsa: "
-                         "an indexer learns from a trained model; train with index_n_heads = 0, "
-                         "then continue with --from RUN --dsa warmup")
-    require(args, "seq_len", args.seq_len <= model_args.max_seq_len,
-            f"at most max_seq_len = {model_args.max_seq_len}")
-    require(args, "seq_len", args.seq_len > model_args.n_mtp_layers,
-            f"above n_mtp_layers = {model_args.n_mtp_layers}")
-    return model_args
 
 
 def train(args: TrainArgs, model: dict | None = None, layout: Layout | None = None) -> Path:

@@ -26,6 +26,7 @@ from training_runs import (
 )
 
 from minids import ModelArgs, train
+from minids.runs import stages
 from minids.runs.checkpoints import load_weights, newest_checkpoint
 from minids.runs.settings import TrainArgs
 
@@ -164,7 +165,7 @@ def test_a_longer_context_and_another_indexer_can_be_asked_for(tmp_path, unbroke
 def test_the_default_indexer_at_v3s_size_is_v32s():
     v3, v32 = (asdict(ModelArgs.preset(name)) for name in ("v3", "v3.2"))
     args = TrainArgs.for_preset("v3", from_run="x", dsa="warmup")
-    assert v3 | train.default_indexer(v3, args.seq_len) == v32
+    assert v3 | stages.default_indexer(v3, args.seq_len) == v32
 
 
 def test_a_dense_model_goes_on(tmp_path, unbroken, sparse):

@@ -21,8 +21,8 @@ from minids.lab.timing import in_turn
 from minids.model.sparse_attention import Selection, load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.runs.open import open_model
+from minids.runs.stages import default_indexer
 from minids.text.loaders import open_data
-from minids.train import default_indexer
 
 SHORTEST = 1024    # tokens; the table's first context
 PIECE = 256        # tokens that sparse prefill processes at a time

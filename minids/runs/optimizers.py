@@ -175,11 +175,18 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], factor: float) ->
 
 
 def learning_rate_factor(step: int, args: LearnArgs) -> float:
-    """Return a step's share of the peak learning rate: up, constant, a cosine down (V3 4.2)."""
+    """Return a step's share of the peak learning rate: up, constant, a cosine down (V3 4.2).
+
+    args.decay may ask for a straight line or for V2's steps (3.1.2) in place of the cosine.
+    """
     if step <= args.warmup_steps:
         return step / args.warmup_steps
     start, end = args.constant_until * args.steps, args.decay_until * args.steps
     progress = min(max((step - start) / max(end - start, 1e-9), 0.0), 1.0)
+    if args.decay == "linear":
+        return 1 - (1 - args.final_lr) * progress
+    if args.decay == "steps":
+        return args.final_lr ** (0.5 * (progress > 0) + 0.5 * (progress == 1))
     return args.final_lr + (1 - args.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 

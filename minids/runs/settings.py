@@ -1,11 +1,13 @@
-"""The settings that every learning program shares, and pre-training's own with its presets."""
+"""The settings that every learning program shares, and pre-training's own."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
 from minids.base.fields import MOST, option, require
 from minids.config import MODEL_PRESETS
 from minids.runs.device import Machine
+from minids.runs.presets import CONTEXT, CONTINUED, STAGE, TRAIN_PRESETS, WARMUP
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class LearnArgs(Logged):
     constant_until: float = option(1.0, "share of the run after which lr falls", low=0, high=1)
     decay_until: float = option(1.0, "share of the run until lr is at its floor", low=0, high=1)
     final_lr: float = option(0.1, "floor of the learning rate, a share of the peak", low=0, high=1)
+    decay: str = option("cosine", "how lr falls in between; steps: to the square root of that share"
+                        " at once, and at the end to it, as V2", ("cosine", "linear", "steps"))
     dtype: str = option("auto", "precision of products; auto: bf16 where the hardware has it, fp16 "
                                 "on older GPUs", ("auto", "bf16", "fp16", "fp32"))
     save_every: int = option(50, "steps between checkpoints", low=1)
@@ -66,8 +70,8 @@ class EvenArgs(LearnArgs):
 class TrainArgs(EvenArgs):
     """The settings of one pre-training run.
 
-    Defaults are V3's where the paper states them (section 4.2); `TRAIN_PRESETS` has what a model
-    of another size needs.
+    Defaults are V3's where the paper states them (section 4.2); `minids.runs.presets` has what
+    other models need.
     """
 
     preset: str = option("tiny", "model and settings to train: " + ", ".join(MODEL_PRESETS))
@@ -79,6 +83,7 @@ class TrainArgs(EvenArgs):
                                 "one process does, and end")
     dsa: str = option("", "sparse attention, after --from: the indexers learn alone (warmup), or"
                           " with the model (sparse)", ("", "warmup", "sparse"))
+    context: int = option(0, "tokens to extend the context to, after --from, with YaRN", low=0)
     steps: int = option(1000, "optimizer steps", low=1)
     batch_size: int = option(8, "sequences in an optimizer step", low=1, high=MOST)
     batch_start: int = option(0, "sequences in step 1, growing to batch_size; 0: no ramp", low=0)
@@ -128,52 +133,27 @@ class TrainArgs(EvenArgs):
                 f"at most batch_size = {self.batch_size}")
         require(self, "dsa", not self.dsa or bool(self.from_run),
                 "none without --from: an indexer learns from a trained model's attention")
+        require(self, "context", not self.context or bool(self.from_run) and not self.dsa,
+                "0 without --from, and with --dsa: a trained model learns longer sequences first")
+        require(self, "seq_len", self.context in (0, self.seq_len), f"context = {self.context}")
 
     @classmethod
     def for_preset(cls, name: str, before: dict | None = None, **given) -> "TrainArgs":
         """Return the preset's settings, under those of the run `before`, the stage, and `given`."""
         settings = {"preset": name} | TRAIN_PRESETS.get(name, {}) | (before or {})
         if given.get("from_run"):
-            stage = WARMUP if given.get("dsa") == "warmup" else CONTINUED
-            settings |= STAGE | stage.get(name, {})
+            if context := given.get("context"):
+                stage = cls(**settings).longer(context) | CONTEXT.get(name, {})
+            else:
+                stage = (WARMUP if given.get("dsa") == "warmup" else CONTINUED).get(name, {})
+            settings |= STAGE | stage
         return cls(**settings | given)
 
-
-TINY_RUN = dict(steps=800, optimizer="muon", lr=1e-2, muon_lr=3e-3, warmup_steps=20,
-                constant_until=0.5, decay_until=1.0, final_lr=0.05, bias_speed=0.005)
-# Twenty tokens for each parameter that one token uses (`python -m minids.costs --what cards`). No
-# ramp, whose first steps would have micro-batches too small for the card.
-GPU_80GB_RUN = dict(steps=27_000, batch_size=256, grad_accum=32, seq_len=2048, optimizer="muon",
-                    lr=1e-3, muon_lr=1e-3, warmup_steps=500, fim_rate=0.1, eval_every=500,
-                    eval_tokens=262144, sample_every=500, save_every=500)
-TRAIN_PRESETS = {
-    "tiny": TINY_RUN,
-    "nano": TINY_RUN | dict(
-        steps=60, batch_size=4, seq_len=128, lr=5e-3, muon_lr=5e-3, warmup_steps=5, final_lr=0.1,
-        bias_speed=0.01, eval_every=20, eval_tokens=8192, save_every=20),
-    "micro": TINY_RUN | dict(
-        data="task:calculator", tokenizer="bytes", steps=600, batch_size=16, separate=True,
-        lr=4e-3, muon_lr=4e-3, weight_decay=0.0, dtype="fp32", prompt="3*7+5-2*4+6-8"),
-    "deep": TINY_RUN,
-    "small": dict(steps=20000, batch_size=64, batch_start=16, batch_ramp_steps=1000, seq_len=2048,
-                  optimizer="muon", lr=1e-3, muon_lr=1e-3, warmup_steps=500, fim_rate=0.1,
-                  recompute="blocks", eval_every=500, eval_tokens=262144, sample_every=500,
-                  save_every=500),
-    "gpu-24gb": GPU_80GB_RUN | dict(steps=14_400, batch_size=128),
-    "gpu-80gb": GPU_80GB_RUN,
-    "v3": dict(steps=235_000, batch_size=15360, batch_start=3072, batch_ramp_steps=12_400,
-               seq_len=4096, fim_rate=0.1, recompute="blocks"),
-}
-
-# A run that begins with another one's weights: a constant learning rate, and the late MTP weight.
-# V3.2 (section 2.1.1) states learning rates, steps and batch sizes only; the values for the small
-# models were found by trial.
-STAGE = dict(batch_start=0, batch_ramp_steps=0, warmup_steps=0, constant_until=1.0,
-             decay_until=1.0, mtp_weight=0.1, indexer_lr=3e-3, steps=100)
-V32_WARMUP = dict(indexer_lr=1e-3, steps=1000, batch_size=16, seq_len=131072)
-V32_SPARSE = dict(lr=7.3e-6, indexer_lr=7.3e-6, steps=15_000, batch_size=480, seq_len=131072)
-WARMUP = {"v3": V32_WARMUP, "v3.2": V32_WARMUP}
-# For dense attention too: it trains the model that the sparse one is compared with.
-CONTINUED = {"v3": V32_SPARSE, "v3.2": V32_SPARSE,
-             "tiny": dict(lr=5e-4, muon_lr=1.5e-4, indexer_lr=1e-3, steps=200),
-             "nano": dict(lr=2.5e-4, muon_lr=2.5e-4, indexer_lr=1e-3, steps=60)}
+    def longer(self, context: int) -> dict:
+        """Return what sequences of `context` tokens change: as many tokens in a batch as before,
+        and the learning rate with which this run ended. V3's stages have just that (section 4.3).
+        """
+        batch = max(self.batch_size * self.seq_len // max(context, 1), 1)
+        end = 1.0 if self.constant_until == 1 else self.final_lr or 0.1
+        return dict(seq_len=context, batch_size=batch, grad_accum=math.gcd(self.grad_accum, batch),
+                    lr=self.lr * end, muon_lr=self.muon_lr * end)

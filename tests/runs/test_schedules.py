@@ -41,6 +41,15 @@ def test_learning_rate_rises_stays_and_falls():
     assert all(a >= b for a, b in pairwise(factors))
 
 
+def test_other_ways_down():
+    """V2 multiplies by 0.316 = sqrt(0.1) twice; Moonlight's cool-down is a straight line."""
+    steps, line = (replace(ARGS, decay=how) for how in ("steps", "linear"))
+    factors = [learning_rate_factor(step, steps) for step in (5, 50, 51, 89, 90, 100)]
+    assert factors == pytest.approx([0.5, 1.0, 0.1 ** 0.5, 0.1 ** 0.5, 0.1, 0.1], rel=1e-12)
+    factors = [learning_rate_factor(step, line) for step in (5, 50, 60, 70, 90, 100)]
+    assert factors == pytest.approx([0.5, 1.0, 0.775, 0.55, 0.1, 0.1], rel=1e-12)
+
+
 WRONG_SCHEDULES = {
     "starts at zero": lambda s, a: learning_rate_factor(s - 1, a) if s > 1 else 0.0,
     "straight": lambda s, a: min(s / 10, 1.0, max(1 - 0.9 * (s - 50) / 40, 0.1)),

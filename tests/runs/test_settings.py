@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from minids.config import ModelArgs
+from minids.runs.optimizers import batch_size_at, learning_rate_factor
 from minids.runs.settings import TRAIN_PRESETS, TrainArgs
 
 TRAINING_MISTAKES = [
@@ -30,6 +31,56 @@ def test_every_preset_has_training_settings():
         args = TrainArgs.for_preset(name, seed=7)
         assert (args.preset, args.seed) == (name, 7)
         assert replace(args, **TRAIN_PRESETS.get(name, {})) == args
+
+
+# Tokens of a run, and what its learning rate is after so many: V3 section 4.2, V2 section 3.1.2 and
+# appendix B (x 0.316, twice), Moonlight (2502.16982) section 3.3, Kimi K2 (2507.20534) section 2.5.
+PAPERS = {
+    "v3": (14.8e12, {5e12: 2.2e-4, 9.9e12: 2.2e-4, 14.4e12: 2.2e-5}),
+    "v2": (8.1e12, {4e12: 2.4e-4, 6e12: 7.584e-5, 8e12: 2.397e-5}),
+    "v2-lite": (5.7e12, {4e12: 4.2e-4, 4.8e12: 1.327e-4, 5.5e12: 4.194e-5}),
+    "moonlight": (5.2e12, {40e9: 4.2e-4, 5.17e12: 4.2e-5}),
+    "kimi-k2": (15.5e12, {9.9e12: 2e-4, 15.49e12: 2e-5}),
+}
+
+
+def off_the_papers(name: str, **changes) -> list[str]:
+    """Where the steps of a preset are not a paper's tokens and rates, within half a percent."""
+    args, tokens, (total, rates) = TrainArgs.for_preset(name, **changes), 0, PAPERS[name]
+    left, wrong = sorted(rates), []
+    for step in range(1, args.steps + 1):
+        tokens += batch_size_at(step, args) * args.seq_len
+        if left and tokens >= left[0]:
+            rate = args.lr * learning_rate_factor(step, args)
+            if rate != pytest.approx(rates[left[0]], rel=0.005):
+                wrong.append(f"{rate} after {left[0]:g} tokens")
+            left.pop(0)
+    return wrong + ([] if tokens == pytest.approx(total, rel=0.005) else [f"{tokens} tokens"])
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_presets_of_released_models_have_the_papers_tokens_and_rates(name):
+    assert off_the_papers(name) == []
+    assert off_the_papers(name, batch_start=0)[-1:] or name in ("v2-lite", "kimi-k2")
+    assert off_the_papers(name, final_lr=0.5)
+
+
+def test_balance_losses_of_released_models_work_over_ranks():
+    """V2's of experts alone, per sequence, as its config.json says; V3's elsewhere."""
+    weights = {"v2": 0.003, "v2-lite": 0.001, "v3": 1e-4, "moonlight": 1e-4, "kimi-k2": 1e-4}
+    for name, weight in weights.items():
+        args = TrainArgs.for_preset(name)
+        assert (args.balance_weight, args.balance_loss) == (weight, "sequence")
+
+
+def test_moonlights_cool_down_is_a_stage():
+    """500B tokens, up to 1e-4 in 100 steps, then straight to 0, and the biases rest."""
+    args = TrainArgs.for_preset("moonlight", vars(TrainArgs.for_preset("moonlight", steps=9)) | {
+        "preset": "moonlight"}, from_run="x")
+    assert args.steps * args.batch_size * args.seq_len == pytest.approx(5e11, rel=0.005)
+    factors = [learning_rate_factor(step, args) for step in (50, 100, 7450, 14_900)]
+    assert factors == pytest.approx([0.5, 1.0, 0.5, 0.0], abs=1e-2)
+    assert args.lr == args.muon_lr == 1e-4 and args.bias_speed == 0
 
 
 def test_the_stages_of_sparse_attention_are_the_papers():
