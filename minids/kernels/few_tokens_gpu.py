@@ -27,6 +27,7 @@ KINDS = torch.bfloat16, torch.float16, torch.float32
 MANY = 1024  # tokens of a step; with more the plain definition's products are as quick
 PROGRAMS = 264  # that attention is cut into: two for each multiprocessor of a large GPU
 MOST_PIECES = 64  # more take longer to add up than they save
+OLDEST = 8, 0  # compute capability; before, V3's widths need more shared memory than a block has
 LOG2_E = 1.4426950408889634
 
 
@@ -44,9 +45,9 @@ class Joined(NamedTuple):
 def takes(args, weight: Tensor, dtype: torch.dtype) -> bool:
     """Return whether these kernels take a model: its settings, a weight, the type of products."""
     powers = (args.qk_nope_head_dim, args.v_head_dim, args.kv_lora_rank, args.qk_rope_head_dim)
-    groups = args.n_expert_groups == 1 or args.n_routed_experts & (args.n_routed_experts - 1) == 0
-    known = INTERPRETED or weight.device.type == "cuda" and dtype in KINDS
-    return (TRITON and known and weight.dtype == dtype and not args.has_indexer and groups
+    known = INTERPRETED or (weight.device.type == "cuda" and dtype in KINDS
+                            and torch.cuda.get_device_capability(weight.device) >= OLDEST)
+    return (TRITON and known and weight.dtype == dtype and not args.has_indexer
             and all(width >= 16 and width & (width - 1) == 0 for width in powers))
 
 
@@ -144,10 +145,10 @@ def choose(gate, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     kernels.gate_kernel[(n, -(-number // 4))](x, gate.weight, logits, x.size(1), number, EXPERTS=4,
                                              BLOCK=block)
     kernels.choose_kernel[(n,)](
-        logits, logits if gate.bias is None else gate.bias, scores, indices, weights, number,
-        args.route_scale, K=k, GROUPS=args.n_expert_groups, LIMITED=args.n_limited_groups,
+        logits, logits if gate.bias is None else gate.bias, scores, indices, weights,
+        args.route_scale, E=number, K=k, GROUPS=args.n_expert_groups, LIMITED=args.n_limited_groups,
         SIGMOID=args.score_func == "sigmoid", BIAS=gate.bias is not None, ALL=kernels.power(number),
-        FEW=kernels.power(k), num_warps=1)
+        FEW=kernels.power(k), GROUPS_BLOCK=kernels.power(args.n_expert_groups), num_warps=1)
     return weights, scores, indices
 
 

@@ -9,6 +9,8 @@ kernel are powers of two.
 import triton
 import triton.language as tl
 
+from minids.kernels.triton_routing import in_best_groups
+
 power = triton.next_power_of_2
 
 @triton.jit
@@ -177,12 +179,13 @@ def gate_kernel(x, weight, out, D, E, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def choose_kernel(logits, bias, scores, indices, weights, E, factor, K: tl.constexpr,
+def choose_kernel(logits, bias, scores, indices, weights, factor, E: tl.constexpr, K: tl.constexpr,
                   GROUPS: tl.constexpr, LIMITED: tl.constexpr, SIGMOID: tl.constexpr,
-                  BIAS: tl.constexpr, ALL: tl.constexpr, FEW: tl.constexpr):
+                  BIAS: tl.constexpr, ALL: tl.constexpr, FEW: tl.constexpr,
+                  GROUPS_BLOCK: tl.constexpr):
     """Score and choose the experts of one token: `Gate.forward` after the product.
 
-    ALL, FEW: powers of two not below E and K; GROUPS above 1: E is one itself
+    ALL, FEW, GROUPS_BLOCK: powers of two not below E, K and GROUPS
     """
     n = tl.program_id(0)
     e = tl.arange(0, ALL)
@@ -197,21 +200,8 @@ def choose_kernel(logits, bias, scores, indices, weights, E, factor, K: tl.const
     if BIAS:
         choice += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
     choice = tl.where(e < E, choice, float("-inf"))
-    if GROUPS > 1:
-        grouped = tl.reshape(choice, (GROUPS, ALL // GROUPS))
-        group, member = tl.arange(0, GROUPS), tl.arange(0, ALL // GROUPS)
-        value = tl.max(grouped, axis=1)
-        if BIAS:
-            first = tl.argmax(grouped, axis=1)
-            rest = tl.where(member[None, :] == first[:, None], float("-inf"), grouped)
-            value += tl.max(rest, axis=1)
-        kept = tl.zeros((GROUPS,), tl.int32)
-        for _ in tl.static_range(LIMITED):
-            here = group == tl.argmax(value, axis=0)
-            kept = tl.where(here, 1, kept)
-            value = tl.where(here, float("-inf"), value)
-        grouped = tl.where(kept[:, None] == 1, grouped, float("-inf"))
-        choice = tl.reshape(grouped, (ALL,))
+    choice = in_best_groups(choice, e, E, GROUPS, LIMITED, 2 if BIAS else 1,
+                            GROUPS_BLOCK)
     k = tl.arange(0, FEW)
     chosen = tl.zeros((FEW,), tl.int32)
     weight = tl.zeros((FEW,), tl.float32)

@@ -7,20 +7,14 @@ from torch import Tensor
 
 
 @triton.jit
-def choose_kernel(scores, bias, chosen, E: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
-                  LIMIT: tl.constexpr, COUNTED: tl.constexpr, HAS_BIAS: tl.constexpr,
-                  BLOCK: tl.constexpr, GROUPS_BLOCK: tl.constexpr):
-    """Choose one token's K experts, the largest first, in its LIMIT best groups.
+def in_best_groups(x, e, E: tl.constexpr, GROUPS: tl.constexpr, LIMIT: tl.constexpr,
+                   COUNTED: tl.constexpr, GROUPS_BLOCK: tl.constexpr):
+    """Return x, what one token's experts e are chosen by, with -inf outside its LIMIT best groups.
 
     A group counts by the sum of its COUNTED largest, 1 or 2.
     """
-    token = tl.program_id(0).to(tl.int64)
-    e, g = tl.arange(0, BLOCK), tl.arange(0, GROUPS_BLOCK)
-    nothing = float("-inf")
-    x = tl.load(scores + token * E + e, mask=e < E, other=nothing)
-    if HAS_BIAS:
-        x += tl.load(bias + e, mask=e < E, other=0.0)
     if GROUPS > 1:
+        nothing, g = float("-inf"), tl.arange(0, GROUPS_BLOCK)
         group, counts = e // (E // GROUPS), tl.full((GROUPS_BLOCK,), nothing, x.dtype)
         for i in tl.static_range(GROUPS):
             own = tl.where(group == i, x, nothing)
@@ -33,6 +27,21 @@ def choose_kernel(scores, bias, chosen, E: tl.constexpr, K: tl.constexpr, GROUPS
             best = tl.argmax(counts, 0)
             kept, counts = kept | (group == best), tl.where(g == best, nothing, counts)
         x = tl.where(kept, x, nothing)
+    return x
+
+
+@triton.jit
+def choose_kernel(scores, bias, chosen, E: tl.constexpr, K: tl.constexpr, GROUPS: tl.constexpr,
+                  LIMIT: tl.constexpr, COUNTED: tl.constexpr, HAS_BIAS: tl.constexpr,
+                  BLOCK: tl.constexpr, GROUPS_BLOCK: tl.constexpr):
+    """Choose one token's K experts, the largest first, in its best groups."""
+    token = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK)
+    nothing = float("-inf")
+    x = tl.load(scores + token * E + e, mask=e < E, other=nothing)
+    if HAS_BIAS:
+        x += tl.load(bias + e, mask=e < E, other=0.0)
+    x = in_best_groups(x, e, E, GROUPS, LIMIT, COUNTED, GROUPS_BLOCK)
     for k in tl.static_range(K):
         best = tl.argmax(x, 0)
         tl.store(chosen + token * K + k, best.to(tl.int64))

@@ -147,19 +147,20 @@ def folded_case(count: int, uneven: bool, batch: int = 3, layer: int = 1, **shap
     return Case(call, learns=False)
 
 
-def joined_case(count: int, batch: int = 3, layer: int = 1, **shape) -> Case:
+def joined_case(count: int, batch: int = 3, layer: int = 1, dtype: torch.dtype = torch.float32,
+                **shape) -> Case:
     """A step of a block on a GPU, after sequences of unequal length; FP32, which Triton sums in."""
     def call() -> tuple:
         wide = dict(max_seq_len=128, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16,
                     v_head_dim=16)
-        model = scrambled(replace(LITTLE, **wide | shape), dtype=F32).requires_grad_(False)
-        cache = LatentCache(model.args, batch, 90, dtype=F32)
+        model = scrambled(replace(LITTLE, **wide | shape), dtype=dtype).requires_grad_(False)
+        cache = LatentCache(model.args, batch, 90, dtype=dtype)
         model.hidden(torch.randint(model.args.vocab_size, (batch, 40)), cache)
         cache.truncate(torch.arange(batch) % 3 * 14 + 5, 60)  # the longest has 33
         fold(model, cache)
         context = model.context(torch.zeros(batch, count, dtype=torch.int64), cache, absorbed=True)
-        return model.layers[layer], drawn(batch, count, 24, dtype=F32, learns=False), context
-    return Case(call, False, F32, triton=True)
+        return model.layers[layer], drawn(batch, count, 24, dtype=dtype, learns=False), context
+    return Case(call, False, dtype, triton=True)
 
 
 def moe_case(tokens: int, skewed: bool = False) -> Case:
@@ -194,7 +195,8 @@ CASES: dict[tuple[str, str], list[Case]] = {
         joined_case(1), joined_case(1, layer=0), joined_case(1, batch=1), joined_case(20),
         joined_case(2, q_lora_rank=0), joined_case(1, batch=18, n_shared_experts=2),
         joined_case(3, score_func="softmax", gate_bias=False, n_shared_experts=0),
-        joined_case(3, n_routed_experts=6, n_expert_groups=1, n_limited_groups=1)],
+        joined_case(3, n_routed_experts=6, n_expert_groups=1, n_limited_groups=1),
+        joined_case(3, n_routed_experts=12, n_expert_groups=3, n_limited_groups=2)],
     ("moe.MoE.routed", "routed"): [moe_case(1), moe_case(4), moe_case(30),
                                    moe_case(30, skewed=True)],
     ("moe.dispatch", "dispatch_by_slot"): [Case(dispatch_case)],

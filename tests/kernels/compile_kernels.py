@@ -1,0 +1,97 @@
+"""Compile every Triton kernel for a GPU that is not there; print each one's shared memory.
+
+    PYTHONPATH=.:tests python tests/kernels/compile_kernels.py 90    compute capability 9.0
+
+The functions that launch kernels are called as they are; a launch ends where the program for the
+GPU exists. What the interpreter does not see, such as a type that a loop changes, ends here.
+"""
+
+import importlib
+import pkgutil
+import sys
+
+import torch
+from gpu_cases import BF16, F32, entropy, gate, routed
+from test_bodies import joined_case
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import minids.kernels
+from minids.kernels import few_tokens_gpu, triton_experts, triton_muon
+from minids.kernels.cross_entropy import chunked_on_gpu
+from minids.kernels.routing import balance_in_one_pass, choose_in_one_kernel
+from minids.model.transformer import Block
+
+V3_WIDTHS = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
+
+
+class Absent:
+    """The driver of a GPU that is not there."""
+
+    def __init__(self, capability: int):
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def kernels() -> set[str]:
+    """The names of all kernels of the package."""
+    modules = [importlib.import_module(f"minids.kernels.{found.name}") for found in
+               pkgutil.iter_modules(minids.kernels.__path__) if found.name.startswith("triton_")]
+    return {name for module in modules for name, value in vars(module).items()
+            if isinstance(value, JITFunction) and name.endswith("_kernel")}
+
+
+def launch_all() -> None:
+    """Call everything that launches a kernel; what it returns means nothing."""
+    for dtype in (F32, BF16):
+        rows, slot = torch.randn(13, 1500, dtype=dtype), torch.randint(13, (5, 3))
+        triton_experts.sum_slots(rows, slot)
+        triton_experts.sum_slots(rows, slot, torch.rand(5, 3))
+        chunked_on_gpu(*entropy(dtype, "cpu")).backward()
+    choose_in_one_kernel(*gate(F32, "cpu"))
+    balance_in_one_pass(*routed(F32, "cpu")).backward()
+    for step in (F32, BF16):
+        weights = [torch.randn(1, 3000) for _ in range(3)]
+        triton_muon.look_ahead(*weights[:2], 0.95, torch.empty(1, 1, 3000, dtype=step))
+        triton_muon.move(weights[2], torch.randn(1, 3000, dtype=step), 0.9, 0.02)
+    joined = next(body for body in Block.forward.bodies if body.__name__ == "joined_block")
+    with torch.inference_mode():
+        for count, shape in (
+                (1, {}), (20, {}), (2, dict(q_lora_rank=0)),
+                (3, dict(score_func="softmax", gate_bias=False, n_shared_experts=0)),
+                (3, dict(n_routed_experts=12, n_expert_groups=3, n_shared_experts=2))):
+            joined(*joined_case(count, **shape).call())
+        for count in (1, 20):
+            joined(*joined_case(count, dtype=BF16, **V3_WIDTHS).call())
+
+
+def main(capability: int) -> None:
+    """Compile; print a line for each kernel: its name, bytes of shared memory at most."""
+    driver.set_active(Absent(capability))
+    compiled, run = {}, JITFunction.run
+
+    def only_compile(kernel: JITFunction, *args, grid, warmup, **named):
+        found = run(kernel, *args, grid=grid, warmup=True, **named)
+        assert found.asm["cubin"], kernel
+        compiled[kernel.__name__] = max(found.metadata.shared, compiled.get(kernel.__name__, 0))
+        return found
+
+    JITFunction.run = only_compile
+    few_tokens_gpu.INTERPRETED = True  # it then takes tensors on a CPU
+    launch_all()
+    assert compiled.keys() == kernels(), compiled.keys() ^ kernels()
+    for name, shared in sorted(compiled.items()):
+        print(name, shared)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
