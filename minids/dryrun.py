@@ -1,0 +1,253 @@
+"""Plan a run over many ranks before renting them: memory, messages, bubble, hours and dollars.
+
+    python -m minids.dryrun --preset v3 --gpus 2048 --pipeline 16 --expert-parallel 64
+    python -m minids.dryrun --preset small --gpus 8 --gpu-memory 24
+    python -m minids.dryrun --what table                which models fit 1 to 2,048 GPUs, and how
+
+The package's own code shards the model over ranks that are not there and runs micro-batches without
+numbers (`minids.parallel.measuring` says what that leaves out). No GPU is touched and none is
+measured: seconds are bytes over a bandwidth, or FLOPs over a share of the peak, that flags assume.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+
+from minids.base.command_line import parse, run_program
+from minids.base.fields import Settings, demand, option
+from minids.base.tables import format_table
+from minids.config import ModelArgs
+from minids.costs import count_parameters, flops
+from minids.costs.bill import V3_TOKENS, Rental, training_bill
+from minids.costs.cards import ROOM
+from minids.parallel.layout import Layout
+from minids.runs.optimizers import is_hidden_matrix
+
+SIZES = (1, 2, 8, 64, 256, 2048)
+MODELS = ("small", "moonlight", "v2", "v3")
+# For the table, tried in order: pipeline, expert_parallel, schedule.
+CHOICES = ((1, 1, "1F1B"), (1, 8, "1F1B"), (4, 8, "1F1B"), (4, 64, "1F1B"), (8, 32, "1F1B"),
+           (16, 64, "DualPipeV"))
+
+
+@dataclass(frozen=True)
+class DryRunArgs(Settings):
+    """Model, ranks and batch."""
+
+    what: str = option("model", "one model and layout, or the table of models and numbers of GPUs",
+                       ("model", "table"))
+    preset: str = option("v3", "model: " + ", ".join(ModelArgs.presets()))
+    gpus: int = option(2048, "GPUs, one rank each", low=1, high=2 ** 16)
+    seq_len: int = option(0, "tokens of a sequence; 0: 4,096, or fewer if the model takes no more",
+                          low=0)
+    micro_batch: int = option(1, "sequences of a micro-batch on one rank", low=1)
+    batch_size: int = option(0, "sequences of an optimizer step; 0: 120 micro-batches on each rank "
+                                "with a pipeline, as V3 has it, and one without", low=0)
+    recompute: str = option("blocks", "what is computed twice: none, or all of the blocks",
+                            ("none", "blocks"))
+    optimizer: str = option("adamw", "muon: one moment for the matrices in the blocks, not two",
+                            ("adamw", "muon"))
+    dtype: str = option("bf16", "precision of products; weights and gradients are FP32",
+                        ("bf16", "fp32"))
+    tokens: float = option(V3_TOKENS, "tokens to train on; V3 had 14.8e12", above=0)
+    network: float = option(50.0, "assumed bandwidth of a GPU to all others, GB/s; 400 Gbit/s: 50",
+                            above=0)
+
+    def sequence(self, args: ModelArgs) -> int:
+        """Return the tokens of a sequence."""
+        return self.seq_len or min(4096, args.max_seq_len)
+
+
+class Rank(NamedTuple):
+    """What the GPUs of one pipeline rank hold: numbers of parameters, bytes of the rest."""
+
+    rank: int
+    parameters: int
+    weights: int
+    state: int
+    outlast: int  # gathered weights, gradients, copies: for the whole step
+    stored: int  # activations of all micro-batches in flight
+    peak: int  # beside all these, at the worst moment
+    messages: dict[str, int]  # by kind, of a step
+
+    @property
+    def total(self) -> int:
+        """Return all that is there at the worst moment, bytes."""
+        return self.weights + self.state + self.outlast + self.stored + self.peak
+
+
+class Report(NamedTuple):
+    """A layout of one model, measured."""
+
+    layout: Layout
+    stages: list  # of `measuring.Footprint`
+    ranks: list[Rank]
+    bubble: float
+
+    @property
+    def fullest(self) -> Rank:
+        """Return the rank that needs most memory."""
+        return max(self.ranks, key=lambda rank: rank.total)
+
+    def fits(self, rental: Rental) -> bool:
+        """Return whether every rank fits a GPU, with a tenth left for CUDA, NCCL and fragments."""
+        return self.fullest.total <= ROOM * rental.gpu_memory * 1e9
+
+
+def plan_ranks(args: ModelArgs, run: DryRunArgs, layout: Layout) -> Report:
+    """Measure a model on the ranks of a fitted layout.
+
+    Stages with the same ends and as many layers of each kind take the same: one of them is run.
+    """
+    from minids.parallel.measuring import Load, fake_ranks, measure  # FSDP: some seconds
+    from minids.parallel.schedules import bubble, most_stored, orders
+
+    def state_bytes(name: str, p: torch.Tensor) -> int:
+        return 4 if run.optimizer == "muon" and is_hidden_matrix(name, p) else 8
+
+    layout.check(args)
+    load = Load(run.micro_batch, run.sequence(args), state_bytes, run.recompute,
+                torch.bfloat16 if run.dtype == "bf16" else torch.float32)
+    known, stages = {}, []
+    ranks = contextlib.nullcontext() if run.gpus == 1 else fake_ranks(layout, run.gpus)
+    with ranks as here:
+        for stage in range(layout.n_stages):
+            layers = layout.layers_of(stage, args)
+            kind = (stage == 0, stage == layout.n_stages - 1, len(layers),
+                    sum(map(args.is_moe_layer, layers)))
+            if kind not in known:
+                known[kind] = measure(args, here, stage, load)
+            stages.append(known[kind])
+    rows, found = orders(layout), []
+    for rank, row in enumerate(rows):
+        held = {stage: stages[stage] for stage in layout.stages_of(rank)}
+        both = [sum(values) for values in zip(*held.values(), strict=True)]
+        both = stages[0]._make(both)
+        found.append(Rank(
+            rank, both.own, both.weights, both.state, both.outlast,
+            most_stored(row, {stage: one.kept for stage, one in held.items()}),
+            max(one.peak for one in held.values()), both.step(layout.micro_batches)))
+    return Report(layout, stages, found, bubble(rows))
+
+
+def fitted(layout: Layout, run: DryRunArgs) -> Layout:
+    """Return the layout on these GPUs, with the micro-batches of a batch."""
+    chosen = layout.fitted(run.gpus)
+    if layout.micro_batches or (chosen.pipeline == 1 and not run.batch_size):
+        return chosen
+    pieces = chosen.data_ranks * run.micro_batch
+    batch = run.batch_size or 120 * pieces
+    demand("batch_size", batch, batch % pieces == 0,
+           f"a multiple of {pieces}, for {chosen.data_ranks} ranks that see different tokens")
+    if chosen.pipeline == 1:  # --grad-accum splits a step there
+        return replace(chosen, micro_batches=batch // pieces)
+    return replace(layout, micro_batches=batch // pieces).fitted(run.gpus)
+
+
+def size(amount: float) -> str:
+    """Return bytes in GB of 10^9."""
+    return f"{amount / 1e9:,.2f} GB"
+
+
+def model_rows(name: str, args: ModelArgs, run: DryRunArgs, report: Report, other: Report,
+               rental: Rental) -> Iterator:
+    """Yield the rows of one layout; other: the same with the other choice of recomputation."""
+    layout, top, seq_len = report.layout, report.fullest, run.sequence(args)
+    step = layout.data_ranks * layout.micro_batches * run.micro_batch
+    yield (f"{name} on {run.gpus:,} {rental.gpu}: pipeline {layout.pipeline} x replicate "
+           f"{layout.replicate} x fsdp {layout.fsdp}, experts over {layout.expert_parallel}")
+    yield (f"{layout.schedule if layout.pipeline > 1 else 'no pipeline'}, {layout.micro_batches} "
+           f"micro-batches of {run.micro_batch} x {seq_len:,} tokens on each rank, {step:,} "
+           f"sequences a step; recompute {run.recompute}, {run.dtype}, {run.optimizer}")
+    yield "the package's own sharding on ranks that are not there; nothing of this was run on a GPU"
+    yield ""
+    yield ("rank", "parameters", "weights", "optimizer", "gathered, gradients", "activations",
+           "most at a time")
+    for rank in report.ranks:
+        sizes = rank.weights, rank.state, rank.outlast, rank.stored, rank.total
+        yield f"{rank.rank}", rank.parameters, *map(size, sizes)
+    yield ""
+    says = {True: "fits", False: "does not fit"}
+    yield (f"fullest is rank {top.rank}: {size(top.total)}, {says[report.fits(rental)]} "
+           f"{ROOM:.0%} of {rental.gpu_memory:g} GB")
+    yield (f"with recompute {'none' if run.recompute == 'blocks' else 'blocks'}: "
+           f"{size(other.fullest.total)}, {says[other.fits(rental)]}; activations "
+           f"{size(other.fullest.stored)}")
+    yield from message_rows(run, report)
+    yield f"bubble: {report.bubble:.1%} of a step, if all stages take equally long"
+    due = training_bill(flops.flops_per_token(args, seq_len), run.tokens, run.gpus, rental)
+    yield (f"{run.tokens:,.0f} tokens at {rental.mfu:.0%} of {rental.gpu_peak:g} TFLOPS, assumed: "
+           f"{due.days * 24:,.0f} hours, {due.gpu_hours:,.0f} GPU-hours, {due.dollars:,.0f} USD at "
+           f"{rental.gpu_price:g} USD each")
+
+
+def message_rows(run: DryRunArgs, report: Report) -> Iterator[str]:
+    """Yield what the busiest rank sends in a step, and how long that takes at least."""
+    busiest = max(report.ranks, key=lambda rank: sum(rank.messages.values()))
+    yield f"messages that rank {busiest.rank}, the busiest, sends"
+    for kind, amount in busiest.messages.items():
+        yield (f"  {kind}: {size(amount)} a step, {size(amount / report.layout.micro_batches)} a "
+               "micro-batch")
+    seconds = sum(busiest.messages.values()) / run.network / 1e9
+    yield (f"  {seconds:,.2f} s a step: these bytes over an assumed {run.network:g} GB/s, with "
+           "nothing done meanwhile")
+
+
+def flags_of(layout: Layout) -> str:
+    """Return the flags of a layout."""
+    words = {"--pipeline": layout.pipeline, "--expert-parallel": layout.expert_parallel}
+    text = "".join(f" {flag} {value}" for flag, value in words.items() if value > 1)
+    return text + f" --schedule {layout.schedule}" * (layout.schedule != "1F1B")
+
+
+def first_fit(args: ModelArgs, run: DryRunArgs, rental: Rental) -> str:
+    """Return the memory and the flags of the first of CHOICES that fits, or that none does."""
+    count = count_parameters(args)
+    least = 16 * (count.total + count.mtp) / run.gpus  # weight, gradient and two moments
+    if run.optimizer == "adamw" and least > ROOM * rental.gpu_memory * 1e9:
+        return f"no: {size(least)} of state alone"
+    needs = []
+    for pipeline, experts, schedule in CHOICES:
+        with contextlib.suppress(ValueError):
+            layout = Layout(pipeline=pipeline, expert_parallel=experts, schedule=schedule)
+            report = plan_ranks(args, run, fitted(layout, run))
+            needs.append(report.fullest.total)
+            if report.fits(rental):
+                return size(needs[-1]) + flags_of(report.layout)
+    return f"no: {size(min(needs))}"
+
+
+def table(run: DryRunArgs, rental: Rental) -> str:
+    """Return what fits: models by numbers of GPUs."""
+    rows = [("GPUs", *MODELS)]
+    for gpus in SIZES:
+        rows.append((f"{gpus:,}", *(first_fit(ModelArgs.preset(name), replace(run, gpus=gpus),
+                                              rental) for name in MODELS)))
+    return format_table([
+        *rows, "", f"The most that a rank holds, and the flags beside --recompute {run.recompute}; "
+        f"no: more than {ROOM:.0%} of {rental.gpu_memory:g} GB.",
+        f"{run.micro_batch} sequence(s) a micro-batch, {run.optimizer}. From the package's own "
+        "sharding, on ranks that are not there;",
+        "nothing on more than two GPUs was run."])
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print one layout, or the table."""
+    given, spread, rented, changes = parse("minids.dryrun", __doc__, DryRunArgs, Layout, Rental,
+                                           ModelArgs, argv=argv)
+    run, rental = DryRunArgs(**given), Rental(**rented)
+    if run.what == "table":
+        return print(table(run, rental))
+    args = replace(ModelArgs.preset(run.preset), **changes)
+    layout = fitted(Layout(**spread), run)
+    other = replace(run, recompute="none" if run.recompute == "blocks" else "blocks")
+    reports = plan_ranks(args, run, layout), plan_ranks(args, other, layout)
+    name = run.preset + "".join(f", {field} = {value}" for field, value in changes.items())
+    print(format_table(list(model_rows(name, args, run, *reports, rental))))
+
+
+if __name__ == "__main__":
+    run_program("minids.dryrun", main)

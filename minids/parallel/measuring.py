@@ -1,0 +1,307 @@
+"""What a rank holds and sends, measured without ranks, devices or memory.
+
+The package's own code cuts and shards a model on "meta", in a process group that is torch's fake
+one: this process takes itself for rank 0 and nobody answers. Micro-batches then run forward and
+backward on fake tensors, which have shapes, types and no numbers, so 671B parameters take seconds.
+Every storage that is made or freed on the way is counted, and every message. Rank 0 has the largest
+shards where they are uneven.
+
+Without numbers no gate can choose: experts get equally many tokens. Operations are those of the
+CPU's path, except attention, whose kernel here is one that stores no scores, and the chunks of the
+head, which have a GPU's size. What CUDA, NCCL and a fragmented allocator take is not seen.
+"""
+
+import contextlib
+import dataclasses
+import weakref
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch import distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from minids.apply.recompute import recompute_blocks
+from minids.config import ModelArgs
+from minids.kernels import attention, cross_entropy
+from minids.kernels.precision import compute_dtype
+from minids.model.moe import ALIGN
+from minids.model.transformer import Transformer
+from minids.parallel.layout import Layout
+from minids.parallel.pipeline import Weights, cut
+from minids.parallel.ranks import Ranks
+from minids.parallel.sharding import empty_model, shard
+from minids.parallel.shards import local
+
+FEW = 3  # equal layers that are run; those beyond add what the last of these adds
+
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """What is run: a micro-batch, and what is done to the model from outside.
+
+    state_bytes: of the optimizer, per number of a parameter with this name
+    """
+
+    rows: int
+    seq_len: int
+    state_bytes: Callable[[str, Tensor], int]
+    recompute: str = "none"
+    dtype: torch.dtype = torch.bfloat16
+
+
+class Footprint(NamedTuple):
+    """What one stage takes of a rank; all but `whole` and `own` are bytes.
+
+    outlast: what a micro-batch leaves behind for the next: gathered weights, gradients, copies
+    kept: what a micro-batch stores from its forward pass until its backward pass
+    peak: what is needed beside outlast and kept at the worst moment
+    Of the messages, what this rank sends; weights and gradients: in a step's first micro-batch, in
+    each of those between, in the last.
+    """
+
+    whole: int  # parameters of the stage, on all its ranks
+    own: int  # those of this rank
+    weights: int
+    state: int  # of the optimizer
+    outlast: int
+    gathered: int  # of outlast: weights of other ranks
+    kept: int
+    peak: int
+    exchange: int  # tokens to experts on other ranks and back, a micro-batch
+    hand_over: int  # states to the next stage, a micro-batch; their gradients come back
+    gather_first: int
+    gather: int
+    gather_last: int
+    reduce_first: int
+    reduce: int
+    reduce_last: int
+
+    def step(self, micro_batches: int) -> dict[str, int]:
+        """Return the bytes of a step's messages by kind."""
+        between = micro_batches - 2  # a single one is like those between
+        gather = self.gather_first + between * self.gather + self.gather_last
+        reduce = self.reduce_first + between * self.reduce + self.reduce_last
+        return {"tokens to experts and back": micro_batches * self.exchange,
+                "states and their gradients": micro_batches * 2 * self.hand_over,
+                "weights": gather, "gradients": reduce}
+
+
+def deeper(two: Footprint, three: Footprint, layers: int) -> Footprint:
+    """Return what so many equal layers take, given two and three of them."""
+    grown = [b + (layers - FEW) * (b - a) for a, b in zip(two, three, strict=True)]
+    return Footprint(*grown)._replace(peak=three.peak)
+
+
+def measure(args: ModelArgs, ranks: Ranks | None, stage: int, load: Load) -> Footprint:
+    """Return what a stage takes of one rank; ranks: from `fake_ranks`; None: one process."""
+    layers = range(args.n_layers)
+    if ranks is not None:
+        ranks.layout.check(args)
+        layers = ranks.layout.layers_of(stage, args)
+    equal = [layer for layer in layers if args.is_moe_layer(layer)] or list(layers)
+    if len(equal) <= FEW:
+        return run(build(args, ranks, stage, load, []), ranks, stage, load)
+    two, three = (run(build(args, ranks, stage, load, equal[kept:]), ranks, stage, load)
+                  for kept in (FEW - 1, FEW))
+    return deeper(two, three, len(equal))
+
+
+@contextlib.contextmanager
+def fake_ranks(layout: Layout, world: int) -> Iterator[Ranks]:
+    """Yield rank 0 of a fitted layout, in a process group without other processes."""
+    dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
+    try:
+        ranks = Ranks.of(layout, torch.device("cpu"))
+        yield dataclasses.replace(ranks, device=torch.device("meta"))
+    finally:
+        dist.destroy_process_group()
+
+
+def build(args: ModelArgs, ranks: Ranks | None, stage: int, load: Load,
+          left_out: list[int]) -> Transformer:
+    """Return a rank's part of the model, as `ParallelModel` builds it, without some layers."""
+    part = empty_model(args)
+    if ranks is not None and ranks.layout.pipeline > 1:
+        cut(part, stage, ranks)
+    for layer in left_out:
+        del part.layers._modules[str(layer)]
+    recompute_blocks(part, load.recompute)
+    if ranks is not None:
+        shard(part, ranks)
+    return part
+
+
+def run(part: Transformer, ranks: Ranks | None, stage: int, load: Load) -> Footprint:
+    """Run a step's micro-batches, of a pipeline or of none; return what they took."""
+    args, layout = part.args, ranks.layout if ranks is not None else Layout(fsdp=1, micro_batches=1)
+    named = dict(part.named_parameters())
+    whole = sum(p.numel() for p in named.values())
+    numbers = {name: local(p).numel() for name, p in named.items()}
+    weights = sum(numbers[name] * p.element_size() for name, p in named.items())
+    state = sum(numbers[name] * load.state_bytes(name, p) for name, p in named.items())
+    with FakeTensorMode(allow_non_fake_inputs=True), as_on_gpu():
+        part.to_empty(device="cpu")
+        part.device = torch.device("cpu")
+        tokens = torch.zeros(load.rows, load.seq_len, dtype=torch.int64)
+        tokens_of_all = load.rows * (load.seq_len - args.n_mtp_layers)  # those that MTP modules get
+        pairs = tokens_of_all * args.n_activated_experts
+        lasts = [True] * 2 if layout.pipeline == 1 else [False, False, True]
+        for order in (lasts[-1:], lasts):  # DTensor first makes whole tensors, to see their shapes
+            part.zero_grad()
+            watch = Watch(rows_for_each(args, pairs, layout.expert_parallel))
+            with watch, torch.autocast("cpu", load.dtype, load.dtype != torch.float32,
+                                       cache_enabled=False):
+                found = [micro_batch(part, layout, stage, tokens, watch, last) for last in order]
+    first, between, last = found[0], found[-2], found[-1]
+    return Footprint(
+        whole, sum(numbers.values()), weights, state,
+        between["left"], between["gathered"], last["after"] - between["left"],
+        last["high"] - last["after"], between["exchange"], between["handed"],
+        *(one[kind] for kind in ("gather", "reduce") for one in (first, between, last)))
+
+
+def micro_batch(part: Transformer, layout: Layout, stage: int, tokens: Tensor, watch: "Watch",
+                last: bool) -> dict[str, int]:
+    """Run one forward and one backward pass.
+
+    Returns the bytes of messages (gather, reduce, exchange, handed), after the forward pass, at
+    the highest point, left in the end, and of these the gathered weights.
+    """
+    watch.begin()
+    if layout.pipeline == 1:
+        loss = part.loss(tokens, tokens, *Weights()).total
+        handed, after = 0, watch.live
+        loss.backward()
+        del loss
+    else:  # gradients stay whole until the last one, as torch's schedules have it
+        for unit in part.modules():
+            if isinstance(unit, FSDPModule):
+                unit.set_is_last_backward(last)
+                unit.set_requires_gradient_sync(last, recurse=False)
+                unit.set_reshard_after_backward(last, recurse=False)
+        part.begin(Weights(), 1.0)
+        states = torch.empty(*tokens.shape, part.args.dim, dtype=part.dtype, requires_grad=True)
+        balance = torch.zeros((), dtype=part.wide, requires_grad=True)
+        given = (tokens,) if stage == 0 else (states, balance)
+        out = part(*given, targets=tokens)
+        handed, after = 0 if isinstance(out, Tensor) else out[0].nbytes, watch.live
+        out = [out] if isinstance(out, Tensor) else [t for t in out if t.requires_grad]
+        torch.autograd.backward(out, [torch.zeros_like(t) for t in out])
+        del states, balance, given, out
+    return watch.sent | dict(handed=handed, after=after, high=watch.high, left=watch.live,
+                             gathered=watch.gathered())
+
+
+def rows_for_each(args: ModelArgs, pairs: int, ranks: int) -> int:
+    """Return the rows that a rank sends to each of `ranks` with equally busy experts."""
+    if not args.has_moe:
+        return 0
+    if pairs < ALIGN * args.n_routed_experts:
+        return pairs // ranks
+    return args.n_routed_experts // ranks * -(-pairs // (args.n_routed_experts * ALIGN)) * ALIGN
+
+
+@contextlib.contextmanager
+def as_on_gpu() -> Iterator[None]:
+    """Let attention store no scores, and the head take a GPU's chunks, as bodies there do."""
+    before = attention.SHORT, cross_entropy.LOGITS["cpu"], F.scaled_dot_product_attention
+    attention.SHORT, cross_entropy.LOGITS["cpu"] = 0, cross_entropy.LOGITS["cuda"]
+    F.scaled_dot_product_attention = without_scores
+    try:
+        yield
+    finally:
+        attention.SHORT, cross_entropy.LOGITS["cpu"], F.scaled_dot_product_attention = before
+
+
+def without_scores(q: Tensor, k: Tensor, v: Tensor, mask: None, is_causal: bool,
+                   scale: float) -> Tensor:
+    """Run a kernel that stores queries, keys, values, output and a sum per query."""
+    q, k, v = (t.to(compute_dtype(t)) for t in (q, k, v))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, is_causal, scale=scale)[0]
+
+
+class Watch(TorchDispatchMode):
+    """Count the bytes of storages while they live, and of messages.
+
+    each: the number that stands for any that the program asks a fake tensor for
+    """
+
+    def __init__(self, each: int):
+        super().__init__()
+        self.each, self.live, self.high = each, 0, 0
+        self.sizes: dict[int, int] = {}  # of living storages, by address
+        self.resized: set[int] = set()  # those of FSDP, which it fills and empties
+        self.sent: dict[str, int] = {}
+
+    def begin(self) -> None:
+        """Forget the messages and the highest count."""
+        self.high, self.sent = self.live, dict(gather=0, reduce=0, exchange=0)
+
+    def gathered(self) -> int:
+        """Return the bytes of weights that other ranks hold and this one has at the moment."""
+        return sum(self.sizes[key] for key in self.resized)
+
+    def __enter__(self):
+        self.own_resize = resize = torch.UntypedStorage.resize_
+
+        def counted(storage, size: int):
+            self.resized.add(storage._cdata)
+            self.count(storage, size)
+            return resize(storage, size)
+
+        torch.UntypedStorage.resize_ = counted
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        torch.UntypedStorage.resize_ = self.own_resize
+        return super().__exit__(*error)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it asks again, for this rank's part
+        space, _, name = func._schema.name.partition("::")
+        if name == "_local_scalar_dense":
+            return self.each
+        out = func(*args, **(kwargs or {}))
+        if "c10d" in space and name in MESSAGES:
+            self.sent[MESSAGES[name]] += sent_bytes(name, *args)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self.sizes:
+                    self.count(storage, storage.nbytes())
+        return out
+
+    def count(self, storage: torch.UntypedStorage, size: int) -> None:
+        """Count a storage of this size from now on."""
+        if (key := storage._cdata) not in self.sizes:
+            weakref.finalize(storage, self.freed, key)
+        self.live += size - self.sizes.get(key, 0)
+        self.sizes[key], self.high = size, max(self.high, self.live)
+
+    def freed(self, key: int) -> None:
+        """Forget a storage."""
+        self.live -= self.sizes.pop(key)
+        self.resized.discard(key)
+
+
+MESSAGES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "reduce",
+            "allreduce_": "reduce", "all_to_all_single": "exchange"}
+
+
+def sent_bytes(name: str, first, second, *others) -> int:
+    """Return the bytes that a rank sends to others in a collective; arguments: torch's own."""
+    if name == "all_to_all_single":  # rows, and how many of them come from each rank
+        return first.nbytes * (len(second) - 1) // len(second)
+    if name == "allreduce_":  # of a ring: a sum of parts, then their way around
+        return 2 * sum(tensor.nbytes for tensor in first)
+    return abs(first.nbytes - second.nbytes)  # of output and input, or input and output
