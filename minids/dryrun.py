@@ -12,9 +12,11 @@ measured: seconds are bytes over a bandwidth, or FLOPs over a share of the peak,
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, demand, option
@@ -22,7 +24,7 @@ from minids.base.tables import format_table
 from minids.config import ModelArgs
 from minids.costs import count_parameters, flops
 from minids.costs.bill import V3_TOKENS, Rental, training_bill
-from minids.costs.cards import ROOM
+from minids.costs.cards import ROOM, named_card
 from minids.parallel.layout import Layout
 from minids.runs.optimizers import is_hidden_matrix
 
@@ -61,6 +63,19 @@ class DryRunArgs(Settings):
         return self.seq_len or min(4096, args.max_seq_len)
 
 
+def two_moments(name: str, p: torch.Tensor) -> int:
+    """Return the bytes of AdamW's state per number of a parameter."""
+    return 8
+
+
+def muon_moments(name: str, p: torch.Tensor) -> int:
+    """Return the same for Muon, which leaves embedding, head and vectors to AdamW."""
+    return 4 if is_hidden_matrix(name, p) else 8
+
+
+STATE_BYTES = {"adamw": two_moments, "muon": muon_moments}
+
+
 class Rank(NamedTuple):
     """What the GPUs of one pipeline rank hold: numbers of parameters, bytes of the rest."""
 
@@ -97,35 +112,33 @@ class Report(NamedTuple):
         return self.fullest.total <= ROOM * rental.gpu_memory * 1e9
 
 
-def plan_ranks(args: ModelArgs, run: DryRunArgs, layout: Layout) -> Report:
-    """Measure a model on the ranks of a fitted layout.
+def dry_run(args: ModelArgs, run: DryRunArgs, layout: Layout,
+            known: dict | None = None) -> Report:
+    """Run a model on ranks that are not there; return what each of them holds and sends.
 
-    Stages with the same ends and as many layers of each kind take the same: one of them is run.
+    args: the model; run: GPUs, batch, precision, optimizer; its `preset` and `what` are not read
+    layout: as in training, with numbers left open for this many GPUs
+    known: what earlier calls measured: pass one dict to all of them, and equal stages are run once
+    Raises ValueError, naming the field, for a layout that fits neither GPUs nor model.
+
+        dry_run(ModelArgs.preset("v3"), DryRunArgs(gpus=2048),
+                Layout(pipeline=16, expert_parallel=64)).ranks[0].total   # bytes on a GPU
     """
-    from minids.parallel.measuring import Load, fake_ranks, measure  # FSDP: some seconds
+    from minids.parallel.measuring import Load, Measured, fake_ranks  # FSDP: some seconds
     from minids.parallel.schedules import bubble, most_stored, orders
 
-    def state_bytes(name: str, p: torch.Tensor) -> int:
-        return 4 if run.optimizer == "muon" and is_hidden_matrix(name, p) else 8
-
+    layout = fitted(layout, run)
     layout.check(args)
-    load = Load(run.micro_batch, run.sequence(args), state_bytes, run.recompute,
+    load = Load(run.micro_batch, run.sequence(args), STATE_BYTES[run.optimizer], run.recompute,
                 torch.bfloat16 if run.dtype == "bf16" else torch.float32)
-    known, stages = {}, []
-    ranks = contextlib.nullcontext() if run.gpus == 1 else fake_ranks(layout, run.gpus)
-    with ranks as here:
-        for stage in range(layout.n_stages):
-            layers = layout.layers_of(stage, args)
-            kind = (stage == 0, stage == layout.n_stages - 1, len(layers),
-                    sum(map(args.is_moe_layer, layers)))
-            if kind not in known:
-                known[kind] = measure(args, here, stage, load)
-            stages.append(known[kind])
+    known = {} if known is None else known
+    measured = known.setdefault((args, load), Measured(args, load))
+    with fake_ranks(layout, run.gpus) as here:
+        stages = [measured.stage(here, stage) for stage in range(layout.n_stages)]
     rows, found = orders(layout), []
     for rank, row in enumerate(rows):
         held = {stage: stages[stage] for stage in layout.stages_of(rank)}
-        both = [sum(values) for values in zip(*held.values(), strict=True)]
-        both = stages[0]._make(both)
+        both = stages[0]._make(sum(values) for values in zip(*held.values(), strict=True))
         found.append(Rank(
             rank, both.own, both.weights, both.state, both.outlast,
             most_stored(row, {stage: one.kept for stage, one in held.items()}),
@@ -203,17 +216,20 @@ def flags_of(layout: Layout) -> str:
     return text + f" --schedule {layout.schedule}" * (layout.schedule != "1F1B")
 
 
-def first_fit(args: ModelArgs, run: DryRunArgs, rental: Rental) -> str:
-    """Return the memory and the flags of the first of CHOICES that fits, or that none does."""
-    count = count_parameters(args)
+def first_fit(args: ModelArgs, run: DryRunArgs, rental: Rental, known: dict) -> str:
+    """Return the memory and the flags of the first of CHOICES that fits, or that none does.
+
+    known: as in `dry_run`
+    """
+    count, room = count_parameters(args), ROOM * rental.gpu_memory * 1e9
     least = 16 * (count.total + count.mtp) / run.gpus  # weight, gradient and two moments
-    if run.optimizer == "adamw" and least > ROOM * rental.gpu_memory * 1e9:
-        return f"no: {size(least)} of state alone"
+    if run.optimizer == "adamw" and least > room:
+        return f"no: {size(least)} of state"
     needs = []
     for pipeline, experts, schedule in CHOICES:
         with contextlib.suppress(ValueError):
-            layout = Layout(pipeline=pipeline, expert_parallel=experts, schedule=schedule)
-            report = plan_ranks(args, run, fitted(layout, run))
+            report = dry_run(args, run, Layout(pipeline=pipeline, expert_parallel=experts,
+                                               schedule=schedule), known)
             needs.append(report.fullest.total)
             if report.fits(rental):
                 return size(needs[-1]) + flags_of(report.layout)
@@ -222,13 +238,15 @@ def first_fit(args: ModelArgs, run: DryRunArgs, rental: Rental) -> str:
 
 def table(run: DryRunArgs, rental: Rental) -> str:
     """Return what fits: models by numbers of GPUs."""
-    rows = [("GPUs", *MODELS)]
-    for gpus in SIZES:
-        rows.append((f"{gpus:,}", *(first_fit(ModelArgs.preset(name), replace(run, gpus=gpus),
-                                              rental) for name in MODELS)))
+    known, cells = {}, {}
+    for name, gpus in tqdm(list(product(MODELS, SIZES)), unit="cell", disable=None):
+        cells[name, gpus] = first_fit(ModelArgs.preset(name), replace(run, gpus=gpus), rental,
+                                      known)
     return format_table([
-        *rows, "", f"The most that a rank holds, and the flags beside --recompute {run.recompute}; "
-        f"no: more than {ROOM:.0%} of {rental.gpu_memory:g} GB.",
+        ("GPUs", *MODELS),
+        *((f"{gpus:,}", *(cells[name, gpus] for name in MODELS)) for gpus in SIZES), "",
+        f"The most that a rank holds, and the flags beside --recompute {run.recompute}; no: more "
+        f"than {ROOM:.0%} of {rental.gpu_memory:g} GB.",
         f"{run.micro_batch} sequence(s) a micro-batch, {run.optimizer}. From the package's own "
         "sharding, on ranks that are not there;",
         "nothing on more than two GPUs was run."])
@@ -238,13 +256,12 @@ def main(argv: list[str] | None = None) -> None:
     """Print one layout, or the table."""
     given, spread, rented, changes = parse("minids.dryrun", __doc__, DryRunArgs, Layout, Rental,
                                            ModelArgs, argv=argv)
-    run, rental = DryRunArgs(**given), Rental(**rented)
+    run, rental = DryRunArgs(**given), named_card(rented)
     if run.what == "table":
         return print(table(run, rental))
-    args = replace(ModelArgs.preset(run.preset), **changes)
-    layout = fitted(Layout(**spread), run)
+    args, layout = replace(ModelArgs.preset(run.preset), **changes), Layout(**spread)
     other = replace(run, recompute="none" if run.recompute == "blocks" else "blocks")
-    reports = plan_ranks(args, run, layout), plan_ranks(args, other, layout)
+    reports = dry_run(args, run, layout), dry_run(args, other, layout)
     name = run.preset + "".join(f", {field} = {value}" for field, value in changes.items())
     print(format_table(list(model_rows(name, args, run, *reports, rental))))
 

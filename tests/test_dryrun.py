@@ -9,7 +9,7 @@ from minids.costs import count_parameters
 from minids.costs.bill import Rental, training_bill
 from minids.costs.flops import flops_per_token
 from minids.costs.memory import pipeline_pieces
-from minids.dryrun import DryRunArgs, fitted, main, plan_ranks
+from minids.dryrun import DryRunArgs, dry_run, main
 from minids.parallel import sharding
 from minids.parallel.layout import SCHEDULES, Layout
 from minids.parallel.schedules import bubble, most_stored, orders
@@ -19,7 +19,7 @@ NANO = replace(ModelArgs.preset("nano"), n_layers=3, n_routed_experts=8, n_mtp_l
 
 def report(layout: Layout, gpus: int, args: ModelArgs = NANO, **given):
     run = DryRunArgs(gpus=gpus, seq_len=64, **given)
-    return plan_ranks(args, run, fitted(layout, run))
+    return dry_run(args, run, layout)
 
 
 @pytest.mark.parametrize("layout", [
@@ -71,7 +71,7 @@ def test_deep_stages_are_those_of_every_layer(monkeypatch):
     from minids.parallel import measuring
     deep = replace(NANO, n_layers=8)
     short = report(Layout(), 2, deep).stages[0]
-    monkeypatch.setattr(measuring, "FEW", 10)
+    monkeypatch.setattr(measuring.Measured, "stage", measuring.Measured.whole_stage)
     long = report(Layout(), 2, deep).stages[0]
     assert short._replace(peak=0) == long._replace(peak=0)
     assert short.peak == pytest.approx(long.peak, rel=0.01)  # rotations and loads of more layers

@@ -5,8 +5,10 @@ Hoffmann et al. (arXiv 2203.15556) as fitted anew by Besiroglu et al. (arXiv 240
 token of their text and their vocabulary of 32,000. Experts do better by an unknown margin.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
+from minids.base.fields import demand
 from minids.config import ModelArgs
 from minids.costs.bill import Bill, Rental, training_bill
 from minids.costs.flops import flops_per_token
@@ -18,6 +20,8 @@ from minids.costs.parameters import count_parameters
 PEAK_FLOPS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12,
               "H800": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12,
               "RTX 3090": 71e12, "T4": 65e12}
+GB = {"H100 PCIe": 80, "H100 NVL": 94, "H100": 80, "H200": 141, "H800": 80, "A100": 80, "L40S": 48,
+      "RTX 4090": 24, "RTX 3090": 24, "T4": 16}  # of 10^9 bytes; A100: the larger of two
 TOKENS_PER_PARAMETER = 20  # that one token uses: where this law's two terms are equal
 ROOM = 0.9  # of a card's memory; the rest is for logits, workspace and fragments
 
@@ -39,6 +43,21 @@ def card(name: str, memory: float, price: float, mfu: float, preset: str,
 CARDS = (card("H100", 80, 2.5, 0.42, "gpu-80gb", measured=True),
          card("A100", 80, 1.5, 0.40, "gpu-80gb"),
          card("RTX 4090", 24, 0.4, 0.25, "gpu-24gb"), card("RTX 3090", 24, 0.25, 0.35, "gpu-24gb"))
+
+
+def named_card(given: dict) -> Rental:
+    """Return the card that `given` names, fields of Rental, with what it changes; default: H800.
+
+    Price and share of the peak are those of CARDS, or Rental's for a card that is not there.
+    Raises ValueError for a name without data sheet here, unless memory and peak are given.
+    """
+    name = given.get("gpu", Rental.gpu)
+    known = next((one.rental for one in CARDS if one.rental.gpu == name), None)
+    if known is None and name in GB:
+        known = Rental(name, float(GB[name]), PEAK_FLOPS[name] / 1e12)
+    demand("gpu", name, known is not None or {"gpu_memory", "gpu_peak"} <= given.keys(),
+           f"one of {', '.join(GB)}, or given with gpu_memory and gpu_peak")
+    return replace(known or Rental(), **given)
 
 
 class Recipe(NamedTuple):

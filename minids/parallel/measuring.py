@@ -40,8 +40,6 @@ from minids.parallel.ranks import Ranks
 from minids.parallel.sharding import empty_model, shard
 from minids.parallel.shards import local
 
-FEW = 3  # equal layers that are run; those beyond add what the last of these adds
-
 
 @dataclasses.dataclass(frozen=True)
 class Load:
@@ -60,7 +58,7 @@ class Load:
 class Footprint(NamedTuple):
     """What one stage takes of a rank; all but `whole` and `own` are bytes.
 
-    outlast: what a micro-batch leaves behind for the next: gathered weights, gradients, copies
+    outlast: what a micro-batch leaves behind for the next: gathered weights, gradients
     kept: what a micro-batch stores from its forward pass until its backward pass
     peak: what is needed beside outlast and kept at the worst moment
     Of the messages, what this rank sends; weights and gradients: in a step's first micro-batch, in
@@ -72,7 +70,6 @@ class Footprint(NamedTuple):
     weights: int
     state: int  # of the optimizer
     outlast: int
-    gathered: int  # of outlast: weights of other ranks
     kept: int
     peak: int
     exchange: int  # tokens to experts on other ranks and back, a micro-batch
@@ -94,24 +91,58 @@ class Footprint(NamedTuple):
                 "weights": gather, "gradients": reduce}
 
 
-def deeper(two: Footprint, three: Footprint, layers: int) -> Footprint:
-    """Return what so many equal layers take, given two and three of them."""
-    grown = [b + (layers - FEW) * (b - a) for a, b in zip(two, three, strict=True)]
-    return Footprint(*grown)._replace(peak=three.peak)
+class Kind(NamedTuple):
+    """What a stage has: the embedding, or norm, head and MTP modules, and so many layers."""
+
+    first: bool
+    last: bool
+    dense: int
+    moe: int
+
+    @classmethod
+    def of(cls, args: ModelArgs, layout: Layout, stage: int) -> "Kind":
+        """Return the kind of a stage, of a layout that may be without a pipeline."""
+        layers = layout.layers_of(stage, args) if layout.pipeline > 1 else range(args.n_layers)
+        moe = sum(map(args.is_moe_layer, layers))
+        return cls(stage == 0, stage == layout.n_stages - 1, len(layers) - moe, moe)
+
+    def with_layers(self, count: int) -> "Kind":
+        """Return the kind with this many of its equal layers: those with experts, if it has any."""
+        return self._replace(**{"moe" if self.moe else "dense": count})
 
 
-def measure(args: ModelArgs, ranks: Ranks | None, stage: int, load: Load) -> Footprint:
-    """Return what a stage takes of one rank; ranks: from `fake_ranks`; None: one process."""
-    layers = range(args.n_layers)
-    if ranks is not None:
-        ranks.layout.check(args)
-        layers = ranks.layout.layers_of(stage, args)
-    equal = [layer for layer in layers if args.is_moe_layer(layer)] or list(layers)
-    if len(equal) <= FEW:
-        return run(build(args, ranks, stage, load, []), ranks, stage, load)
-    two, three = (run(build(args, ranks, stage, load, equal[kept:]), ranks, stage, load)
-                  for kept in (FEW - 1, FEW))
-    return deeper(two, three, len(equal))
+class Measured(dict):
+    """Footprints of one model under one load, by ranks and kind: equal ones are run once.
+
+    Every number but the peak grows by the same amount with each layer, and the peak does not grow.
+    So a stage is run with one layer (without a pipeline two, as FSDP gathers one ahead), and what
+    another one adds is measured once, where no embedding or head is, and added as often.
+    """
+
+    def __init__(self, args: ModelArgs, load: Load):
+        super().__init__()
+        self.args, self.load = args, load
+
+    def stage(self, ranks: Ranks, stage: int) -> Footprint:
+        """Return what a stage takes of one rank; ranks: from `fake_ranks`."""
+        kind, piped = Kind.of(self.args, ranks.layout, stage), ranks.layout.pipeline > 1
+        few, count = 1 if piped else 2, kind.moe or kind.dense
+        if count <= few:
+            return self.run(ranks, kind)
+        bare = kind._replace(first=False, last=False) if ranks.layout.n_stages > 2 else kind
+        one, two = (self.run(ranks, bare.with_layers(n)) for n in (1, 2))
+        base = self.run(ranks, kind.with_layers(few))
+        grown = (a + (count - few) * (c - b) for a, b, c in zip(base, one, two, strict=True))
+        return Footprint(*grown)._replace(peak=base.peak)
+
+    def run(self, ranks: Ranks, kind: Kind) -> Footprint:
+        """Return what a rank takes that has all of these layers."""
+        layout = ranks.layout
+        key = layout.fsdp, layout.replicate, layout.expert_parallel, layout.pipeline > 1, kind
+        if key not in self:
+            part = build(self.args, ranks, kind, self.load)
+            self[key] = run(part, ranks, kind, self.load)
+        return self[key]
 
 
 @contextlib.contextmanager
@@ -125,23 +156,31 @@ def fake_ranks(layout: Layout, world: int) -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
-def build(args: ModelArgs, ranks: Ranks | None, stage: int, load: Load,
-          left_out: list[int]) -> Transformer:
-    """Return a rank's part of the model, as `ParallelModel` builds it, without some layers."""
-    part = empty_model(args)
-    if ranks is not None and ranks.layout.pipeline > 1:
-        cut(part, stage, ranks)
-    for layer in left_out:
-        del part.layers._modules[str(layer)]
+class OneStage(Layout):
+    """A layout whose stages have all of a model's layers."""
+
+    def layers_of(self, stage: int, args: ModelArgs) -> range:
+        return range(args.n_layers)
+
+
+def build(args: ModelArgs, ranks: Ranks, kind: Kind, load: Load) -> Transformer:
+    """Return a rank's part of a model with these layers only, as `ParallelModel` builds it."""
+    layout = ranks.layout
+    part = empty_model(dataclasses.replace(args, n_layers=kind.dense + kind.moe,
+                                           n_dense_layers=kind.dense))
+    if layout.pipeline > 1:
+        alone = OneStage(**dataclasses.asdict(layout))
+        stage = 0 if kind.first else layout.n_stages - 1 if kind.last else 1
+        cut(part, stage, dataclasses.replace(ranks, layout=alone))
     recompute_blocks(part, load.recompute)
-    if ranks is not None:
+    if dist.get_world_size() > 1:
         shard(part, ranks)
     return part
 
 
-def run(part: Transformer, ranks: Ranks | None, stage: int, load: Load) -> Footprint:
+def run(part: Transformer, ranks: Ranks, kind: Kind, load: Load) -> Footprint:
     """Run a step's micro-batches, of a pipeline or of none; return what they took."""
-    args, layout = part.args, ranks.layout if ranks is not None else Layout(fsdp=1, micro_batches=1)
+    args, layout = part.args, ranks.layout
     named = dict(part.named_parameters())
     whole = sum(p.numel() for p in named.values())
     numbers = {name: local(p).numel() for name, p in named.items()}
@@ -153,27 +192,26 @@ def run(part: Transformer, ranks: Ranks | None, stage: int, load: Load) -> Footp
         tokens = torch.zeros(load.rows, load.seq_len, dtype=torch.int64)
         tokens_of_all = load.rows * (load.seq_len - args.n_mtp_layers)  # those that MTP modules get
         pairs = tokens_of_all * args.n_activated_experts
-        lasts = [True] * 2 if layout.pipeline == 1 else [False, False, True]
-        for order in (lasts[-1:], lasts):  # DTensor first makes whole tensors, to see their shapes
-            part.zero_grad()
-            watch = Watch(rows_for_each(args, pairs, layout.expert_parallel))
-            with watch, torch.autocast("cpu", load.dtype, load.dtype != torch.float32,
-                                       cache_enabled=False):
-                found = [micro_batch(part, layout, stage, tokens, watch, last) for last in order]
+        watch = Watch(rows_for_each(args, pairs, layout.expert_parallel))
+        watch.leave_out([*part.parameters(), *part.buffers()])
+        with watch, torch.autocast("cpu", load.dtype, load.dtype != torch.float32,
+                                   cache_enabled=dist.get_world_size() == 1):
+            found = [micro_batch(part, layout, kind, tokens, watch, last)
+                     for last in ([False, False, True] if layout.pipeline > 1 else [True, True])]
     first, between, last = found[0], found[-2], found[-1]
     return Footprint(
         whole, sum(numbers.values()), weights, state,
-        between["left"], between["gathered"], last["after"] - between["left"],
+        between["left"], last["after"] - between["left"],
         last["high"] - last["after"], between["exchange"], between["handed"],
-        *(one[kind] for kind in ("gather", "reduce") for one in (first, between, last)))
+        *(one[way] for way in ("gather", "reduce") for one in (first, between, last)))
 
 
-def micro_batch(part: Transformer, layout: Layout, stage: int, tokens: Tensor, watch: "Watch",
+def micro_batch(part: Transformer, layout: Layout, kind: Kind, tokens: Tensor, watch: "Watch",
                 last: bool) -> dict[str, int]:
     """Run one forward and one backward pass.
 
     Returns the bytes of messages (gather, reduce, exchange, handed), after the forward pass, at
-    the highest point, left in the end, and of these the gathered weights.
+    the highest point, and left in the end.
     """
     watch.begin()
     if layout.pipeline == 1:
@@ -190,14 +228,13 @@ def micro_batch(part: Transformer, layout: Layout, stage: int, tokens: Tensor, w
         part.begin(Weights(), 1.0)
         states = torch.empty(*tokens.shape, part.args.dim, dtype=part.dtype, requires_grad=True)
         balance = torch.zeros((), dtype=part.wide, requires_grad=True)
-        given = (tokens,) if stage == 0 else (states, balance)
+        given = (tokens,) if kind.first else (states, balance)
         out = part(*given, targets=tokens)
         handed, after = 0 if isinstance(out, Tensor) else out[0].nbytes, watch.live
         out = [out] if isinstance(out, Tensor) else [t for t in out if t.requires_grad]
         torch.autograd.backward(out, [torch.zeros_like(t) for t in out])
         del states, balance, given, out
-    return watch.sent | dict(handed=handed, after=after, high=watch.high, left=watch.live,
-                             gathered=watch.gathered())
+    return watch.sent | dict(handed=handed, after=after, high=watch.high, left=watch.live)
 
 
 def rows_for_each(args: ModelArgs, pairs: int, ranks: int) -> int:
@@ -239,22 +276,21 @@ class Watch(TorchDispatchMode):
         super().__init__()
         self.each, self.live, self.high = each, 0, 0
         self.sizes: dict[int, int] = {}  # of living storages, by address
-        self.resized: set[int] = set()  # those of FSDP, which it fills and empties
         self.sent: dict[str, int] = {}
 
     def begin(self) -> None:
         """Forget the messages and the highest count."""
         self.high, self.sent = self.live, dict(gather=0, reduce=0, exchange=0)
 
-    def gathered(self) -> int:
-        """Return the bytes of weights that other ranks hold and this one has at the moment."""
-        return sum(self.sizes[key] for key in self.resized)
+    def leave_out(self, tensors: list[Tensor]) -> None:
+        """Do not count what these hold: the weights are counted elsewhere."""
+        for tensor in tensors:
+            self.count(local(tensor).untyped_storage(), 0)
 
     def __enter__(self):
         self.own_resize = resize = torch.UntypedStorage.resize_
 
         def counted(storage, size: int):
-            self.resized.add(storage._cdata)
             self.count(storage, size)
             return resize(storage, size)
 
@@ -268,6 +304,8 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it asks again, for this rank's part
+        if func is torch.ops.prim.device.default:  # by far the most frequent
+            return args[0].fake_device
         space, _, name = func._schema.name.partition("::")
         if name == "_local_scalar_dense":
             return self.each
@@ -291,7 +329,6 @@ class Watch(TorchDispatchMode):
     def freed(self, key: int) -> None:
         """Forget a storage."""
         self.live -= self.sizes.pop(key)
-        self.resized.discard(key)
 
 
 MESSAGES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "reduce",
