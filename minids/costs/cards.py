@@ -53,7 +53,9 @@ def named_card(given: dict) -> Rental:
     """
     name = given.get("gpu", Rental.gpu)
     known = next((one.rental for one in CARDS if one.rental.gpu == name), None)
-    if known is None and name in GB:
+    if name == Rental.gpu:
+        known = Rental()
+    elif known is None and name in GB:
         known = Rental(name, float(GB[name]), PEAK_FLOPS[name] / 1e12)
     demand("gpu", name, known is not None or {"gpu_memory", "gpu_peak"} <= given.keys(),
            f"one of {', '.join(GB)}, or given with gpu_memory and gpu_peak")

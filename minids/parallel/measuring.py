@@ -111,12 +111,15 @@ class Kind(NamedTuple):
         return self._replace(**{"moe" if self.moe else "dense": count})
 
 
+FEW = 2  # equal layers that are run: FSDP gathers one ahead, so that a single one is no example
+
+
 class Measured(dict):
     """Footprints of one model under one load, by ranks and kind: equal ones are run once.
 
-    Every number but the peak grows by the same amount with each layer, and the peak does not grow.
-    So a stage is run with one layer (without a pipeline two, as FSDP gathers one ahead), and what
-    another one adds is measured once, where no embedding or head is, and added as often.
+    From FEW equal layers on, each adds the same to every number but the peak, which does not grow.
+    So stages are run with FEW of them, and what one more adds is measured once, in a stage without
+    embedding and head if there is one.
     """
 
     def __init__(self, args: ModelArgs, load: Load):
@@ -125,14 +128,14 @@ class Measured(dict):
 
     def stage(self, ranks: Ranks, stage: int) -> Footprint:
         """Return what a stage takes of one rank; ranks: from `fake_ranks`."""
-        kind, piped = Kind.of(self.args, ranks.layout, stage), ranks.layout.pipeline > 1
-        few, count = 1 if piped else 2, kind.moe or kind.dense
-        if count <= few:
+        kind = Kind.of(self.args, ranks.layout, stage)
+        count = kind.moe or kind.dense
+        if count <= FEW:
             return self.run(ranks, kind)
         bare = kind._replace(first=False, last=False) if ranks.layout.n_stages > 2 else kind
-        one, two = (self.run(ranks, bare.with_layers(n)) for n in (1, 2))
-        base = self.run(ranks, kind.with_layers(few))
-        grown = (a + (count - few) * (c - b) for a, b, c in zip(base, one, two, strict=True))
+        few, more = (self.run(ranks, bare.with_layers(n)) for n in (FEW, FEW + 1))
+        base = self.run(ranks, kind.with_layers(FEW))
+        grown = (a + (count - FEW) * (c - b) for a, b, c in zip(base, few, more, strict=True))
         return Footprint(*grown)._replace(peak=base.peak)
 
     def run(self, ranks: Ranks, kind: Kind) -> Footprint:
