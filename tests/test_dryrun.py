@@ -80,7 +80,7 @@ def test_deep_stages_are_those_of_every_layer(layout, gpus, monkeypatch):
     for short, long in zip(added, report.__wrapped__(layout, gpus, deep).stages, strict=True):
         assert short._replace(peak=0, kept=0) == long._replace(peak=0, kept=0)
         assert short.kept == pytest.approx(long.kept, rel=1e-3)  # counts of the loads of all layers
-        assert short.peak == pytest.approx(long.peak, rel=0.01)  # rotations and loads of more layers
+        assert short.peak == pytest.approx(long.peak, rel=0.01)  # rotations of more layers
 
 
 def test_schedules():

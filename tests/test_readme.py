@@ -73,7 +73,8 @@ SMALL = {
     "python -m minids.grpo --from FOLDER": "--steps 1 --questions 2 --group 2 --updates 1 "
                                            "--eval-problems 4 --threads 1 --max-new-tokens 8 "
                                            "--device cpu",
-    "python -m minids.dryrun": "--preset nano --gpus 4 --pipeline 2 --expert-parallel 2 --seq-len 64",
+    "python -m minids.dryrun": "--preset nano --gpus 4 --pipeline 2 --expert-parallel 2 "
+                               "--seq-len 64",
     "python -m minids.costs": "", "python -m minids.hf": "", "python -m minids": "",
     "python tests/kill_and_resume.py": "--kills 1", "python tests/parity_hf.py": "--seeds 1",
     "python tests/notebook_times.py": "--only 00",
