@@ -32,6 +32,7 @@ from minids.rl.examination import BATCH, Asking, ask, parts
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.runs.device import pick_device, prepare_cpu
 from minids.runs.open import open_model, settings
+from minids.runs.starting import alone
 from minids.sft import SftArgs, conversation, sft
 from minids.text.chat import TEMPLATES, Reply
 from minids.text.tasks import TASKS, Problem, Task, open_task
@@ -146,6 +147,7 @@ def check_corpus(path: Path) -> None:
 
 
 def main() -> None:
+    alone("distill")
     given, for_student = parse("minids.distill", __doc__, CorpusArgs, SftArgs)
     args = CorpusArgs(**given)
     if "data" in for_student:

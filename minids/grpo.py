@@ -48,9 +48,10 @@ from minids.rl.examination import Asking, check_room, examine_modes
 from minids.rl.objectives import OBJECTIVES, ObjectiveArgs, advantages, objective, token_weights
 from minids.rl.rewards import accuracy, consistency, well_formed
 from minids.rl.rollout import Rollout, log_probs, roll_out
-from minids.runs.learner import Learner, content, learn
+from minids.runs.learner import Learner
 from minids.runs.open import Source, settings
 from minids.runs.settings import LearnArgs
+from minids.runs.starting import alone, content, learn
 from minids.text.chat import MODES, TEMPLATES, Reply
 from minids.text.tasks import TASKS, Problem, open_task
 from minids.text.tokenizer import Tokenizer
@@ -333,6 +334,7 @@ def grpo(args: GrpoArgs) -> Path:
 
 
 def main() -> None:
+    alone("grpo")
     [given] = parse("minids.grpo", __doc__, GrpoArgs)
     grpo(settings("grpo", GrpoArgs, given))
 

@@ -52,6 +52,7 @@ from minids.runs.loggers import Mirror
 from minids.runs.metrics import read_metrics
 from minids.runs.open import is_run, open_model, read_config, refuse_changes
 from minids.runs.settings import LearnArgs, Logged, TrainArgs
+from minids.runs.starting import alone
 from minids.sft import SftArgs, sft
 from minids.text.chat import MODES
 from minids.text.tasks import open_task
@@ -290,6 +291,7 @@ def run_stages(pipeline: Pipeline) -> dict[str, dict]:
 
 
 def main() -> None:
+    alone("r1")
     [given] = parse("minids.r1", __doc__, R1Args)
     try:
         r1(R1Args(**given))

@@ -14,6 +14,10 @@ A JSONL file has lines {"messages": [{"role": "user", "content": ..}, {"role": "
 "thought": .., "content": ..}]}; `minids.text.chat.checked` reads the thought's other spellings. A
 task supplies problems from its training side; a share of the answers includes the worked solution
 as a thought. A sample longer than a row is refused.
+
+torchrun spreads the model and each step's rows over many processes, with the numbers of one:
+
+    torchrun --nproc-per-node 2 -m minids.sft --from runs/base --device cpu
 """
 
 import random
@@ -29,10 +33,13 @@ from minids.base.files import read_jsonl
 from minids.config import ModelArgs
 from minids.model.objective import Packed
 from minids.model.transformer import Transformer
+from minids.parallel.layout import DataLayout, Layout
+from minids.parallel.team import speaking_first, world_size
 from minids.rl.examination import Asking, check_room, examine_modes
-from minids.runs.learner import Learner, content, learn
+from minids.runs.learner import Learner
 from minids.runs.open import settings
 from minids.runs.settings import EvenArgs
+from minids.runs.starting import content, learn
 from minids.text.chat import MODES, Chat, checked
 from minids.text.tasks import Problem, open_task
 from minids.text.tokenizer import Tokenizer
@@ -167,6 +174,10 @@ class FineTuner(Learner):
         self.task = open_task(name) if name else None
         if self.task:
             check_room(args, model_args.max_seq_len, Chat(tokenizer), self.task)
+        self.replies = self.task is not None
+        world = self.team.world
+        require(args, "batch_size", args.batch_size % world == 0,
+                f"a multiple of {world}, the number of ranks")
         super().__init__(args, model_args, run, tokenizer)
         self.more_config = content(args.data)
 
@@ -174,16 +185,30 @@ class FineTuner(Learner):
         self.speed_up(model, self.args.compile, self.args.batch_size)
 
     def accumulate(self) -> tuple[dict, None]:
-        """Compute the gradients of the step's rows; returns its metrics."""
-        args = self.args
+        """Compute the gradients of the step's rows, those of this rank; returns its metrics.
+
+        The loss is a mean over the tokens of all ranks. Each knows all rows, and so how many there
+        are; a mean of the ranks' means would be another loss.
+        """
+        args, team = self.args, self.team
         tokens, targets, packed = self.rows.batch(self.step, args.batch_size, args.seed)
         learnt = int(packed.loss_mask.sum())
-        packed = Packed(*map(self.send, packed))
+        tokens, targets, *packed = map(team.share, (tokens, targets, *packed))
+        share = self.weight(int(packed[1].sum()), learnt)
         with self.autocast():
             losses = self.model.loss(self.send(tokens), self.send(targets), args.mtp_weight,
-                                     args.balance_weight, packed=packed)
-        self.scaler.scale(losses.total).backward()
-        return dict(loss=losses.total, main=losses.main, learnt=learnt), None
+                                     args.balance_weight, packed=Packed(*map(self.send, packed)))
+        main = losses.main * share
+        total = (main + args.mtp_weight * (losses.mtp * share)
+                 + args.balance_weight * (losses.balance / team.world))
+        self.scaler.scale(total).backward()
+        loss, main = team.summed(torch.stack([total.detach(), main.detach()]))
+        return dict(loss=loss, main=main, learnt=learnt), None
+
+    def weight(self, own: int, learnt: int) -> float:
+        """Return what the mean over this rank's tokens counts in that over all; own: their number
+        """
+        return own / max(learnt, 1)
 
     def measure(self, record: dict, last: bool) -> float | None:
         """Mark the model in each mode; the best checkpoint has the lowest mean error of thinking
@@ -192,9 +217,9 @@ class FineTuner(Learner):
         if not self.task or not (last or (args.eval_every and self.step % args.eval_every == 0)):
             return None
         how = Asking(max_new_tokens=args.max_new_tokens)
-        with self.autocast():
-            record.update(examine_modes(self.model, self.tokenizer, self.task, args.eval_problems,
-                                        how))
+        with self.whole_model() as model, self.autocast():
+            record.update(examine_modes(model, self.tokenizer, self.task, args.eval_problems, how,
+                                        team=self.team))
         return 1 - (record["think"]["accuracy"] + record["direct"]["accuracy"]) / 2
 
     def describe(self) -> str:
@@ -207,14 +232,16 @@ class FineTuner(Learner):
         return f"loss {record['loss']:.3f}{marks}"
 
 
-def sft(args: SftArgs, suffix: str = "-sft") -> Path:
-    """Fine-tune a model; see `minids.runs.learner.learn`."""
-    return learn(FineTuner, args, suffix)
+def sft(args: SftArgs, suffix: str = "-sft", layout: Layout | None = None) -> Path:
+    """Fine-tune a model; see `minids.runs.starting.learn`."""
+    return learn(FineTuner, args, suffix, layout)
 
 
 def main() -> None:
-    [given] = parse("minids.sft", __doc__, SftArgs)
-    sft(settings("sft", SftArgs, given))
+    with speaking_first():
+        given, layout = parse("minids.sft", __doc__, SftArgs, DataLayout)
+        args, layout = settings("sft", SftArgs, given), Layout(**layout).fitted(world_size())
+    sft(args, layout=layout)
 
 
 if __name__ == "__main__":

@@ -56,16 +56,17 @@ from minids.model.objective import Packed
 from minids.model.sparse_attention import freeze_all_but_indexers
 from minids.model.transformer import Transformer
 from minids.parallel.layout import Layout
-from minids.parallel.team import speaking_first, started, world_size
+from minids.parallel.team import speaking_first, world_size
 from minids.plots.runs import loss_curve
 from minids.runs import open as runs
-from minids.runs.device import memory_mib, pick_device, prepare_cpu
-from minids.runs.folders import free_folders, locked
-from minids.runs.learner import Learner, run_learner
+from minids.runs.device import memory_mib, prepare_cpu
+from minids.runs.folders import free_folders
+from minids.runs.learner import Learner
 from minids.runs.optimizers import batch_size_at, bias_speed_at, mtp_weight_at
 from minids.runs.settings import TrainArgs
 from minids.runs.sharded import merge
 from minids.runs.stages import default_folder, fit_model, model_after, settings_after
+from minids.runs.starting import in_folder, run_learner
 from minids.text.loaders import Data, open_data
 from minids.text.tokenizer import Tokenizer
 
@@ -73,7 +74,7 @@ from minids.text.tokenizer import Tokenizer
 class Trainer(Learner):
     """One run of pre-training: the model, its optimizers, its data, and how far it has come."""
 
-    program = "train"
+    program, over_ranks = "train", "minids.runs.over_ranks:TrainerOverRanks"
     numbers = "step", "tokens", "seconds", "recent_loss", "valid_bpb"
 
     def __init__(self, args: TrainArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
@@ -212,7 +213,7 @@ class Trainer(Learner):
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
         peak = next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
         return peak and round(flops_per_token(self.model.args, self.args.seq_len)
-                              * tokens_per_second / peak / self.ranks, 4)
+                              * tokens_per_second / peak / self.team.world, 4)
 
     def sample(self, max_new_tokens: int, count: int = 1) -> list[str]:
         """Generate `count` texts that continue the prompt, without the token that ends them."""
@@ -283,15 +284,8 @@ def train(args: TrainArgs, model: dict | None = None, layout: Layout | None = No
     prepare_cpu(args.threads, args.bodies)
     layout = (layout or Layout()).fitted(world_size())
     wanted = [Path(args.out)] if args.out else free_folders(default_folder(args))
-    with started(layout, pick_device(args.device).type) as team:
-        if team is None:
-            with locked(wanted) as run:
-                train_in(run, args, model or {}, Trainer)
-            return run
-        from minids.runs.over_ranks import locked_for_all, over_ranks
-        with team.alike(), locked_for_all(team, wanted) as run:
-            train_in(run, args, model or {}, over_ranks(Trainer, team))
-    return run
+    return in_folder(wanted, Trainer, layout, args.device,
+                     lambda run, kind: train_in(run, args, model or {}, kind))
 
 
 def train_in(run: Path, args: TrainArgs, model: dict, kind: type[Trainer]) -> None:

@@ -176,7 +176,7 @@ def test_each_rollout_asks_other_questions_each_for_a_whole_group(base, tmp_path
 def test_marks_are_taken_now_and_then_and_the_best_has_the_least_error(base, tmp_path,
                                                                        monkeypatch):
     right, asked = {"think": 0.75, "direct": 0.25, "free": 0.5}, []
-    monkeypatch.setattr(examination, "examine", lambda model, tokenizer, task, count, how: (
+    monkeypatch.setattr(examination, "examine", lambda model, tokenizer, task, count, how, team: (
         asked.append((count, how)), Marks(right[how.mode], 1.0, 0.5, 9.0))[1])
     made = learner(base, tmp_path / "run", eval_every=2)
     found = []

@@ -111,7 +111,7 @@ def cut_back(unbroken: Path, run: Path, step: int) -> Path:
     """A copy of a run as it was after `step` steps and a kill some moments later."""
     shutil.copytree(unbroken, run)
     for name in ("loss.png", "sample.txt"):
-        (run / name).unlink()
+        (run / name).unlink(missing_ok=True)  # only pre-training writes them
     for path in (run / "checkpoints").iterdir():
         if int(path.name[5:]) > step:
             shutil.rmtree(path)

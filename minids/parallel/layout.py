@@ -22,16 +22,22 @@ V_SHAPED = ("ZBVZeroBubble", "DualPipeV")  # a rank holds two stages, one from e
 
 
 @dataclass(frozen=True)
-class Layout(Settings):
-    """The layout of a run over the ranks that torchrun starts.
-
-    pipeline x replicate x fsdp is the number of ranks.
-    """
+class DataLayout(Settings):
+    """The layout of a run whose ranks all hold all layers: replicate x fsdp is their number."""
 
     fsdp: int = option(0, "ranks that share each parameter; 0: all that the others leave", low=0)
     replicate: int = option(1, "groups of ranks that hold the same parameters", low=1)
     expert_parallel: int = option(1, "ranks that share the routed experts and send each other "
                                      "tokens; a divisor of fsdp", low=1)
+
+
+@dataclass(frozen=True)
+class Layout(DataLayout):
+    """The layout of a run over the ranks that torchrun starts.
+
+    pipeline x replicate x fsdp is the number of ranks.
+    """
+
     pipeline: int = option(1, "ranks that share the layers", low=1)
     schedule: str = option("1F1B", "order of a pipeline's micro-batches", SCHEDULES)
     micro_batches: int = option(0, "micro-batches of a step of the pipeline; 0: two per stage",
@@ -62,6 +68,14 @@ class Layout(Settings):
         require(self, "micro_batches", self.schedule != "Interleaved1F1B"
                 or chosen % self.pipeline == 0, f"a multiple of pipeline = {self.pipeline}")
         return dataclasses.replace(self, fsdp=fsdp, micro_batches=chosen)
+
+    def describe(self) -> str:
+        """Return the layout in words."""
+        text = (f"{self.pipeline * self.data_ranks} = pipeline {self.pipeline} x replicate "
+                f"{self.replicate} x fsdp {self.fsdp}, experts over {self.expert_parallel}")
+        if self.pipeline > 1:
+            text += f"; {self.schedule} with {self.micro_batches} micro-batches"
+        return text
 
     def check(self, args: ModelArgs) -> None:
         """Raise ValueError, naming the field, for a model that cannot be split this way."""

@@ -8,11 +8,12 @@ from torch import distributed as dist
 
 from minids.config import ModelArgs
 from minids.model.objective import Losses, Packed
-from minids.model.transformer import Transformer
+from minids.model.transformer import Hidden, Transformer
 from minids.parallel.gradients import norm, sum_over_ranks
 from minids.parallel.pipeline import LaterEmbedding, Pipeline, Weights, cut
 from minids.parallel.ranks import Ranks
 from minids.parallel.sharding import empty_model, initialise_parts, shard
+from minids.parallel.shards import is_sharded, local
 
 SECOND_EMBEDDING = "embed.of_mtp.weight"
 
@@ -41,6 +42,31 @@ class ParallelModel:
             self.parts.append(part)
         initialise_parts(self.parts, args)
         self.pipeline = Pipeline(self.parts, ranks) if ranks.layout.pipeline > 1 else None
+
+    @property
+    def loss(self) -> Callable[..., Losses]:
+        """`Transformer.loss` of this rank's tokens; all ranks call it, and go backward. Of a model
+        without a pipeline, as the two below."""
+        return self.parts[0].loss
+
+    @property
+    def hidden(self) -> Callable[..., Hidden]:
+        """`Transformer.hidden` of this rank's tokens; all ranks call it."""
+        return self.parts[0].hidden
+
+    @property
+    def head(self) -> nn.Module:
+        """The head, for what `hidden` has just found."""
+        return self.parts[0].head
+
+    @torch.no_grad()
+    def whole(self) -> Transformer:
+        """Return the model with all weights on this rank, gathered; all ranks call this."""
+        model = empty_model(self.args, self.dtype).to_empty(device=self.ranks.device)
+        weights = model.state_dict()
+        for name, tensor in self.state_dict().items():
+            weights[name].copy_(tensor.full_tensor() if is_sharded(tensor) else tensor)
+        return model.requires_grad_(False)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Yield this rank's parameters by the whole model's names.
@@ -106,7 +132,13 @@ class ParallelModel:
         dist.all_reduce(found, group=self.ranks.dense.get_group("pipeline"))
         return list(found) if args.gate_bias else []
 
-    def tensors(self) -> dict[str, Tensor]:
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Take the weights of another model that is laid out alike, as `state_dict` returns them.
+        """
+        for name, tensor in self.state_dict().items():
+            local(tensor).copy_(local(tensors[name]))
+
+    def state_dict(self) -> dict[str, Tensor]:
         """Return this rank's weights and gate biases, sharded, by the whole model's names."""
         return {name: tensor for part in self.parts for name, tensor in part.state_dict().items()
                 if not (name == "embed.weight" and isinstance(part.embed, LaterEmbedding))}

@@ -7,10 +7,12 @@ writes and speaks; the others print nothing, unless one of them alone has troubl
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import torch
+from torch import Tensor
 from torch import distributed as dist
 
 from minids.parallel.layout import Layout
@@ -19,6 +21,7 @@ from minids.parallel.layout import Layout
 # that has ended is no reason to wait: torchrun ends the others.
 WAITING = timedelta(minutes=15)
 SILENCE = timedelta(seconds=5)  # for rank 0 to find the error that another rank has found
+PATIENCE = 15  # seconds, for the same before the ranks have met
 
 
 def world_size() -> int:
@@ -28,7 +31,10 @@ def world_size() -> int:
 
 @contextlib.contextmanager
 def speaking_first() -> Iterator[None]:
-    """Run what all ranks do alike, such as reading flags; only rank 0 tells of a mistake."""
+    """Run what all ranks do alike, such as reading flags; only rank 0 tells of a mistake.
+
+    torchrun ends the ranks when one of them has ended, so the others wait for rank 0 to tell it.
+    """
     if int(os.environ.get("RANK", 0)) == 0:
         yield
         return
@@ -38,6 +44,7 @@ def speaking_first() -> Iterator[None]:
         try:
             yield
         except ValueError:
+            time.sleep(PATIENCE)
             raise SystemExit(2) from None
         finally:
             sys.stdout, sys.stderr = out, err
@@ -64,7 +71,41 @@ def is_lost(error: BaseException | None) -> bool:
                                   or is_lost(error.__cause__))
 
 
-class Team:
+class Alone:
+    """One process, which does by itself what a team does together.
+
+    rank, world: its number, and how many there are
+    """
+
+    rank, world = 0, 1
+
+    @property
+    def first(self) -> bool:
+        """Return whether this process chooses, writes and speaks."""
+        return self.rank == 0
+
+    def share(self, items):
+        """Return the items of this rank: a part of a sequence, or of a tensor's first dimension."""
+        return items[len(items) * self.rank // self.world:
+                     len(items) * (self.rank + 1) // self.world]
+
+    def together(self) -> contextlib.AbstractContextManager:
+        """Run a block in which ranks do not wait for each other; if it fails on one, end all."""
+        return contextlib.nullcontext()
+
+    def joined(self, items: list) -> list:
+        """Return the items of all ranks, plain data, in order of ranks."""
+        return items
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks."""
+        return tensor
+
+
+ALONE = Alone()
+
+
+class Team(Alone):
     """This process among those of a run, once they have found each other.
 
     rank, world: its number, and how many there are; ranks: the meshes between them
@@ -98,11 +139,6 @@ class Team:
                              f"{WAITING.seconds // 60} minutes: {error}") from error
         from minids.parallel.ranks import Ranks  # which waits a second for torch's own imports
         self.ranks = Ranks.of(layout, self.device)
-
-    @property
-    def first(self) -> bool:
-        """Return whether this process chooses, writes and speaks."""
-        return self.rank == 0
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -168,6 +204,13 @@ class Team:
         values = [None] * self.world
         dist.all_gather_object(values, value)
         return values
+
+    def joined(self, items: list) -> list:
+        return [item for own in self.gathered(items) for item in own]
+
+    def summed(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(total := tensor.clone())
+        return total
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from typing import NamedTuple
 from minids.base.fields import require
 from minids.infer.generation import generate
 from minids.model.transformer import Transformer
+from minids.parallel.team import ALONE, Alone
 from minids.rl.rewards import accuracy, well_formed
 from minids.text.chat import MODES, TEMPLATES, Reply
 from minids.text.tasks import Problem, Task
@@ -80,16 +81,22 @@ def check_room(args, max_seq_len: int, form, task: Task) -> None:
             "tokens")
 
 
-def examine(model: Transformer, tokenizer: Tokenizer, task: Task, count: int, how: Asking) -> Marks:
-    """Return the marks on the first `count` held-out problems."""
+def examine(model: Transformer, tokenizer: Tokenizer, task: Task, count: int, how: Asking,
+            team: Alone = ALONE) -> Marks:
+    """Return the marks on the first `count` held-out problems.
+
+    team: each of its ranks has the model and asks its share; greedy replies are then one process's
+    """
     problems = task.some(count, "held-out", seed=0)
-    return mark(task, problems, ask(model, tokenizer, [p.question for p in problems], how))
+    with team.together():
+        own = ask(model, tokenizer, [p.question for p in team.share(problems)], how)
+    return mark(task, problems, team.joined(own))
 
 
 def examine_modes(model: Transformer, tokenizer: Tokenizer, task: Task, count: int, how: Asking,
-                  modes: Sequence[str] = MODES) -> dict[str, dict]:
-    """Return the marks in each mode, in place of `how.mode`, as metrics."""
-    return {mode: examine(model, tokenizer, task, count, how._replace(mode=mode))._asdict()
+                  modes: Sequence[str] = MODES, team: Alone = ALONE) -> dict[str, dict]:
+    """Return the marks in each mode, in place of `how.mode`, as metrics; team: as of `examine`"""
+    return {mode: examine(model, tokenizer, task, count, how._replace(mode=mode), team)._asdict()
             for mode in modes}
 
 

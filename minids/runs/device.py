@@ -131,20 +131,23 @@ def memory_mib(device: torch.device) -> int:
     return peak >> (20 if sys.platform == "darwin" else 10)
 
 
-def check_memory(args: ModelArgs, device: torch.device, each: int = 16, ranks: int = 1) -> None:
+def check_memory(args: ModelArgs, device: torch.device, each: int = 16, ranks: int = 1,
+                 whole: bool = False) -> None:
     """Refuse a model too large to train here, before torch runs out of memory halfway.
 
     each: bytes per parameter; 16 are weight, gradient and two moments in FP32
     ranks: GPUs that share it; ranks on CPUs share the memory of one machine
+    whole: whether each rank gathers all weights besides, in FP32, to write replies with
     """
     count = count_parameters(args)
     parameters = count.total + count.mtp
-    needed = each * parameters // (ranks if device.type == "cuda" else 1)
+    needed = (each + 4 * ranks * whole) * parameters // (ranks if device.type == "cuda" else 1)
     here = (torch.cuda.mem_get_info(device)[1] if device.type == "cuda"
             else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if needed > here:
         raise ValueError(f"a model of {parameters:,} parameters does not fit: weights"
-                         f"{', gradients and optimizer' if each == 16 else ''} take "
+                         f"{', gradients and optimizer' if each == 16 else ''}"
+                         f"{', and all weights on each rank to write replies with,' * whole} take "
                          f"{needed / 2**30:,.0f} GiB, and {device} has "
                          f"{here / 2**30:,.0f}; take a smaller preset or fewer layers")
 

@@ -7,6 +7,7 @@ import platform
 import random
 import shlex
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,30 +20,19 @@ from minids.apply.compile import compile_blocks
 from minids.apply.precision import StepCopies
 from minids.base.command_line import Stopped, no_memory
 from minids.base.fields import require
-from minids.base.files import digest, sealed, write_whole
+from minids.base.files import sealed, write_whole
 from minids.config import ModelArgs
 from minids.model.sparse_attention import load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.parallel.parts import Parts
+from minids.parallel.team import ALONE
 from minids.runs import checkpoints, optimizers
-from minids.runs.device import check_memory, fetched, pick_device, pick_dtype, prepare_cpu
-from minids.runs.folders import free_folders, locked
+from minids.runs.device import check_memory, fetched, pick_device, pick_dtype
 from minids.runs.loggers import Mirror
 from minids.runs.metrics import METRICS, append, line_of, read_metrics, settle, summary
-from minids.runs.open import (
-    CONFIG,
-    Source,
-    fitting,
-    folder_of,
-    read_config,
-    refuse_a_run,
-    resumes,
-    source_of,
-    tokenizer_files,
-)
+from minids.runs.open import CONFIG, Source, fitting, read_config, tokenizer_files
 from minids.runs.settings import LearnArgs
 from minids.runs.sharded import load_states
-from minids.runs.signals import stopping
 from minids.runs.threads import Threads
 from minids.text.tokenizer import Tokenizer
 
@@ -56,19 +46,23 @@ class Learner:
 
     program: name of the run's settings in config.json; run: its folder
     numbers: attributes that a checkpoint's state holds, besides optimizers and generators
-    ranks: processes that share the model; first: whether this one writes and speaks for all
+    team: the processes that share the model; the first writes and speaks for all
+    over_ranks: "module:class" of what they do otherwise, imported by them alone
+    replies: whether the model writes replies while it learns
     """
 
     program = ""
-    ranks, first = 1, True
+    team, over_ranks = ALONE, "minids.runs.over_ranks:OverRanks"
+    replies = False
     numbers: tuple[str, ...] = ("step", "seconds")
 
     def __init__(self, args: LearnArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
         self.args, self.run, self.tokenizer = args, run, tokenizer
         self.device = pick_device(args.device)
         self.dtype = pick_dtype(args.dtype, self.device)
-        check_memory(model_args, self.device, ranks=self.ranks)
-        self.mirror = Mirror(args.log if self.first else "", run)
+        check_memory(model_args, self.device, ranks=self.team.world,
+                     whole=self.replies and self.team.world > 1)
+        self.mirror = Mirror(args.log if self.team.first else "", run)
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(args.seed)  # all the generators that a checkpoint holds
         self.copies: StepCopies | None = None
@@ -102,6 +96,11 @@ class Learner:
         model = Transformer(model_args).to(self.device)
         self.prepare(model)
         return model
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[Transformer]:
+        """Yield the model with all its weights in this process, to generate text with."""
+        yield self.model
 
     def prepare(self, model: Transformer) -> None:
         """Freeze or convert the model before the optimizers are built."""
@@ -149,7 +148,7 @@ class Learner:
         Over ranks, no cast outlives its micro-batch: FSDP would miss gradients through it.
         """
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32,
-                              cache_enabled=self.ranks == 1)
+                              cache_enabled=self.team.world == 1)
 
     def speed_up(self, model: Transformer, compile: str, sequences: int,
                  plain: bool = False) -> None:
@@ -217,7 +216,7 @@ class Learner:
         args = self.args
         threads = Threads(args.threads != 0 or self.device.type != "cpu", tqdm.write)
         with tqdm(total=args.steps, initial=self.step, unit="step",
-                  disable=None if self.first else True) as bar:
+                  disable=None if self.team.first else True) as bar:
             while self.step < args.steps:
                 before = self.seconds
                 with self.fitting_memory():
@@ -255,7 +254,11 @@ class Learner:
         """Take over weights; step 0 is saved when this, and what a subclass adds, is done."""
         self.source = source.describe()
         with fitting(source.path):
-            load_weights_without_indexer(self.model, source.weights())
+            self.take(source.weights())
+
+    def take(self, weights: dict[str, Tensor]) -> None:
+        """Load the weights of another run."""
+        load_weights_without_indexer(self.model, weights)
 
     def restore(self) -> None:
         """Go on from the newest whole checkpoint, if there is one, with this run's peak rates."""
@@ -276,10 +279,10 @@ class Learner:
                 setattr(self, name, state[name])
             require(self.args, "steps", self.args.steps >= self.step,
                     f"at least {self.step}, the steps that the run in {self.run} has done")
-            if self.first:
+            if self.team.first:
                 checkpoints.tidy(self.run, checkpoint, self.args.keep_last)
         self.metrics = read_metrics(self.run, checkpoint)[:self.step]
-        if self.first:
+        if self.team.first:
             write_whole(self.run / METRICS, b"".join(map(line_of, self.metrics)))
 
     def load(self, checkpoint: Path) -> dict:
@@ -336,7 +339,7 @@ class Learner:
     def write_record(self, record: dict) -> None:
         """Append a line to metrics.jsonl, and to the log that --log names."""
         self.metrics.append(record)
-        if self.first:
+        if self.team.first:
             append(self.run, record)
         self.mirror.write(record)
 
@@ -354,46 +357,3 @@ class Learner:
     def write_config(self) -> None:
         """Write config.json, sealed; written anew by a resumed run, which may have other values."""
         write_whole(self.run / CONFIG, sealed(self.config()))
-
-
-def run_learner(learner: Learner, source: Source | None) -> None:
-    """Start or continue a run, up to its last step or a signal: then raise `Stopped`, all saved.
-
-    source: what its weights come from; None for new weights. Ignored if the run is resumed
-    """
-    with stopping(learner):
-        if resumes(learner.args):
-            learner.restore()
-            learner.write_config()
-            print(f"resumed at step {learner.step} of {learner.args.steps}", flush=True)
-        else:
-            if learner.args.resume:
-                print(f"{learner.run} holds no run yet: starting from the beginning", flush=True)
-            refuse_a_run(learner.run)
-            learner.begin(source)
-        with learner.mirror.following(learner.config(), learner.metrics):
-            learner.train()
-        learner.finish()
-
-
-def content(spec: str) -> dict:
-    """Return what config.json says about the file that jsonl:PATH names; nothing for tasks."""
-    kind, _, path = spec.partition(":")
-    return dict(data=digest(Path(path))) if kind == "jsonl" else {}
-
-
-def learn(kind: type[Learner], args: LearnArgs, suffix: str) -> Path:
-    """Train after another run, or continue the run in `args.out` if `args.resume`; returns its
-    folder. Raises `ValueError` for settings that do not fit, before anything is written.
-
-    suffix: what a new folder's name adds to the other run's, if `args.out` names none
-    """
-    prepare_cpu(args.threads, args.bodies)
-    with locked([Path(args.out)] if args.out else free_folders(
-            Path("runs") / (folder_of(args.from_run).name + suffix))) as run:
-        args = dataclasses.replace(args, out=str(run))
-        source = source_of(args)
-        learner = kind(args, source.args, run, source.tokenizer)
-        print(f"{kind.program:<8}{learner.describe()}; run {run}, on {learner.device}", flush=True)
-        run_learner(learner, source)
-    return run

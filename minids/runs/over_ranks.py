@@ -1,6 +1,6 @@
-"""A run of pre-training over many ranks: what differs from one process, and nothing else.
+"""A run over many ranks: what differs from one process, and nothing else.
 
-`over_ranks(Trainer, team)` is a Trainer whose model lies on the ranks of a team. Whatever decides
+`over_ranks(Trainer, ..)` is a Trainer whose model lies on the ranks of a team. Whatever decides
 how the run goes on is decided on numbers that all ranks have: reduced losses and norms, a signal
 that any of them got. Rank 0 writes the folder; all write checkpoints.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 from minids.base.fields import demand, require
 from minids.config import ModelArgs
 from minids.infer.validation import Evaluation
+from minids.model.transformer import Transformer
 from minids.parallel import gradients
 from minids.parallel.model import SECOND_EMBEDDING, ParallelModel
 from minids.parallel.parts import Parts
@@ -27,13 +28,13 @@ from minids.runs import checkpoints, optimizers, sharded
 from minids.runs.folders import locked
 from minids.runs.learner import Learner
 from minids.runs.metrics import settle, summary
-from minids.runs.open import Source, fitting, open_model
+from minids.runs.open import Source, open_model
 from minids.text.loaders import Data
 
 
-def over_ranks(kind: type[Learner], team: Team) -> type[Learner]:
-    """Return the Trainer `kind` over the ranks of a team."""
-    return type(f"{kind.__name__}OverRanks", (OverRanks, kind), {"team": team})
+def over_ranks(kind: type[Learner], otherwise: type, team: Team) -> type[Learner]:
+    """Return the Learner `kind` over the ranks of a team; otherwise: `OverRanks`, or more."""
+    return type(f"{kind.__name__}OverRanks", (otherwise, kind), {"team": team})
 
 
 @contextlib.contextmanager
@@ -48,60 +49,23 @@ def locked_for_all(team: Team, folders: Iterable[Path]) -> Iterator[Path]:
 
 
 class OverRanks:
-    """The methods of a Trainer that many ranks do otherwise."""
+    """The methods of a Learner that many ranks do otherwise."""
 
     team: Team
 
     def __init__(self, args, model_args: ModelArgs, run: Path, tokenizer):
-        layout = self.team.ranks.layout
-        self.ranks, self.first = self.team.world, self.team.first
-        self.micro_batches = args.grad_accum * layout.micro_batches  # of each rank
-        self.pieces = self.micro_batches * layout.data_ranks
-        require(args, "compile", args.compile != "true", "auto or false over several ranks, so far")
-        require(args, "fp8", not args.fp8, "false over several ranks, so far")
+        require(args, "compile", getattr(args, "compile", "auto") != "true",
+                "auto or false over several ranks, so far")
         require(args, "dtype", args.dtype != "fp16", "bf16 or fp32 over several ranks")
-        require(args, "balance_loss", args.balance_loss == "sequence",
-                "sequence over several ranks: V2's is no sum over them")
-        require(args, "batch_size", args.batch_size % self.pieces == 0,
-                f"a multiple of {self.pieces}: {layout.data_ranks} ranks x {self.micro_batches} "
-                "micro-batches")
-        if layout.pipeline > 1:
-            require(args, "grad_accum", args.grad_accum == 1,
-                    "1 with a pipeline; --micro-batches splits a step there")
-            demand("pipeline", layout.pipeline, not args.dsa, "1 with --dsa, so far")
         super().__init__(args, model_args, run, tokenizer)
 
     def build(self, model_args: ModelArgs) -> ParallelModel:
         return ParallelModel(model_args, self.team.ranks, prepare=self.prepare)
 
-    def open_data(self) -> Data:
-        """Let one process per machine tokenise; each data rank then has its own batches."""
-        ranks, take = self.team.ranks, super().open_data
-        return self.team.in_turn(lambda: take(ranks.data_rank, ranks.layout.data_ranks))
-
-    def describe(self) -> str:
-        layout = self.team.ranks.layout
-        text = (f"ranks   {self.ranks} = pipeline {layout.pipeline} x replicate "
-                f"{layout.replicate} x fsdp {layout.fsdp}, experts over {layout.expert_parallel}")
-        if layout.pipeline > 1:
-            text += f"; {layout.schedule} with {layout.micro_batches} micro-batches"
-        return f"{super().describe()}\n{text}"
-
-    def accumulate(self) -> tuple[dict, Tensor]:
-        """Add up a batch's gradients over all ranks; return the parts of the loss and the loads."""
-        args, layout = self.args, self.team.ranks.layout
-        size = optimizers.batch_size_at(self.step, args, self.pieces)
-        rows = size // (layout.data_ranks * args.grad_accum)
-        batches = [tuple(map(self.send, self.data.loader.next_batch(rows)))
-                   for _ in range(args.grad_accum)]
-        weights = Weights(optimizers.mtp_weight_at(self.step, args), args.balance_weight,
-                          args.balance_loss, args.dsa, args.indexer_weight)
-        with self.autocast():
-            losses = self.model.step(batches, weights, args.separate, self.tokenizer.bos_id)
-        self.tokens += size * args.seq_len
-        names = ("loss", "main", "mtp", "balance", "indexer")
-        parts = zip(names if args.dsa else names[:-1], losses, strict=False)
-        return dict(parts), losses.loads
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[Transformer]:
+        """Yield the model gathered on each rank, where it stays no longer than needed."""
+        yield self.model.whole()
 
     def speed_up(self, *what, **how) -> None:
         """Do nothing: copies and compiled blocks know no shards yet."""
@@ -118,29 +82,12 @@ class OverRanks:
         """Return a signal that any rank got: all end after the same step."""
         return self.team.agree(self.stop_signal)
 
-    def validate(self, max_tokens: int | None) -> Evaluation:
-        args = self.args
-        return evaluate(self.model, self.data.valid, self.tokenizer.n_bytes, args.seq_len,
-                        args.batch_size // self.pieces, max_tokens,
-                        self.tokenizer.bos_id if args.separate else None)
-
-    def sample(self, max_new_tokens: int, count: int = 1) -> list[str]:
-        """Generate texts from the whole model, which only `finish` has; until then, none."""
-        spread = isinstance(self.model, ParallelModel)
-        return [] if spread else super().sample(max_new_tokens, count)
-
-    def finish(self) -> None:
-        """Let rank 0 end the run as one process does, with the last checkpoint's whole model."""
-        if self.first:
-            self.model = open_model(self.run, self.device).model
-            super().finish()
-
     def begin(self, source: Source | None) -> None:
         if source:
             with self.team.together():
                 self.begin_from(source)
         with self.team.together():
-            if self.first:
+            if self.team.first:
                 checkpoints.forget_beginning(self.run)
                 self.tokenizer.save(self.run / "tokenizer")
         if source:
@@ -148,13 +95,11 @@ class OverRanks:
         with self.team.together():
             self.write_config()
 
-    def begin_from(self, source: Source) -> None:
-        self.source = source.describe()
-        with fitting(source.path):
-            load_parts(self.model.parts, source.weights())
+    def take(self, weights: dict[str, Tensor]) -> None:
+        load_parts(self.model.parts, weights)
 
     def write_config(self) -> None:
-        if self.first:
+        if self.team.first:
             super().write_config()
 
     def restore(self) -> None:
@@ -180,7 +125,7 @@ class OverRanks:
 
     def save(self, metric: float | None = None) -> Path:
         """Write a checkpoint by all ranks; refuse to save NaN or Inf weights on any."""
-        weights = self.model.tensors()
+        weights = self.model.state_dict()
         states = {name: tensor for name, tensor
                   in sharded.named_states(self.model, self.optimizers)
                   if not name.startswith(SECOND_EMBEDDING)}
@@ -189,8 +134,68 @@ class OverRanks:
             raise self.diverged("a weight is no longer a finite number")
         plain = {name: getattr(self, name) for name in self.numbers}
         plain |= dict(rng=sharded.plain_rng(), **self.more_state())
-        if self.first:
+        if self.team.first:
             settle(self.run)
-        record = dict(config=self.config(), metrics=summary(self.metrics)) if self.first else None
+        record = None
+        if self.team.first:
+            record = dict(config=self.config(), metrics=summary(self.metrics))
         return sharded.save(self.team, self.run, self.step, weights, states, plain,
                             self.args.keep_last, metric, record)
+
+
+class TrainerOverRanks(OverRanks):
+    """The same of a Trainer: batches dealt to data ranks, micro-batches, pipelines, validation."""
+
+    def __init__(self, args, model_args: ModelArgs, run: Path, tokenizer):
+        layout = self.team.ranks.layout
+        self.micro_batches = args.grad_accum * layout.micro_batches  # of each rank
+        self.pieces = self.micro_batches * layout.data_ranks
+        require(args, "fp8", not args.fp8, "false over several ranks, so far")
+        require(args, "balance_loss", args.balance_loss == "sequence",
+                "sequence over several ranks: V2's is no sum over them")
+        require(args, "batch_size", args.batch_size % self.pieces == 0,
+                f"a multiple of {self.pieces}: {layout.data_ranks} ranks x {self.micro_batches} "
+                "micro-batches")
+        if layout.pipeline > 1:
+            require(args, "grad_accum", args.grad_accum == 1,
+                    "1 with a pipeline; --micro-batches splits a step there")
+            demand("pipeline", layout.pipeline, not args.dsa, "1 with --dsa, so far")
+        super().__init__(args, model_args, run, tokenizer)
+
+    def open_data(self) -> Data:
+        """Let one process per machine tokenise; each data rank then has its own batches."""
+        ranks, take = self.team.ranks, super().open_data
+        return self.team.in_turn(lambda: take(ranks.data_rank, ranks.layout.data_ranks))
+
+    def accumulate(self) -> tuple[dict, Tensor]:
+        """Add up a batch's gradients over all ranks; return the parts of the loss and the loads."""
+        args, layout = self.args, self.team.ranks.layout
+        size = optimizers.batch_size_at(self.step, args, self.pieces)
+        rows = size // (layout.data_ranks * args.grad_accum)
+        batches = [tuple(map(self.send, self.data.loader.next_batch(rows)))
+                   for _ in range(args.grad_accum)]
+        weights = Weights(optimizers.mtp_weight_at(self.step, args), args.balance_weight,
+                          args.balance_loss, args.dsa, args.indexer_weight)
+        with self.autocast():
+            losses = self.model.step(batches, weights, args.separate, self.tokenizer.bos_id)
+        self.tokens += size * args.seq_len
+        names = ("loss", "main", "mtp", "balance", "indexer")
+        parts = zip(names if args.dsa else names[:-1], losses, strict=False)
+        return dict(parts), losses.loads
+
+    def validate(self, max_tokens: int | None) -> Evaluation:
+        args = self.args
+        return evaluate(self.model, self.data.valid, self.tokenizer.n_bytes, args.seq_len,
+                        args.batch_size // self.pieces, max_tokens,
+                        self.tokenizer.bos_id if args.separate else None)
+
+    def sample(self, max_new_tokens: int, count: int = 1) -> list[str]:
+        """Generate texts from the whole model, which only `finish` has; until then, none."""
+        spread = isinstance(self.model, ParallelModel)
+        return [] if spread else super().sample(max_new_tokens, count)
+
+    def finish(self) -> None:
+        """Let rank 0 end the run as one process does, with the last checkpoint's whole model."""
+        if self.team.first:
+            self.model = open_model(self.run, self.device).model
+            super().finish()

@@ -12,10 +12,10 @@ def stopping(learner):
     once, but not one of many ranks: torchrun passes on what a terminal has sent already. Under
     nohup, a closed terminal stays ignored."""
     def ask(number, _frame):
-        if learner.stop_signal and learner.ranks == 1:
+        if learner.stop_signal and learner.team.world == 1:
             raise KeyboardInterrupt
         told, learner.stop_signal = learner.stop_signal, number
-        if told or not learner.first:
+        if told or not learner.team.first:
             return
         with contextlib.suppress(OSError):  # a terminal that is closed takes no text
             print("\nfinishing the step and saving ..", file=sys.stderr, flush=True)

@@ -208,7 +208,7 @@ def hand_over(writers: Ranks, readers: list[Ranks], folder: Path) -> None:
     place = writers.dense.get_local_rank
     states = {name: tensor for name, tensor in named_states(first, optimizers)
               if not name.startswith(SECOND_EMBEDDING)}
-    for kind, tensors in (("model", first.tensors()), ("optimizer", states)):
+    for kind, tensors in (("model", first.state_dict()), ("optimizer", states)):
         write_parts(folder / f"{kind}-{dist.get_rank()}",
                     own_parts(tensors, place("replicate"), place("fsdp")))
     dist.barrier()

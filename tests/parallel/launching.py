@@ -13,6 +13,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import distributed as dist
@@ -25,6 +26,14 @@ def device_of_rank() -> torch.device:
     """The device that this rank computes on."""
     kind = os.environ.get("DEVICE_OF_RANKS", "cpu")
     return torch.device(kind, int(os.environ["RANK"])) if kind == "cuda" else torch.device(kind)
+
+
+class Said(NamedTuple):
+    """What a program did: exit status and what its ranks wrote."""
+
+    status: int
+    out: str
+    err: str
 
 
 def launch(checks: str, world: int, folder: Path, limit: float,
@@ -51,6 +60,40 @@ def launch(checks: str, world: int, folder: Path, limit: float,
         for name, fault in json.loads((folder / f"said-{number}.json").read_text()).items():
             said.setdefault(name, []).append(fault)
     return said
+
+
+def begin_ranks(*flags: str, program: str, world: int = 2, restarts: int = 0) -> subprocess.Popen:
+    """Start a program on ranks that go on beside the test, as its user does: by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+               str(world), "--max-restarts", str(restarts), "-m", program, *flags]
+    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
+    return subprocess.Popen(command, text=True, env=environment, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE)
+
+
+def run_ranks(*flags: str, **options) -> Said:
+    """Run ranks to the end, or for two minutes."""
+    ranks = begin_ranks(*flags, **options)
+    try:
+        out, err = ranks.communicate(timeout=120)
+    finally:
+        ranks.kill()
+    return Said(ranks.returncode, out, err)
+
+
+def ranks_below(launcher: int) -> list[int]:
+    """The processes that torchrun started."""
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True,
+                           text=True)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
+    """Wait until a run has taken steps; a run that ends before has failed."""
+    metrics = run / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= count):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
 
 
 def run_checks(names: dict) -> None:

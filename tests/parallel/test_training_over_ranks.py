@@ -11,12 +11,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import Said, as_flags, cut_back, home, read_records, run_train, settings
+from launching import begin_ranks, ranks_below, run_ranks, wait_for_steps
+from training_runs import as_flags, cut_back, home, read_records, run_train, settings
 
 from minids import hf
 from minids.runs import checkpoints
@@ -30,27 +31,8 @@ STEPS = 6
 CLOSE = 1e-4
 
 
-def command(*flags: str, world: int = 2, restarts: int = 0, of: str = "train") -> list[str]:
-    """The command that starts the ranks on this machine."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-            str(world), "--max-restarts", str(restarts), "-m", f"minids.{of}", *flags]
-
-
-def begin(*flags: str, **options) -> subprocess.Popen:
-    """Start ranks that go on beside the test."""
-    environment = os.environ | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1")
-    return subprocess.Popen(command(*flags, **options), text=True, env=environment,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def torchrun(*flags: str, **options) -> Said:
-    """Run to the end, or for two minutes."""
-    ranks = begin(*flags, **options)
-    try:
-        out, err = ranks.communicate(timeout=120)
-    finally:
-        ranks.kill()
-    return Said(ranks.returncode, out, err)
+begin = partial(begin_ranks, program="minids.train")
+torchrun = partial(run_ranks, program="minids.train")
 
 
 @pytest.fixture(scope="module")
@@ -168,21 +150,6 @@ def assert_merged(run: Path, before: dict[str, torch.Tensor]) -> None:
     assert run_train("--resume", "--out", str(run), "--merge").out == f"merged  {newest}\n"
 
 
-def ranks_below(launcher: int) -> list[int]:
-    """The processes that torchrun started."""
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(launcher)], capture_output=True,
-                           text=True)
-    return [int(pid) for pid in found.stdout.split()]
-
-
-def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
-    """Wait until a run has taken steps; a run that ends before has failed."""
-    metrics = run / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= count):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-
-
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(flags, tmp_path):
     run = tmp_path / "run"
@@ -244,7 +211,7 @@ def test_bench_times_the_steps_of_every_layout(flags, alone):
     layouts = "--pipeline 2", "--expert-parallel 2 --optimizer muon", ""
     said = torchrun("--what", "program", "--pairs", "1", "--steps-per-timing", "3", "--threads",
                     "1", "--command", ";".join(f"{flags} {layout}" for layout in layouts),
-                    of="lab.bench")
+                    program="minids.lab.bench")
     assert said.status == 0, said.err
     rows = [line for line in said.out.splitlines() if line.startswith("--preset")]
     steps = read_records(alone)
@@ -256,5 +223,5 @@ def test_bench_times_the_steps_of_every_layout(flags, alone):
         if "muon" not in layout:
             assert last == pytest.approx(steps[5]["loss"], abs=2e-3), row
     refused = torchrun("--what", "program", "--command", f"{flags} --pipeline 2 --micro-batches 3",
-                       of="lab.bench")
+                       program="minids.lab.bench")
     assert refused.status == 1 and refused.err.count("batch_size = 8 is not valid") == 1

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from launching import launch
 
-CHECKS = re.findall(r"^def (check_\w+)", (Path(__file__).parent / "two_ranks.py").read_text(), re.M)
+CHECKS, LEARNING = (
+    re.findall(r"^def (check_\w+)", (Path(__file__).parent / name).read_text(), re.M)
+    for name in ("two_ranks.py", "learning.py"))
 
 
 @pytest.fixture(scope="module")
@@ -15,7 +17,7 @@ def said(tmp_path_factory):
     return launch("two_ranks.py", 2, tmp_path_factory.mktemp("ranks"), limit=120)
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", CHECKS + LEARNING)
 def test_two_ranks_equal_one_process(said, check):
     faults = said.get(check, ["not reached: an earlier check failed"])
     assert "".join(faults) == "", "\n".join(faults)

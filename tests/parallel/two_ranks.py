@@ -3,6 +3,7 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import learning
 import torch
 from comparing import (
     ARGS,
@@ -148,4 +149,4 @@ def check_the_batchs_balance_loss_is_wrong():
 
 
 if __name__ == "__main__":
-    run_checks(dict(globals()))
+    run_checks(dict(globals()) | (vars(learning) if DEVICE.type == "cpu" else {}))

@@ -1,5 +1,6 @@
 """Where a program runs: the precision that "auto" picks, threads, allocator and memory."""
 
+import os
 import resource
 import sys
 import warnings
@@ -8,9 +9,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from minids import ModelArgs
 from minids.base import command_line
+from minids.costs import count_parameters
 from minids.runs import device as module
-from minids.runs.device import memory_mib, pick_device, pick_dtype, prepare_cpu
+from minids.runs.device import check_memory, memory_mib, pick_device, pick_dtype, prepare_cpu
 
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
 
@@ -148,3 +151,14 @@ def test_peak_memory_is_the_processs_in_mib(monkeypatch, platform, unit):
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(
         ru_maxrss=(300 * 2**20 + 5) // unit if who == resource.RUSAGE_SELF else 0))
     assert memory_mib(CPU) == 300
+
+
+def test_all_weights_on_each_rank_count_as_memory(monkeypatch):
+    args = ModelArgs.preset("tiny")
+    count = count_parameters(args)
+    room = 20 * (count.total + count.mtp)  # 16 bytes per parameter, and 4 on each of two ranks
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 if name == "SC_PAGE_SIZE" else room)
+    check_memory(args, CPU, ranks=2)
+    with pytest.raises(ValueError, match="and all weights on each rank to write replies with"):
+        check_memory(args, CPU, ranks=2, whole=True)
+    check_memory(args, CPU, each=12, ranks=2, whole=True)

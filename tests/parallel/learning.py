@@ -1,0 +1,97 @@
+"""Fine-tuning over ranks beside one process; two_ranks.py goes through these
+checks, too, on a CPU."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from comparing import ARGS, difference, largest, ranks_of, worst_weight
+from small_models import scrambled
+from torch import distributed as dist
+
+from minids.parallel.model import ParallelModel
+from minids.parallel.team import Team
+from minids.runs.device import fetched
+from minids.runs.over_ranks import OverRanks
+from minids.sft import FineTuner, SftArgs
+from minids.tokenizer import Tokenizer
+
+BYTES = Tokenizer.open("bytes")
+MODEL = replace(ARGS, n_layers=2, vocab_size=BYTES.vocab_size, max_seq_len=160)
+SFT = SftArgs(steps=3, examples=40, seq_len=160, batch_size=4, balance_weight=1.0, mtp_weight=0.7,
+              eval_problems=5, max_new_tokens=6, optimizer="adamw", lr=0.02, warmup_steps=0,
+              dtype="fp32", device="cpu")
+LAYOUTS = dict(replicate=2), dict(expert_parallel=2)
+# FP64: three steps of AdamW divide by roots of squared gradients, which magnifies what rounding
+# leaves in those that are nearly zero, as in `train_in_parallel`.
+CLOSE = 1e-9
+
+
+class InFP64:
+    """A Learner whose weights are FP64."""
+
+    def build(self, args):
+        if self.team.world == 1:
+            return super().build(args).double()
+        return ParallelModel(args, self.team.ranks, torch.float64, prepare=self.prepare)
+
+
+def team_of(**fields) -> Team:
+    """The ranks of this process group as a team, without torchrun."""
+    team = object.__new__(Team)
+    team.rank, team.world, team.ranks = dist.get_rank(), dist.get_world_size(), ranks_of(**fields)
+    return team
+
+
+def learner(kind: type, args, team: Team | None = None):
+    """A Learner with scrambled weights, of one process or of a team."""
+    bases, more = (InFP64, kind), {}
+    if team:
+        bases, more = (InFP64, OverRanks, kind), dict(team=team)
+    made = type(kind.__name__, bases, more)(args, MODEL, Path("none"), BYTES)
+    made.take(scrambled(MODEL).state_dict())
+    return made
+
+
+def assert_alike(mine: dict, wanted: dict) -> None:
+    """Both steps have the same metrics, except for their times."""
+    assert mine.keys() == wanted.keys()
+    for name in mine.keys() - {"seconds", "sampling_s"}:
+        a, b = mine[name], wanted[name]
+        assert abs(a - b) <= CLOSE * max(abs(b), 1), (mine["step"], name, a, b)
+
+
+def compare_learning(over, alone) -> None:
+    """Take the steps of a run on all ranks and in one process; all stays equal."""
+    for _ in range(alone.args.steps):
+        assert_alike(over.train_step(), alone.train_step())
+    error, name = worst_weight(over.model, alone.model)
+    assert error < CLOSE, f"{name} is {error:.1e} off"
+
+
+def check_fine_tuning():
+    for fields in LAYOUTS:
+        compare_learning(learner(FineTuner, SFT, team_of(**fields)), learner(FineTuner, SFT))
+
+
+def check_a_mean_of_the_ranks_means_is_wrong():
+    """The ranks' rows have different numbers of tokens that count."""
+    alone, over = learner(FineTuner, SFT), learner(FineTuner, SFT, team_of())
+    over.weight = lambda own, learnt: 1 / over.team.world
+    alone.step = over.step = 1
+    wanted, mine = (fetched(each.accumulate()[0])["main"] for each in (alone, over))
+    assert abs(mine / wanted - 1) > 1e-5, (mine, wanted)
+    found = dict(over.model.named_parameters())
+    assert largest(max(difference(found[name].grad, p.grad)
+                       for name, p in alone.model.named_parameters())) > 1e-3
+
+
+def check_an_examination_asks_each_question_once():
+    """Three questions to one rank and two to the other, with weights gathered on each."""
+    alone, over = learner(FineTuner, SFT), learner(FineTuner, SFT, team_of(expert_parallel=2))
+    with over.whole_model() as whole:
+        for name, tensor in alone.model.state_dict().items():
+            assert torch.equal(whole.state_dict()[name], tensor), name
+    mine, wanted = {}, {}
+    assert over.measure(mine, last=True) == alone.measure(wanted, last=True)
+    assert mine == wanted and {"think", "direct"} <= mine.keys()
