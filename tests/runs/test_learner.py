@@ -317,7 +317,7 @@ def test_a_stopped_program_ends_as_its_signal_says(program, learns, words, numbe
                                                    monkeypatch, tmp_path):
     words = ["--out", str(tmp_path / "run"), *words]
 
-    def stop(*_):
+    def stop(*_, **__):
         raise Stopped(number, ["--resume", *words[:2]])
 
     module = importlib.import_module(f"minids.{program}")
