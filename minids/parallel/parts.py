@@ -28,7 +28,7 @@ class Part(NamedTuple):
 
 
 def own_parts(tensors: dict[str, Tensor], replica: int, shard: int) -> dict[str, Part]:
-    """Return the parts that this rank has to write.
+    """Return the parts that this rank has to write, copied to the host's memory.
 
     replica, shard: this rank's place among those that hold the same, and among those that share
     """
@@ -37,16 +37,17 @@ def own_parts(tensors: dict[str, Tensor], replica: int, shard: int) -> dict[str,
         mine = local(tensor.detach())
         if replica == 0 and mine.numel() and (is_sharded(tensor) or shard == 0):
             offsets = [cut.start for cut in own_part(tensor)]
-            parts[name] = Part(mine, list(tensor.shape), offsets)
+            held = mine.to("cpu", copy=True).contiguous()
+            parts[name] = Part(held, list(tensor.shape), offsets)
     return parts
 
 
 def write_parts(file: Path, parts: dict[str, Part]) -> dict:
     """Write and flush a rank's parts; return the file's size and SHA-256."""
     places = {name: [part.shape, part.offsets] for name, part in parts.items()}
-    copies = {name: part.tensor.to("cpu", copy=True).contiguous() for name, part in parts.items()}
+    held = {name: part.tensor.contiguous() for name, part in parts.items()}
     with naming(file):
-        save_file(copies, file, metadata={"format": "pt", "parts": json.dumps(places)})
+        save_file(held, file, metadata={"format": "pt", "parts": json.dumps(places)})
     flush(file)
     return {"bytes": file.stat().st_size, "sha256": digest(file)}
 

@@ -5,6 +5,7 @@ writes and speaks; the others print nothing, unless one of them alone has troubl
 """
 
 import contextlib
+import copy
 import os
 import sys
 import time
@@ -139,6 +140,9 @@ class Team(Alone):
                              f"{WAITING.seconds // 60} minutes: {error}") from error
         from minids.parallel.ranks import Ranks  # which waits a second for torch's own imports
         self.ranks = Ranks.of(layout, self.device)
+        self.group = None  # torch's default, of all ranks
+        self.writers = copy.copy(self)  # the same ranks, for messages beside those of training
+        self.writers.group = dist.new_group(backend="gloo", timeout=WAITING)
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -153,6 +157,7 @@ class Team(Alone):
             error = caught
         failed = self.agree(self.rank if error else self.world, dist.ReduceOp.MIN)
         if failed == self.rank:
+            error.for_all = True
             raise error
         if failed < self.world:
             raise SystemExit(2)
@@ -166,6 +171,8 @@ class Team(Alone):
         try:
             yield
         except Exception as error:
+            if getattr(error, "for_all", False):  # torchrun soon ends this rank too
+                raise
             with contextlib.suppress(RuntimeError):  # the store is gone, or rank 0 has no error
                 if self.first:
                     self.store.set("failed", "1")
@@ -190,19 +197,19 @@ class Team(Alone):
     def agree(self, number: int, how=dist.ReduceOp.MAX) -> int:
         """Return the largest of all ranks' numbers, or what else `how` makes of them."""
         found = torch.tensor(number)
-        dist.all_reduce(found, how)
+        dist.all_reduce(found, how, self.group)
         return int(found)
 
     def told(self, value):
         """Return what rank 0 has as `value`: text or plain data."""
         box = [value]
-        dist.broadcast_object_list(box, src=0)
+        dist.broadcast_object_list(box, 0, self.group)
         return box[0]
 
     def gathered(self, value) -> list:
         """Return every rank's value, plain data, in order of ranks."""
         values = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, self.group)
         return values
 
     def joined(self, items: list) -> list:

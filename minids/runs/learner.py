@@ -34,6 +34,7 @@ from minids.runs.open import CONFIG, Source, fitting, read_config, tokenizer_fil
 from minids.runs.settings import LearnArgs
 from minids.runs.sharded import load_states
 from minids.runs.threads import Threads
+from minids.runs.writer import Writer, on_host
 from minids.text.tokenizer import Tokenizer
 
 
@@ -71,6 +72,7 @@ class Learner:
         # FP16 has no number below 6e-8: there the loss is scaled, or small gradients would vanish.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step, self.seconds, self.stop_signal = 0, 0.0, 0
+        self.writer, self.saves_beside = Writer(), self.device.type != "cpu"  # training goes on
         self.source: dict | None = None  # what this run began with
         self.more_config, self.metrics = {}, []  # what else config.json says, lines of metrics
 
@@ -140,6 +142,7 @@ class Learner:
 
     def asked_to_stop(self) -> int:
         """Return the number of the signal that asks for an end; 0: none does."""
+        self.writer.check()
         return self.stop_signal
 
     def autocast(self):
@@ -193,8 +196,7 @@ class Learner:
         if not (math.isfinite(loss) and (math.isfinite(norm) or overflow)):  # before the weights
             raise self.diverged(f"the loss is {loss} and the gradient's norm {norm}")
         self.scale_gradients({name: found[name] for name in norms})
-        if overflow:
-            found |= {name: None for name in norms}
+        found |= {name: None for name in norms} if overflow else {}
         skipped = overflow or self.is_spike(loss)
         if not skipped:
             for optimizer in self.optimizers:
@@ -203,8 +205,7 @@ class Learner:
         for optimizer in self.optimizers:
             optimizer.zero_grad()
         self.scaler.update()
-        elapsed = time.perf_counter() - start
-        self.seconds += elapsed
+        self.seconds += (elapsed := time.perf_counter() - start)
         record = dict(step=self.step, **found,
                       lr=self.optimizers[0].param_groups[0]["lr"], seconds=round(self.seconds, 3))
         record |= {"loss_scale": scale} if scale else {}
@@ -216,7 +217,7 @@ class Learner:
         args = self.args
         threads = Threads(args.threads != 0 or self.device.type != "cpu", tqdm.write)
         with tqdm(total=args.steps, initial=self.step, unit="step",
-                  disable=None if self.team.first else True) as bar:
+                  disable=None if self.team.first else True) as bar, self.writer:
             while self.step < args.steps:
                 before = self.seconds
                 with self.fitting_memory():
@@ -232,7 +233,7 @@ class Learner:
                     print(f"step {self.step}/{args.steps}: {self.line(record)}", flush=True)
                 stop = self.asked_to_stop()
                 if self.step % args.save_every == 0 or last or stop:
-                    self.save(metric)
+                    self.save(metric, beside=self.saves_beside and not (last or stop))
                 if stop and not last:
                     raise Stopped(stop, ["--resume", "--out", str(self.run)])
         threads.end()
@@ -240,8 +241,7 @@ class Learner:
             print(f"{overflows} of {self.step} steps were skipped: their gradients overflowed FP16")
 
     def begin(self, source: Source | None) -> None:
-        """Write what a run's folder holds from its first step on; source: of its weights, if any.
-        """
+        """Write what a run's folder holds from its first step on; source: of its weights"""
         if source:
             self.begin_from(source)  # weights that cannot be read leave nothing behind
         checkpoints.forget_beginning(self.run)
@@ -286,33 +286,34 @@ class Learner:
             write_whole(self.run / METRICS, b"".join(map(line_of, self.metrics)))
 
     def load(self, checkpoint: Path) -> dict:
-        """Load weights and optimizer states, written by one process or by many ranks; return the
-        checkpoint's state."""
+        """Load weights and optimizer states, of one process or of many; return the whole state."""
         with fitting(checkpoint):
             self.model.load_state_dict(checkpoints.load_weights(checkpoint))
         state = checkpoints.load_state(checkpoint)
         if isinstance(saved := state["optimizers"], Parts):
             load_states(self.model, self.optimizers, saved.found, saved.read)
             return state
-        for optimizer, states in zip(self.optimizers, saved, strict=True):
-            peaks = [group["peak_lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(states)
-            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-                group["peak_lr"] = peak
+        optimizers.restore(self.optimizers, saved)
         return state
 
-    def save(self, metric: float | None = None) -> Path:
-        """Write a checkpoint; refuse to save NaN or Inf weights; metric: measured at this step."""
+    def save(self, metric: float | None = None, beside: bool = False) -> Path | None:
+        """Write a checkpoint, `beside` training or at once; refuse to save NaN or Inf weights.
+
+        metric: measured at this step
+        """
         if not all(p.isfinite().all() for p in self.model.parameters()):
             raise self.diverged("a weight is no longer a finite number")
-        numbers = {name: getattr(self, name) for name in self.numbers}
         state = dict(optimizers=[o.state_dict() for o in self.optimizers],
                      scaler=self.scaler.state_dict(), rng=checkpoints.rng_state(),
-                     **self.more_state(), **numbers)
+                     **self.more_state(),
+                     **{name: getattr(self, name) for name in self.numbers})
+        weights = self.model.state_dict()
+        if self.saves_beside:
+            weights, state = on_host((weights, state))
         settle(self.run)
         record = dict(config=self.config(), metrics=summary(self.metrics))
-        return checkpoints.save_checkpoint(self.run, self.step, self.model.state_dict(), state,
-                                           self.args.keep_last, metric, record)
+        return self.writer.run(lambda step=self.step: checkpoints.save_checkpoint(
+            self.run, step, weights, state, self.args.keep_last, metric, record), beside)
 
     @contextlib.contextmanager
     def fitting_memory(self):
@@ -322,7 +323,7 @@ class Learner:
         except (RuntimeError, MemoryError) as error:
             if not (lacks := no_memory(error)):
                 raise
-            good, again = checkpoints.newest_checkpoint(self.run), self.lighter()
+            good, again = self.writer.newest(self.run), self.lighter()
             advice = ("a new run with a smaller --batch-size or --seq-len" if not again else
                       shlex.join(["--resume", "--out", str(self.run), *again]))
             raise ValueError(f"step {self.step}: {lacks}; the last good checkpoint is "
@@ -330,7 +331,7 @@ class Learner:
 
     def diverged(self, what: str) -> ValueError:
         """Return the error that says what happened, where to continue from, and what to try."""
-        good, run = checkpoints.newest_checkpoint(self.run), shlex.quote(str(self.run))
+        good, run = self.writer.newest(self.run), shlex.quote(str(self.run))
         return ValueError(f"step {self.step}: {what}; the last good checkpoint is {good or 'none'};"
                           f" try --resume --out {run} with half the learning rate (--lr "
                           f"{self.args.lr / 2:g} --muon-lr {self.args.muon_lr / 2:g}) or a smaller"

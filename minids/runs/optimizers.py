@@ -134,6 +134,15 @@ def build_optimizers(model: nn.Module, args: LearnArgs,
     return optimizers
 
 
+def restore(optimizers: list[torch.optim.Optimizer], saved: list[dict]) -> None:
+    """Load the state_dicts of whole optimizers, under the peak rates that these have now."""
+    for optimizer, states in zip(optimizers, saved, strict=True):
+        peaks = [group["peak_lr"] for group in optimizer.param_groups]
+        optimizer.load_state_dict(states)
+        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+            group["peak_lr"] = peak
+
+
 def clipped_parts(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Return the parameters that are clipped together, by their norm's name in metrics.jsonl.
 

@@ -31,6 +31,8 @@ from minids.runs.metrics import settle, summary
 from minids.runs.open import Source, open_model
 from minids.text.loaders import Data
 
+NOT_WRITTEN = 1000  # among signals: a checkpoint could not be written
+
 
 def over_ranks(kind: type[Learner], otherwise: type, team: Team) -> type[Learner]:
     """Return the Learner `kind` over the ranks of a team; otherwise: `OverRanks`, or more."""
@@ -58,6 +60,7 @@ class OverRanks:
                 "auto or false over several ranks, so far")
         require(args, "dtype", args.dtype != "fp16", "bf16 or fp32 over several ranks")
         super().__init__(args, model_args, run, tokenizer)
+        self.saves_beside = True  # on a CPU too
 
     def build(self, model_args: ModelArgs) -> ParallelModel:
         return ParallelModel(model_args, self.team.ranks, prepare=self.prepare)
@@ -79,8 +82,12 @@ class OverRanks:
             gradients.scale(parameters, self.args.clip, norms[name])
 
     def asked_to_stop(self) -> int:
-        """Return a signal that any rank got: all end after the same step."""
-        return self.team.agree(self.stop_signal)
+        """Return a signal that any rank got: all end after the same step, as after an error of
+        writing, which the rank that had it raises."""
+        asked = self.team.agree(NOT_WRITTEN if self.writer.error else self.stop_signal)
+        if asked == NOT_WRITTEN:
+            self.writer.wait()
+        return asked
 
     def begin(self, source: Source | None) -> None:
         if source:
@@ -123,7 +130,7 @@ class OverRanks:
                             lambda name: name.replace(SECOND_EMBEDDING, "embed.weight"))
         return state
 
-    def save(self, metric: float | None = None) -> Path:
+    def save(self, metric: float | None = None, beside: bool = False) -> Path | None:
         """Write a checkpoint by all ranks; refuse to save NaN or Inf weights on any."""
         weights = self.model.state_dict()
         states = {name: tensor for name, tensor
@@ -139,8 +146,10 @@ class OverRanks:
         record = None
         if self.team.first:
             record = dict(config=self.config(), metrics=summary(self.metrics))
-        return sharded.save(self.team, self.run, self.step, weights, states, plain,
-                            self.args.keep_last, metric, record)
+        held = sharded.held_parts(self.team, dict(model=weights, optimizer=states))
+        return self.writer.run(lambda step=self.step: sharded.save(
+            self.team.writers, self.run, step, held, plain, self.args.keep_last, metric, record),
+            beside)
 
 
 class TrainerOverRanks(OverRanks):

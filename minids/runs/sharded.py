@@ -8,7 +8,7 @@
 Tensors that several ranks hold alike are written by the first of them. `minids.parallel.parts`
 says how parts are put together.
 
-Simplified: all ranks see one file system, and training waits until the files are written.
+Simplified: all ranks see one file system.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minids.base.files import digest, publish, write_flushed
-from minids.parallel.parts import own_parts, write_parts
+from minids.parallel.parts import Part, own_parts, write_parts
 from minids.parallel.shards import local, own_part
 from minids.parallel.team import Team
 from minids.runs import checkpoints
@@ -94,23 +94,32 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(local(tensor).isfinite().all())
 
 
-def save(team: Team, run: Path, step: int, weights: dict[str, Tensor], states: dict[str, Tensor],
-         plain: dict, keep_last: int, metric: float | None, record: dict | None) -> Path:
+def held_parts(team: Team, kinds: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Part]]:
+    """Return what this rank has to write, by the names of its files, copied to the host's memory.
+
+    kinds: this rank's parts of "model" and "optimizer" tensors
+    """
+    place = team.ranks.dense.get_local_rank
+    return {f"{kind}-{team.rank + 1:05d}-of-{team.world:05d}.safetensors":
+            own_parts(tensors, place("replicate"), place("fsdp"))
+            for kind, tensors in kinds.items()}
+
+
+def save(team: Team, run: Path, step: int, held: dict[str, dict[str, Part]], plain: dict,
+         keep_last: int, metric: float | None, record: dict | None) -> Path:
     """Write `checkpoints/step_NNNNNN` whole, by all ranks of a team; returns its folder.
 
-    weights, states: this rank's parts of them; plain: state that JSON can hold
+    held: of `held_parts`; plain: state that JSON can hold
     The other arguments, and what is raised, are those of `checkpoints.save_checkpoint`.
     """
     final, temp = checkpoints.places(run, step)
-    place, entries = team.ranks.dense.get_local_rank, {}
+    entries = {}
     try:
         with team.together(), checkpoints.telling(run, final):
             if team.first:
                 checkpoints.make_folder(temp)
         with team.together(), checkpoints.telling(run, final):
-            for kind, tensors in (("model", weights), ("optimizer", states)):
-                name = f"{kind}-{team.rank + 1:05d}-of-{team.world:05d}.safetensors"
-                parts = own_parts(tensors, place("replicate"), place("fsdp"))
+            for name, parts in held.items():
                 entries[name] = write_parts(temp / name, parts)
         files = {name: entry for each in team.gathered(entries) for name, entry in each.items()}
         with team.together(), checkpoints.telling(run, final):

@@ -171,7 +171,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(flags, tmp_path):
 def test_a_killed_rank_is_started_again_and_ends_as_an_unbroken_run(home, flags, alone, tmp_path):
     run = tmp_path / "run"
     ranks = begin(*flags, "--out", str(run), "--resume", "--save-every", "1", restarts=1)
-    wait_for_steps(run, 2, ranks)
+    wait_for_steps(run, 3, ranks)  # the save of step 2 has waited for that of step 1
     os.kill(ranks_below(ranks.pid)[-1], signal.SIGKILL)
     out, err = ranks.communicate(timeout=100)
     assert ranks.returncode == 0, err
@@ -225,3 +225,33 @@ def test_bench_times_the_steps_of_every_layout(flags, alone):
     refused = torchrun("--what", "program", "--command", f"{flags} --pipeline 2 --micro-batches 3",
                        program="minids.lab.bench")
     assert refused.status == 1 and refused.err.count("batch_size = 8 is not valid") == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system with room for one checkpoint of the two."""
+    (disk := tmp_path / "disk").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    try:
+        subprocess.run(mount, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("mounting a small file system needs root")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_all_ranks_with_one_line(flags, small_disk, tmp_path):
+    """It is found by the ranks' writers, while training goes on; the first checkpoint is whole."""
+    run = small_disk / "run"
+    said = torchrun(*flags, "--out", str(run), "--save-every", "2", "--steps", "40")
+    lines = [line for line in said.err.splitlines() if line.startswith("python -m minids.train: ")]
+    assert said.status != 0 and len(lines) == 1, said.err
+    assert "could not be written: No space left on device" in lines[0], lines
+    good = checkpoints.resolve(run)
+    assert f"{good}, the one before it, is intact" in lines[0]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == [good.name]
+    shutil.move(run, tmp_path / "larger")
+    again = ["--resume", "--out", str(tmp_path / "larger"), "--steps", "6"]
+    assert checkpoints.read_manifest(tmp_path / "larger/checkpoints" / good.name)["step"] <= 6
+    assert torchrun(*again).status == 0
