@@ -112,6 +112,8 @@ class Team(Alone):
     rank, world: its number, and how many there are; ranks: the meshes between them
     """
 
+    group: dist.ProcessGroup | None = None  # torch's default, of all ranks
+
     def __init__(self, layout: Layout, device: str):
         """Join the process group; layout: fitted; device: cpu or cuda, one GPU per process.
 
@@ -140,7 +142,6 @@ class Team(Alone):
                              f"{WAITING.seconds // 60} minutes: {error}") from error
         from minids.parallel.ranks import Ranks  # which waits a second for torch's own imports
         self.ranks = Ranks.of(layout, self.device)
-        self.group = None  # torch's default, of all ranks
         self.writers = copy.copy(self)  # the same ranks, for messages beside those of training
         self.writers.group = dist.new_group(backend="gloo", timeout=WAITING)
 
