@@ -18,8 +18,11 @@ from minids.apply.fp8 import use_fp8
 from minids.base.command_line import parse, run_program
 from minids.base.fields import option, require
 from minids.infer.validation import compare_selections, draft_table, evaluate, selection_table
+from minids.parallel.layout import Spread
+from minids.parallel.team import Team, one_first, speaking_first
 from minids.runs.device import Machine
-from minids.runs.open import open_model
+from minids.runs.open import Source
+from minids.runs.together import opened
 from minids.text.loaders import open_data
 
 
@@ -39,9 +42,19 @@ class EvaluateArgs(Machine):
 
 
 def main() -> None:
-    [given] = parse("minids.evaluate", __doc__, EvaluateArgs)
-    args = EvaluateArgs(**given)
-    run = open_model(args.run, args.prepare())
+    with speaking_first():
+        given, spread = parse("minids.evaluate", __doc__, EvaluateArgs, Spread)
+        args, spread = EvaluateArgs(**given), Spread(**spread)
+    with opened(args.run, args, spread) as (run, team):
+        require(args, "selections", not args.selections or spread.pipeline == 1,
+                "false with --pipeline: each layer's recall is on another rank")
+        require(args, "fp8", not args.fp8 or not (team or spread.keep_fp8),
+                "false with weights that stay in FP8, and over several ranks")
+        report(run, args, team)
+
+
+def report(run: Source, args: EvaluateArgs, team: Team | None) -> None:
+    """Print what is measured; all ranks of a team call this."""
     # A Hugging Face folder does not say what its model was trained on.
     train = run.config.get("train") or {"data": "pystdlib",
                                         "seq_len": min(run.model.args.max_seq_len, 1024)}
@@ -50,7 +63,7 @@ def main() -> None:
     limit = run.model.args.max_seq_len
     require(args, "seq_len", args.seq_len <= limit, f"at most {limit}, the model's max_seq_len")
     seq_len, max_tokens = args.seq_len or train["seq_len"], args.max_tokens or None
-    data = open_data(args.data or train["data"], run.tokenizer, seq_len)
+    data = one_first(team, lambda: open_data(args.data or train["data"], run.tokenizer, seq_len))
     text = data.valid, run.tokenizer.n_bytes, seq_len, args.batch_size
     print(f"{run.path} on {data.name}, {len(data.valid):,} validation tokens")
     if args.selections:
@@ -63,7 +76,10 @@ def main() -> None:
         print(draft_table(run, data.valid, seq_len, args.batch_size, max_tokens))
     else:
         begin_id = run.tokenizer.bos_id if train.get("separate") else None
-        result = evaluate(run.model, *text, max_tokens, begin_id)
+        measure = evaluate
+        if team:
+            from minids.parallel.serving import evaluate as measure
+        result = measure(run.model, *text, max_tokens, begin_id)
         print(f"bits per byte    {result.bits_per_byte:.4f}")
         if result.max_vio:
             print("MaxVio by layer  " + " ".join(f"{v:.2f}" for v in result.max_vio))

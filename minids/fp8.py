@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 128  # channels in a tile, rows and columns in a block
+BAND = 8 * BLOCK  # rows of a matrix that are dequantized at a time
 STEP = 32  # numbers that Hopper's FP8 units multiply and add at once
 E4M3_MAX = 448.0
 LEAST = 1e-4  # floor on a block's absolute maximum, so that an all-zero block gets a finite scale
@@ -67,6 +68,16 @@ def dequantize(q: Tensor, scale: Tensor) -> Tensor:
         raise ValueError(f"scale of shape {list(scale.shape)} does not belong to values of shape "
                          f"{list(q.shape)} in tiles of 1 x {BLOCK} or blocks of {BLOCK} x {BLOCK}")
     return q.float() * rows.repeat_interleave(BLOCK, dim=-1)[..., :q.size(-1)]
+
+
+def dequantize_into(target: Tensor, q: Tensor, scale: Tensor) -> None:
+    """Dequantize a matrix with scales for blocks into `target`, (r, c), in the target's precision.
+
+    Band by band: FP32 copies of the whole matrix would take five times its memory.
+    """
+    for own, rows, blocks in zip(target.split(BAND), q.split(BAND), scale.split(BAND // BLOCK),
+                                 strict=True):
+        own.copy_(dequantize(rows, blocks))
 
 
 def padded(x: Tensor, *sizes: int) -> Tensor:

@@ -26,8 +26,11 @@ from minids.base.fields import demand, option
 from minids.base.files import inside, read_json
 from minids.hf.settings import whole
 from minids.infer.generation import check_arguments, generate
+from minids.parallel.layout import Spread
+from minids.parallel.team import speaking_first
 from minids.runs.device import Machine, pick_dtype
-from minids.runs.open import Source, open_model
+from minids.runs.open import Source
+from minids.runs.together import opened
 from minids.text.bpe import GENERATION
 from minids.text.tokenizer import Tokenizer
 
@@ -101,14 +104,18 @@ def write_sample(run: Source, prompt: list[int], how: tuple, number: int, args: 
 
 def main() -> None:
     """Print the samples as they come, each with a line of statistics on stderr."""
-    [given] = parse("minids.generate", __doc__, GenerateArgs)
-    args = GenerateArgs(**given)
-    device = args.prepare()
+    with speaking_first():
+        given, spread = parse("minids.generate", __doc__, GenerateArgs, Spread)
+        args, spread = GenerateArgs(**given), Spread(**spread)
+    with opened(args.run, args, spread) as (run, _):
+        write_samples(run, replace(args, **own_defaults(run.folder) | given))
+
+
+def write_samples(run: Source, args: GenerateArgs) -> None:
+    """Print the samples; all ranks that share the model call this."""
+    device, tokenizer = run.model.head.weight.device, run.tokenizer
     auto = args.dtype == "auto" and device.type != "cuda"
     dtype = torch.float32 if auto else pick_dtype(args.dtype, device)
-    run = open_model(args.run, device)
-    args = replace(args, **own_defaults(run.folder) | given)
-    tokenizer = run.tokenizer
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
     how = args.max_new_tokens, args.temperature, args.top_k, args.top_p
     check_arguments(run.model.args, [prompt], *how, args.speculative)  # before anything is printed

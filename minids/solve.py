@@ -15,11 +15,14 @@ from minids.base.command_line import parse, run_program
 from minids.base.fields import MOST, option, require
 from minids.base.tables import format_table
 from minids.infer.sampling import COLDEST
+from minids.parallel.layout import Spread
+from minids.parallel.team import speaking_first
 from minids.rl.examination import Asking, ask, mark, pass_curve
 from minids.runs.device import Machine
-from minids.runs.open import open_model
+from minids.runs.open import Source
+from minids.runs.together import opened
 from minids.text.chat import MODES, TEMPLATES
-from minids.text.tasks import TASKS, open_task
+from minids.text.tasks import TASKS, Task, open_task
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,8 @@ class SolveArgs(Machine):
                 "1 at temperature 0, where all replies are the same")
 
 
-def report(args: SolveArgs) -> str:
+def report(run: Source, task: Task, args: SolveArgs) -> str:
     """Return the table of marks; print some replies, and pass@k, on the way."""
-    task, run = open_task(args.task), open_model(args.run, args.prepare())
     problems = task.some(args.problems, "held-out", seed=0)
     rows = [["mode", "accuracy", "well formed", "thinks", "tokens"]]
     for mode in [args.mode] if args.mode else MODES:
@@ -66,8 +68,12 @@ def report(args: SolveArgs) -> str:
 
 
 def main() -> None:
-    [given] = parse("minids.solve", __doc__, SolveArgs)
-    print(report(SolveArgs(**given)))
+    with speaking_first():
+        given, spread = parse("minids.solve", __doc__, SolveArgs, Spread)
+        args, spread = SolveArgs(**given), Spread(**spread)
+        task = open_task(args.task)
+    with opened(args.run, args, spread) as (run, _):
+        print(report(run, task, args))
 
 
 if __name__ == "__main__":

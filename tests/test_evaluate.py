@@ -17,6 +17,7 @@ from minids import evaluate as module
 from minids.base.command_line import run_program
 from minids.evaluate import main
 from minids.infer.validation import evaluate
+from minids.runs import together
 from minids.runs.checkpoints import save_checkpoint
 from minids.tokenizer import Tokenizer
 
@@ -116,7 +117,7 @@ def test_k_is_the_flags_the_models_or_an_eighth_of_a_window(monkeypatch, index_n
     args = replace(LITTLE, index_n_heads=index_n_heads, index_head_dim=16, index_topk=5)
     run = SimpleNamespace(model=SimpleNamespace(args=args), tokenizer=tokenizer, path="run",
                           config={"train": {"data": "no matter", "seq_len": 64}})
-    monkeypatch.setattr(module, "open_model", lambda *_: run)
+    monkeypatch.setattr(together, "open_model", lambda *_, **__: run)
     monkeypatch.setattr(module, "open_data", lambda *_: SimpleNamespace(
         valid=torch.zeros(9), name="text"))
     monkeypatch.setattr(module, "compare_selections", lambda *inputs: found.append(inputs[-2]))

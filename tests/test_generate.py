@@ -13,7 +13,6 @@ import torch
 from small_models import LITTLE, gap, random_tokens, scrambled
 
 from minids import ModelArgs, Transformer
-from minids import generate as module
 from minids.apply.folded import fold
 from minids.base.command_line import run_program
 from minids.generate import Writer, generate, main
@@ -21,7 +20,9 @@ from minids.infer.decoding import right_pad
 from minids.kernels.registry import recorded
 from minids.model.cache import LatentCache
 from minids.model.mla import MLA
+from minids.runs import together
 from minids.runs.checkpoints import save_checkpoint
+from minids.runs.open import open_model
 from minids.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -325,7 +326,7 @@ def call(capsys, monkeypatch, *words) -> tuple[int, str, str]:
 def test_the_program_prints_the_text_and_a_line_of_statistics(run, capsys, monkeypatch):
     words = ["--run", run, "--prompt", "def read_", "--max-new-tokens", 20, "--seed", 5]
     status, out, err = call(capsys, monkeypatch, *words)
-    loaded = module.open_model(run)
+    loaded = open_model(run)
     prompt = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode("def read_")]
     done = generate(loaded.model, [prompt], 20, 0.8, 0, 0.95, 5, loaded.tokenizer.eos_id)
     text = loaded.tokenizer.decode(t for t in done.tokens[0] if t != loaded.tokenizer.eos_id)
@@ -354,9 +355,9 @@ def test_a_mistake_is_one_line_and_status_2(words, named, run, capsys, monkeypat
 
 
 def test_a_model_that_diverged_is_one_line_and_status_2(run, capsys, monkeypatch):
-    loaded = module.open_model(run)
+    loaded = open_model(run)
     loaded.model.head.weight.data.fill_(float("nan"))
-    monkeypatch.setattr(module, "open_model", lambda *given: loaded)
+    monkeypatch.setattr(together, "open_model", lambda *given, **named: loaded)
     status, _, err = call(capsys, monkeypatch, "--run", run)
     assert status == 2 and err.count("\n") == 1
     assert "prompt 1, new token 1: no token can be drawn, because the model's logits are NaN" in err

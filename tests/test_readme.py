@@ -103,7 +103,7 @@ ELSEWHERE = {
     "python tests/busy.py": "it measures a machine that does nothing else",
     "python -m minids.serve": "tests/serve/",
     "python -m minids.dryrun --what": "tests/test_dryrun.py",
-    "torchrun": "tests/parallel/test_training_over_ranks.py and test_learning_over_ranks.py",
+    "torchrun": "tests/parallel/test_{training,learning}_over_ranks.py, test_serving_programs.py",
     "python -m minids.r1": "tests/test_r1.py runs all stages with small settings",
 }
 

@@ -20,8 +20,9 @@ TRAINED = Path(__file__).parent.parent / "data/r1/rl"
 def test_the_table_has_the_marks_of_each_mode(capsys):
     args = SolveArgs(run=str(TRAINED), problems=6, samples=2, temperature=1.0, max_new_tokens=40,
                      show=1, threads=1)
-    rows = [line.split() for line in report(args).splitlines()]
+    args.prepare()
     run = open_model(TRAINED)
+    rows = [line.split() for line in report(run, open_task("calculator"), args).splitlines()]
     for mode, *told in rows[1:]:
         marks = examine(run.model, run.tokenizer, open_task("calculator"), 6,
                         Asking(mode, max_new_tokens=40, temperature=1.0))

@@ -79,7 +79,8 @@ def fold(model: Transformer, cache: LatentCache) -> None:
     args, weight = model.args, model.head.weight
     pays = (weight.device.type == "cpu" and compute_dtype(weight) == weight.dtype
             and args.kv_lora_rank % 2 == 0 and args.n_heads * args.kv_lora_rank <= 2 * args.dim)
-    blocks = model.blocks()[cache.first_layer:][:len(cache.latents)]
+    served = range(cache.first_layer, cache.first_layer + len(cache.latents))
+    blocks = [block for block in model.blocks() if block.layer in served]
     known = all(type(part) in PARTS and not is_replaced(part)
                 for block in blocks for part in block.modules())
     with torch.no_grad():

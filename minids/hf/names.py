@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from minids.apply.stored import SCALE
 from minids.config import ModelArgs
 from minids.model.transformer import Transformer
 
@@ -50,13 +51,17 @@ NAMES = {
 WIDE = ("embed_tokens", "head", "mlp.gate", "eh_proj", "weights_proj")  # matrices never in FP8
 
 
-def to_hf(args: ModelArgs, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def to_hf(args: ModelArgs, tensors: dict[str, Tensor], first_expert: int = 0
+          ) -> Iterator[tuple[str, Tensor]]:
     """Yield our tensors under their released names, stacked experts one by one, as views.
 
     tensors: our name -> tensor, as in `state_dict()`; may be gradients. In a model of 61 layers
-        "mtp.0.block.attn.wo.weight" becomes "model.layers.61.self_attn.o_proj.weight".
+        "mtp.0.block.attn.wo.weight" becomes "model.layers.61.self_attn.o_proj.weight". The scales
+        of a matrix in FP8 have its name and `SCALE`, here and there.
+    first_expert: number of the first one in stacks of some experts only
     """
     for name, tensor in tensors.items():
+        name, scale = name.removesuffix(SCALE), SCALE if name.endswith(SCALE) else ""
         if name in OUTSIDE:
             yield OUTSIDE[name], tensor
             continue
@@ -64,9 +69,10 @@ def to_hf(args: ModelArgs, tensors: dict[str, Tensor]) -> Iterator[tuple[str, Te
         layer = int(number) + (args.n_layers if kind == "mtp" else 0)
         theirs = f"model.layers.{layer}.{NAMES[inside.removeprefix('block.')]}"
         if "{e}" in theirs:
-            yield from ((theirs.replace("{e}", str(e)), own) for e, own in enumerate(tensor))
+            yield from ((theirs.replace("{e}", str(e)) + scale, own)
+                        for e, own in enumerate(tensor, first_expert))
         else:
-            yield theirs, tensor
+            yield theirs + scale, tensor
 
 
 def copies(args: ModelArgs) -> dict[str, str]:

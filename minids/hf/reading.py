@@ -18,16 +18,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from minids.apply.stored import FP8, SCALE, keep_blocks
 from minids.base.fields import demand, nearest
 from minids.base.files import read_json
 from minids.config import ModelArgs
 from minids.costs import count_parameters
-from minids.fp8 import BLOCK, dequantize
+from minids.fp8 import BLOCK, dequantize_into
 from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, own_dtype, shapes, skeleton, to_hf
 from minids.hf.settings import args_from_config
 from minids.model.transformer import Transformer
 
-BAND = 8 * BLOCK  # rows of an FP8 matrix that are dequantized at a time
 WIDE = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
@@ -184,7 +184,7 @@ def check_tensors(source: Source, has_fp8: bool) -> None:
         expected[name] = shape, [*WIDE, *narrow]
         if source.is_fp8(name):
             blocks = [-(-size // BLOCK) for size in shape]
-            expected[f"{name}_scale_inv"] = blocks, ["F32", "F8_E8M0"]
+            expected[name + SCALE] = blocks, ["F32", "F8_E8M0"]
     # Spare are copies in an MTP layer, empty shared experts, and tables of angles in older files.
     known = expected.keys() | copies(args).keys()
     extra = [name for name, header in headers.items() if name not in known
@@ -206,12 +206,25 @@ def check_tensors(source: Source, has_fp8: bool) -> None:
                                  f"asks for {' or '.join(map(str, valid))}")
 
 
-def read_model(source: Source, dtype: torch.dtype, device: torch.device | str) -> Transformer:
-    """Allocate the model's memory, then read one tensor after another into it."""
-    model = skeleton(source.args)
-    state = {name: torch.empty(tensor.shape, dtype=own_dtype(name, dtype), device=device)
+def read_model(source: Source, dtype: torch.dtype, device: torch.device | str,
+               part: Transformer | None = None, first_expert: int = 0,
+               keep_fp8: bool = False) -> Transformer:
+    """Allocate the model's memory, then read one tensor after another into it.
+
+    part: on the meta device, what a rank has of the model, under the whole model's names; no other
+        tensors are read; first_expert: number of the first one in its stacks. None: the whole model
+    keep_fp8: keep the blocks' FP8 matrices as they are stored (`minids.apply.stored`)
+    """
+    model = skeleton(source.args) if part is None else part
+    if keep_fp8:
+        def is_fp8(name: str, tensor: Tensor) -> bool:
+            return all(map(source.is_fp8, dict(to_hf(source.args, {name: tensor}, first_expert))))
+
+        keep_blocks(model, dtype, is_fp8)
+    state = {name: torch.empty_like(tensor, device=device) if is_kept(name, tensor)
+             else torch.empty(tensor.shape, dtype=own_dtype(name, dtype), device=device)
              for name, tensor in model.state_dict().items()}
-    targets = dict(to_hf(source.args, state))  # views of it
+    targets = dict(to_hf(source.args, state, first_expert))  # views of it
     order = [name for name in source.headers if name in targets]
     for name in tqdm(order, desc="load", unit="tensor", disable=None, delay=1):
         read_into(targets[name], source, name)
@@ -219,15 +232,18 @@ def read_model(source: Source, dtype: torch.dtype, device: torch.device | str) -
     return model.eval()
 
 
+def is_kept(name: str, tensor: Tensor) -> bool:
+    """Return whether a model keeps this tensor as FP8 files store it: a matrix, or its scales."""
+    return tensor.dtype == FP8 or name.endswith(SCALE)
+
+
 def read_into(target: Tensor, source: Source, name: str) -> None:
     """Copy a stored tensor into `target`, in the target's precision."""
-    if not source.is_fp8(name):
+    if not source.is_fp8(name) or target.dtype == FP8:
         target.copy_(stored(source.headers[name]))
         return
-    q, scale = (stored(source.headers[name + end]).to(target.device) for end in ("", "_scale_inv"))
-    for own, rows, blocks in zip(target.split(BAND), q.split(BAND), scale.split(BAND // BLOCK),
-                                 strict=True):
-        own.copy_(dequantize(rows, blocks))
+    q, scale = (stored(source.headers[name + end]).to(target.device) for end in ("", SCALE))
+    dequantize_into(target, q, scale)
 
 
 def stored(header: Header) -> Tensor:

@@ -31,22 +31,28 @@ def right_pad(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, T
 
 
 def new_cache(model: Transformer, batch: int, max_len: int, mtp: bool = False) -> LatentCache:
-    """Return an empty cache on the model's device, in the precision of its products."""
-    weight = model.head.weight
-    return LatentCache(model.args, batch, max_len, weight.device, compute_dtype(weight), mtp)
+    """Return an empty cache on the model's device, in the precision of its products.
+
+    It has the model's layers or, with `mtp`, its MTP modules: those that this rank holds.
+    """
+    weight, first = model.head.weight, model.args.n_layers
+    held = [block.layer for block in model.blocks() if (block.layer >= first) == mtp]
+    layers = range(held[0], held[-1] + 1) if held else range(first, first)
+    return LatentCache(model.args, batch, max_len, weight.device, compute_dtype(weight), layers)
 
 
 class Session:
     """One decoding session: the cache, the weights derived for it, and where it stands.
 
     static: whether steps may become CUDA graphs; then no step makes the CPU wait, positions and
-        lengths are tensors that stay where they are, and products read weights in their own type
+        lengths are tensors that stay where they are, and products read weights in their own type.
+        The steps of an `eager` model do wait: its ranks for each other, or for tokens' experts
     model: to decode with; the given one, or a copy with such weights
     end: (B,) int64, slots that each sequence has filled, where static
     """
 
     def __init__(self, model: Transformer, batch: int, max_len: int):
-        self.static = graphed(model.head.weight.device)
+        self.static = graphed(model.head.weight.device) and not getattr(model, "eager", False)
         self.model = for_products(model) if self.static else model
         self.cache, self.end = new_cache(self.model, batch, max_len), None
 
@@ -72,11 +78,13 @@ class Session:
         return found
 
     def steps(self, step: Callable[[int], None], generator: torch.Generator | None,
-              drafts: int = 0) -> Steps:
+              drafts: int = 0) -> Callable[[int], None]:
         """Return a step of the session, `step(longest)`, as what runs it again and again.
 
         drafts: tokens that a step reads besides the one that it adds at least
         """
+        if not self.static:
+            return step
         most = self.cache.latents.size(2) - 1 - drafts
         return Steps(step, most, self.model.head.weight.device, generator)
 

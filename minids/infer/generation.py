@@ -77,7 +77,8 @@ def generate(model: Transformer, prompts: list[list[int]], max_new_tokens: int,
     check_arguments(model.args, prompts, max_new_tokens, temperature, top_k, top_p, speculative)
     start, device = time.perf_counter(), model.head.weight.device
     text = right_pad(prompts, device)  # (B, S), (B,)
-    sampler = Sampler(temperature, top_k, top_p, torch.Generator(device).manual_seed(seed))
+    kind = getattr(model, "sampler", Sampler)  # ranks that share a model draw as one
+    sampler = kind(temperature, top_k, top_p, torch.Generator(device).manual_seed(seed))
     if speculative:
         rounds = speculative_rounds(model, *text, max_new_tokens, speculative, sampler)
     else:

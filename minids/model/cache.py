@@ -17,19 +17,19 @@ class LatentCache:
     """The latents and rotated keys of the tokens seen so far, for every layer.
 
     batch: sequences decoded together, max_len: slots of each
-    mtp: store the latents of the MTP modules in place of those of the layers
+    layers: those that it serves, of which MTP module k is n_layers + k; None: all but the modules
 
-    latents: (n_layers, batch, max_len, kv_lora_rank + qk_rope_head_dim)
-    index_keys: (n_layers, batch, max_len, index_head_dim) with an indexer, else None
+    latents: (layers, batch, max_len, kv_lora_rank + qk_rope_head_dim)
+    index_keys: (layers, batch, max_len, index_head_dim) with an indexer, else None
     length: slots that the longest sequence has filled, or more
     lengths: (B,) int64, slots that each has filled; None when all have filled `length`
     folded, joined: by layer, weights derived from the model's for decoding with this cache, or None
     """
 
     def __init__(self, args: ModelArgs, batch: int, max_len: int, device=None,
-                 dtype: torch.dtype = torch.float32, mtp: bool = False):
-        self.first_layer = args.n_layers if mtp else 0
-        shape = args.n_mtp_layers if mtp else args.n_layers, batch, max_len
+                 dtype: torch.dtype = torch.float32, layers: range | None = None):
+        layers = range(args.n_layers) if layers is None else layers
+        self.first_layer, shape = layers.start, (len(layers), batch, max_len)
         kind = dict(device=device, dtype=dtype)
         self.latents = torch.zeros(*shape, args.kv_lora_rank + args.qk_rope_head_dim, **kind)
         self.index_keys = None

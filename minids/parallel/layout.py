@@ -131,6 +131,27 @@ class Layout(DataLayout):
         return range(cuts[stage], cuts[stage + 1])
 
 
+@dataclass(frozen=True)
+class Spread(Settings):
+    """How ranks that torchrun starts share a model that they use and do not train."""
+
+    pipeline: int = option(1, "ranks that share the layers", low=1)
+    expert_parallel: int = option(0, "ranks that share the routed experts; 0: all that pipeline "
+                                     "leaves", low=0)
+    keep_fp8: bool = option(False, "matrices that a Hugging Face folder stores in FP8 stay so in "
+                                   "memory; over several ranks they always do")
+
+    def layout(self, world: int) -> Layout:
+        """Return it as the layout of `world` ranks; ValueError if it does not fit them."""
+        require(self, "pipeline", world % self.pipeline == 0,
+                f"a divisor of the number of ranks, {world}")
+        shared = self.expert_parallel or world // self.pipeline
+        require(self, "expert_parallel", shared * self.pipeline == world,
+                f"{world // self.pipeline}: pipeline x expert_parallel is the number of ranks, "
+                f"{world}")
+        return Layout(fsdp=shared, expert_parallel=shared, pipeline=self.pipeline).fitted(world)
+
+
 def torch_version() -> tuple[int, int]:
     """Return torch's major and minor version."""
     major, minor = torch.__version__.split(".")[:2]

@@ -164,10 +164,12 @@ class Team(Alone):
             raise SystemExit(2)
 
     @contextlib.contextmanager
-    def alike(self) -> Iterator[None]:
+    def alike(self, after_loss: str = "with --resume the run goes on from its last whole checkpoint"
+              ) -> Iterator[None]:
         """Run a block in which a mistake or a divergence is found by all ranks; rank 0 tells of it.
 
         A rank that fails alone, as its GPU may, says so.
+        after_loss: what to do when a rank was lost
         """
         try:
             yield
@@ -181,9 +183,8 @@ class Team(Alone):
                     self.store.wait(["failed"], SILENCE)
                     raise SystemExit(2) from None
             if is_lost(error):
-                raise ValueError("another process of this run was lost, or does not answer; with "
-                                 "--resume the run goes on from its last whole checkpoint "
-                                 f"({error})") from error
+                raise ValueError("another process of this run was lost, or does not answer; "
+                                 f"{after_loss} ({error})") from error
             raise
 
     def in_turn(self, act: Callable):
@@ -237,3 +238,8 @@ def started(layout: Layout, device: str) -> Iterator[Team | None]:
                 stack.enter_context(open(os.devnull, "w", encoding="utf-8"))))
         yield team
     dist.destroy_process_group()
+
+
+def one_first(team: Team | None, act: Callable):
+    """Return act(), as `Team.in_turn` does, or in the one process that there is."""
+    return act() if team is None else team.in_turn(act)

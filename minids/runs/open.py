@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -180,25 +180,43 @@ def open_source(path: str | Path) -> Source:
 
 
 def open_model(path: str | Path, device: torch.device | str = "cpu",
-               dtype: torch.dtype | None = None) -> Source:
+               dtype: torch.dtype | None = None, keep_fp8: bool = False,
+               cut: Callable[[Transformer], int] | None = None) -> Source:
     """Load the model that `path` names, and its tokenizer; see `open_source`.
 
     dtype: precision of a Hugging Face folder's weights; None: as they are stored, with FP8 as BF16,
         and FP32 on a CPU. A run's weights are FP32.
+    keep_fp8: keep matrices that the folder stores in FP8 as they are (`minids.apply.stored`)
+    cut: leaves a rank's part of a model on the meta device, and returns the number of its first
+        expert; of a Hugging Face folder no more is read. None: the whole model
     """
-    source = open_source(path)
+    source, first = open_source(path), 0
+    with torch.device("meta"):
+        model = Transformer(source.args)
+    if cut is not None:
+        first = cut(model)
     if hf.is_hf_folder(source.path):
         folder = hf.inspect(source.path)
         if dtype is None:
             dtype = torch.float32 if torch.device(device).type == "cpu" else folder.dtype
-        model = hf.read_model(folder, dtype, device)
+        model = hf.read_model(folder, dtype, device, model, first, keep_fp8)
     else:
-        with torch.device("meta"):
-            model = Transformer(source.args)
         with fitting(source.path):
-            model.load_state_dict(source.weights(), assign=True)
+            weights = source.weights()
+            if cut is not None:
+                weights = own_part(weights, model, first)
+            model.load_state_dict(weights, assign=True)
         model = model.to(device).eval()
     return source._replace(model=model)
+
+
+def own_part(weights: dict[str, Tensor], model: Transformer, first: int) -> dict[str, Tensor]:
+    """Return copies of those weights that a part of their model has; first: its first expert."""
+    own = {}
+    for name, wanted in model.state_dict().items():
+        stack = slice(first, first + len(wanted)) if ".experts." in name else slice(None)
+        own[name] = weights[name][stack].clone()
+    return own
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from small_models import LITTLE, scrambled
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-from minids import hf
+from minids import fp8, hf
 from minids.fp8 import dequantize, quantize_weight
 from minids.hf import load_hf, save_hf, to_hf
 from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS
@@ -44,7 +44,7 @@ def without_ragged(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
 def test_fp8_files_hold_what_our_rounding_gives(form, tmp_path, monkeypatch):
     model = scrambled(RAGGED, dtype=torch.float32)
     model.layers[0].ffn.w1.weight.data *= torch.linspace(0.1, 9, RAGGED.inter_dim)[:, None]
-    monkeypatch.setattr(hf.reading, "BAND", 128)  # small matrices too take several bands
+    monkeypatch.setattr(fp8, "BAND", 128)  # small matrices too take several bands
     save_hf(model, tmp_path / "out", quantize=form)
     stored = load_file(tmp_path / "out" / WEIGHTS) | load_file(tmp_path / "out" / MTP)
     kinds = {tensor.dtype for name, tensor in stored.items() if "scale" not in name}
@@ -61,7 +61,7 @@ def test_fp8_files_hold_what_our_rounding_gives(form, tmp_path, monkeypatch):
 
 
 def test_fp8_of_more_rows_than_a_band(tmp_path):
-    args = replace(TINY, inter_dim=2 * hf.reading.BAND + 70, n_routed_experts=0)
+    args = replace(TINY, inter_dim=2 * fp8.BAND + 70, n_routed_experts=0)
     model = scrambled(args, dtype=torch.float32)
     model.layers[0].ffn.w1.weight.data *= torch.linspace(0.1, 3, args.inter_dim)[:, None]
     save_hf(model, tmp_path / "out", quantize="fp8")

@@ -198,8 +198,9 @@ def test_folded_weights_serve_several_tokens_of_sequences_of_unequal_length(shap
     outs = []
     with torch.inference_mode():
         for with_folding in (False, True):
-            cache, ahead = (LatentCache(args, 3, 20, dtype=torch.float64, mtp=mtp)
-                            for mtp in (False, True))
+            modules = range(args.n_layers, args.n_layers + 2)
+            cache, ahead = (LatentCache(args, 3, 20, dtype=torch.float64, layers=layers)
+                            for layers in (None, modules))
             model(tokens[:, :8], cache)
             if with_folding:
                 fold(model, cache)
