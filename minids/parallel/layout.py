@@ -83,10 +83,12 @@ class Layout(DataLayout):
                 f"such that its {self.n_stages} stages have a layer each; n_layers = "
                 f"{args.n_layers}")
         if not args.has_moe:
-            require(self, "expert_parallel", self.expert_parallel == 1, "1: no layer has experts")
+            require(self, "expert_parallel", self.expert_parallel == 1,
+                    "1: no layer has experts; --pipeline shares layers")
             return
         require(self, "expert_parallel", args.n_routed_experts % self.expert_parallel == 0,
-                f"a divisor of n_routed_experts = {args.n_routed_experts}")
+                f"a divisor of n_routed_experts = {args.n_routed_experts}; --pipeline shares "
+                "layers")
         for width in (args.moe_inter_dim, args.dim) if self.splits_matrices(args) else ():
             require(self, "fsdp", width % self.expert_fsdp == 0,
                     f"such that fsdp / expert_parallel = {self.expert_fsdp} divides the experts' "

@@ -8,7 +8,7 @@ import torch
 from minids import ModelArgs
 from minids.parallel import layout as layouts
 from minids.parallel.experts import by_expert
-from minids.parallel.layout import SCHEDULES, Layout, check_batch
+from minids.parallel.layout import SCHEDULES, Layout, Spread, check_batch
 
 TINY = ModelArgs.preset("tiny")
 
@@ -40,6 +40,25 @@ def test_what_is_left_open_is_chosen():
 def test_ranks_that_do_not_fit_are_refused(fields, world, words):
     with pytest.raises(ValueError) as error:
         Layout(**fields).fitted(world)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+def test_ranks_that_use_a_model_share_its_experts_if_nothing_is_said():
+    for fields, world, wanted in ((dict(), 1, (1, 1)), (dict(), 8, (1, 8)),
+                                  (dict(pipeline=2), 16, (2, 8)),
+                                  (dict(pipeline=4, expert_parallel=2), 8, (4, 2))):
+        layout = Spread(**fields).layout(world)
+        assert (layout.pipeline, layout.expert_parallel) == wanted and layout.expert_fsdp == 1
+
+
+@pytest.mark.parametrize("fields, world, words", [
+    (dict(pipeline=3), 4, ["pipeline = 3 ", "a divisor of the number of ranks, 4"]),
+    (dict(pipeline=2), 1, ["pipeline = 2 ", "ranks, 1"]),
+    (dict(expert_parallel=4), 2, ["expert_parallel = 4 ", "must be 2: pipeline x expert_parallel"]),
+    (dict(expert_parallel=2, pipeline=2), 2, ["expert_parallel = 2 ", "must be 1: "])])
+def test_ranks_that_cannot_share_a_model_are_refused(fields, world, words):
+    with pytest.raises(ValueError) as error:
+        Spread(**fields).layout(world)
     assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
 
 

@@ -2,9 +2,17 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from launching import launch
+
+from minids import ModelArgs
+from minids.apply.stored import FP8, SCALE, keep_blocks
+from minids.hf.names import goes_to_fp8, skeleton
+from minids.parallel.layout import Spread
+from minids.parallel.serving import part_of
 
 HERE = Path(__file__).parent
 CHECKS, MORE = (re.findall(r"^def (check_\w+)", (HERE / name).read_text(), re.M)
@@ -34,3 +42,25 @@ def four_said(tmp_path_factory):
 def test_four_ranks_equal_one_process(four_said, check):
     faults = four_said.get(check, ["not reached: an earlier check failed"])
     assert "".join(faults) == "", "\n".join(faults)
+
+
+def gigabytes(spread: Spread, world: int, pipeline_rank: int) -> float:
+    """The weights of V3 that a rank holds, FP8 where the released files have it, else BF16."""
+    mesh = SimpleNamespace(get_group=lambda _: None, get_local_rank=lambda _: 0)
+    model = skeleton(ModelArgs.preset("v3"))
+    part_of(model, SimpleNamespace(layout=spread.layout(world), pipeline_rank=pipeline_rank,
+                                   dense=mesh, sparse=mesh))
+    keep_blocks(model, torch.bfloat16, lambda name, weight: goes_to_fp8(
+        name.replace("ffn.gate", "mlp.gate"), weight.shape[-2:]))
+    return sum(tensor.numel() * (1 if tensor.dtype == FP8 else 4 if name.endswith(SCALE) else 2)
+               for name, tensor in model.state_dict().items()) / 1e9
+
+
+@pytest.mark.slow
+def test_the_page_says_what_v3_takes_on_each_rank():
+    page = (HERE.parent.parent / "minids" / "README.md").read_text().replace("\n", " ")
+    on_8 = gigabytes(Spread(), 8, 0)
+    on_16 = max(gigabytes(Spread(pipeline=2), 16, rank) for rank in range(2))
+    assert f"about {on_8:.0f} GB on each of 8 ranks" in page, on_8
+    assert f"{on_16:.0f} GB on each of 16 ranks in two stages" in page, on_16
+    assert 640 < gigabytes(Spread(), 1, 0) < 700  # all of it, in one byte per parameter
