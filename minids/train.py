@@ -113,11 +113,11 @@ class Trainer(Learner):
         self.speed_up(model, args.compile, args.batch_size // args.grad_accum,
                       args.fp8 or bool(args.dsa))
 
-    def open_data(self, rank: int = 0, world: int = 1) -> Data:
-        """Return training batches and validation text; rank, world: as of `PackedLoader`"""
+    def open_data(self, **shared) -> Data:
+        """Return training batches and validation text; shared: how ranks share, of `open_data`"""
         args = self.args
         return open_data(args.data, self.tokenizer, args.seq_len, args.seed, args.fim_rate,
-                         workers=args.threads, rank=rank, world=world)
+                         workers=args.threads, **shared)
 
     def more_state(self) -> dict:
         return dict(loader=self.data.loader.state_dict())

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch import distributed as dist
@@ -195,6 +196,21 @@ class Team(Alone):
                 if turn == (self.local_rank == 0):
                     result = act()
         return result
+
+    def deal(self, read: Callable[[], tuple[list, int]], work: Callable) -> np.ndarray:
+        """Return what work(items, first=number) makes of the items that `read` returns in rank 0,
+        in order: each rank does its share of the work. read also returns the first item's number.
+        """
+        items, first, own = [], 0, np.empty(0, np.int64)
+        with self.together():
+            if self.first:
+                items, first = read()
+        items, first = self.told((items, first))
+        begin = len(items) * self.rank // self.world
+        with self.together():
+            if mine := self.share(items):
+                own = work(mine, first=first + begin)
+        return np.concatenate(self.gathered(own))
 
     def agree(self, number: int, how=dist.ReduceOp.MAX) -> int:
         """Return the largest of all ranks' numbers, or what else `how` makes of them."""

@@ -172,9 +172,11 @@ class TrainerOverRanks(OverRanks):
         super().__init__(args, model_args, run, tokenizer)
 
     def open_data(self) -> Data:
-        """Let one process per machine tokenise; each data rank then has its own batches."""
+        """Let one process per machine fill the cache of tokens; each data rank then has its own
+        batches, of a stream too, which all ranks tokenise together."""
         ranks, take = self.team.ranks, super().open_data
-        return self.team.in_turn(lambda: take(ranks.data_rank, ranks.layout.data_ranks))
+        return self.team.in_turn(lambda: take(
+            rank=ranks.data_rank, world=ranks.layout.data_ranks, deal=self.team.deal))
 
     def accumulate(self) -> tuple[dict, Tensor]:
         """Add up a batch's gradients over all ranks; return the parts of the loss and the loads."""

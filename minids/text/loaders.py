@@ -6,11 +6,12 @@
 A loader's position is a few numbers in a checkpoint: the order of an epoch is computed from
 (seed, epoch), never stored.
 
-Simplified: a file of plain text is held in memory; every rank reads and tokenises a whole stream.
+Simplified: a file of plain text is held in memory; one rank reads a stream for all.
 """
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -34,6 +35,12 @@ def check_state(state: dict, here: dict) -> None:
         if state.get(name) != value:
             raise ValueError(f"{name} = {value!r} does not fit the saved position, which has "
                              f"{state.get(name)!r}: resume with that, or start a new run")
+
+
+def alone(read: Callable, encode: Callable) -> np.ndarray:
+    """Return the tokens of the documents that `read` returns, with the number of the first."""
+    texts, first = read()
+    return encode(texts, first=first)
 
 
 def split_rows(flat: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,13 +111,18 @@ class StreamLoader:
     stream's state at the start of the block, the number of documents taken from it, and the tokens
     left over. After the last document the next epoch begins.
 
-    documents: has `read_from(state)` and `state_dict()`, as HubDocuments
+    Many ranks read a stream once, and each tokenises its share; all have all tokens, and take their
+    own rows. So the position is one number for all, and any number of ranks goes on from it.
+
+    documents: has `read_from(state)` and `state_dict()`, as HubDocuments; one rank reads them
+    deal: calls `read` in one rank and `encode` in each for its share, and returns all tokens
     The other arguments are those of PackedLoader and `open_data`.
     """
 
     def __init__(self, documents, tokenizer, seq_len: int, seed: int = 0, fim_rate: float = 0.0,
-                 rank: int = 0, world: int = 1, workers: int = 1, identity: dict | None = None):
-        self.documents, self.seq_len, self.seed = documents, seq_len, seed
+                 rank: int = 0, world: int = 1, workers: int = 1, identity: dict | None = None,
+                 deal: Callable[[Callable, Callable], np.ndarray] = alone):
+        self.documents, self.seq_len, self.seed, self.deal = documents, seq_len, seed, deal
         self.encode = partial(encode_documents, tokenizer=tokenizer, fim_rate=fim_rate, seed=seed,
                               workers=workers)
         self.rank, self.world = rank, world
@@ -126,8 +138,13 @@ class StreamLoader:
         self.block, self.taken = [block[i] for i in order], 0
         self.block_state, self.seen = stream_state, seen
 
-    def _encode_some(self) -> np.ndarray:
-        """Return the tokens of the next few documents; after the last block comes the first."""
+    def _read_some(self) -> tuple[list[str], int]:
+        """Return the next few documents and the number of the first; after the last block comes the
+        first one again."""
+        if self.block is None:  # a position was loaded
+            self.rows, taken = self.documents.read_from(self.block_state), self.taken
+            self._read_block(self.block_state, self.seen)
+            self.taken = taken
         if self.taken == len(self.block):
             seen = self.seen + len(self.block)
             self._read_block(self.documents.state_dict() if self.block else None, seen)
@@ -137,33 +154,32 @@ class StreamLoader:
             if not self.block:
                 raise ValueError("data has no document left to train on: a small data set is "
                                  "better downloaded and read with text:PATH")
-        texts = self.block[self.taken:self.taken + STREAM_DOCUMENTS]
-        tokens = self.encode(texts, first=self.seen + self.taken)
+        first = self.seen + self.taken
+        texts = self.block[self.taken:self.taken + STREAM_DOCUMENTS * self.world]
         self.taken += len(texts)
-        return tokens
+        return texts, first
 
     def next_batch(self, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the next tokens and targets of this rank, (batch_size, S) int64 each."""
         count = batch_size * self.world * self.seq_len
         parts = [self.leftover]
         while sum(map(len, parts)) < count + 1:
-            parts.append(self._encode_some())
+            parts.append(self.deal(self._read_some, self.encode))
         row = np.concatenate(parts)
         starts = np.arange(self.rank * batch_size, (self.rank + 1) * batch_size) * self.seq_len
         self.leftover = row[count:]  # begins with the last target, which is the next input
         return split_rows(row[starts[:, None] + np.arange(self.seq_len + 1)])
 
     def state_dict(self) -> dict:
-        """Return the position, as numbers, strings, lists and dicts for JSON."""
+        """Return the position, as plain data for JSON; that of the rank that reads counts."""
         return {**self.identity, "stream": self.block_state, "seen": self.seen,
                 "taken": self.taken, "leftover": self.leftover.tolist()}
 
     def load_state_dict(self, state: dict) -> None:
         """Continue where `state` was taken, with any number of ranks."""
         check_state(state, self.identity)
-        self.rows = self.documents.read_from(state["stream"])
-        self._read_block(state["stream"], state["seen"])
-        self.taken = state["taken"]
+        self.block, self.block_state = None, state["stream"]  # read by the rank that reads
+        self.seen, self.taken = state["seen"], state["taken"]
         self.leftover = np.asarray(state["leftover"], np.int64)
 
 
@@ -193,7 +209,8 @@ class Data:
 
 
 def open_data(spec: str, tokenizer, seq_len: int, seed: int = 0, fim_rate: float = 0.0,
-              cache: Path = CACHE, workers: int = 0, rank: int = 0, world: int = 1) -> Data:
+              cache: Path = CACHE, workers: int = 0, rank: int = 0, world: int = 1,
+              deal: Callable = alone) -> Data:
     """Return the training batches and the validation text of a corpus.
 
     spec: see `open_corpus`; tokenizer: encodes, names its special ids and has a `fingerprint`
@@ -202,6 +219,7 @@ def open_data(spec: str, tokenizer, seq_len: int, seed: int = 0, fim_rate: float
     fim_rate: share of the training documents cut for fill-in-the-middle, 0 to 1; V3 uses 0.1
     cache: folder for the tokens; workers: threads that tokenise, 0 means one per core
     rank, world: index and number of the data-parallel processes
+    deal: how they share the work of a stream, as of `StreamLoader`
 
     Raises `ValueError` naming the setting, its value and what is valid.
     """
@@ -220,7 +238,7 @@ def open_data(spec: str, tokenizer, seq_len: int, seed: int = 0, fim_rate: float
     size = len(tokens["train"]) if "train" in tokens else None
     if size is None:
         loader = StreamLoader(corpus.train, tokenizer, seq_len, fim_rate=fim_rate, workers=workers,
-                              **shared)
+                              deal=deal, **shared)
     else:
         loader = PackedLoader(tokens["train"], seq_len, **shared)
     valid = torch.from_numpy(tokens["valid"][:MAX_VALID_TOKENS].astype(np.int64))

@@ -14,6 +14,7 @@ from minids.parallel.team import Team
 from minids.runs.device import fetched
 from minids.runs.over_ranks import OverRanks
 from minids.sft import FineTuner, SftArgs
+from minids.text import loaders
 from minids.tokenizer import Tokenizer
 
 BYTES = Tokenizer.open("bytes")
@@ -95,3 +96,63 @@ def check_an_examination_asks_each_question_once():
     mine, wanted = {}, {}
     assert over.measure(mine, last=True) == alone.measure(wanted, last=True)
     assert mine == wanted and {"think", "direct"} <= mine.keys()
+
+
+class Texts:
+    """Documents that arrive one after the other, and how many were read here."""
+
+    def __init__(self):
+        self.texts, self.place, self.read = [f"<{i}> " + "abc"[i % 3] * (i % 17)
+                                             for i in range(150)], 0, 0
+
+    def read_from(self, state):
+        self.place = state["place"] if state else 0
+        while self.place < len(self.texts):
+            self.place, self.read = self.place + 1, self.read + 1
+            yield self.texts[self.place - 1]
+
+    def state_dict(self):
+        return {"place": self.place}
+
+
+def stream(**shared) -> loaders.StreamLoader:
+    """Batches of such documents, which counts those that were tokenised here."""
+    made = loaders.StreamLoader(Texts(), BYTES, 16, seed=3, **shared)
+    made.tokenised, encode = 0, made.encode
+
+    def counting(texts, first):
+        made.tokenised += len(texts)
+        return encode(texts, first=first)
+
+    made.encode = counting
+    return made
+
+
+def check_a_stream_is_read_once_and_tokenised_in_shares():
+    """Batches are those of one process, from any position that it or two ranks had."""
+    loaders.SHUFFLE_BLOCK = 40
+    team = team_of()
+    rank, world = team.rank, team.world
+    over, alone = stream(rank=rank, world=world, deal=team.deal), stream()
+
+    def compare(steps: int) -> None:
+        for _ in range(steps):
+            wanted = alone.next_batch(3 * world)
+            for mine, whole in zip(over.next_batch(3), wanted, strict=True):
+                assert torch.equal(mine, whole[3 * rank:3 * rank + 3])
+
+    compare(20)
+    # Two ranks take more documents at a time than one process: they may be one block of 40 ahead.
+    reads, counts = team.gathered(over.documents.read), team.gathered(over.tokenised)
+    assert reads[0] - alone.documents.read in range(41) and not any(reads[1:])
+    assert sum(counts) - alone.tokenised in range(41)
+    assert max(counts) - min(counts) < 0.1 * sum(counts)
+    # The position that rank 0 writes goes on in one process, and that of one process in both ranks.
+    saved = team.told(over.state_dict())
+    alone = stream()
+    alone.load_state_dict(saved)
+    compare(3)
+    saved = team.told(alone.state_dict())
+    over = stream(rank=rank, world=world, deal=team.deal)
+    over.load_state_dict(saved)
+    compare(30)

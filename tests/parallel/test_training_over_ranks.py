@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from launching import begin_ranks, ranks_below, run_ranks, wait_for_steps
+from local_hub import serve
 from training_runs import as_flags, cut_back, home, read_records, run_train, settings
 
 from minids import hf
@@ -255,3 +256,33 @@ def test_a_full_disk_ends_all_ranks_with_one_line(flags, small_disk, tmp_path):
     again = ["--resume", "--out", str(tmp_path / "larger"), "--steps", "6"]
     assert checkpoints.read_manifest(tmp_path / "larger/checkpoints" / good.name)["step"] <= 6
     assert torchrun(*again).status == 0
+
+
+@pytest.mark.slow
+def test_a_stream_is_one_stream_for_any_number_of_ranks(flags, tmp_path, monkeypatch):
+    """Two ranks take one process's steps from a data set of the hub, and hand on its position."""
+    rows = [json.dumps({"text": f"def f{i}(x):\n    return x + {i}\n" * (1 + i % 7)})
+            for i in range(3000)]
+    (data := tmp_path / "hub/some/code/data").mkdir(parents=True)
+    (data / "train.jsonl").write_text("\n".join(rows))
+    server = serve(tmp_path / "hub")
+    for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_ENDPOINT", server.url)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    try:
+        runs = []
+        for world in (1, 2):
+            runs.append(run := tmp_path / f"over-{world}")
+            said = torchrun(*flags, "--data", "hf:some/code", "--out", str(run), world=world)
+            assert said.status == 0, said.err
+        assert_same_run(*runs)
+        for before, world in zip(runs, (2, 1), strict=True):
+            run = cut_back(before, tmp_path / f"on-{world}", step=3)
+            said = torchrun("--resume", "--out", str(run), world=world)
+            assert said.status == 0 and "resumed at step 3 of 6" in said.out, said.err
+            assert_same_run(run, before)
+    finally:
+        server.shutdown()
+        server.server_close()
