@@ -7,6 +7,7 @@ writes and speaks; the others print nothing, unless one of them alone has troubl
 import contextlib
 import copy
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +20,9 @@ from torch import distributed as dist
 
 from minids.parallel.layout import Layout
 
-# For the others to start, and later for a rank that compiles, validates or writes meanwhile. A rank
-# that has ended is no reason to wait: torchrun ends the others.
+MEETING = timedelta(minutes=5)  # for the others to start: torchrun starts all at about one time
+# Later, for a rank that compiles, validates or writes meanwhile. A rank that has ended is no reason
+# to wait: torchrun ends the others.
 WAITING = timedelta(minutes=15)
 SILENCE = timedelta(seconds=5)  # for rank 0 to find the error that another rank has found
 PATIENCE = 15  # seconds, for the same before the ranks have met
@@ -52,6 +54,26 @@ def speaking_first() -> Iterator[None]:
             sys.stdout, sys.stderr = out, err
 
 
+def meeting_address() -> tuple[str, int]:
+    """Return the host and the port at which the processes of a run meet, as torchrun names them."""
+    return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+
+
+def wait_for_answer(host: str, port: int) -> None:
+    """Wait until somebody listens at an address; torch's own waiting ends with pages of its stack.
+
+    Raises OSError if nobody does for `MEETING`.
+    """
+    end = time.monotonic() + MEETING.total_seconds()
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=5).close()
+        except OSError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.5)
+
+
 def meeting_place(rank: int, world: int, here: int) -> dist.Store:
     """Return the store in which processes leave their addresses.
 
@@ -61,8 +83,11 @@ def meeting_place(rank: int, world: int, here: int) -> dist.Store:
     for several, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 lets torchrun make a new store each time.
     """
     with_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), world,
-                          is_master=rank == 0 and not with_torchrun, timeout=WAITING)
+    address, listens = meeting_address(), rank == 0 and not with_torchrun
+    if not listens:
+        wait_for_answer(*address)
+    store = dist.TCPStore(*address, world, is_master=listens, timeout=MEETING)
+    store.set_timeout(WAITING)
     start = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if here == world else "0"
     return dist.PrefixStore(f"minids/{start}", store)
 
@@ -124,6 +149,7 @@ class Team(Alone):
         cuda = device == "cuda"
         if cuda and here > torch.cuda.device_count():
             if local:
+                time.sleep(PATIENCE)  # for the first one to tell it
                 raise SystemExit(2)
             raise ValueError(f"device = 'cuda' is not valid: {here} processes on this machine, "
                              f"which has {torch.cuda.device_count()} GPUs; start fewer "
@@ -134,17 +160,27 @@ class Team(Alone):
         self.rank, self.world, self.local_rank = int(os.environ["RANK"]), world_size(), local
         try:
             self.store = meeting_place(self.rank, self.world, here)
+            self.have_one_device(device)
             dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=WAITING,
                                     store=self.store, rank=self.rank, world_size=self.world,
                                     device_id=self.device if cuda else None)
-        except (RuntimeError, ValueError) as error:
-            raise ValueError(f"the {self.world} processes of this run did not meet at "
-                             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} within "
-                             f"{WAITING.seconds // 60} minutes: {error}") from error
+        except (RuntimeError, OSError) as error:
+            host, port = meeting_address()
+            raise ValueError(f"the {self.world} processes of this run did not meet at {host}:{port}"
+                             f" within {MEETING.seconds} seconds: {error}") from error
         from minids.parallel.ranks import Ranks  # which waits a second for torch's own imports
         self.ranks = Ranks.of(layout, self.device)
         self.writers = copy.copy(self)  # the same ranks, for messages beside those of training
         self.writers.group = dist.new_group(backend="gloo", timeout=WAITING)
+
+    def have_one_device(self, device: str) -> None:
+        """Raise ValueError where this rank has no GPU and rank 0 has, or the other way round."""
+        if self.first:
+            self.store.set("device", device)
+        elif (theirs := self.store.get("device").decode()) != device:
+            raise ValueError(f"device = {device!r} is not valid on rank {self.rank}, which is on "
+                             f"{socket.gethostname()}: rank 0 has {theirs!r}; give every machine "
+                             "GPUs, or all of them --device cpu")
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:

@@ -23,7 +23,9 @@ def in_folder(wanted: Iterable[Path], kind: type[Learner], layout: Layout, devic
     kind: of one process; over ranks, `act` gets it with what they do otherwise
     layout: fitted; device: as in the settings
     """
-    with started(layout, pick_device(device).type) as team:
+    with speaking_first():
+        found = pick_device(device).type
+    with started(layout, found) as team:
         if team is None:
             with locked(wanted) as run:
                 act(run, kind)

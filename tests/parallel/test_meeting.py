@@ -1,0 +1,67 @@
+"""How the processes of a run find each other, and what each says when they do not."""
+
+import socket
+from datetime import timedelta
+
+import pytest
+from torch import distributed as dist
+
+from minids.parallel import team
+from minids.parallel.layout import Layout
+from minids.parallel.team import Team
+
+
+@pytest.fixture
+def port() -> int:
+    """A port at which nobody listens."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture
+def second_of_two(port, monkeypatch) -> None:
+    """This process is rank 1, alone on its machine; ranks wait for each other for a second."""
+    named = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=1, WORLD_SIZE=2, LOCAL_RANK=0,
+                 LOCAL_WORLD_SIZE=1)
+    for name, value in named.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
+    monkeypatch.setattr(team, "MEETING", timedelta(seconds=1))
+
+
+def meet() -> str:
+    """The error of a team that does not meet."""
+    with pytest.raises(ValueError) as caught:
+        Team(Layout().fitted(2), "cpu")
+    assert not dist.is_initialized()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_an_address_that_does_not_answer_is_told(second_of_two, port, capfd):
+    message = meet()
+    assert f"did not meet at 127.0.0.1:{port} within 1 seconds" in message
+    assert "refused" in message
+    assert capfd.readouterr().err == ""  # torch's own waiting ends with pages of its stack
+
+
+def test_a_name_that_nobody_has_is_told(second_of_two, port, monkeypatch, capfd):
+    monkeypatch.setenv("MASTER_ADDR", "no-such-host.invalid")
+    assert f"did not meet at no-such-host.invalid:{port} within 1 seconds" in meet()
+    assert capfd.readouterr().err == ""
+
+
+def test_others_that_do_not_come_are_told(second_of_two, port, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    message = meet()
+    assert f"did not meet at 127.0.0.1:{port} within 1 seconds" in message
+    assert "1/2 clients joined" in message
+
+
+def test_a_rank_without_a_gpu_is_told_by_that_rank(second_of_two, port):
+    store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
+    dist.PrefixStore("minids/0", store).set("device", "cuda")
+    message = meet()
+    assert message.startswith("device = 'cpu' is not valid on rank 1") and "'cuda'" in message
