@@ -5,33 +5,45 @@
     python -m minids.generate --run runs/tiny --temperature 0 --max-new-tokens 50   # greedy
     python -m minids.generate --run runs/tiny --prompt "class" --samples 4 --seed 7
     python -m minids.generate --run runs/tiny --speculative 1 --temperature 0
+    python -m minids.generate --run data/r1/rl --chat                # a conversation
 
 `minids.infer.sampling` describes how tokens are drawn. The generation_config.json of a Hugging Face
 folder has its own defaults of temperature, top_k and top_p (do_sample false: temperature 0); a flag
 wins, and programs that measure or train do not take them. With --speculative D the model's own MTP
 modules draft D tokens ahead, and the model accepts those that it might have written: in fewer
 passes the text comes from the same distribution, and is identical at temperature 0.
+
+With --chat, each line that you enter is a message. Ctrl-C stops a reply, /new begins a new
+conversation, /think, /direct and /free decide whether the model thinks, and Ctrl-D ends.
 """
 
 import codecs
+import contextlib
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
 
 from minids.apply.folded import cast_products
 from minids.base.command_line import parse, run_program
-from minids.base.fields import demand, option
+from minids.base.fields import demand, option, require
 from minids.base.files import inside, read_json
 from minids.hf.settings import whole
+from minids.infer.batch import Request
+from minids.infer.engine import Engine
 from minids.infer.generation import check_arguments, generate
 from minids.parallel.layout import Spread
 from minids.parallel.team import speaking_first
 from minids.runs.device import Machine, pick_dtype
-from minids.runs.open import Source
+from minids.runs.open import Source, talks
 from minids.runs.together import opened
 from minids.text.bpe import GENERATION
+from minids.text.chat import MODES, Chat
+from minids.text.replies import ANSWER, THOUGHT, Piece, ReplyText
 from minids.text.tokenizer import Tokenizer
 
 
@@ -65,6 +77,9 @@ class GenerateArgs(Machine):
                           above=0, high=1)
     seed: int = option(0, "decides the draws", low=0, high=2 ** 32 - 1)
     samples: int = option(1, "number of texts, written one after the other", low=1)
+    chat: bool = option(False, "talk: every line is a message of yours")
+    mode: str = option("free", "in a conversation, whether the model thinks; free: it decides",
+                       MODES)
     speculative: int = option(0, "tokens that the MTP modules draft for each pass; 0: none", low=0)
     device: str = option("cpu", "auto, cpu, cuda, or mps: Apple's GPU")
     dtype: str = option("auto", "precision of products; auto: on a CUDA GPU bf16, or what it has, "
@@ -102,12 +117,58 @@ def write_sample(run: Source, prompt: list[int], how: tuple, number: int, args: 
           f"{run.path}", file=sys.stderr)
 
 
+def converse(run: Source, args: GenerateArgs, precision) -> None:
+    """Talk in the terminal, until its end or a Ctrl-C while nothing is written."""
+    require(args, "chat", talks(run), f"false: {run.path} was not trained on conversations")
+    chat, engine, mode, messages = Chat(run.tokenizer), Engine(
+        run.model, rows=1, precision=precision), args.mode, []
+    for turn in count():
+        print("> ", end="", flush=True)
+        if not (line := sys.stdin.readline()):
+            return print()
+        if (command := line.strip().removeprefix("/")) in ("new", *MODES) and line[:1] == "/":
+            messages, mode = ([], mode) if command == "new" else (messages, command)
+        elif line.strip():
+            asked = [*messages, dict(role="user", content=line.removesuffix("\n"))]
+            if (answer := reply(run, chat.prompt(asked, mode), engine, mode, args, turn)) is None:
+                print("the conversation is too long for the model: /new begins another")
+            else:
+                messages = [*asked, dict(role="assistant", content=answer)]
+
+
+def reply(run: Source, prompt: list[int], engine: Engine, mode: str, args: GenerateArgs, turn: int
+          ) -> str | None:
+    """Print a reply as it comes, its thought in brackets; return its answer, None without room."""
+    if (room := engine.max_len - len(prompt)) < 1:
+        return None
+    text, written, kind = ReplyText(run.tokenizer, mode), "", ANSWER
+
+    def pieces() -> Iterator[Piece]:
+        for token in tokens:
+            yield from text.add(token.id)
+        yield from text.flush()
+
+    tokens = engine.stream(Request(
+        prompt, min(args.max_new_tokens, room), args.temperature, args.top_k, args.top_p,
+        args.seed + turn, frozenset(run.tokenizer.eos_ids)))
+    with contextlib.suppress(KeyboardInterrupt):  # stops the reply
+        for piece in pieces():
+            if piece.kind != kind:
+                print("[" if piece.kind == THOUGHT else "] ", end="")
+            print(piece.text, end="", flush=True)
+            kind, written = piece.kind, written + (piece.text if piece.kind == ANSWER else "")
+    tokens.close()
+    print("]" if kind == THOUGHT else "")
+    return written
+
+
 def main() -> None:
     """Print the samples as they come, each with a line of statistics on stderr."""
     with speaking_first():
         given, spread = parse("minids.generate", __doc__, GenerateArgs, Spread)
         args, spread = GenerateArgs(**given), Spread(**spread)
-    with opened(args.run, args, spread) as (run, _):
+    with opened(args.run, args, spread) as (run, team):
+        require(args, "chat", team is None or not args.chat, "false over several processes")
         write_samples(run, replace(args, **own_defaults(run.folder) | given))
 
 
@@ -116,10 +177,15 @@ def write_samples(run: Source, args: GenerateArgs) -> None:
     device, tokenizer = run.model.head.weight.device, run.tokenizer
     auto = args.dtype == "auto" and device.type != "cuda"
     dtype = torch.float32 if auto else pick_dtype(args.dtype, device)
+    precision = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    if args.chat:
+        with precision():
+            cast_products(run.model)
+        return converse(run, args, precision)
     prompt = [tokenizer.bos_id, *tokenizer.encode(args.prompt)]
     how = args.max_new_tokens, args.temperature, args.top_k, args.top_p
     check_arguments(run.model.args, [prompt], *how, args.speculative)  # before anything is printed
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+    with precision():
         cast_products(run.model)
         for sample_number in range(args.samples):
             write_sample(run, prompt, how, sample_number, args)

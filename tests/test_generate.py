@@ -379,3 +379,19 @@ def test_the_command_itself(run):
     done = subprocess.run([sys.executable, "-m", "minids.generate", *words], capture_output=True,
                           text=True, cwd=ROOT)
     assert done.returncode == 0 and done.stdout.startswith("x = ") and "tokens/s" in done.stderr
+
+
+def test_a_conversation_in_the_terminal(capsys, monkeypatch):
+    lines = ["3*7+5-2*4+1*3", "/direct", "/new", "3*7+5-2*4+1*3", "", "x" * 300]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    status, out, err = call(capsys, monkeypatch, "--run", ROOT / "data/r1/rl", "--chat", "--mode",
+                            "think", "--temperature", 0)
+    first, *_, second, blank, long, end = out.split("> ")[1:]
+    assert (status, err) == (0, "") and first.startswith("[3*7=1+5=6-2=4")
+    assert first.rstrip().partition("] ")[2].isdigit() and second.strip().isdigit()
+    assert blank == "" and "too long" in long and end == "\n"
+
+
+def test_a_model_that_does_not_talk_is_refused(capsys, monkeypatch):
+    status, out, err = call(capsys, monkeypatch, "--run", ROOT / "data/r1/base", "--chat")
+    assert (status, out) == (2, "") and "chat = True" in err and err.count("\n") == 1

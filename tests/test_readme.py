@@ -104,6 +104,7 @@ ELSEWHERE = {
     "python -m minids.serve": "tests/serve/",
     "python -m minids.dryrun --what": "tests/test_dryrun.py",
     "torchrun": "tests/parallel/test_{training,learning}_over_ranks.py, test_serving_programs.py",
+    "python -m minids.generate --run data/r1/rl --chat": "tests/test_generate.py",
     "python -m minids.r1": "tests/test_r1.py runs all stages with small settings",
 }
 
@@ -152,7 +153,8 @@ def groups(pages: list[str]) -> list[list[str]]:
 
 
 COMMANDS = groups([(ROOT / page).read_text(encoding="utf-8") for page in PAGES])
-HERE = [here for block in COMMANDS if (here := [c for c in block if beginning(c, SMALL)])]
+HERE = [here for block in COMMANDS if (here := [
+    c for c in block if beginning(c, SMALL) and not beginning(c, ELSEWHERE)])]
 HERE = [block for i, block in enumerate(HERE) if block not in HERE[:i]]
 
 

@@ -22,6 +22,7 @@ from minids.config import ModelArgs
 from minids.model.transformer import Transformer
 from minids.runs.checkpoints import load_weights, read_manifest, recorded, resolve
 from minids.runs.settings import LearnArgs
+from minids.text.bpe import TOKENIZER_CONFIG
 from minids.text.tokenizer import Tokenizer
 
 CONFIG = "config.json"
@@ -217,6 +218,15 @@ def own_part(weights: dict[str, Tensor], model: Transformer, first: int) -> dict
         stack = slice(first, first + len(wanted)) if ".experts." in name else slice(None)
         own[name] = weights[name][stack].clone()
     return own
+
+
+def talks(source: Source) -> bool:
+    """Return whether a model was trained on conversations, as its run or its folder says."""
+    if not hf.is_hf_folder(source.path):
+        return "sft" in source.config or source.config.get("grpo", {}).get("template") == "chat"
+    file = source.folder / TOKENIZER_CONFIG
+    return (source.folder / "chat_template.jinja").exists() or (
+        file.is_file() and bool(read_json(file).get("chat_template")))
 
 
 @contextlib.contextmanager

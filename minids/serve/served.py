@@ -11,8 +11,8 @@ import torch
 from minids.base.files import read_json
 from minids.hf import is_hf_folder
 from minids.infer.engine import Engine
-from minids.runs.open import Source
-from minids.text.bpe import CONFIG, TOKENIZER_CONFIG
+from minids.runs.open import Source, talks
+from minids.text.bpe import CONFIG
 from minids.text.chat import Chat
 from minids.text.tasks import open_task
 from minids.text.tokenizer import SMALLEST, Tokenizer
@@ -60,7 +60,8 @@ class Served:
         """Return the model's entry in /v1/models; what OpenAI's has not, the page reads."""
         return dict(id=self.name, object="model", created=self.created, owned_by="minids",
                     max_model_len=self.max_len, chat=self.chat is not None,
-                    fill_in=self.fills_in, defaults=self.defaults, questions=self.questions)
+                    fill_in=self.fills_in, defaults=self.defaults, questions=self.questions,
+                    n_experts=self.engine.args.n_routed_experts)
 
 
 def name_of(folder: Path) -> str:
@@ -70,15 +71,6 @@ def name_of(folder: Path) -> str:
     ('r1-final', 'tiny')
     """
     return "-".join(part for part in folder.parts[-2:] if part not in ("runs", "data", "/"))
-
-
-def talks(source: Source) -> bool:
-    """Return whether a model was trained on conversations, as its run or its folder says."""
-    if not is_hf_folder(source.path):
-        return "sft" in source.config or source.config.get("grpo", {}).get("template") == "chat"
-    file = source.folder / TOKENIZER_CONFIG
-    return (source.folder / "chat_template.jinja").exists() or (
-        file.is_file() and bool(read_json(file).get("chat_template")))
 
 
 def fills_in(source: Source) -> bool:
@@ -98,11 +90,13 @@ def questions_for(source: Source, task: str) -> list[str]:
     A folder without a run, over bytes and with a template of conversations, is taken for one of
     `minids.r1`, whose task is the calculator.
     """
-    task = task or source.config.get("grpo", {}).get("task", "")
-    task = task or source.config.get("sft", {}).get("data", "task:").partition("task:")[2]
-    if not task and talks(source) and source.tokenizer.n_tokens == SMALLEST:
-        task = "calculator"
-    if not task.startswith(("calculator", "countdown")):
+    if not task:
+        found = source.config.get("grpo", {}).get("task", "")
+        found = found or source.config.get("sft", {}).get("data", "task:").partition("task:")[2]
+        if not found and talks(source) and source.tokenizer.n_tokens == SMALLEST:
+            found = "calculator"
+        task = found if found.startswith(("calculator", "countdown")) else ""
+    if not task:
         return []
     return [problem.question for problem in open_task(task).some(QUESTIONS, "held-out", seed=0)]
 
@@ -116,6 +110,7 @@ def serve_model(source: Source, name: str, defaults: dict, task: str, queue: int
     with torch.no_grad():
         for tensor in [*source.model.parameters(), *source.model.buffers()]:
             tensor.data = tensor.data.clone()
+    questions = questions_for(source, task)
     head = source.model.head.weight[:8].detach().float().cpu().contiguous()
     chat = None
     if talks(source):
@@ -123,5 +118,4 @@ def serve_model(source: Source, name: str, defaults: dict, task: str, queue: int
             chat = Chat(source.tokenizer)
     return Served(name or name_of(source.folder), Engine(source.model, queue=queue, **engine),
                   source.tokenizer, chat, fills_in(source), defaults,
-                  questions_for(source, task),
-                  "fp_" + hashlib.sha256(head.numpy().tobytes()).hexdigest()[:12], queue)
+                  questions, "fp_" + hashlib.sha256(head.numpy().tobytes()).hexdigest()[:12], queue)
