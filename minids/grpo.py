@@ -23,6 +23,11 @@ A loss of 0 is not a fault: on a fresh rollout every ratio is 1, the advantages 
 0, and the KL begins at 0. The gradient is not 0. Watch the reward. If every reply to each question
 earns the same reward there is no signal, and a line says why.
 
+torchrun spreads the model and each step's questions over many processes, with the numbers of one: a
+rank samples with all weights, which it gathers, and draws for a question what one process would.
+
+    torchrun --nproc-per-node 2 -m minids.grpo --from runs/base-sft --device cpu
+
 Simplified: the process that trains also samples, and a batch of replies is decoded until its last
 one ends. The gates' biases are frozen.
 """
@@ -31,6 +36,7 @@ import random
 import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -43,7 +49,9 @@ from minids.base.command_line import parse, run_program
 from minids.base.fields import MOST, option, require
 from minids.config import ModelArgs
 from minids.infer.sampling import COLDEST, Sampler
-from minids.model.transformer import Transformer
+from minids.parallel.layout import DataLayout, Layout
+from minids.parallel.parts import Parts
+from minids.parallel.team import speaking_first, world_size
 from minids.rl.examination import Asking, check_room, examine_modes
 from minids.rl.objectives import OBJECTIVES, ObjectiveArgs, advantages, objective, token_weights
 from minids.rl.rewards import accuracy, consistency, well_formed
@@ -51,7 +59,7 @@ from minids.rl.rollout import Rollout, log_probs, roll_out
 from minids.runs.learner import Learner
 from minids.runs.open import Source, settings
 from minids.runs.settings import LearnArgs
-from minids.runs.starting import alone, content, learn
+from minids.runs.starting import content, learn
 from minids.text.chat import MODES, TEMPLATES, Reply
 from minids.text.tasks import TASKS, Problem, open_task
 from minids.text.tokenizer import Tokenizer
@@ -115,13 +123,16 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
 
 
 class Batch(NamedTuple):
-    """A rollout, group by group, its rewards, (questions, group), and metrics of both.
+    """This rank's share of a rollout, and what all ranks know of all B replies, group by group.
 
+    rewards: (questions, group); lengths: (B,) int64, tokens that the model wrote
     advantage: (B,), over the whole group; kept: (B,) bool, the replies that are in the loss
+    metrics: of the whole rollout
     """
 
     rollout: Rollout
     rewards: Tensor
+    lengths: Tensor
     advantage: Tensor
     kept: Tensor
     metrics: dict
@@ -146,15 +157,21 @@ def why_no_signal(metrics: dict) -> str:
 class Reinforcer(Learner):
     """One reinforcement-learning run. Its loop: ask, sample, judge, learn; `Learner` updates."""
 
-    program = "grpo"
+    program, over_ranks, replies = "grpo", "minids.rl.over_ranks:ReinforcerOverRanks", True
 
     def __init__(self, args: GrpoArgs, model_args: ModelArgs, run: Path, tokenizer: Tokenizer):
+        pieces = args.updates * self.team.world
+        require(args, "questions", args.questions % pieces == 0,
+                f"a multiple of {pieces}: {self.team.world} ranks x {args.updates} updates")
         self.template, self.task = TEMPLATES[args.template](tokenizer), open_task(args.task)
         check_room(args, model_args.max_seq_len, self.template, self.task)
         super().__init__(args, model_args, run, tokenizer)
         self.more_config = content(args.task)
-        self.reference = Transformer(model_args).to(self.device).requires_grad_(False)
+        self.reference = self.build(model_args)
+        for _, parameter in self.reference.named_parameters():
+            parameter.requires_grad_(False)
         self.batch: Batch | None = None
+        self.resumed: Rollout | None = None  # which a checkpoint held
         self.quiet_until = 0
 
     def accumulate(self) -> tuple[dict, None]:
@@ -164,6 +181,8 @@ class Reinforcer(Learner):
         if part == 0:
             self.batch = self.judge(number, self.sample(number))
             self.tell_silence()
+        elif self.batch is None:
+            self.batch = self.judge(number, self.resumed)
         sampled = dict(sampling_s=round(time.perf_counter() - start, 3))
         return self.learn(part) | self.batch.metrics | sampled, None
 
@@ -184,23 +203,37 @@ class Reinforcer(Learner):
         return [(p, args.modes[i % len(args.modes)])
                 for i, p in enumerate(problems) for _ in range(args.group)]
 
-    def sample(self, number: int) -> Rollout:
-        """Draw rollout `number`; the same weights always give the same one."""
+    def own(self) -> Tensor:
+        """Return which replies of a rollout are this rank's: of each update an equal share."""
         args = self.args
-        prompts = [self.template.prompt(p.question, mode) for p, mode in self.asked(number)]
+        rows = torch.arange(args.questions * args.group).view(args.updates, -1)
+        return self.team.share(rows.T).T.flatten()
+
+    def sample(self, number: int) -> Rollout:
+        """Draw this rank's share of rollout `number`; the same weights always give the same one."""
+        args, asked, own = self.args, self.asked(number), self.own()
+        prompts = [self.template.prompt(asked[i][0].question, asked[i][1]) for i in own.tolist()]
         generator = torch.Generator(self.device).manual_seed(args.seed * 1_000_003 + number)
-        sampler = Sampler(args.temperature, args.top_k, args.top_p, generator)
-        ends = self.tokenizer.eos_ids
-        with self.autocast():
-            return roll_out(self.model, prompts, args.max_new_tokens, sampler, ends)
+        rows = None if len(own) == len(asked) else own.to(self.device)
+        sampler = Sampler(args.temperature, args.top_k, args.top_p, generator, len(asked), rows)
+        with self.whole_model() as model, self.autocast(), self.team.together():
+            return roll_out(model, prompts, args.max_new_tokens, sampler, self.tokenizer.eos_ids)
 
     def judge(self, number: int, rollout: Rollout) -> Batch:
-        """Return rollout `number` with its rewards; raises `ValueError` if one is NaN or Inf."""
-        args = self.args
-        problems, modes = zip(*self.asked(number), strict=True)
-        replies = [self.template.read(ids, mode)
-                   for ids, mode in zip(rollout.replies(), modes, strict=True)]
-        found = [self.reward(p, r) for p, r in zip(problems, replies, strict=True)]
+        """Return rollout `number` with its rewards; raises `ValueError` if one is NaN or Inf.
+
+        Each rank judges its share. All then know all rewards and lengths, so that advantages,
+        weights of tokens and metrics are those of one process.
+        """
+        args, asked, told = self.args, self.asked(number), []
+        with self.team.together():
+            for i, ids in zip(self.own().tolist(), rollout.replies(), strict=True):
+                problem, mode = asked[i]
+                reply = self.template.read(ids, mode)
+                told.append((i, self.reward(problem, reply), reply.ended,
+                             reply.thought is not None, reply.tokens, len(ids)))
+        told = sorted(self.team.joined(told), key=itemgetter(0))
+        _, found, ended, thinking, tokens, lengths = zip(*told, strict=True)
         weights = dict(accuracy=args.accuracy_weight, format=args.format_weight,
                        language=args.language_weight, length=-args.length_weight)
         parts = {name: torch.tensor([reward[name] for reward in found], dtype=torch.float32)
@@ -215,15 +248,14 @@ class Reinforcer(Learner):
             rewards = rewards[random.Random(number).sample(range(len(rewards)), len(rewards))]
         rewards = rewards.view(args.questions, args.group)
         advantage = advantages(rewards.double(), args.advantage).flatten().float()
-        ended = torch.tensor([reply.ended for reply in replies])
+        ended = torch.tensor(ended)
         kept = ended | (not args.mask_truncated)
         silent = (advantage * kept).view_as(rewards).eq(0).all(1)
         right = parts["accuracy"].view_as(rewards)
         means = {f"reward_{name}": part.mean().item() for name, part in parts.items()}
-        return Batch(rollout, rewards, advantage, kept, dict(
+        return Batch(rollout, rewards, torch.tensor(lengths), advantage, kept, dict(
             reward=rewards.mean().item(), **means,
-            thinking=fmean(reply.thought is not None for reply in replies),
-            length=fmean(reply.tokens for reply in replies),
+            thinking=fmean(thinking), length=fmean(tokens),
             truncated=1 - ended.float().mean().item(),
             groups_all_right=right.amin(1).eq(1).float().mean().item(),
             groups_all_wrong=right.amax(1).eq(0).float().mean().item(),
@@ -236,19 +268,21 @@ class Reinforcer(Learner):
                     length=reply.tokens / self.args.max_new_tokens)
 
     def learn(self, part: int) -> dict:
-        """Compute the gradients of one part of the rollout, in micro-batches; returns metrics."""
-        args, rollout = self.args, self.batch.rollout
-        size = len(rollout.tokens) // args.updates
-        rows = torch.arange(part * size, (part + 1) * size, device=self.device)
-        advantage = self.batch.advantage.to(self.device)  # (B,)
-        kept = self.batch.kept.to(self.device)  # (B,)
-        lengths = rollout.written.sum(1)  # (B,)
-        weights = torch.zeros(len(lengths), device=self.device)
+        """Compute the gradients of one part of the rollout, in micro-batches; returns metrics.
+
+        A token's weight, and its part in the metrics' means, follow from the replies of all ranks.
+        """
+        args, (rollout, _, lengths, advantage, kept, _) = self.args, self.batch
+        size = len(lengths) // args.updates
+        rows = slice(part * size, (part + 1) * size)  # of all ranks
+        weights = torch.zeros(len(lengths))
         weights[rows] = token_weights(lengths[rows], args.normalise, args.max_new_tokens,
                                       kept[rows])
+        advantage, weights = (t[self.own()].to(self.device) for t in (advantage, weights))  # (b,)
         how = args.temperature, args.keep_routing, args.keep_mask
         metrics, total = defaultdict(float), int(lengths[rows].sum())
-        for chosen in rows.split(args.micro_batch):
+        own = torch.arange(len(weights), device=self.device).chunk(args.updates)[part]
+        for chosen in own.split(args.micro_batch):
             some = rollout.part(chosen)
             reply = some.written.nonzero()[:, 0]  # (M,)
             ref_logp, old_logp = None, some.logp[some.written]
@@ -267,7 +301,9 @@ class Reinforcer(Learner):
             for name, value in means.items():
                 metrics[name] += value * len(reply) / total
             metrics["sampler_gap_max"] = max(metrics["sampler_gap_max"], gap.max().item())
-        return metrics
+        each = self.team.joined([dict(metrics)])
+        return {name: (max if name == "sampler_gap_max" else sum)(m[name] for m in each)
+                for name in metrics}
 
     def after_update(self, loads: None) -> None:
         if self.args.reference_every and self.step % self.args.reference_every == 0:
@@ -281,18 +317,27 @@ class Reinforcer(Learner):
         super().begin_from(source)
         self.reference.load_state_dict(self.model.state_dict())
 
+    def in_use(self) -> bool:
+        """Return whether the rollout has steps to serve."""
+        return self.batch is not None and self.step % self.args.updates > 0
+
     def more_state(self) -> dict:
-        begun = self.batch is not None and self.step % self.args.updates  # has steps to serve
         return dict(reference={n: w.cpu() for n, w in self.reference.state_dict().items()},
-                    rollout=self.batch.rollout._asdict() if begun else None)
+                    rollout=self.batch.rollout._asdict() if self.in_use() else None)
 
     def restore_more(self, state: dict) -> None:
         # Earlier versions saved step 0 before its reference was set: it is the model itself.
-        self.reference.load_state_dict(state["reference"] if state["step"] else
-                                       self.model.state_dict())
-        if state["rollout"] is not None:
-            rollout = Rollout(**state["rollout"]).each(lambda values: values.to(self.device))
-            self.batch = self.judge(state["step"] // self.args.updates, rollout)
+        if state["step"]:
+            self.load_into(self.reference, state["reference"])
+        else:
+            self.reference.load_state_dict(self.model.state_dict())
+        saved = state.get("rollout")
+        if isinstance(saved, Parts):
+            self.resumed = Rollout.of_parts(saved, self.args.updates, self.team)
+        elif saved is not None:
+            self.resumed = Rollout(**saved).each(lambda values: values[self.own()])
+        if self.resumed:
+            self.resumed = self.resumed.each(lambda values: values.to(self.device))
 
     def measure(self, record: dict, last: bool) -> float | None:
         """Score greedy replies to held-out problems: in the modes of training, at the end in all.
@@ -303,9 +348,9 @@ class Reinforcer(Learner):
         if not (last or (args.eval_every and self.step % args.eval_every == 0)):
             return None
         how = Asking(template=args.template, max_new_tokens=args.max_new_tokens)
-        with self.autocast():
-            found = examine_modes(self.model, self.tokenizer, self.task, args.eval_problems, how,
-                                  MODES if last else args.modes)
+        with self.whole_model() as model, self.autocast():
+            found = examine_modes(model, self.tokenizer, self.task, args.eval_problems, how,
+                                  MODES if last else args.modes, self.team)
         record.update(found)
         return 1 - max(marks["accuracy"] for marks in found.values())
 
@@ -328,15 +373,16 @@ class Reinforcer(Learner):
                 + (f", held out {marks}" if marks else ""))
 
 
-def grpo(args: GrpoArgs) -> Path:
-    """Reinforce a model; see `minids.runs.learner.learn`."""
-    return learn(Reinforcer, args, "-grpo")
+def grpo(args: GrpoArgs, layout: Layout | None = None) -> Path:
+    """Reinforce a model; see `minids.runs.starting.learn`."""
+    return learn(Reinforcer, args, "-grpo", layout)
 
 
 def main() -> None:
-    alone("grpo")
-    [given] = parse("minids.grpo", __doc__, GrpoArgs)
-    grpo(settings("grpo", GrpoArgs, given))
+    with speaking_first():
+        given, layout = parse("minids.grpo", __doc__, GrpoArgs, DataLayout)
+        args, layout = settings("grpo", GrpoArgs, given), Layout(**layout).fitted(world_size())
+    grpo(args, layout)
 
 
 if __name__ == "__main__":

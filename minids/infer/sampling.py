@@ -51,12 +51,18 @@ def pick(probs: Tensor, number: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Sampler:
-    """Settings and generator of the draws; `minids.infer.generation.generate` explains each."""
+    """Settings and generator of the draws; `minids.infer.generation.generate` explains each.
+
+    batch, rows: of a part of a larger batch, the size of that and which of its sequences these are,
+        (B,) int64: their draws are those that the whole batch would have; 0 and None: it is whole
+    """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
     generator: torch.Generator | None = None
+    batch: int = 0
+    rows: Tensor | None = None
 
     @property
     def greedy(self) -> bool:
@@ -101,9 +107,9 @@ class Sampler:
 
     def draw(self, probs: Tensor) -> Tensor:
         """Draw a token from each row of probabilities: (B, V) -> (B,) int64; V if they are NaN."""
-        number = torch.rand(len(probs), 1, generator=self.generator, dtype=summed_in(probs.device),
-                            device=probs.device)
-        return pick(probs, number)
+        number = torch.rand(self.batch or len(probs), 1, generator=self.generator,
+                            dtype=summed_in(probs.device), device=probs.device)
+        return pick(probs, number if self.rows is None else number[self.rows])
 
     def verify(self, drafts: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
         """Accept drafts up to the first that fails: how many, (B,), and the token after them, (B,),

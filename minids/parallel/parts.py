@@ -27,13 +27,17 @@ class Part(NamedTuple):
     offsets: list[int]
 
 
-def own_parts(tensors: dict[str, Tensor], replica: int, shard: int) -> dict[str, Part]:
+def own_parts(tensors: dict[str, Tensor | Part], replica: int, shard: int) -> dict[str, Part]:
     """Return the parts that this rank has to write, copied to the host's memory.
 
     replica, shard: this rank's place among those that hold the same, and among those that share
     """
     parts = {}
     for name, tensor in tensors.items():
+        if isinstance(tensor, Part):
+            held = tensor.tensor.to("cpu", copy=True).contiguous()
+            parts[name] = tensor._replace(tensor=held)
+            continue
         mine = local(tensor.detach())
         if replica == 0 and mine.numel() and (is_sharded(tensor) or shard == 0):
             offsets = [cut.start for cut in own_part(tensor)]

@@ -22,6 +22,8 @@ from torch import Tensor
 from minids.infer.decoding import Session, last_states, one_step_late, right_pad
 from minids.infer.sampling import Sampler, no_token
 from minids.model.transformer import Transformer
+from minids.parallel.parts import Part, Parts
+from minids.parallel.team import Alone
 
 NEVER = 2 ** 31  # a token's number that no reply has
 
@@ -53,6 +55,47 @@ class Rollout(NamedTuple):
         length = self.written[rows].any(0).nonzero().max().item() + 1
         cut = self.each(lambda values: values[rows, :length])
         return cut._replace(tokens=self.tokens[rows, :length + 1])
+
+    def padded(self, length: int) -> "Rollout":
+        """Return the rollout with L = length, or as it is if it is longer."""
+        more = max(length - self.tokens.size(1), 0)
+        return self.each(lambda values: F.pad(values, (0, 0) * (values.ndim - 2) + (0, more)))
+
+    def parts(self, pieces: int, team: Alone) -> dict[str, Part]:
+        """Return what this rank writes of the rollout of all: N/tokens, N/routes/LAYER, ..
+
+        pieces: each is shared by all ranks; this rollout has a rank's shares of all, in order
+        """
+        whole = self.padded(max(team.joined([self.tokens.size(1)])))
+        found = {}
+        for name, values in whole.named().items():
+            for number, rows in enumerate(values.chunk(pieces)):
+                offsets = [len(rows) * team.rank] + [0] * (rows.ndim - 1)
+                found[f"{number}/{name}"] = Part(rows, [len(rows) * team.world, *rows.shape[1:]],
+                                                 offsets)
+        return found
+
+    @classmethod
+    def of_parts(cls, saved: Parts, pieces: int, team: Alone) -> "Rollout":
+        """Return a rank's shares of the rollout that `parts`, of any number of ranks, has saved."""
+        tensors = {}
+        for name in {name.partition("/")[2] for name in saved.found}:
+            shares = []
+            for number in range(pieces):
+                rows, *others = saved.found[f"{number}/{name}"][0][1]
+                own = team.share(range(rows))
+                region = slice(own.start, own.stop), *(slice(0, size) for size in others)
+                shares.append(saved.read(f"{number}/{name}", region))
+            tensors[name] = torch.cat(shares)
+        routes = {int(name.partition("/")[2]): values for name, values in sorted(tensors.items())
+                  if "/" in name}
+        return cls(tensors["tokens"], tensors["written"], tensors["logp"], routes,
+                   tensors.get("allowed"))
+
+    def named(self) -> dict[str, Tensor]:
+        """Return the tensors by name, a layer's routes as routes/LAYER."""
+        named = self._asdict() | {f"routes/{layer}": r for layer, r in self.routes.items()}
+        return {name: values for name, values in named.items() if isinstance(values, Tensor)}
 
     def replies(self) -> list[list[int]]:
         """Return the tokens that the model wrote, EOS included."""

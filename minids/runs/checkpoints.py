@@ -281,7 +281,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 
 
 def open_parts(path: Path, kind: str) -> Parts:
-    """Return the verified "model" or "optimizer" tensors of a checkpoint that many ranks wrote."""
+    """Return the verified tensors of a checkpoint that many ranks wrote; kind: "model", .."""
     names = [name for name in verify(path, kind)["files"] if name.startswith(kind)]
     return Parts([Path(path) / name for name in names])
 
@@ -290,7 +290,7 @@ def load_state(path: Path) -> dict:
     """Load the state on the CPU; raise `ValueError` if it is not the one saved, or not plain.
 
     Its "optimizers" are their state_dicts or, of many ranks, `Parts` of tensors named
-    PARAMETER/exp_avg and the like.
+    PARAMETER/exp_avg and the like; so are other kinds of tensors.
     """
     if is_sharded(path):
         verify(path, PLAIN_STATE)
@@ -298,7 +298,10 @@ def load_state(path: Path) -> dict:
         python, numbers = state["rng"]["python"], state["rng"]["torch"]
         state["rng"] |= dict(python=(python[0], tuple(python[1]), python[2]),
                              torch=torch.tensor(numbers, dtype=torch.uint8))
-        return state | dict(optimizers=open_parts(path, "optimizer"))
+        kinds = {name.partition("-")[0] for name in read_manifest(path)["files"]}
+        kinds -= {"model", "optimizer", PLAIN_STATE}
+        return state | dict(optimizers=open_parts(path, "optimizer"),
+                            **{kind: open_parts(path, kind) for kind in kinds})
     verify(path, STATE)
     file = Path(path) / STATE
     try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from minids import __version__
@@ -284,6 +284,10 @@ class Learner:
         self.metrics = read_metrics(self.run, checkpoint)[:self.step]
         if self.team.first:
             write_whole(self.run / METRICS, b"".join(map(line_of, self.metrics)))
+
+    def load_into(self, model: nn.Module, weights: Parts | dict[str, Tensor]) -> None:
+        """Give a model that is laid out as this run's the weights of a checkpoint."""
+        model.load_state_dict(weights.whole() if isinstance(weights, Parts) else weights)
 
     def load(self, checkpoint: Path) -> dict:
         """Load weights and optimizer states, of one process or of many; return the whole state."""

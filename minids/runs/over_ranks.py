@@ -18,10 +18,9 @@ from minids.infer.validation import Evaluation
 from minids.model.transformer import Transformer
 from minids.parallel import gradients
 from minids.parallel.model import SECOND_EMBEDDING, ParallelModel
-from minids.parallel.parts import Parts
+from minids.parallel.parts import Part, Parts
 from minids.parallel.pipeline import Weights
 from minids.parallel.sharding import empty_model, load_parts
-from minids.parallel.shards import own_part
 from minids.parallel.team import Team
 from minids.parallel.validation import evaluate
 from minids.runs import checkpoints, optimizers, sharded
@@ -56,8 +55,9 @@ class OverRanks:
     team: Team
 
     def __init__(self, args, model_args: ModelArgs, run: Path, tokenizer):
-        require(args, "compile", getattr(args, "compile", "auto") != "true",
-                "auto or false over several ranks, so far")
+        if hasattr(args, "compile"):
+            require(args, "compile", args.compile != "true",
+                    "auto or false over several ranks, so far")
         require(args, "dtype", args.dtype != "fp16", "bf16 or fp32 over several ranks")
         super().__init__(args, model_args, run, tokenizer)
         self.saves_beside = True  # on a CPU too
@@ -113,6 +113,14 @@ class OverRanks:
         with self.team.together():
             super().restore()
 
+    def load_into(self, model: ParallelModel, weights: Parts | dict[str, Tensor]) -> None:
+        for part in model.parts:
+            sharded.load_weights(part, weights)
+
+    def more_tensors(self) -> dict[str, dict[str, Tensor | Part]]:
+        """Return by kind and name what else a checkpoint has to hold in parts."""
+        return {}
+
     def load(self, checkpoint: Path) -> dict:
         """Load this rank's parts of weights and optimizer states, from any layout's checkpoint."""
         state, many = checkpoints.load_state(checkpoint), checkpoints.is_sharded(checkpoint)
@@ -123,9 +131,7 @@ class OverRanks:
             whole = empty_model(self.model.args)
             own = optimizers.build_optimizers(whole, self.args, self.dtype)
             states = Parts.of(sharded.states_by_name(state["optimizers"], whole, own))
-        for part in self.model.parts:
-            for name, tensor in part.state_dict().items():
-                sharded.fill(tensor, weights.read(name, own_part(tensor)))
+        self.load_into(self.model, weights)
         sharded.load_states(self.model, self.optimizers, states.found, states.read,
                             lambda name: name.replace(SECOND_EMBEDDING, "embed.weight"))
         return state
@@ -146,7 +152,8 @@ class OverRanks:
         record = None
         if self.team.first:
             record = dict(config=self.config(), metrics=summary(self.metrics))
-        held = sharded.held_parts(self.team, dict(model=weights, optimizer=states))
+        held = sharded.held_parts(self.team, dict(model=weights, optimizer=states,
+                                                **self.more_tensors()))
         return self.writer.run(lambda step=self.step: sharded.save(
             self.team.writers, self.run, step, held, plain, self.args.keep_last, metric, record),
             beside)

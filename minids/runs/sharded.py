@@ -2,6 +2,7 @@
 
     model-00001-of-00004.safetensors       the first rank's parts of the weights
     optimizer-00001-of-00004.safetensors   and of the optimizers' state, as NAME/exp_avg, ..
+    reference-00001-of-00004.safetensors   of GRPO the reference, and a rollout that is in use
     state.json                             loader, random-number and schedule state
     manifest.json                          as of one process, with format 2
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from minids.base.files import digest, publish, write_flushed
-from minids.parallel.parts import Part, own_parts, write_parts
+from minids.parallel.parts import Part, Parts, own_parts, write_parts
 from minids.parallel.shards import local, own_part
 from minids.parallel.team import Team
 from minids.runs import checkpoints
@@ -77,6 +78,13 @@ def load_states(model: nn.Module, optimizers: list, names: Iterable[str], read: 
                     optimizer.state[p] = state
 
 
+def load_weights(model: nn.Module, weights: Parts | dict[str, Tensor]) -> None:
+    """Give a model over ranks this rank's parts of weights, whoever held which of them."""
+    weights = weights if isinstance(weights, Parts) else Parts.of(weights)
+    for name, tensor in model.state_dict().items():
+        fill(tensor, weights.read(name, own_part(tensor)))
+
+
 @torch.no_grad()
 def fill(tensor: Tensor, part: Tensor) -> None:
     """Copy a part that was read into this rank's part of a tensor; ValueError if it does not fit.
@@ -94,10 +102,11 @@ def is_finite(tensor: Tensor) -> bool:
     return bool(local(tensor).isfinite().all())
 
 
-def held_parts(team: Team, kinds: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Part]]:
+def held_parts(team: Team, kinds: dict[str, dict[str, Tensor | Part]]
+               ) -> dict[str, dict[str, Part]]:
     """Return what this rank has to write, by the names of its files, copied to the host's memory.
 
-    kinds: this rank's parts of "model" and "optimizer" tensors
+    kinds: this rank's parts of tensors by kind, "model", "optimizer" and what else there is
     """
     place = team.ranks.dense.get_local_rank
     return {f"{kind}-{team.rank + 1:05d}-of-{team.world:05d}.safetensors":

@@ -260,3 +260,17 @@ def test_what_has_no_probability_is_never_drawn():
     assert set(drawn.tolist()) <= {1, 3, 5}
     few = torch.tensor([[0.0, 0.0, 1e-30, 0.0]])  # not scaled to sum to 1
     assert all(Sampler(1.0).draw(few) == 2 for _ in range(100))
+
+
+def test_a_part_of_a_batch_draws_what_it_would_in_the_whole():
+    """Ranks that share a batch draw as one process; sequences of their own would draw otherwise."""
+    probs = torch.rand(6, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    rows = torch.tensor([1, 4, 5])
+
+    def draws(probs: Tensor, **of) -> Tensor:
+        sampler = Sampler(1.0, generator=torch.Generator().manual_seed(0), **of)
+        return torch.stack([sampler.draw(probs) for _ in range(4)])
+
+    whole = draws(probs)
+    assert torch.equal(draws(probs[rows], batch=6, rows=rows), whole[:, rows])
+    assert not torch.equal(draws(probs[rows]), whole[:, rows])

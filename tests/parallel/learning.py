@@ -1,4 +1,4 @@
-"""Fine-tuning over ranks beside one process; two_ranks.py goes through these
+"""Fine-tuning and GRPO over ranks beside one process; two_ranks.py goes through these
 checks, too, on a CPU."""
 
 from dataclasses import replace
@@ -9,8 +9,12 @@ from comparing import ARGS, difference, largest, ranks_of, worst_weight
 from small_models import scrambled
 from torch import distributed as dist
 
+from minids import grpo
+from minids.grpo import GrpoArgs, Reinforcer
 from minids.parallel.model import ParallelModel
 from minids.parallel.team import Team
+from minids.rl.objectives import token_weights
+from minids.rl.over_ranks import ReinforcerOverRanks
 from minids.runs.device import fetched
 from minids.runs.over_ranks import OverRanks
 from minids.sft import FineTuner, SftArgs
@@ -22,6 +26,11 @@ MODEL = replace(ARGS, n_layers=2, vocab_size=BYTES.vocab_size, max_seq_len=160)
 SFT = SftArgs(steps=3, examples=40, seq_len=160, batch_size=4, balance_weight=1.0, mtp_weight=0.7,
               eval_problems=5, max_new_tokens=6, optimizer="adamw", lr=0.02, warmup_steps=0,
               dtype="fp32", device="cpu")
+# Two rollouts, each of two updates; every part of the loss counts.
+GRPO = GrpoArgs(steps=4, questions=4, group=3, updates=2, micro_batch=2, max_new_tokens=8,
+                top_p=0.9, mode="direct", language_weight=1.0, kl_beta=0.5, reference_every=3,
+                lr=0.02, normalise="tokens", eval_problems=5, warmup_steps=0, dtype="fp32",
+                device="cpu")
 LAYOUTS = dict(replicate=2), dict(expert_parallel=2)
 # FP64: three steps of AdamW divide by roots of squared gradients, which magnifies what rounding
 # leaves in those that are nearly zero, as in `train_in_parallel`.
@@ -29,7 +38,10 @@ CLOSE = 1e-9
 
 
 class InFP64:
-    """A Learner whose weights are FP64."""
+    """A Learner whose weights are FP64; replies are paid by their length."""
+
+    def reward(self, problem, reply) -> dict[str, float]:
+        return super().reward(problem, reply) | dict(language=len(reply.answer or "") % 4 / 3)
 
     def build(self, args):
         if self.team.world == 1:
@@ -48,9 +60,14 @@ def learner(kind: type, args, team: Team | None = None):
     """A Learner with scrambled weights, of one process or of a team."""
     bases, more = (InFP64, kind), {}
     if team:
-        bases, more = (InFP64, OverRanks, kind), dict(team=team)
+        otherwise = ReinforcerOverRanks if kind is Reinforcer else OverRanks
+        bases, more = (InFP64, otherwise, kind), dict(team=team)
     made = type(kind.__name__, bases, more)(args, MODEL, Path("none"), BYTES)
-    made.take(scrambled(MODEL).state_dict())
+    weights = scrambled(MODEL).state_dict()
+    weights["head.weight"][BYTES.eos_id] *= 4  # some replies end early
+    made.take(weights)
+    if kind is Reinforcer:
+        made.reference.load_state_dict(made.model.state_dict())
     return made
 
 
@@ -156,3 +173,35 @@ def check_a_stream_is_read_once_and_tokenised_in_shares():
     over = stream(rank=rank, world=world, deal=team.deal)
     over.load_state_dict(saved)
     compare(30)
+
+
+def check_reinforcement():
+    for fields in LAYOUTS:
+        over, alone = (learner(Reinforcer, GRPO, team) for team in (team_of(**fields), None))
+        compare_learning(over, alone)
+        mine, whole = over.batch.rollout, alone.batch.rollout.part(over.own())
+        assert torch.equal(mine.tokens, whole.tokens) and torch.equal(mine.written, whole.written)
+        assert len(set(alone.batch.lengths.tolist())) > 1
+        assert alone.batch.advantage.ne(0).any()
+
+
+def check_weights_of_tokens_by_the_ranks_own_counts_are_wrong():
+    """Each rank's mean over its own tokens, and the mean of those."""
+    alone, over = learner(Reinforcer, GRPO), learner(Reinforcer, GRPO, team_of())
+
+    def own_means(lengths, normalise, longest, kept):
+        share, weights = over.team.share, torch.zeros(len(lengths))
+        share(weights)[:] = token_weights(share(lengths), normalise, longest, share(kept)) / 2
+        return weights
+
+    alone.step = over.step = 1
+    wanted = alone.accumulate()[0]
+    grpo.token_weights = own_means
+    try:
+        mine = over.accumulate()[0]
+    finally:
+        grpo.token_weights = token_weights
+    assert mine["reward"] == wanted["reward"]
+    found = dict(over.model.named_parameters())
+    assert largest(max(difference(found[name].grad, p.grad)
+                       for name, p in alone.model.named_parameters() if p.grad is not None)) > 1e-3

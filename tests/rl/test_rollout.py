@@ -12,6 +12,8 @@ from minids.kernels import few_tokens
 from minids.kernels.attention import one_key_for_all_heads
 from minids.kernels.registry import recorded
 from minids.model.transformer import Transformer
+from minids.parallel.parts import Parts, write_parts
+from minids.parallel.team import Alone
 from minids.rl.rollout import Rollout, log_probs, roll_out
 
 EOS = 1
@@ -186,3 +188,52 @@ def test_any_of_several_eos_ends_a_reply(places):
            for row in free.replies()]
     assert found.replies() == cut != free.replies()
     assert worst(model, found) < 1e-12
+
+
+class Rank(Alone):
+    """One of several ranks, which does not meet the others."""
+
+    def __init__(self, rank: int, world: int, longest: int):
+        self.rank, self.world, self.longest = rank, world, longest
+
+    def joined(self, items: list) -> list:
+        return [*items, self.longest]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_a_rollout_in_parts_is_read_by_other_ranks(tmp_path, top_p):
+    """Two and three ranks write six replies, some padded; one to six ranks read them."""
+    whole = sampled(scrambled(LITTLE), top_p=top_p)
+    rows = torch.arange(6)
+    for world in (2, 3):
+        files = []
+        for rank in range(world):
+            team = Rank(rank, world, whole.tokens.size(1))
+            own = whole.part(team.share(rows))  # cut to its own longest
+            files.append(tmp_path / f"{world}-{rank}")
+            write_parts(files[-1], own.parts(1, team))
+        saved = Parts(files)
+        for other in (1, 2, 3, 6):
+            for rank in range(other):
+                team = Rank(rank, other, 0)
+                found = Rollout.of_parts(saved, 1, team)
+                wanted = whole.each(team.share)
+                assert found.routes.keys() == wanted.routes.keys()
+                assert (found.allowed is None) == (top_p == 1.0)
+                for name, values in found.named().items():
+                    assert torch.equal(values, wanted.named()[name]), name
+
+
+def test_each_rank_reads_its_share_of_each_update(tmp_path):
+    whole = sampled(scrambled(LITTLE))
+    rows = torch.arange(6).view(3, 2)  # three updates of two replies
+    for rank in range(2):
+        own = whole.each(lambda values, rank=rank: values[rows[:, rank]])
+        write_parts(tmp_path / str(rank), own.parts(3, Rank(rank, 2, 0)))
+    saved = Parts([tmp_path / "0", tmp_path / "1"])
+    assert torch.equal(Rollout.of_parts(saved, 3, Alone()).tokens, whole.tokens)
+    for rank in range(2):
+        found = Rollout.of_parts(saved, 3, Rank(rank, 2, 0))
+        assert torch.equal(found.tokens, whole.tokens[rows[:, rank]])
+    # Wrong variant: as if the reply of each rank stood one after the other.
+    assert not torch.equal(Rollout.of_parts(saved, 3, Rank(0, 2, 0)).tokens, whole.tokens[:3])
