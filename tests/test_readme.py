@@ -40,6 +40,7 @@ SMALL = {
     "python -m minids.train --resume": "",
     "python -m minids.train --fp8": f"--preset nano {TRAIN} --out runs/fp8",
     "python -m minids.train --from": "--steps 2 --batch-size 2 --seq-len 64 --threads 1",
+    "python -m minids.train --from runs/tiny --context": "--context 96 --steps 2 --threads 1",
     "python -m minids.train --preset deep": f"{TRAIN} --dim 32 --n-heads 2",
     "python -m minids.train --preset micro": "--steps 2 --batch-size 4 --threads 1",
     "python -m minids.train --preset gpu-80gb": f"--preset nano {GIVEN}",
