@@ -167,6 +167,8 @@ class TrainerOverRanks(OverRanks):
         self.micro_batches = args.grad_accum * layout.micro_batches  # of each rank
         self.pieces = self.micro_batches * layout.data_ranks
         require(args, "fp8", not args.fp8, "false over several ranks, so far")
+        require(args, "recompute", args.recompute != "selective",  # it counts FSDP's own operations
+                "none or blocks over several ranks, so far")
         require(args, "balance_loss", args.balance_loss == "sequence",
                 "sequence over several ranks: V2's is no sum over them")
         require(args, "batch_size", args.batch_size % self.pieces == 0,

@@ -187,6 +187,7 @@ def test_a_killed_rank_is_started_again_and_ends_as_an_unbroken_run(home, flags,
     (("--pipeline", "3"), "pipeline = 3 is not valid"),
     (("--batch-size", "9"), "batch_size = 9 is not valid"),
     (("--balance-loss", "expert"), "balance_loss = 'expert' is not valid"),
+    (("--recompute", "selective"), "recompute = 'selective' is not valid"),
     (("--data", "text:no-such-folder"), "no-such-folder"),
     pytest.param(("--device", "cuda"), "device = 'cuda' is not valid", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="this machine has a GPU"))])
