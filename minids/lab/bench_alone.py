@@ -39,9 +39,9 @@ def trainer(command: str, device: str, team: Team | None = None) -> Trainer:
     layout, kind = Layout(**layout).fitted(world_size()), Trainer
     if team is not None:
         from minids.parallel.ranks import Ranks
-        from minids.runs.over_ranks import over_ranks
+        from minids.runs.over_ranks import TrainerOverRanks, over_ranks
         team.ranks = Ranks.of(layout, team.device)
-        kind = over_ranks(Trainer, team)
+        kind = over_ranks(Trainer, TrainerOverRanks, team)
     tokenizer = Tokenizer.open(args.tokenizer)
     return kind(args, fit_model(args, changes, tokenizer), Path(args.out or "runs"), tokenizer)
 
@@ -74,7 +74,7 @@ def program_row(bench: Bench, command: str) -> list[str]:
     mfu = program.model_flops_utilisation(speed)
     count, memory = count_parameters(program.model.args), steps[-1]["memory_mib"]
     memory = memory if team is None else team.agree(memory)
-    return [command, str(program.ranks), f"{count.total + count.mtp:,}", f"{speed:,.0f}",
+    return [command, str(program.team.world), f"{count.total + count.mtp:,}", f"{speed:,.0f}",
             f"{mfu:.1%}" if mfu else "-", f"{memory / 1024:.1f}", f"{compiled:.1f}",
             f"{began:.1f}", f"{first['loss']:.3f}", f"{steps[-1]['loss']:.3f}"]
 

@@ -66,7 +66,8 @@ def without_encoding(source: str) -> list[str]:
         words = [a.value for a in given if isinstance(a, ast.Constant) and type(a.value) is str]
         said = any("utf" in word for word in words) or any(
             isinstance(word, str) and "b" in word and len(word) <= 3 for word in words)
-        piped = any(k.arg in ("text", "universal_newlines") for k in call.keywords)
+        piped = any(k.arg in ("text", "universal_newlines")
+                    and getattr(k.value, "value", None) is True for k in call.keywords)
         if name in ("read_text", "write_text", "fdopen") and not said or piped or (
                 name == "open" and not said and isinstance(call.func, ast.Name)):
             found.append(ast.unparse(call))

@@ -78,8 +78,8 @@ def test_a_hugging_face_folder_is_fp32_on_a_cpu_and_as_stored_on_a_gpu(run, tmp_
     for device in ("cpu", torch.device("cuda", 0)):
         open_model(tmp_path / "hf", device)
         open_model(tmp_path / "hf", device, torch.float64)
-    assert [dtype for dtype, _ in asked] == [torch.float32, torch.float64,
-                                             torch.bfloat16, torch.float64]
+    assert [dtype for dtype, *_ in asked] == [torch.float32, torch.float64,
+                                              torch.bfloat16, torch.float64]
 
 
 def test_a_source_has_all_but_the_weights(run, monkeypatch):
