@@ -1,7 +1,7 @@
-"""What a rank holds and sends, measured without ranks, devices or memory.
+"""Measure the memory and messages of one rank, without other ranks, GPUs or real memory.
 
 The package's own code cuts and shards a model on "meta", in a process group that is torch's fake
-one: this process takes itself for rank 0 and nobody answers. Micro-batches then run forward and
+one: this process acts as rank 0 and no message arrives. Micro-batches then run forward and
 backward on fake tensors, which have shapes, types and no numbers, so 671B parameters take seconds.
 Every storage that is made or freed on the way is counted, and every message. Rank 0 has the largest
 shards where they are uneven.
@@ -43,7 +43,7 @@ from minids.parallel.shards import local
 
 @dataclasses.dataclass(frozen=True)
 class Load:
-    """What is run: a micro-batch, and what is done to the model from outside.
+    """The micro-batch to run, and the settings of the run that change memory.
 
     state_bytes: of the optimizer, per number of a parameter with this name
     """
@@ -56,7 +56,7 @@ class Load:
 
 
 class Footprint(NamedTuple):
-    """What one stage takes of a rank; all but `whole` and `own` are bytes.
+    """The memory and messages of one stage on one rank, in bytes; `whole` and `own` are counts.
 
     outlast: what a micro-batch leaves behind for the next: gathered weights, gradients
     kept: what a micro-batch stores from its forward pass until its backward pass
@@ -92,7 +92,8 @@ class Footprint(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a stage has: the embedding, or norm, head and MTP modules, and so many layers."""
+    """The parts of a stage: whether it has the embedding (`first`) and norm, head and MTP modules
+    (`last`), and its numbers of dense and MoE layers."""
 
     first: bool
     last: bool
@@ -111,15 +112,17 @@ class Kind(NamedTuple):
         return self._replace(**{"moe" if self.moe else "dense": count})
 
 
+SETTLED = 0.01  # share of the peak
 FEW = 2  # equal layers that are run: FSDP gathers one ahead, so that a single one is no example
 
 
 class Measured(dict):
     """Footprints of one model under one load, by ranks and kind: equal ones are run once.
 
-    From FEW equal layers on, each adds the same to every number but the peak, which does not grow.
-    So stages are run with FEW of them, and what one more adds is measured once, in a stage without
-    embedding and head if there is one.
+    From FEW equal layers on, each adds the same to every number except the peak. So stages are run
+    with FEW of them, and the share of one more is measured once, in a stage without embedding and
+    head if there is one. The peak falls at first, while layers free more than an embedding's
+    gradient needs, and is followed until that ends.
     """
 
     def __init__(self, args: ModelArgs, load: Load):
@@ -136,7 +139,17 @@ class Measured(dict):
         few, more = (self.run(ranks, bare.with_layers(n)) for n in (FEW, FEW + 1))
         base = self.run(ranks, kind.with_layers(FEW))
         grown = (a + (count - FEW) * (c - b) for a, b, c in zip(base, few, more, strict=True))
-        return Footprint(*grown)._replace(peak=base.peak)
+        return Footprint(*grown)._replace(peak=self.peak(ranks, kind, count))
+
+    def peak(self, ranks: Ranks, kind: Kind, count: int) -> int:
+        """Return the peak with `count` equal layers: it is run until one more lowers it by no more
+        than SETTLED, and extended along a line from there."""
+        before, last = (self.run(ranks, kind.with_layers(n)).peak for n in (FEW, FEW + 1))
+        layers = FEW + 1
+        while last < before * (1 - SETTLED) and layers < count:
+            layers += 1
+            before, last = last, self.run(ranks, kind.with_layers(layers)).peak
+        return last + (count - layers) * (last - before)
 
     def run(self, ranks: Ranks, kind: Kind) -> Footprint:
         """Return what a rank takes that has all of these layers."""
