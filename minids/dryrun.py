@@ -77,7 +77,7 @@ STATE_BYTES = {"adamw": two_moments, "muon": muon_moments}
 
 
 class Rank(NamedTuple):
-    """What the GPUs of one pipeline rank hold: numbers of parameters, bytes of the rest."""
+    """The memory and messages of one pipeline rank: a parameter count, and bytes elsewhere."""
 
     rank: int
     parameters: int

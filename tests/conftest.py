@@ -6,6 +6,7 @@ Notebook kernels and the programs that tests start are children of the workers a
 import gc
 import os
 import resource
+import subprocess
 
 import pytest
 
@@ -49,3 +50,23 @@ def small_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     yield
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts an empty file system of so many MB, and returns its folder; skips without root."""
+    mounted = []
+
+    def mount(megabytes: int):
+        (disk := tmp_path / "disk").mkdir()
+        try:
+            subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(disk)],
+                           check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("mounting a small file system needs root")
+        mounted.append(disk)
+        return disk
+
+    yield mount
+    for disk in mounted:
+        subprocess.run(["umount", str(disk)], check=True)

@@ -177,22 +177,8 @@ def test_no_network_is_said_within_two_seconds(tmp_path, flags, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MB: room for two checkpoints."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 def test_full_disk_leaves_the_last_checkpoint(small_disk, tmp_path, flags, unbroken):
-    run = small_disk / "run"
+    run = small_disk(3) / "run"  # room for two checkpoints
     said = run_train(*flags, "--out", str(run))
     good = newest_checkpoint(run)
     assert_refused(said, "could not be written", "No space left on device", str(good))

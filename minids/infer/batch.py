@@ -7,10 +7,10 @@ batching (Orca: Yu et al., OSDI 2022) asks after every token who has finished an
     step 8                                       writes a token of A, B, C, D; B has finished
     step 9   reads the first 256 of E's 300      writes a token of A, C, D
 
-Long prompts are read in pieces, so that they hold nobody up for long. Each request draws with its
-own seed, so its text does not depend on who else is served (in FP32: BF16 rounds products of
+Long prompts are read in pieces, so that other sequences wait at most one piece. Each request has
+its own seed, so its text does not depend on the rest of the batch (in FP32: BF16 rounds products of
 another batch size differently, and a close choice may fall the other way). `minids.infer.slots`
-says where latents are stored, and `minids.infer.engine` who may wait.
+stores the latents, and `minids.infer.engine` queues requests.
 """
 
 import contextlib
@@ -94,10 +94,12 @@ class Job:
 
 
 class Step(NamedTuple):
-    """What one step did: by the number of the job, tokens read and copied, jobs that got a token.
+    """The record of one step.
 
-    read: tokens of prompts that went through the model; copied: those that the cache held already
-    wrote: jobs that got a token; waiting: jobs without a row at its end; seconds: it took
+    read: by job number, the prompt tokens that went through the model
+    copied: by job number, those that the cache already held
+    wrote: numbers of the jobs that got a token; waiting: jobs without a row at its end
+    seconds: duration
     """
 
     read: dict[int, int]
@@ -190,7 +192,7 @@ class Batch:
         except Exception as error:
             if len(jobs) == 1:
                 return self.finish(jobs[0], "error", error)
-            for job in reversed(jobs):  # whoever leaves, only a row behind moves
+            for job in reversed(jobs):  # a job that leaves moves only rows after its own
                 self.write([job], note)
             return
         self.give(jobs, *found, note)

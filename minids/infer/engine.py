@@ -140,7 +140,7 @@ class Engine:
             with torch.inference_mode(), self.precision():
                 while self.wait():
                     self.batch.step()
-        except BaseException as error:  # of the engine itself: nobody may wait for ever
+        except BaseException as error:  # a fault of the engine: clients must not hang
             self.broken = error
             raise
         finally:

@@ -84,7 +84,7 @@ class Slots:
         self.held[row] = []
 
     def begin(self, row: int, prompt: list[int]) -> int:
-        """Give a row to a prompt; return how many of its tokens the cache held already.
+        """Assign a row to a prompt; return how many of its tokens the cache held already.
 
         The last token is never one of them: what follows it has to be computed.
         """

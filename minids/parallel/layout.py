@@ -135,7 +135,7 @@ class Layout(DataLayout):
 
 @dataclass(frozen=True)
 class Spread(Settings):
-    """How ranks that torchrun starts share a model that they use and do not train."""
+    """The layout of a model for inference over the ranks that torchrun starts."""
 
     pipeline: int = option(1, "ranks that share the layers", low=1)
     expert_parallel: int = option(0, "ranks that share the routed experts; 0: all that pipeline "

@@ -25,7 +25,7 @@ MEETING = timedelta(minutes=5)  # for the others to start: torchrun starts all a
 # to wait: torchrun ends the others.
 WAITING = timedelta(minutes=15)
 SILENCE = timedelta(seconds=5)  # for rank 0 to find the error that another rank has found
-PATIENCE = 15  # seconds, for the same before the ranks have met
+PATIENCE = 15  # seconds that other ranks give rank 0 to report a mistake before they have met
 
 
 def world_size() -> int:
@@ -60,9 +60,9 @@ def meeting_address() -> tuple[str, int]:
 
 
 def wait_for_answer(host: str, port: int) -> None:
-    """Wait until somebody listens at an address; torch's own waiting ends with pages of its stack.
+    """Wait until a process listens at an address; torch's own waiting ends with pages of its stack.
 
-    Raises OSError if nobody does for `MEETING`.
+    Raises OSError if none does within `MEETING`.
     """
     end = time.monotonic() + MEETING.total_seconds()
     while True:
@@ -242,10 +242,9 @@ class Team(Alone):
             if self.first:
                 items, first = read()
         items, first = self.told((items, first))
-        begin = len(items) * self.rank // self.world
         with self.together():
-            if mine := self.share(items):
-                own = work(mine, first=first + begin)
+            if mine := self.share(range(len(items))):
+                own = work(items[mine.start:mine.stop], first=first + mine.start)
         return np.concatenate(self.gathered(own))
 
     def agree(self, number: int, how=dist.ReduceOp.MAX) -> int:

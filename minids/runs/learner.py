@@ -286,7 +286,7 @@ class Learner:
             write_whole(self.run / METRICS, b"".join(map(line_of, self.metrics)))
 
     def load_into(self, model: nn.Module, weights: Parts | dict[str, Tensor]) -> None:
-        """Give a model that is laid out as this run's the weights of a checkpoint."""
+        """Load a checkpoint's weights into a model with this run's layout."""
         model.load_state_dict(weights.whole() if isinstance(weights, Parts) else weights)
 
     def load(self, checkpoint: Path) -> dict:

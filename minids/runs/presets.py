@@ -1,4 +1,4 @@
-"""What pre-training a model of each preset, and a stage after it, has by default.
+"""Default settings of pre-training for each preset, and of the stages after it.
 
 Numbers of a paper are marked with it; all others are ours. Papers count tokens, and these settings
 steps: with a batch that grows, the shares of a run are those of its steps.

@@ -79,7 +79,7 @@ def load_states(model: nn.Module, optimizers: list, names: Iterable[str], read: 
 
 
 def load_weights(model: nn.Module, weights: Parts | dict[str, Tensor]) -> None:
-    """Give a model over ranks this rank's parts of weights, whoever held which of them."""
+    """Load this rank's parts of the weights, from parts that any layout of ranks wrote."""
     weights = weights if isinstance(weights, Parts) else Parts.of(weights)
     for name, tensor in model.state_dict().items():
         fill(tensor, weights.read(name, own_part(tensor)))

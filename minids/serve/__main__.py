@@ -5,9 +5,9 @@
     python -m minids.serve --run DeepSeek-V2-Lite --device cuda --rows 32
 
 It prints the address of the page and stays until Ctrl-C. It listens on this machine alone; with
---host 0.0.0.0 whoever reaches the machine can ask it, so give it an --api-key. Clients of OpenAI's
-API take http://127.0.0.1:8000/v1 as their base URL. `minids.infer.batch` describes how many replies
-are written at once. What users say is not stored, and not printed.
+--host 0.0.0.0, anyone who can reach the machine can use it, so set an --api-key. Clients of
+OpenAI's API take http://127.0.0.1:8000/v1 as their base URL. `minids.infer.batch` describes how
+replies share a batch. Conversations are neither stored nor printed.
 """
 
 import functools
@@ -27,7 +27,6 @@ from minids.serve.served import Served, serve_model
 from minids.text.tasks import TASKS
 from minids.text.tokenizer import CLONE
 
-LOCAL = ("127.0.0.1", "localhost", "::1")
 EXAMPLE = str(CLONE / "data" / "r1" / "rl") if CLONE and not Path("data/r1/rl").exists() else (
     "data/r1/rl")
 GRACE = 5  # seconds for streams to say how they ended
@@ -88,7 +87,7 @@ def listen(served: Served, args: ServeArgs, at: socket.socket) -> None:
     """Answer requests until a signal comes; then streams end with an error event."""
     import uvicorn
 
-    from minids.serve.app import Limits, make_app
+    from minids.serve.app import LOCAL, Limits, make_app
 
     limits = Limits(args.host in LOCAL, args.api_key,
                     tuple(filter(None, map(str.strip, args.cors.split(",")))), args.max_body,

@@ -40,7 +40,7 @@ PAGE_HEADERS = {
 
 @dataclass(frozen=True)
 class Limits:
-    """What a client may do.
+    """Limits on clients.
 
     local: whether the server is bound to this machine alone, and the Host header is checked
     key: that requests must bring; "" for none; cors: origins of other pages that may ask

@@ -1,7 +1,7 @@
-"""What a client asks for: a body of JSON, checked field by field, as prompts and settings.
+"""Parse a request: check its JSON body field by field, and return prompts and settings.
 
-A field that would change the result and is not supported is refused by its name, and so is one that
-nobody knows: a misspelt `temperature` would otherwise be ignored in silence.
+A field that would change the result and is not supported is refused by name, and so is
+an unknown one: a misspelt `temperature` would otherwise be ignored in silence.
 """
 
 import json
@@ -40,7 +40,8 @@ TOP_LOGPROBS = 20
 class Asked:
     """A request that is valid; the names are those of the API.
 
-    kind: "chat" or "text"; prompts: ids of each; echo: by prompt, the text that a reply begins with
+    kind: "chat" or "text"; prompts: ids of each
+    echo: of a completion, by prompt, the text before its reply
     mode: of the reply's tags, as in `minids.text.replies`
     top_logprobs: likeliest tokens to name; -1: no log-probabilities
     """

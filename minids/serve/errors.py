@@ -1,4 +1,4 @@
-"""What a client is told when it gets no reply, in OpenAI's shape."""
+"""Errors in OpenAI's shape."""
 
 import json
 

@@ -81,7 +81,7 @@ class Reply:
         self.jobs: list[Job] = []
 
     def begin(self) -> None:
-        """Give the request to the engine; raise `Refused` if it has no place for it."""
+        """Submit the request to the engine; raise `Refused` if it has no place for it."""
         asked, top = self.asked, self.asked.top_logprobs
         requests = [Request(asked.prompts[choice.prompt], asked.max_tokens, **asked.sampling,
                             seed=asked.seed + choice.index % asked.n, top_logprobs=top,
@@ -151,8 +151,8 @@ class Reply:
 
     def text_choice(self, choice: Choice, pieces: list[Piece]) -> dict:
         """Return one choice of a completion."""
-        echo = (self.asked.echo or [""])[choice.prompt] if self.asked.echo else ""
-        return dict(index=choice.index, text=echo + joined(pieces), finish_reason=choice.reason,
+        text = self.asked.echo[choice.prompt] + joined(pieces)
+        return dict(index=choice.index, text=text, finish_reason=choice.reason,
                     logprobs=self.text_logprobs(notes(pieces), 0))
 
     def text_logprobs(self, entries: list[dict], start: int) -> dict | None:
@@ -181,8 +181,8 @@ class Reply:
             for choice in self.choices:
                 if chat:
                     yield chunk(choice, delta=dict(role="assistant", content=""))
-                elif self.asked.echo:
-                    yield chunk(choice, text=self.asked.echo[choice.prompt])
+                elif echo := self.asked.echo[choice.prompt]:
+                    yield chunk(choice, text=echo)
             async for choice, piece in self.pieces():
                 if piece is None:
                     yield chunk(choice, **(dict(delta={}) if chat else dict(text="")))

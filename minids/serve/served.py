@@ -1,4 +1,4 @@
-"""What is served: a model, its engine, and what clients may know of it."""
+"""The served model: its engine, and the metadata that clients see."""
 
 import contextlib
 import hashlib

@@ -2,7 +2,7 @@
 
 A token may end inside a UTF-8 character, which then waits for the next one. A stop string may begin
 in one token and end in another, so text that could be its beginning is held back. It is looked for
-in the answer alone: a thought is nobody's to cut.
+in the answer only: stop strings never cut a thought.
 """
 
 import codecs

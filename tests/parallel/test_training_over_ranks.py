@@ -231,23 +231,10 @@ def test_bench_times_the_steps_of_every_layout(flags, alone):
     assert refused.status == 1 and refused.err.count("batch_size = 8 is not valid") == 1
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system with room for one checkpoint of the two."""
-    (disk := tmp_path / "disk").mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("mounting a small file system needs root")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
-
-
 @pytest.mark.slow
 def test_a_full_disk_ends_all_ranks_with_one_line(flags, small_disk, tmp_path):
     """It is found by the ranks' writers, while training goes on; the first checkpoint is whole."""
-    run = small_disk / "run"
+    run = small_disk(2) / "run"  # room for one checkpoint of the two
     said = torchrun(*flags, "--out", str(run), "--save-every", "2", "--steps", "40")
     lines = [line for line in said.err.splitlines() if line.startswith("python -m minids.train: ")]
     assert said.status != 0 and len(lines) == 1, said.err
