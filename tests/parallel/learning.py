@@ -133,8 +133,11 @@ class Texts:
 
 
 def stream(**shared) -> loaders.StreamLoader:
-    """Batches of such documents, which counts those that were tokenised here."""
-    made = loaders.StreamLoader(Texts(), BYTES, 16, seed=3, **shared)
+    """Batches of such documents, which counts those that were tokenised here.
+
+    Half of them are rearranged to fill in the middle, which a document's number decides.
+    """
+    made = loaders.StreamLoader(Texts(), BYTES, 16, seed=3, fim_rate=0.5, **shared)
     made.tokenised, encode = 0, made.encode
 
     def counting(texts, first):

@@ -181,7 +181,10 @@ def test_completions(client):
     assert [c["index"] for c in many["choices"]] == [0, 1, 2]
     assert many["choices"][0]["text"] == choice["text"]
     chunks = events(client, "/v1/completions", **ask)
-    assert "".join(c["choices"][0]["text"] for c in chunks) == choice["text"]
+    pieces = [c["choices"][0]["text"] for c in chunks]
+    assert "".join(pieces) == choice["text"] and all(pieces[:-1])  # the last has the reason
+    [first, *_] = events(client, "/v1/completions", **ask, echo=True)
+    assert first["choices"][0]["text"] == "1+1"
     stop = choice["text"][2:4]
     cut = client.post("/completions", json=ask | dict(stop=[stop])).json()["choices"][0]
     assert cut["text"] == choice["text"][:choice["text"].find(stop)]
