@@ -1,6 +1,7 @@
 """Command lines: the fields of a dataclass become flags, and a user's mistake becomes one line."""
 
 import argparse
+import contextlib
 import errno
 import functools
 import io
@@ -232,6 +233,21 @@ class Lasting:
                   file=sys.stderr, flush=True)
 
 
+def leave(status: int) -> NoReturn:
+    """Exit with a status; a process that still belongs to a group of torch.distributed exits here.
+
+    Torch ends a group's threads when Python ends, in any order, and one that runs then aborts the
+    process, whose status becomes that of signal 6.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed and distributed.is_available() and distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 def run_program(program: str, main, lasting: bool = False) -> NoReturn:
     """Run `main()` and exit with its status.
 
@@ -248,16 +264,18 @@ def run_program(program: str, main, lasting: bool = False) -> NoReturn:
     try:
         status = main() or 0
         sys.stdout.flush()  # what it still holds may find a full disk, or no reader
-        sys.exit(status)
+        leave(status)
+    except SystemExit as ended:  # of argparse, or of a rank that leaves the word to another one
+        leave(ended.code or 0)
     except Stopped as stopped:
         print(f"stopped; continue with: python -m {program} {shlex.join(stopped.flags)}")
-        sys.exit(128 + stopped.number)
+        leave(128 + stopped.number)
     except BrokenPipeError:  # the reader, say `head`, has closed the pipe
         silence(sys.stdout)
-        sys.exit(0)
+        leave(0)
     except KeyboardInterrupt:
         print(f"python -m {program}: interrupted", file=sys.stderr)
-        sys.exit(130)
+        leave(130)
     except Exception as error:
         if not (line := told(error)):
             raise
@@ -266,4 +284,4 @@ def run_program(program: str, main, lasting: bool = False) -> NoReturn:
             sys.stdout.flush()
         except OSError:
             silence(sys.stdout)
-        sys.exit(2)
+        leave(2)
