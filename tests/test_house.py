@@ -20,7 +20,7 @@ REACHES: dict[str, str] = {}
 # file -> why it is longer than 400 lines
 LONG: dict[str, str] = {}
 
-LINES = 21_913  # of the whole package, tables of names and presets included
+LINES = 26_000  # of the whole package, tables of names and presets included
 
 
 def module_name(path: Path) -> str:
