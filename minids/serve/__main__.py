@@ -4,10 +4,11 @@
     python -m minids.serve --run runs/r1/final --port 8001
     python -m minids.serve --run DeepSeek-V2-Lite --device cuda --rows 32
 
-It prints the address of the page and stays until Ctrl-C. It listens on this machine alone; with
---host 0.0.0.0, anyone who can reach the machine can use it, so set an --api-key. Clients of
-OpenAI's API take http://127.0.0.1:8000/v1 as their base URL. `minids.infer.batch` describes how
-replies share a batch. Conversations are neither stored nor printed.
+It reads the model, then listens and prints the address of the page; until then the port refuses
+connections, so no client meets a server without a model. Ctrl-C ends it. It listens on this machine
+alone; with --host 0.0.0.0, anyone who can reach the machine can use it, so set an --api-key.
+Clients of OpenAI's API take http://127.0.0.1:8000/v1 as their base URL. `minids.infer.batch`
+describes how replies share a batch. Conversations are neither stored nor printed.
 """
 
 import functools

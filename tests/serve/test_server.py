@@ -342,6 +342,11 @@ def test_a_base_model_completes_and_does_not_talk():
         assert not client.get("/v1/models").json()["data"][0]["chat"]
 
 
+def test_nobody_comes_in_before_the_model_is_read():
+    with bind(ServeArgs(port=0)) as at, pytest.raises(ConnectionRefusedError):
+        socket.create_connection(at.getsockname())
+
+
 def test_a_port_that_is_taken_is_told():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with pytest.raises(ValueError, match="^port = "):

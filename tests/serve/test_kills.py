@@ -1,0 +1,108 @@
+"""The program itself: killed in streams and started again, a folder that changes underneath."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+for package in ("starlette", "uvicorn"):
+    pytest.importorskip(package, reason=f"{package} is not installed")
+httpx = pytest.importorskip("httpx", reason="httpx is not installed")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parents[2]
+ASK = dict(prompt="1+1", max_tokens=200, temperature=2, stream=True, seed=3)
+# The program with a worker that stands still after five steps until it is told to stop: a signal
+# then comes in the middle of a stream, however slow the machine is.
+HELD = """
+import runpy, time
+from minids.infer.engine import Engine
+wait = Engine.wait
+def held(self):
+    while len(self.batch.log) == 5 and not self.stopping:
+        time.sleep(0.01)
+    return wait(self)
+Engine.wait = held
+runpy.run_module("minids.serve", run_name="__main__", alter_sys=True)
+"""
+
+
+@contextlib.contextmanager
+def program(*words: str, held: bool = False) -> Iterator[tuple[subprocess.Popen, str]]:
+    """Start the server; yield it and its address, or what it said instead."""
+    start = ["-c", HELD] if held else ["-m", "minids.serve"]
+    made = subprocess.Popen([sys.executable, *start, *words], cwd=ROOT, stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True,
+                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    try:
+        line = made.stdout.readline()
+        yield made, line.split()[1] if line else made.stderr.read()
+    finally:
+        made.kill()
+        made.wait()
+        made.stdout.close()
+        made.stderr.close()
+
+
+def lines(answer) -> Iterator[str]:
+    """Return the lines of a stream that are not empty."""
+    return filter(None, answer.iter_lines())
+
+
+def test_a_signal_ends_streams_with_an_error_event_and_the_port_is_free_again():
+    with program("--port", "0", held=True) as (server, url):
+        port = url.rpartition(":")[2]
+        with httpx.stream("POST", f"{url}/v1/completions", json=ASK | dict(n=16)) as answer:
+            stream = lines(answer)
+            for _ in range(3):
+                next(stream)
+            server.send_signal(signal.SIGTERM)
+            *_, last = stream
+        assert json.loads(last[6:])["error"]["code"] == "server_shutting_down"
+        _, err = server.communicate(timeout=60)
+        assert server.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM) and err == ""
+    with program("--port", port, held=True) as (server, url):
+        with httpx.stream("POST", f"{url}/v1/completions", json=ASK) as answer:
+            stream = lines(answer)
+            next(stream)
+            server.kill()  # nothing is said; the connection breaks
+            with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
+                list(stream)
+    with program("--port", port) as (server, url):
+        assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) == 130
+        assert server.stderr.read() == "python -m minids.serve: interrupted\n"
+
+
+def test_a_folder_that_changes_underneath_is_not_read_again(tmp_path):
+    shutil.copytree(ROOT / "data/r1/rl", tmp_path / "rl")
+    with program("--port", "0", "--run", str(tmp_path / "rl")) as (server, url):
+        def ask() -> list:
+            asked = ASK | dict(stream=False)
+            return httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()["choices"]
+
+        before = ask()
+        for file in (tmp_path / "rl").iterdir():
+            os.truncate(file, 0)  # a file that is mapped into memory would end the process
+        assert ask() == before
+        shutil.rmtree(tmp_path / "rl")
+        assert ask() == before
+        assert server.poll() is None
+
+
+@pytest.mark.parametrize("words, named", [
+    (["--run", "nowhere"], "nowhere"), (["--port", "99999"], "port = 99999"),
+    (["--host", "no such host"], "host = 'no such host'"), (["--rows", "0"], "rows = 0"),
+    (["--task", "nothing"], "task = 'nothing'")])
+def test_a_mistake_is_one_line_and_status_2(words, named):
+    with program("--port", "0", *words) as (server, err):
+        assert server.wait(60) == 2
+        assert named in err and err.count("\n") == 1
