@@ -4,7 +4,9 @@ A check takes a notebook and returns what is wrong, in words.
 """
 
 import base64
+import copy
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -16,10 +18,13 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from minids.lab import opening
+
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
 GRADE_FIELDS = {"schema_version", "grade_id", "solution", "grade", "locked", "task"}
 SOLUTION, HIDDEN = "SOLUTION", "HIDDEN TESTS"
+COMPARED = "nbval-check-output"  # the tag of a cell whose output must be the stored one
 
 
 @dataclass(frozen=True)
@@ -63,12 +68,19 @@ def kernel(book: Notebook) -> list[str]:
 
 
 def execution(book: Notebook) -> list[str]:
-    """Require that all cells ran once, from top to bottom, and that printed output is stored."""
+    """Require that all cells ran once, from top to bottom, and that output is stored and compared.
+
+    A cell tag, which a reader does not see, makes nbval compare; a comment would do the same.
+    """
     counts = [cell.execution_count for cell in book.code]
     found = [] if counts == [*range(1, len(counts) + 1)] else [f"execution counts {counts}"]
+    if not any(COMPARED in cell.metadata.get("tags", []) for cell in book.code):
+        found.append("no cell's output is compared")
+    found += [f"a comment for nbval in cell {cell.execution_count}" for cell in book.code
+              if "NBVAL_" in cell.source]
     return found + [f"cell {cell.execution_count} prints and has no output" for cell in book.code
-                    if re.search(r"^print\(|NBVAL_CHECK_OUTPUT", cell.source, re.M)
-                    and not cell.outputs]
+                    if (re.search(r"^print\(", cell.source, re.M)
+                        or COMPARED in cell.metadata.get("tags", [])) and not cell.outputs]
 
 
 def noise(book: Notebook) -> list[str]:
@@ -114,9 +126,9 @@ def figure(book: Notebook) -> list[str]:
 
 
 def local(book: Notebook) -> list[str]:
-    """Refuse linked pictures: cells draw them."""
+    """Refuse linked pictures: cells draw them. Only Colab's badge is one."""
     return [f"a linked picture in the cell that begins {text[:40]!r}"
-            for text in book.markdown if re.search(r"!\[|<img", text)]
+            for text in book.markdown if re.search(r"!\[|<img", opening.LINE.sub("", text))]
 
 
 def anatomy(book: Notebook) -> list[str]:
@@ -199,14 +211,15 @@ def markers(source: str, kind: str) -> bool:
     return found == ["BEGIN", "END"]
 
 
-def first_cell(books: list[Notebook]) -> list[str]:
-    """Require that all notebooks begin with the same code."""
-    kinds = {book.code[0].source for book in books}
-    return [] if len(kinds) == 1 else [f"{len(kinds)} different first cells"]
+def begins(book: Notebook) -> list[str]:
+    """Require the opening that `python -m minids.lab.opening` writes: first cell, fold, badge."""
+    nb = copy.deepcopy(book.nb)
+    opening.open_with(nb, opening.address_of(), f"{book.name}.ipynb")
+    return [] if nb == book.nb else ["another opening than minids.lab.opening writes"]
 
 
-CHECKS = [kernel, execution, noise, length, prose, proportion, figure, local, anatomy, grading,
-          bug]
+CHECKS = [kernel, begins, execution, noise, length, prose, proportion, figure, local, anatomy,
+          grading, bug]
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 BOOKS = [read(path) for path in PATHS]
 
@@ -215,10 +228,6 @@ BOOKS = [read(path) for path in PATHS]
 @pytest.mark.parametrize("book", BOOKS, ids=lambda book: book.name)
 def test_notebook(book, check):
     assert check(book) == []
-
-
-def test_all_begin_alike():
-    assert first_cell(BOOKS) == []
 
 
 def drawn(notebook: bytes) -> dict[str, bytes]:
@@ -265,41 +274,14 @@ def test_a_notebook_that_is_wrong_in_all_ways_is_refused(check):
     assert check(Notebook("07_test", ROOT, new_notebook(cells=cells))) != []
 
 
-def run_first_cell(folder: Path, before: str = "", after: str = "") -> subprocess.CompletedProcess:
-    """Run the first cell in a process of its own that starts in `folder`."""
-    source = "\n".join([before, BOOKS[0].code[0].source, after])
-    return subprocess.run([sys.executable, "-c", source], cwd=folder, capture_output=True,
-                          text=True, timeout=120)
-
-
-FAKE_TORCH = """
-import sys, types
-sys.modules["torch"] = types.SimpleNamespace(set_num_threads=print, get_num_threads=lambda: 3)
-"""
-FAKE_COLAB = """
-import subprocess
-sys.modules["google.colab"] = types.ModuleType("google.colab")
-subprocess.run = lambda command, check: print(*command[:-1], command[-1].split("/")[-1])
-"""
-
-
-@pytest.mark.parametrize("start", ["clone/notebooks", "clone", "."])
-def test_first_cell_finds_the_repository(start, tmp_path):
-    """From its own folder, from the root, and from the folder that holds the clone."""
-    (tmp_path / "clone").symlink_to(ROOT)
-    told = "import minids; print(Path(minids.__file__).resolve().parents[1])"
-    run = run_first_cell(tmp_path / start, FAKE_TORCH, told)
-    assert (run.stdout, run.stderr) == (f"2\n{ROOT}\n", "")
-
-
-def test_first_cell_installs_on_colab_only():
-    run = run_first_cell(FOLDER, FAKE_TORCH + FAKE_COLAB)
-    assert run.stdout == "pip install --quiet -r requirements.txt\n2\n"
-    assert "pip" not in run_first_cell(FOLDER, FAKE_TORCH).stdout
-
-
-def test_first_cell_says_what_to_do_without_the_repository(tmp_path):
-    run = run_first_cell(tmp_path, FAKE_TORCH)
-    assert run.returncode == 1
-    assert run.stderr.splitlines()[-1] == ("AssertionError: minids is not here: clone its "
-                                           "repository and open the notebook inside the clone")
+@pytest.mark.parametrize("tags, failed", [([COMPARED], 1), ([], 0)])
+def test_a_wrong_stored_output_fails(tags, failed, tmp_path):
+    """nbval compares the cells that have the tag, and only those."""
+    cell = new_code_cell("print(1)", metadata={"tags": tags}, execution_count=1)
+    cell.outputs = [new_output("stream", name="stdout", text="2\n")]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(new_notebook(cells=[cell], metadata={"kernelspec": kernel}),
+                   tmp_path / "wrong.ipynb")
+    command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider",
+               "--nbval-lax", "--nbval-current-env", "wrong.ipynb"]
+    assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == failed
