@@ -35,16 +35,31 @@ def house_style():
 def new_figure(width: float, height: float):
     """Return an empty figure that a notebook shows as a picture; width and height in inches."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(width, height), layout="constrained")
-    figure._repr_png_ = lambda: png(figure)  # the name that Jupyter asks an object for
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    figure._repr_png_ = lambda: shown(figure)  # the name that Jupyter asks an object for
     return figure
+
+
+def described(figure, alt: str):
+    """Return the figure with an alt text, which a notebook stores beside the picture.
+
+    alt: what the picture shows, in one or two sentences, for readers who cannot see it
+    """
+    figure.set_label(alt)
+    return figure
+
+
+def shown(figure):
+    """Return what Jupyter stores: the picture's bytes, and its alt text where there is one."""
+    alt = figure.get_label()
+    return (png(figure), {"alt": alt}) if alt else png(figure)
 
 
 @house_style()
 def png(figure) -> bytes:
     """Return the bytes of the figure's PNG file; equal figures give equal bytes."""
     buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, facecolor="white", metadata={"Software": None})
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
     return buffer.getvalue()
 
 

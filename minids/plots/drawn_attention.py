@@ -1,0 +1,124 @@
+"""Attention, drawn from the model's settings: plain, and over latents, with what each caches."""
+
+from minids.config import ModelArgs
+from minids.plots import style
+from minids.plots.drawing import ROLES, Box, Drawing
+
+PLAIN, ACTIVE, CACHED = ROLES["plain"], ROLES["attention"], ROLES["cached"]
+
+
+def weight(page: Drawing, x: float, y: float, symbol: str, name: str = "") -> Box:
+    """Draw a weight matrix: the paper's symbol, and under it the parameter's name."""
+    return page.box(x, y, 74, 40, f"$W^{{{symbol}}}$", PLAIN, name)
+
+
+def key(page: Drawing, y: float) -> None:
+    """Explain the colours."""
+    page.legend(24, y, {"weights": PLAIN, "computed for this token": ACTIVE,
+                        "cached, read by all later tokens": CACHED})
+
+
+def look_back(page: Drawing, x: float, y: float, height: float, heads: int) -> Box:
+    """Draw what all heads do with their queries, keys and values."""
+    attend = page.box(x, y, 106, height, colour=ACTIVE)
+    page.text(x, y - 44, f"{heads} heads")
+    for line, words in enumerate(["scores q · k", "softmax over", "earlier tokens", "sum of v"]):
+        page.label(x, y - 16 + 20 * line, words)
+    return attend
+
+
+@style.house_style()
+def attention_drawing(args: ModelArgs, n_kv_heads: int = 0, dark: bool = False,
+                      path: style.File = None):
+    """Draw plain attention with its cache: keys and values of every key/value head.
+
+    n_kv_heads: key/value heads, fewer than heads if they are shared; 0: as many as heads
+    """
+    heads, kv = args.n_heads, n_kv_heads or args.n_heads
+    q_width, v_width = args.qk_nope_head_dim, args.v_head_dim
+    cached, middle = kv * (q_width + v_width), 155
+    shared = f" with {kv:,} key/value head{'s' if kv > 1 else ''}" if kv != heads else ""
+    page = Drawing(306, f"Plain attention{shared} caches {cached:,} numbers per token per layer",
+                   dark)
+    h = page.box(48, middle, 60, 44, "h", ACTIVE, f"{args.dim:,}")
+    attend = look_back(page, 560, middle, 206, heads)
+    for symbol, y, name, count, width, colour in [
+            ("Q", 75, "q", heads, q_width, ACTIVE), ("K", middle, "k", kv, q_width, CACHED),
+            ("V", 235, "v", kv, v_width, CACHED)]:
+        matrix = weight(page, 182, y, symbol)
+        page.arrow(h.right, (112, middle), (112, y), matrix.left)
+        result = page.box(360, y, 130, 44, name, colour, f"{count:,} × {width}",
+                          strong=colour == CACHED)
+        page.arrow(matrix.right, result.left, label=f"{count * width:,}")
+        page.arrow(result.right, (attend.left[0], y))
+    out = weight(page, 702, middle, "O")
+    page.arrow(attend.right, out.left)
+    page.label(702, middle - 32, f"{heads * v_width:,} → {args.dim:,}")
+    page.arrow(out.right, (784, middle))
+    key(page, 284)
+    return page.done(
+        f"Plain attention from left to right: the hidden state h of {args.dim:,} numbers becomes "
+        f"queries of {heads} heads, and keys and values of {kv} heads; keys and values, {cached:,} "
+        f"numbers, are cached; heads attend, and W^O brings the result back to {args.dim:,}.", path)
+
+
+@style.house_style()
+def mla_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
+    """Draw MLA's flow from the hidden state to the output, with widths (V3 equations 1 to 11)."""
+    heads, nope, rope, v = (args.n_heads, args.qk_nope_head_dim, args.qk_rope_head_dim,
+                            args.v_head_dim)
+    cached, plain = args.kv_lora_rank + rope, heads * (nope + v)
+    page = Drawing(390, f"MLA caches {cached:,} numbers per token per layer, plain attention "
+                        f"{plain:,}", dark)
+    q_row, k_row, v_row, rope_row = 75, 155, 225, 305
+    middle = (k_row + v_row) / 2
+    h = page.box(44, middle, 56, 44, "h", ACTIVE, f"{args.dim:,}")
+    attend = look_back(page, 622, middle, 276, heads)
+
+    def branch(to: tuple) -> None:
+        page.arrow(h.right, (82, middle), (82, to[1]), to)
+
+    def result(name: str, y: float, widths: str, up: Box) -> None:
+        made = page.box(480, y, 124, 44, name, ACTIVE, widths)
+        page.arrow(up.right, made.left)
+        page.arrow(made.right, (attend.left[0], y))
+
+    if args.q_lora_rank:
+        down = weight(page, 138, q_row, "DQ", "wq_a")
+        latent = page.box(246, q_row, 76, 44, "$c^Q$", ACTIVE, f"{args.q_lora_rank:,}")
+        up = weight(page, 358, q_row, "UQ, QR", "wq_b")
+        page.arrow(down.right, latent.left)
+        page.arrow(latent.right, up.left)
+        branch(down.left)
+    else:
+        up = weight(page, 358, q_row, "Q", "wq")
+        branch(up.left)
+    result("q", q_row, f"{heads} × ({nope} + {rope})", up)
+
+    down = weight(page, 138, middle, "DKV", "wkv_a")
+    branch(down.left)
+    latent = page.box(246, middle, 76, 50, "$c^{KV}$", CACHED, f"{args.kv_lora_rank:,}",
+                      strong=True)
+    page.arrow(down.right, latent.left)
+    for symbol, name, y, width in [("UK", "k", k_row, nope), ("UV", "v", v_row, v)]:
+        up = weight(page, 358, y, symbol, "wkv_b")
+        page.arrow(latent.right, (302, middle), (302, y), up.left)
+        result(name, y, f"{heads} × {width}", up)
+
+    down = weight(page, 138, rope_row, "KR", "wkv_a")
+    branch(down.left)
+    rotated = page.box(246, rope_row, 76, 50, "$k^R$", CACHED, f"{rope}", strong=True)
+    page.arrow(down.right, rotated.left)
+    page.arrow(rotated.right, (attend.left[0], rope_row),
+               label="rotated by its position, one key for all heads")
+    out = weight(page, 732, middle, "O", "wo")
+    page.arrow(attend.right, out.left)
+    page.label(732, middle - 32, f"{heads * v:,} → {args.dim:,}")
+    page.arrow(out.right, (794, middle))
+    key(page, 368)
+    queries = f"a latent of {args.q_lora_rank:,}" if args.q_lora_rank else "one matrix"
+    return page.done(
+        f"MLA from left to right: the hidden state h of {args.dim:,} numbers gives queries through "
+        f"{queries}; a latent of {args.kv_lora_rank} numbers, cached, which two matrices expand to "
+        f"keys and values of {heads} heads; and one rotated key of {rope} numbers, cached, for all "
+        f"heads. The heads attend, and W^O brings the result back to {args.dim:,}.", path)

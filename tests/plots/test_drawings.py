@@ -1,0 +1,195 @@
+"""The drawings follow the settings; nothing in them overlaps, crosses a word or leaves the page."""
+
+from dataclasses import replace
+from io import BytesIO
+from itertools import combinations, product
+
+import pytest
+from matplotlib.image import imread
+from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
+from matplotlib.transforms import Bbox
+
+from minids import ModelArgs
+from minids.plots import drawing, drawn_attention, drawn_experts, drawn_model
+
+MODELS = {name: ModelArgs.preset(name) for name in ("tiny", "v2-lite", "v3", "v3.2")}
+DRAWINGS = {
+    "model": drawn_model.model_drawing, "attention": drawn_attention.attention_drawing,
+    "mla": drawn_attention.mla_drawing, "moe": drawn_experts.moe_drawing}
+CASES = [*product(DRAWINGS, MODELS)]
+PIXEL = 1.5  # at 100 dots per inch: a page is 800 pixels wide
+
+
+def draw(name: str, model: str, **options):
+    """Return one drawing of one model."""
+    return DRAWINGS[name](MODELS[model], **options)
+
+
+def texts(figure) -> dict[str, Bbox]:
+    """Return every text with the rectangle that it fills, in pixels."""
+    figure.draw_without_rendering()
+    return {f"{n} {text.get_text()!r}": text.get_window_extent()
+            for n, text in enumerate(figure.axes[0].texts)}
+
+
+def inside(box: Bbox, outer: Bbox, slack: float = PIXEL) -> bool:
+    """Return whether a rectangle lies in another, up to some pixels."""
+    return (box.x0 >= outer.x0 - slack and box.x1 <= outer.x1 + slack
+            and box.y0 >= outer.y0 - slack and box.y1 <= outer.y1 + slack)
+
+
+def shapes(figure, kind) -> list[Bbox]:
+    """Return the rectangle of every patch of a kind, without its line's width."""
+    return [patch.get_path().get_extents(patch.get_transform())
+            for patch in figure.axes[0].patches if isinstance(patch, kind)]
+
+
+def segments(figure) -> list[tuple]:
+    """Return the straight parts of every arrow, in pixels."""
+    found = []
+    for patch in figure.axes[0].patches:
+        if isinstance(patch, FancyArrowPatch):
+            points = patch.get_transform().transform(patch._path_original.vertices)
+            found += [*zip(points[:-1].tolist(), points[1:].tolist(), strict=True)]
+    return found
+
+
+def passes(part: tuple, box: Bbox) -> bool:
+    """Return whether a level or upright line runs through a rectangle, more than at its edge."""
+    (x0, y0), (x1, y1) = part
+    return (min(x0, x1) < box.x1 - PIXEL and max(x0, x1) > box.x0 + PIXEL
+            and min(y0, y1) < box.y1 - PIXEL and max(y0, y1) > box.y0 + PIXEL)
+
+
+def faults(figure) -> list[str]:
+    """Return what a reader would stumble over."""
+    words, boxes, page = texts(figure), shapes(figure, FancyBboxPatch), figure.bbox
+    circles, lines = shapes(figure, Circle), segments(figure)
+    found = [f"{word} leaves the page" for word, box in words.items() if not inside(box, page, 0)]
+    found += [f"{a} on {b}" for a, b in combinations(words, 2) if words[a].overlaps(words[b])]
+    for word, box in words.items():
+        found += [f"{word} crosses an edge" for edge in boxes
+                  if box.overlaps(edge) and not inside(box, edge)]
+        found += [f"{word} is crossed by a line" for part in lines if passes(part, box)]
+    found += ["two boxes overlap" for a, b in combinations(boxes, 2)
+              if inside(a, page) and a.padded(-PIXEL).overlaps(b.padded(-PIXEL))
+              and not inside(a, b) and not inside(b, a) and not stacked(a, b)]
+    found += ["a box leaves the page" for box in boxes if not inside(box, page, 0)]
+    leaves = [box for box in boxes if any(inside(word, box) for word in words.values())
+              and not any(inside(other, box) for other in boxes if other is not box)]
+    found += [f"an arrow {part} runs through a box" for part, box in product(lines, leaves)
+              if passes(part, box)]
+    found += [f"an arrow {part} is neither level nor upright" for part in lines
+              if min(abs(a - b) for a, b in zip(*part, strict=True)) > 0.01]
+    found += [f"a circle lies on {word}" for circle, (word, box) in product(circles, words.items())
+              if circle.overlaps(box) and not inside(box, circle)]
+    return found
+
+
+def stacked(a: Bbox, b: Bbox) -> bool:
+    """Return whether two boxes of one size lie as cards on a pile."""
+    return a.size == pytest.approx(b.size) and max(abs(a.min - b.min)) < 10
+
+
+@pytest.mark.parametrize("name, model", CASES)
+def test_a_drawing_is_tidy_and_described(name, model):
+    """Nothing overlaps; all texts have 8.5 points and more; there is an alt text."""
+    figure = draw(name, model)
+    assert faults(figure) == []
+    assert min(text.get_fontsize() for text in figure.axes[0].texts) >= drawing.SMALL
+    assert len(figure.get_label()) > 60 and figure.get_label().endswith(".")
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_a_picture_is_an_opaque_card_and_the_same_twice(name, tmp_path):
+    """The same bytes in the notebook and on disk, with alt text; 1,200 dots wide."""
+    for dark in (False, True):
+        picture, shown = draw(name, "v3.2", dark=dark)._repr_png_()
+        again = draw(name, "v3.2", dark=dark, path=tmp_path / "a.png")
+        assert (tmp_path / "a.png").read_bytes() == picture
+        assert shown == {"alt": again.get_label()}
+        pixels = imread(BytesIO(picture))
+        assert pixels.shape[1] == 1200 and pixels[0, 0, 3] == 1
+        assert (pixels[0, 0, :3].mean() < 0.2) == dark
+
+
+@pytest.mark.parametrize("where", drawn_model.PARTS)
+def test_every_part_can_be_highlighted(where):
+    figure = drawn_model.model_drawing(MODELS["v3.2"], where)
+    assert faults(figure) == []
+    strong = [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2.2]
+    assert bool(strong) == bool(where)
+    assert not where or f"Highlighted: {where}." in figure.get_label()
+
+
+def test_a_part_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="where = 'mlp' is no part: valid are tokens, attention"):
+        drawn_model.model_drawing(MODELS["tiny"], "mlp")
+    for model, where in [("tiny", "indexer"), ("v2-lite", "mtp")]:
+        with pytest.raises(ValueError, match=f"where = '{where}': .* no such part"):
+            drawn_model.model_drawing(MODELS[model], where)
+    dense = replace(MODELS["tiny"], n_routed_experts=0)
+    assert faults(drawn_model.model_drawing(dense)) == []
+    with pytest.raises(ValueError, match="n_routed_experts = 0"):
+        drawn_experts.moe_drawing(dense)
+
+
+NUMBERS = {  # drawing -> for V3, texts that stand in it; for tiny, texts that stand there instead
+    "model": (["MoE block  × 58", "dense block  × 3", "129,280 × 7,168", "512 cached", "64 cached",
+               "256 routed, 8 active", "128 heads", "latent 1,536"],
+              ["MoE block  × 3", "dense block  × 1", "4,096 × 256", "64 cached", "16 cached",
+               "8 routed, 2 active", "4 heads", "from 256"]),
+    "attention": (["16,384", "128 × 128"], ["128", "4 × 32"]),
+    "mla": (["7,168", "1,536", "512", "64", "128 × (128 + 64)", "16,384 → 7,168"],
+            ["256", "64", "16", "4 × (32 + 16)", "128 → 256"]),
+    "moe": (["256 scores", "best 4 of 8 groups", "best 8 experts"], ["8 scores", "best 2 experts"])}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_come_from_the_settings(name):
+    found = {model: {text.get_text() for text in draw(name, model).axes[0].texts}
+             for model in ("v3", "tiny")}
+    for wanted, model in zip(NUMBERS[name], ("v3", "tiny"), strict=True):
+        assert set(wanted) <= found[model]
+    # No text of one model but common words may stand in the other's drawing.
+    assert not set(NUMBERS[name][0]) - set(NUMBERS[name][1]) & found["tiny"]
+
+
+def test_attention_with_fewer_key_value_heads():
+    figure = drawn_attention.attention_drawing(MODELS["v3"], n_kv_heads=1)
+    assert faults(figure) == []
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert words[0] == ("Plain attention with 1 key/value head caches 256 numbers per token per "
+                        "layer") and words.count("1 × 128") == 2
+
+
+def test_the_experts_drawn_are_those_of_the_gate():
+    for args in MODELS.values():
+        scores, choice, weights = drawn_experts.route(args)
+        best = sorted(range(len(choice)), key=lambda i: -choice[i])[:args.n_activated_experts]
+        assert sorted(best) == [*weights] and len(scores) == args.n_routed_experts
+        shares = [scores[i] for i in weights]
+        if args.score_func == "sigmoid":
+            shares = [args.route_scale * share / sum(shares) for share in shares]
+        # Weights of the package's gate, in FP32; about 1e-7 of each.
+        assert [*weights.values()] == pytest.approx(shares, rel=1e-5)
+
+
+def test_faults_are_noticed():
+    """Wrong variants: each of the things that `faults` looks for, made once."""
+    page = drawing.Drawing(100, "a title")
+    box = page.box(100, 60, 60, 30, "a name that is too long")
+    assert [fault[-15:] for fault in faults(page.figure)] == ["crosses an edge"]
+    page = drawing.Drawing(100, "a title")
+    page.text(60, 24, "another")
+    page.text(790, 80, "outside")
+    page.text(300, 60, "crossed")
+    page.arrow((250, 60), (400, 60))
+    page.box(200, 80, 60, 30, "box")
+    page.box(220, 70, 60, 40)
+    page.arrow((150, 80), (260, 84))
+    found = " / ".join(faults(page.figure))
+    for fault in ["leaves the page", "0 'a title' on 1 'another'", "is crossed by a line",
+                  "two boxes overlap", "runs through a box", "neither level nor upright"]:
+        assert fault in found, fault
+    assert box.left == (70, 60) and box.top == (100, 45)
