@@ -122,3 +122,95 @@ def mla_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
         f"{queries}; a latent of {args.kv_lora_rank} numbers, cached, which two matrices expand to "
         f"keys and values of {heads} heads; and one rotated key of {rope} numbers, cached, for all "
         f"heads. The heads attend, and W^O brings the result back to {args.dim:,}.", path)
+
+
+@style.house_style()
+def rope_drawing(args: ModelArgs, positions: tuple = (0, 1, 8, 64, 512, 4096), dark: bool = False,
+                 path: style.File = None):
+    """Draw rotary pairs as clock hands, a column per pair and a row per position.
+
+    positions: of the rows, tokens. Hands start at twelve and run clockwise.
+    """
+    from math import pi
+
+    from minids.model.rope import rotary_frequencies
+    speeds = rotary_frequencies(args).tolist()  # radians per position
+    shown = min(len(speeds), 8)
+    pairs = [round(i * (len(speeds) - 1) / max(1, shown - 1)) for i in range(shown)]
+    left, pitch, radius = 104, 680 / shown, 22
+    page = Drawing(146 + 58 * len(positions), "Fast hands tell neighbours apart, slow hands far "
+                   "positions", dark)
+    bottom = 106 + 58 * len(positions)
+    for column, pair in enumerate(pairs):
+        x = left + pitch * (column + 0.5)
+        page.text(x, 56, f"pair {pair}")
+        for row, position in enumerate(positions):
+            page.clock(x, 104 + 58 * row, radius, position * speeds[pair] % (2 * pi), ACTIVE)
+        page.label(x, bottom, f"{2 * pi / speeds[pair]:,.3g}" if speeds[pair] > 0.0063 else
+                   f"{2 * pi / speeds[pair]:,.0f}")
+    for row, position in enumerate(positions):
+        page.text(96, 104 + 58 * row, f"position {position:,}", ha="right")
+    page.label(96, bottom, "wavelength", ha="right")
+    page.label(left + 340, bottom + 20, "tokens in which the hand goes round once"
+               + (", stretched by YaRN" if args.yarn else ""))
+    return page.done(
+        f"{shown} of {len(speeds)} rotary pairs as clock hands at positions "
+        f"{', '.join(map(str, positions))}: the first goes round in "
+        f"{2 * pi / speeds[0]:.1f} tokens, the last in {2 * pi / speeds[-1]:,.0f}.", path)
+
+
+@style.house_style()
+def dsa_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
+    """Draw V3.2's indexer, its selection, attention over it, and what learns from what."""
+    from random import Random
+    if not args.has_indexer:
+        raise ValueError("index_n_heads = 0: the model has no indexer to draw")
+    gate, cells, keep = ROLES["gate"], 24, 5
+    page = Drawing(430, f"The indexer picks {args.index_topk:,} tokens for each query; attention "
+                        "reads only those", dark)
+    random = Random(5)
+    scores = [random.random() ** 2 for _ in range(cells)]
+    best = sorted(range(cells), key=lambda i: -scores[i])[:keep]
+
+    h = page.box(48, 205, 60, 44, "h", ACTIVE, f"{args.dim:,}")
+    query = page.box(184, 96, 110, 44, "index queries", gate,
+                     f"{args.index_n_heads} × {args.index_head_dim}")
+    keys = page.box(184, 160, 110, 44, "index key", CACHED, f"{args.index_head_dim} cached",
+                    strong=True)
+    score = page.box(342, 96, 112, 44, "index score", gate, "Σ w · ReLU(q · k)")
+    strip = [[page.shade(gate, 0.12 + 0.88 * value) for value in scores]]
+    row = page.grid(440, 84, strip, (10, 24))
+    page.label(560, 70, "a score for each earlier token")
+    choice = page.box(560, 158, 150, 40, f"best {args.index_topk:,}", gate, "a choice, no gradient")
+    latents = [[page.shade(CACHED, 0.9 if i in best else 0.14) for i in range(cells)]]
+    cache = page.grid(440, 218, latents, (10, 24))
+    page.label(432, 230, f"cached latents, {args.kv_lora_rank} + {args.qk_rope_head_dim} each",
+               ha="right")
+    queries = page.box(184, 310, 110, 44, "queries", ACTIVE,
+                       f"{args.n_heads} × {args.qk_head_dim}")
+    attend = page.box(560, 310, 150, 44, "attention", ACTIVE, "over the chosen latents")
+    out = page.box(730, 310, 80, 44, "output", ACTIVE, f"{args.dim:,}")
+    page.arrow(h.right, (100, 205), (100, 96), query.left)
+    page.arrow((100, 160), keys.left)
+    page.arrow(h.right, (100, 205), (100, 310), queries.left)
+    page.arrow(query.right, score.left)
+    page.arrow(keys.right, (342, 160), score.bottom)
+    page.arrow(score.right, (row.left[0], 96))
+    page.arrow((560, row.bottom[1]), choice.top)
+    page.arrow(choice.bottom, (560, cache.top[1]))
+    page.arrow((560, cache.bottom[1]), attend.top)
+    page.arrow(queries.right, attend.left)
+    page.arrow(attend.right, out.left)
+    own = page.box(730, 158, 110, 44, "indexer's loss", gate, "KL to attention")
+    page.arrow((attend.right[0] - 10, attend.top[1]), (625, 262), (730, 262), own.bottom)
+    page.arrow(own.top, (730, 96), (row.right[0], 96), colour=gate, dashed=True)
+    main = page.box(730, 384, 110, 30, "model's loss", ACTIVE)
+    page.arrow(out.bottom, main.top)
+    page.arrow(main.left, (560, 384), attend.bottom, colour=ACTIVE, dashed=True)
+    page.label(129, 384, "dashed: gradients; neither loss reaches the other part", ha="left")
+    return page.done(
+        f"V3.2's sparse attention: {args.index_n_heads} small index heads score every earlier "
+        f"token by its cached key of {args.index_head_dim} numbers; the best {args.index_topk:,} "
+        f"are chosen; the {args.n_heads} attention heads read only their latents. The indexer "
+        "learns from the KL divergence to attention's weights, the rest from the model's loss.",
+        path)

@@ -15,14 +15,18 @@ from minids.plots import drawing, drawn_attention, drawn_experts, drawn_model
 MODELS = {name: ModelArgs.preset(name) for name in ("tiny", "v2-lite", "v3", "v3.2")}
 DRAWINGS = {
     "model": drawn_model.model_drawing, "attention": drawn_attention.attention_drawing,
-    "mla": drawn_attention.mla_drawing, "moe": drawn_experts.moe_drawing}
+    "mla": drawn_attention.mla_drawing, "rope": drawn_attention.rope_drawing,
+    "dsa": drawn_attention.dsa_drawing, "moe": drawn_experts.moe_drawing}
 CASES = [*product(DRAWINGS, MODELS)]
 PIXEL = 1.5  # at 100 dots per inch: a page is 800 pixels wide
 
 
 def draw(name: str, model: str, **options):
-    """Return one drawing of one model."""
-    return DRAWINGS[name](MODELS[model], **options)
+    """Return one drawing of one model, which gets an indexer where the drawing needs one."""
+    args = MODELS[model]
+    if name == "dsa" and not args.has_indexer:
+        args = replace(args, index_n_heads=4, index_head_dim=64)
+    return DRAWINGS[name](args, **options)
 
 
 def texts(figure) -> dict[str, Bbox]:
@@ -132,6 +136,8 @@ def test_a_part_that_is_not_there_is_refused():
     assert faults(drawn_model.model_drawing(dense)) == []
     with pytest.raises(ValueError, match="n_routed_experts = 0"):
         drawn_experts.moe_drawing(dense)
+    with pytest.raises(ValueError, match="index_n_heads = 0"):
+        drawn_attention.dsa_drawing(dense)
 
 
 NUMBERS = {  # drawing -> for V3, texts that stand in it; for tiny, texts that stand there instead
@@ -142,6 +148,9 @@ NUMBERS = {  # drawing -> for V3, texts that stand in it; for tiny, texts that s
     "attention": (["16,384", "128 × 128"], ["128", "4 × 32"]),
     "mla": (["7,168", "1,536", "512", "64", "128 × (128 + 64)", "16,384 → 7,168"],
             ["256", "64", "16", "4 × (32 + 16)", "128 → 256"]),
+    "rope": (["pair 31", "1,884,690"], ["pair 7", "19,869"]),
+    "dsa": (["128 × 192", "cached latents, 512 + 64 each"],
+            ["4 × 48", "cached latents, 64 + 16 each"]),
     "moe": (["256 scores", "best 4 of 8 groups", "best 8 experts"], ["8 scores", "best 2 experts"])}
 
 
