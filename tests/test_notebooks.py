@@ -84,9 +84,11 @@ def execution(book: Notebook) -> list[str]:
 
 
 def noise(book: Notebook) -> list[str]:
-    """Refuse errors, output on stderr and paths of one machine."""
-    found = []
+    """Refuse errors, output on stderr, paths of one machine, and controls without a kernel."""
+    found = ["the state of widgets is stored"] if "widgets" in book.nb.metadata else []
     for number, output in [(c.execution_count, output) for c in book.code for output in c.outputs]:
+        if any("widget" in kind for kind in output.get("data", {})):
+            found.append(f"cell {number} has controls in its output: run it by nbclient")
         texts = [text for kind, text in output.get("data", {}).items() if "text" in kind]
         if output.output_type == "error" or output.get("name") == "stderr":
             found.append(f"cell {number} has an error or something on stderr")
