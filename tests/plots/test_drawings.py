@@ -10,13 +10,23 @@ from matplotlib.patches import Circle, FancyArrowPatch, FancyBboxPatch
 from matplotlib.transforms import Bbox
 
 from minids import ModelArgs
-from minids.plots import drawing, drawn_attention, drawn_experts, drawn_model
+from minids.plots import (
+    drawing,
+    drawn_attention,
+    drawn_experts,
+    drawn_model,
+    drawn_training,
+    drawn_work,
+)
 
 MODELS = {name: ModelArgs.preset(name) for name in ("tiny", "v2-lite", "v3", "v3.2")}
 DRAWINGS = {
     "model": drawn_model.model_drawing, "attention": drawn_attention.attention_drawing,
     "mla": drawn_attention.mla_drawing, "rope": drawn_attention.rope_drawing,
-    "dsa": drawn_attention.dsa_drawing, "moe": drawn_experts.moe_drawing}
+    "dsa": drawn_attention.dsa_drawing, "moe": drawn_experts.moe_drawing,
+    "mtp": drawn_work.mtp_drawing, "fp8": drawn_work.fp8_drawing,
+    "tokens": drawn_work.tokens_drawing, "training": drawn_training.training_drawing,
+    "ranks": drawn_training.ranks_drawing}
 CASES = [*product(DRAWINGS, MODELS)]
 PIXEL = 1.5  # at 100 dots per inch: a page is 800 pixels wide
 
@@ -117,6 +127,19 @@ def test_a_picture_is_an_opaque_card_and_the_same_twice(name, tmp_path):
         assert (pixels[0, 0, :3].mean() < 0.2) == dark
 
 
+@pytest.mark.parametrize("where", drawn_work.R1)
+def test_every_stage_of_r1_can_be_highlighted(where):
+    figure = drawn_work.r1_drawing(where)
+    assert faults(figure) == [] and where in figure.get_label()
+    strong = [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2.2]
+    assert bool(strong) == bool(where)
+
+
+def test_a_stage_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="where = 'sft' is no stage: valid are zero, cold start"):
+        drawn_work.r1_drawing("sft")
+
+
 @pytest.mark.parametrize("where", drawn_model.PARTS)
 def test_every_part_can_be_highlighted(where):
     figure = drawn_model.model_drawing(MODELS["v3.2"], where)
@@ -138,6 +161,8 @@ def test_a_part_that_is_not_there_is_refused():
         drawn_experts.moe_drawing(dense)
     with pytest.raises(ValueError, match="index_n_heads = 0"):
         drawn_attention.dsa_drawing(dense)
+    with pytest.raises(ValueError, match="must divide n_routed_experts = 8"):
+        drawn_training.ranks_drawing(MODELS["tiny"], expert_parallel=3)
 
 
 NUMBERS = {  # drawing -> for V3, texts that stand in it; for tiny, texts that stand there instead
@@ -151,6 +176,14 @@ NUMBERS = {  # drawing -> for V3, texts that stand in it; for tiny, texts that s
     "rope": (["pair 31", "1,884,690"], ["pair 7", "19,869"]),
     "dsa": (["128 × 192", "cached latents, 512 + 64 each"],
             ["4 × 48", "cached latents, 64 + 16 each"]),
+    "mtp": (["61 blocks", "2 × 7,168 → 7,168"], ["4 blocks", "2 × 256 → 256"]),
+    "fp8": (["tokens × 7,168", "56 per token", "56 × 16 = 896", "52 more"],
+            ["tokens × 256", "2 per token", "2 × 1 = 2"]),
+    "tokens": (["ids 0 to 255 are the bytes; the model's vocabulary has 129,280 rows"],
+               ["ids 0 to 255 are the bytes; the model's vocabulary has 4,096 rows"]),
+    "training": (["61 blocks", "129,280"], ["4 blocks", "4,096"]),
+    "ranks": (["rank 64", "experts 253–256", "stage 16", "3 or 4 layers"],
+              ["rank 8", "expert 8", "stage 4", "1 layer"]),
     "moe": (["256 scores", "best 4 of 8 groups", "best 8 experts"], ["8 scores", "best 2 experts"])}
 
 
@@ -170,6 +203,35 @@ def test_attention_with_fewer_key_value_heads():
     words = [text.get_text() for text in figure.axes[0].texts]
     assert words[0] == ("Plain attention with 1 key/value head caches 256 numbers per token per "
                         "layer") and words.count("1 × 128") == 2
+
+
+@pytest.mark.parametrize("modules", [0, 2, 3])
+def test_a_chain_of_mtp_modules(modules):
+    figure = drawn_work.mtp_drawing(replace(MODELS["tiny"], n_mtp_layers=modules))
+    assert faults(figure) == []
+    words = [text.get_text() for text in figure.axes[0].texts]
+    # Module k reads t_(1+k) first and predicts t_(2+k) first: t_6 only where there is a module.
+    assert words.count("$t_2$") == (3 if modules else 2) and ("$t_6$" in words) == bool(modules)
+    assert ("$t_7$" in words) == (modules > 1) == ("MTP module 2" in words)
+    assert ("two are drawn" in figure.get_label()) == (modules > 2)
+
+
+def test_merges_join_the_most_frequent_pair():
+    figure = drawn_work.tokens_drawing(MODELS["tiny"], "aab aab", merges=2)
+    assert faults(figure) == []
+    words = [text.get_text() for text in figure.axes[0].texts]
+    # aa and ab stand twice each; the first of equals is joined first, then aab.
+    assert words[0] == "2 merges turn 7 bytes into 3 tokens"
+    assert words.count("aa") == 2 and words.count("aab") == 2 and words.count("257") == 2
+    assert drawn_work.joined([b"a", b"a", b"a"], (b"a", b"a")) == [b"aa", b"a"]
+
+
+@pytest.mark.parametrize("options", [dict(pipeline=2, expert_parallel=2, replicas=1),
+                                     dict(pipeline=1, expert_parallel=4, replicas=3)])
+def test_other_layouts_of_ranks(options):
+    figure = drawn_training.ranks_drawing(MODELS["tiny"], **options)
+    gpus = options["pipeline"] * options["expert_parallel"] * options["replicas"]
+    assert faults(figure) == [] and figure.axes[0].texts[0].get_text().startswith(f"{gpus} GPUs")
 
 
 def test_the_experts_drawn_are_those_of_the_gate():
