@@ -54,56 +54,63 @@ def training_drawing(args: ModelArgs, dark: bool = False, path: style.File = Non
 
 
 @style.house_style()
-def ranks_drawing(args: ModelArgs, pipeline: int = 0, expert_parallel: int = 0, replicas: int = 2,
-                  dark: bool = False, path: style.File = None):
+def ranks_drawing(args: ModelArgs, stages: list[range] | int = 0, expert_parallel: int = 0,
+                  replicas: int = 2, dark: bool = False, path: style.File = None):
     """Draw who holds what on many GPUs: stages of layers, ranks with their experts, replicas.
 
-    pipeline, expert_parallel: stages, and ranks among which a layer's experts are divided;
-    0: at most 16 and 64, V3's. replicas: ranks that hold the same experts
+    stages: the layers of each pipeline stage, counted from 0, or how many equal stages; 0: at most
+        16, as V3 has. expert_parallel: ranks that share a layer's experts out; 0: at most 64
+    replicas: ranks that hold the same experts and see different tokens
     """
-    stages = pipeline or min(16, args.n_layers)
+    if not isinstance(stages, list):
+        count, n = stages or min(16, args.n_layers), args.n_layers
+        stages = [range(n * s // count, n * (s + 1) // count) for s in range(count)]
     ranks = expert_parallel or min(64, max(1, args.n_routed_experts))
-    if not args.has_moe or args.n_routed_experts % ranks or stages > args.n_layers:
+    if not args.has_moe or args.n_routed_experts % ranks:
         raise ValueError(f"expert_parallel = {ranks} must divide n_routed_experts = "
-                         f"{args.n_routed_experts}, and pipeline = {stages} be at most n_layers = "
-                         f"{args.n_layers}")
-    own = args.n_routed_experts // ranks
+                         f"{args.n_routed_experts}")
+    if not all(stages):
+        raise ValueError(f"stages = {len(stages)}: at most n_layers = {args.n_layers}")
+    own, few = args.n_routed_experts // ranks, min(replicas, 3)
     times = {1: "", 2: ", twice"}.get(replicas, f", {replicas} times")
-    page = Drawing(450, f"{stages * ranks * replicas:,} GPUs: {stages} stages of layers, experts "
-                        f"over {ranks} ranks{times}", dark)
-    few = -(-args.n_layers // stages)
-    layers = f"{few} layers" if args.n_layers % stages == 0 else f"{few - 1} or {few} layers"
-    shown = [0, 1, stages - 1] if stages > 2 else [*range(stages)]
+    count = f"{len(stages)} stages of layers" if len(stages) > 1 else "one stage"
+    page = Drawing(446, f"{len(stages) * ranks * replicas:,} GPUs: {count}, experts over {ranks} "
+                        f"ranks{times}", dark)
+    shown = [0, 1, len(stages) - 1] if len(stages) > 2 else [*range(len(stages))]
     rows = [0, 1, ranks - 1] if ranks > 3 else [*range(ranks)]
-    before = None
+    centres, before = {1: [400], 2: [275, 525], 3: [150, 400, 650]}[len(shown)], None
     for column, stage in enumerate(shown):
-        x = (150, 400, 650)[column]
+        x, first, last = centres[column], stages[stage][0] + 1, stages[stage][-1] + 1
         outer = page.frame(x, 214, 196, 306)
         page.text(x, 82, f"stage {stage + 1}")
-        page.label(x, 100, layers.replace("1 layers", "1 layer") if few == 1 else layers)
+        page.label(x, 100, f"layers {first}–{last}" if first < last else f"layer {first}")
+        moe = any(map(args.is_moe_layer, stages[stage]))
         for n, rank in enumerate(rows):
-            y = (150, 218, 312)[n]
-            for shift in range(min(replicas, 3) - 1, 0, -1):
-                page.box(x + 5 * shift, y - 5 * shift, 150, 48, "", ROLES["routed"])
+            y, colour = (150, 218, 312)[n], ROLES["routed" if moe else "dense"]
             held = f"expert {rank + 1}"
             if own > 1:
                 held = f"experts {rank * own + 1}–{(rank + 1) * own}"
-            page.box(x, y, 150, 48, f"rank {rank + 1}", ROLES["routed"], held)
-        if len(rows) == 3 and ranks > 3:
+            for shift in range(few - 1, 0, -1):
+                page.box(x + 5 * shift, y - 5 * shift, 150, 48, "", colour)
+            page.box(x, y, 150, 48, f"rank {rank + 1}", colour, held if moe else "no experts")
+        if ranks > 3:
             page.text(x, 265, "⋮", 13)
         if before:
-            start, end = (before.right[0], 184), (outer.left[0], 184)
-            page.arrow(start, end)
-            page.arrow((end[0], 240), (start[0], 240), dashed=True)
+            page.arrow((before.right[0], 184), (outer.left[0], 184))
+            page.arrow((outer.left[0], 240), (before.right[0], 240), dashed=True)
             if stage != shown[column - 1] + 1:
-                page.text((start[0] + end[0]) / 2, 212, "…", 13)
+                page.text((before.right[0] + outer.left[0]) / 2, 212, "…", 13)
         before = outer
-    page.label(24, 390, "→ activations to the next stage, and gradients back (dashed)", ha="left")
-    page.label(24, 410, f"within a stage: all-to-all, each token's copy to the ranks of its "
-               f"{args.n_activated_experts} experts and back", ha="left")
-    page.label(24, 430, f"cards: {replicas} replicas of the experts, which see different tokens; "
-               "attention and norms are sharded over all ranks", ha="left")
+    remarks = [f"all-to-all within a stage: each token's copy goes to the ranks of its "
+               f"{args.n_activated_experts} experts and back",
+               "attention, norms and dense layers are sharded over all ranks of a stage"]
+    if len(stages) > 1:
+        remarks.insert(0, "between stages: activations on, gradients back (dashed)")
+    if replicas > 1:
+        remarks[-1] += f"; cards: {replicas} replicas of the experts"
+    for n, remark in enumerate(remarks):
+        page.label(52, 386 + 19 * n, remark, ha="left")
     return page.done(
-        f"{stages} pipeline stages of {layers}, each on {ranks * replicas} GPUs: {ranks} ranks "
-        f"with {own} experts of each layer, {replicas} times. Stages pass on activations and "
-        "return gradients; within a stage tokens travel to their experts.", path)
+        f"{args.n_layers} layers in {len(stages)} pipeline stages, each on {ranks * replicas} "
+        f"GPUs: {ranks} ranks with {own} experts of each MoE layer, {replicas} times. Stages pass "
+        "on activations and return gradients; within a stage tokens travel to their experts.", path)

@@ -163,6 +163,8 @@ def test_a_part_that_is_not_there_is_refused():
         drawn_attention.dsa_drawing(dense)
     with pytest.raises(ValueError, match="must divide n_routed_experts = 8"):
         drawn_training.ranks_drawing(MODELS["tiny"], expert_parallel=3)
+    with pytest.raises(ValueError, match="stages = 5: at most n_layers = 4"):
+        drawn_training.ranks_drawing(MODELS["tiny"], 5)
 
 
 NUMBERS = {  # drawing -> for V3, texts that stand in it; for tiny, texts that stand there instead
@@ -182,8 +184,8 @@ NUMBERS = {  # drawing -> for V3, texts that stand in it; for tiny, texts that s
     "tokens": (["ids 0 to 255 are the bytes; the model's vocabulary has 129,280 rows"],
                ["ids 0 to 255 are the bytes; the model's vocabulary has 4,096 rows"]),
     "training": (["61 blocks", "129,280"], ["4 blocks", "4,096"]),
-    "ranks": (["rank 64", "experts 253–256", "stage 16", "3 or 4 layers"],
-              ["rank 8", "expert 8", "stage 4", "1 layer"]),
+    "ranks": (["rank 64", "experts 253–256", "stage 16", "layers 4–7"],
+              ["rank 8", "expert 8", "stage 4", "layer 4", "no experts"]),
     "moe": (["256 scores", "best 4 of 8 groups", "best 8 experts"], ["8 scores", "best 2 experts"])}
 
 
@@ -226,12 +228,15 @@ def test_merges_join_the_most_frequent_pair():
     assert drawn_work.joined([b"a", b"a", b"a"], (b"a", b"a")) == [b"aa", b"a"]
 
 
-@pytest.mark.parametrize("options", [dict(pipeline=2, expert_parallel=2, replicas=1),
-                                     dict(pipeline=1, expert_parallel=4, replicas=3)])
+@pytest.mark.parametrize("options", [
+    dict(stages=[range(1), range(1, 4)], expert_parallel=2, replicas=1),
+    dict(stages=1, expert_parallel=4, replicas=3)])
 def test_other_layouts_of_ranks(options):
     figure = drawn_training.ranks_drawing(MODELS["tiny"], **options)
-    gpus = options["pipeline"] * options["expert_parallel"] * options["replicas"]
-    assert faults(figure) == [] and figure.axes[0].texts[0].get_text().startswith(f"{gpus} GPUs")
+    words = [text.get_text() for text in figure.axes[0].texts]
+    assert faults(figure) == [] and words[0].startswith("4 GPUs" if options["replicas"] == 1 else
+                                                        "12 GPUs")
+    assert ("layers 2–4" in words) == (options["stages"] != 1)
 
 
 def test_the_experts_drawn_are_those_of_the_gate():
