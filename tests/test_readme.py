@@ -96,6 +96,7 @@ ELSEWHERE = {
     "jupyter lab": "tests/test_jupyterlab.py",
     "nbgrader": "tests/lab/test_course.py",
     "python -m minids.lab.course": "tests/lab/test_course.py",
+    "python -m minids.lab.site": "tests/lab/test_site.py",
     "python -m minids.lab.claims": "tests/lab/test_claims.py, on small runs",
     "python -m minids.lab.flags": "tests/lab/test_flags.py",
     "python tests/mutants.py": "it runs the tests themselves, for an hour",
