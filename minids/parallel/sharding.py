@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import Shard
 
 from minids.config import ModelArgs
+from minids.model.sparse_attention import in_indexer
 from minids.model.transformer import Transformer, initialise
 from minids.parallel.experts import share_experts
 from minids.parallel.ranks import Ranks
@@ -80,8 +81,10 @@ def initialise_parts(parts: list[nn.Module], args: ModelArgs) -> None:
 def load_parts(parts: list[nn.Module], weights: dict[str, Tensor]) -> None:
     """Copy this rank's share of a whole model's weights and gate biases.
 
-    Raises KeyError for a name that is missing.
+    Indexers that have none, of a dense model, stay as they are; raises KeyError for another name
+    that is missing.
     """
     for part in parts:
         for name, tensor in part.state_dict().items():
-            place(tensor, weights[name])
+            if name in weights or not in_indexer(name):
+                place(tensor, weights[name])

@@ -87,6 +87,31 @@ def test_any_layout_takes_the_steps_of_one_process(home, flags, alone, layout):
 
 
 @pytest.mark.slow
+def test_two_ranks_go_on_from_a_run_to_sparse_attention_and_to_a_longer_context(home, alone):
+    """`--from RUN` takes the steps of one process; a dense run has no weights of indexers.
+
+    The indexers' loss is a difference of nearly equal logarithms, some 3e-6: rounding moves it by
+    1e-9.
+    """
+    source = alone
+    for flags in (["--dsa", "warmup"], ["--dsa", "sparse"], ["--context", "128"]):
+        if flags[0] == "--context":
+            source = alone
+        flags = ["--from", str(source), *flags, "--steps", "2", "--dtype", "fp32",
+                 "--batch-size", "4", "--device", "cpu"]
+        runs = [home / f"{flags[3]}-{kind}" for kind in ("one", "two")]
+        for start, run in zip((run_train, torchrun), runs, strict=True):
+            said = start(*flags, "--out", str(run))
+            assert said.status == 0, said.err
+        for mine, theirs in zip(*map(read_records, runs), strict=True):
+            assert mine.keys() == theirs.keys()
+            for name in mine.keys() & {"loss", "main", "indexer", "grad_norm",
+                                       "indexer_grad_norm"}:
+                assert mine[name] == pytest.approx(theirs[name], rel=CLOSE, abs=1e-8), name
+        source = runs[0]
+
+
+@pytest.mark.slow
 def test_micro_batches_in_bf16_add_up_over_ranks(home, flags):
     """A cast that outlives its micro-batch lost gradients: the norm was then 1 percent off.
 
