@@ -3,13 +3,14 @@
     python -m minids.dryrun --preset v3 --gpus 2048 --pipeline 16 --expert-parallel 64
     python -m minids.dryrun --preset small --gpus 8 --gpu-memory 24
     python -m minids.dryrun --what table                which models fit 1 to 2,048 GPUs, and how
+    python -m minids.dryrun --what inference            which GPUs hold released weights in FP8
 
 The package's own code shards the model over ranks that are not there and runs micro-batches without
 numbers (`minids.parallel.measuring` says what that leaves out). No GPU is touched and none is
 measured: seconds are bytes over a bandwidth, or FLOPs over a share of the peak, that flags assume.
 """
 
-import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -25,22 +26,25 @@ from minids.config import ModelArgs
 from minids.costs import count_parameters, flops
 from minids.costs.bill import V3_TOKENS, Rental, training_bill
 from minids.costs.cards import ROOM, named_card
+from minids.costs.serving import held
 from minids.parallel.layout import Layout
 from minids.runs.optimizers import is_hidden_matrix
 
-SIZES = (1, 2, 8, 64, 256, 2048)
 MODELS = ("small", "moonlight", "v2", "v3")
-# For the table, tried in order: pipeline, expert_parallel, schedule.
-CHOICES = ((1, 1, "1F1B"), (1, 8, "1F1B"), (4, 8, "1F1B"), (4, 64, "1F1B"), (8, 32, "1F1B"),
-           (16, 64, "DualPipeV"))
+HOST = 8  # GPUs of one host
+# For the table: pipeline, expert_parallel and replicate, in the order in which they are tried.
+CHOICES = {1: [(1, 1, 1)], 2: [(1, 1, 1)], 8: [(1, 8, 1)], 64: [(1, 8, 1), (1, 32, 1)],
+           256: [(1, 8, 1), (1, 32, 1)], 2048: [(1, 8, 8), (16, 64, 1)]}
+HELD_BY = (1, 2, 4, 8, 16, 32)  # GPUs, for inference
 
 
 @dataclass(frozen=True)
 class DryRunArgs(Settings):
     """Model, ranks and batch."""
 
-    what: str = option("model", "one model and layout, or the table of models and numbers of GPUs",
-                       ("model", "table"))
+    what: str = option("model", "one model and layout; a table of models and numbers of GPUs; or "
+                                "released weights in FP8, to be used and not trained",
+                       ("model", "table", "inference"))
     preset: str = option("v3", "model: " + ", ".join(ModelArgs.presets()))
     gpus: int = option(2048, "GPUs, one rank each", low=1, high=2 ** 16)
     seq_len: int = option(0, "tokens of a sequence; 0: 4,096, or fewer if the model takes no more",
@@ -55,12 +59,17 @@ class DryRunArgs(Settings):
     dtype: str = option("bf16", "precision of products; weights and gradients are FP32",
                         ("bf16", "fp32"))
     tokens: float = option(V3_TOKENS, "tokens to train on; V3 had 14.8e12", above=0)
-    network: float = option(50.0, "assumed bandwidth of a GPU to all others, GB/s; 400 Gbit/s: 50",
-                            above=0)
+    network: float = option(0.0, "assumed bandwidth of a GPU to all others, GB/s; 0: 400 for up "
+                                 "to 8 GPUs, which NVLink joins, and 50 beyond, 400 Gbit/s", low=0)
 
     def sequence(self, args: ModelArgs) -> int:
         """Return the tokens of a sequence."""
         return self.seq_len or min(4096, args.max_seq_len)
+
+    @property
+    def bandwidth(self) -> float:
+        """Return the assumed bandwidth, bytes per second."""
+        return (self.network or (400 if self.gpus <= HOST else 50)) * 1e9
 
 
 def two_moments(name: str, p: torch.Tensor) -> int:
@@ -86,6 +95,7 @@ class Rank(NamedTuple):
     outlast: int  # gathered weights, gradients, copies: for the whole step
     stored: int  # activations of all micro-batches in flight
     peak: int  # beside all these, at the worst moment
+    flights: int  # micro-batches stored at a time, at most, counted by stage
     messages: dict[str, int]  # by kind, of a step
 
     @property
@@ -106,6 +116,11 @@ class Report(NamedTuple):
     def fullest(self) -> Rank:
         """Return the rank that needs most memory."""
         return max(self.ranks, key=lambda rank: rank.total)
+
+    @property
+    def busiest(self) -> Rank:
+        """Return the rank that sends most."""
+        return max(self.ranks, key=lambda rank: sum(rank.messages.values()))
 
     def fits(self, rental: Rental) -> bool:
         """Return whether every rank fits a GPU, with a tenth left for CUDA, NCCL and fragments."""
@@ -137,12 +152,13 @@ def dry_run(args: ModelArgs, run: DryRunArgs, layout: Layout,
         stages = [measured.stage(here, stage) for stage in range(layout.n_stages)]
     rows, found = orders(layout), []
     for rank, row in enumerate(rows):
-        held = {stage: stages[stage] for stage in layout.stages_of(rank)}
-        both = stages[0]._make(sum(values) for values in zip(*held.values(), strict=True))
+        parts = {stage: stages[stage] for stage in layout.stages_of(rank)}
+        both = stages[0]._make(sum(values) for values in zip(*parts.values(), strict=True))
         found.append(Rank(
             rank, both.own, both.weights, both.state, both.outlast,
-            most_stored(row, {stage: one.kept for stage, one in held.items()}),
-            max(one.peak for one in held.values()), both.step(layout.micro_batches)))
+            most_stored(row, {stage: one.kept for stage, one in parts.items()}),
+            max(one.peak for one in parts.values()), most_stored(row, dict.fromkeys(parts, 1)),
+            both.step(layout.micro_batches)))
     return Report(layout, stages, found, bubble(rows))
 
 
@@ -165,6 +181,15 @@ def size(amount: float) -> str:
     return f"{amount / 1e9:,.2f} GB"
 
 
+def seconds(args: ModelArgs, run: DryRunArgs, report: Report, rental: Rental) -> tuple:
+    """Return how long a step computes, bubble included, and how long its busiest rank sends."""
+    layout, seq_len = report.layout, run.sequence(args)
+    tokens = layout.micro_batches * run.micro_batch * seq_len / layout.pipeline  # of one GPU
+    rate = rental.gpu_peak * 1e12 * rental.mfu
+    computing = tokens * flops.flops_per_token(args, seq_len) / rate / (1 - report.bubble)
+    return computing, sum(report.busiest.messages.values()) / run.bandwidth
+
+
 def model_rows(name: str, args: ModelArgs, run: DryRunArgs, report: Report, other: Report,
                rental: Rental) -> Iterator:
     """Yield the rows of one layout; other: the same with the other choice of recomputation."""
@@ -178,9 +203,9 @@ def model_rows(name: str, args: ModelArgs, run: DryRunArgs, report: Report, othe
     yield "the package's own sharding on ranks that are not there; nothing of this was run on a GPU"
     yield ""
     yield ("rank", "parameters", "weights", "optimizer", "gathered, gradients", "activations",
-           "most at a time")
+           "at work", "all")
     for rank in report.ranks:
-        sizes = rank.weights, rank.state, rank.outlast, rank.stored, rank.total
+        sizes = rank.weights, rank.state, rank.outlast, rank.stored, rank.peak, rank.total
         yield f"{rank.rank}", rank.parameters, *map(size, sizes)
     yield ""
     says = {True: "fits", False: "does not fit"}
@@ -189,67 +214,102 @@ def model_rows(name: str, args: ModelArgs, run: DryRunArgs, report: Report, othe
     yield (f"with recompute {'none' if run.recompute == 'blocks' else 'blocks'}: "
            f"{size(other.fullest.total)}, {says[other.fits(rental)]}; activations "
            f"{size(other.fullest.stored)}")
-    yield from message_rows(run, report)
-    yield f"bubble: {report.bubble:.1%} of a step, if all stages take equally long"
+    if run.gpus > 1:
+        yield from message_rows(args, run, report, rental)
+    if layout.pipeline > 1:
+        most = [rank.flights for rank in report.ranks]
+        yield (f"bubble: {report.bubble:.1%} of a step, if all stages take equally long; at most "
+               f"{max(most)} micro-batches stored on a rank" + (
+                   ", each in one of its two stages" if layout.n_stages > layout.pipeline else ""))
     due = training_bill(flops.flops_per_token(args, seq_len), run.tokens, run.gpus, rental)
     yield (f"{run.tokens:,.0f} tokens at {rental.mfu:.0%} of {rental.gpu_peak:g} TFLOPS, assumed: "
            f"{due.days * 24:,.0f} hours, {due.gpu_hours:,.0f} GPU-hours, {due.dollars:,.0f} USD at "
            f"{rental.gpu_price:g} USD each")
 
 
-def message_rows(run: DryRunArgs, report: Report) -> Iterator[str]:
+def message_rows(args: ModelArgs, run: DryRunArgs, report: Report, rental: Rental) -> Iterator[str]:
     """Yield what the busiest rank sends in a step, and how long that takes at least."""
-    busiest = max(report.ranks, key=lambda rank: sum(rank.messages.values()))
+    busiest = report.busiest
     yield f"messages that rank {busiest.rank}, the busiest, sends"
     for kind, amount in busiest.messages.items():
-        yield (f"  {kind}: {size(amount)} a step, {size(amount / report.layout.micro_batches)} a "
-               "micro-batch")
-    seconds = sum(busiest.messages.values()) / run.network / 1e9
-    yield (f"  {seconds:,.2f} s a step: these bytes over an assumed {run.network:g} GB/s, with "
-           "nothing done meanwhile")
+        if amount:
+            yield (f"  {kind}: {size(amount)} a step, "
+                   f"{size(amount / report.layout.micro_batches)} a micro-batch")
+    computing, sending = seconds(args, run, report, rental)
+    yield (f"  {sending:,.2f} s a step: these bytes over an assumed {run.bandwidth / 1e9:g} GB/s; "
+           f"computing takes {computing:,.2f} s at the share of the peak below")
 
 
 def flags_of(layout: Layout) -> str:
     """Return the flags of a layout."""
-    words = {"--pipeline": layout.pipeline, "--expert-parallel": layout.expert_parallel}
-    text = "".join(f" {flag} {value}" for flag, value in words.items() if value > 1)
-    return text + f" --schedule {layout.schedule}" * (layout.schedule != "1F1B")
+    words = {"--replicate": layout.replicate, "--pipeline": layout.pipeline,
+             "--expert-parallel": layout.expert_parallel}
+    return "".join(f" {flag} {value}" for flag, value in words.items() if value > 1)
 
 
 def first_fit(args: ModelArgs, run: DryRunArgs, rental: Rental, known: dict) -> str:
-    """Return the memory and the flags of the first of CHOICES that fits, or that none does.
+    """Return memory, messages and flags of the first of CHOICES that fits, or that none does.
 
     known: as in `dry_run`
     """
-    count, room = count_parameters(args), ROOM * rental.gpu_memory * 1e9
+    count, needs = count_parameters(args), []
     least = 16 * (count.total + count.mtp) / run.gpus  # weight, gradient and two moments
-    if run.optimizer == "adamw" and least > room:
-        return f"no: {size(least)} of state"
-    needs = []
-    for pipeline, experts, schedule in CHOICES:
-        with contextlib.suppress(ValueError):
-            report = dry_run(args, run, Layout(pipeline=pipeline, expert_parallel=experts,
-                                               schedule=schedule), known)
-            needs.append(report.fullest.total)
-            if report.fits(rental):
-                return size(needs[-1]) + flags_of(report.layout)
-    return f"no: {size(min(needs))}"
+    if run.optimizer == "adamw" and least > ROOM * rental.gpu_memory * 1e9:
+        return f"no: {least / 1e9:,.0f} GB of state"
+    for pipeline, experts, replicate in CHOICES[run.gpus]:
+        report = dry_run(args, run, Layout(pipeline=pipeline, expert_parallel=experts,
+                                           replicate=replicate), known)
+        needs.append(report.fullest.total / 1e9)
+        if report.fits(rental):
+            computing, sending = seconds(args, run, report, rental)
+            return f"{needs[-1]:,.1f} GB, {sending / computing:.1f}{flags_of(report.layout)}"
+    return f"no: {min(needs):,.0f} GB"
 
 
 def table(run: DryRunArgs, rental: Rental) -> str:
     """Return what fits: models by numbers of GPUs."""
     known, cells = {}, {}
-    for name, gpus in tqdm(list(product(MODELS, SIZES)), unit="cell", disable=None):
+    for name, gpus in tqdm(list(product(MODELS, CHOICES)), unit="cell", disable=None):
         cells[name, gpus] = first_fit(ModelArgs.preset(name), replace(run, gpus=gpus), rental,
                                       known)
     return format_table([
         ("GPUs", *MODELS),
-        *((f"{gpus:,}", *(cells[name, gpus] for name in MODELS)) for gpus in SIZES), "",
-        f"The most that a rank holds, and the flags beside --recompute {run.recompute}; no: more "
-        f"than {ROOM:.0%} of {rental.gpu_memory:g} GB.",
-        f"{run.micro_batch} sequence(s) a micro-batch, {run.optimizer}. From the package's own "
-        "sharding, on ranks that are not there;",
-        "nothing on more than two GPUs was run."])
+        *((f"{gpus:,}", *(cells[name, gpus] for name in MODELS)) for gpus in CHOICES), "",
+        "The most that a rank holds, how long it sends as a multiple of how long it computes, and "
+        f"the flags beside --recompute {run.recompute};",
+        f"no: more than {ROOM:.0%} of {rental.gpu_memory:g} GB. {run.micro_batch} sequence(s) a "
+        f"micro-batch, {run.optimizer}; {rental.mfu:.0%} of {rental.gpu_peak:g} TFLOPS",
+        "and the bandwidth are assumed. The package's own sharding on ranks that are not there: "
+        "none of this was run on GPUs."])
+
+
+def inference(preset: str, args: ModelArgs, run: DryRunArgs, layout: Layout, cards: list[Rental],
+              sizes: tuple[int, ...]) -> str:
+    """Return which GPUs hold a released checkpoint in FP8 blocks, and how much cache beside it.
+
+    layout: its pipeline and expert_parallel; if both are 1, experts are spread over up to 8 GPUs,
+        one host, and layers over hosts
+    """
+    rows = [("GPUs", "flags", "weights", *(f"tokens of cache, {card.gpu} {card.gpu_memory:g} GB"
+                                           for card in cards))]
+    for gpus in sizes:
+        placed = layout
+        if layout.pipeline * layout.expert_parallel == 1:
+            experts = math.gcd(gpus, HOST) if args.has_moe else 1
+            placed = Layout(pipeline=gpus // experts, expert_parallel=experts)
+        ranks = placed.pipeline * placed.expert_parallel
+        demand("gpus", gpus, gpus == ranks, f"pipeline x expert_parallel = {ranks}")
+        placed.check(args)
+        ranks = [held(args, placed.layers_of(rank, args), placed.expert_parallel,
+                      rank == placed.pipeline - 1) for rank in range(placed.pipeline)]
+        found = [min(rank.tokens(ROOM * card.gpu_memory * 1e9) for rank in ranks) for card in cards]
+        rows.append((f"{gpus}", flags_of(placed).strip() or "none",
+                     size(max(rank.weights for rank in ranks)),
+                     *(f"{tokens:,}" if tokens else "does not fit" for tokens in found)))
+    return format_table([
+        f"{preset} as released, matrices in FP8 with a scale per 128 x 128 block, cache in BF16",
+        *rows, "", "Weights of the fullest rank; tokens of all requests together in "
+        f"{ROOM:.0%} of the card beside them.", "By arithmetic: nothing was loaded."])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -260,9 +320,14 @@ def main(argv: list[str] | None = None) -> None:
     if run.what == "table":
         return print(table(run, rental))
     args, layout = replace(ModelArgs.preset(run.preset), **changes), Layout(**spread)
+    name = run.preset + "".join(f", {field} = {value}" for field, value in changes.items())
+    if run.what == "inference":
+        cards = [rental] if rented else [named_card({"gpu": gpu}) for gpu in ("H100", "H200")]
+        own = layout.pipeline * layout.expert_parallel
+        sizes = (run.gpus,) if "gpus" in given else (own,) if own > 1 else HELD_BY
+        return print(inference(name, args, run, layout, cards, sizes))
     other = replace(run, recompute="none" if run.recompute == "blocks" else "blocks")
     reports = dry_run(args, run, layout), dry_run(args, other, layout)
-    name = run.preset + "".join(f", {field} = {value}" for field, value in changes.items())
     print(format_table(list(model_rows(name, args, run, *reports, rental))))
 
 

@@ -190,8 +190,7 @@ def differences(a: Path, b: Path) -> list[str]:
     """What differs between the ends of two runs, in words; empty if nothing."""
     if stages := [path.parent.name for path in sorted(a.glob("*/checkpoints"))]:
         made = [path.name for path in a.glob("*") if path.name != "times.json" and path.is_file()]
-        left, right = ({name: (run / name).read_bytes().replace(bytes(run), b"") for name in made}
-                       for run in (a, b))
+        left, right = ({name: content(run, name) for name in made} for run in (a, b))
         return [f"{stage}: {text}" for stage in stages
                 for text in differences(a / stage, b / stage)] + [
                     name for name in made if left[name] != right[name]]
@@ -205,6 +204,14 @@ def differences(a: Path, b: Path) -> list[str]:
         found += [f"{name}: {key}" for key in {**left, **right}
                   if left.get(key) != right.get(key)]
     return found
+
+
+def content(run: Path, name: str) -> bytes | dict:
+    """What a file of a pipeline holds, but for the run's own path and a seal, which covers it."""
+    data = (run / name).read_bytes().replace(bytes(run), b"")
+    if name.endswith(".jsonl.json"):  # a corpus's settings
+        return {key: value for key, value in json.loads(data).items() if key != "seal"}
+    return data
 
 
 def read_state(file: Path) -> dict[str, object]:

@@ -8,8 +8,11 @@ import pytest
 from minids import ModelArgs
 from minids.costs import count_parameters
 from minids.costs.bill import Rental, training_bill
+from minids.costs.cards import named_card
 from minids.costs.flops import flops_per_token
-from minids.costs.memory import pipeline_pieces
+from minids.costs.memory import Sharding, pipeline_pieces, rank_memory
+from minids.costs.parameters import stored_elements
+from minids.costs.serving import block_bytes, held
 from minids.dryrun import DryRunArgs, dry_run, main
 from minids.parallel import sharding
 from minids.parallel.layout import SCHEDULES, Layout
@@ -35,6 +38,11 @@ def test_stages_have_the_parameters_that_costs_counts(layout):
     assert sum(s.whole for s in found.stages) == count.total + count.mtp + again - biases
     pieces = pipeline_pieces(NANO)
     own = sum(p.own + p.experts for p in pieces) + again
+    if layout.pipeline == 1:  # FSDP keeps FP32 weights; AdamW two moments of each
+        costs = rank_memory(NANO, Sharding(
+            gpus=4, pipeline=1, dualpipe=False, zero=3, expert_parallel=layout.expert_parallel,
+            master_bytes=0, moment_bytes=4), 0)
+        assert found.ranks[0].state == costs.optimizer
     if layout == Layout():  # every matrix divides by four; norms do as well
         assert found.ranks[0].parameters * 4 == own
         assert found.ranks[0].weights * 4 == 4 * own and found.ranks[0].state * 4 == 8 * own
@@ -70,6 +78,14 @@ def test_recomputation_stores_less_and_sends_more():
 
 
 @pytest.mark.slow
+def test_the_peak_is_that_of_a_gpu():
+    """figures/README.md: an H100 took 55.5 GiB without recomputation, with no block compiled."""
+    run = DryRunArgs(gpus=1, micro_batch=16, seq_len=2048, optimizer="muon", recompute="none")
+    [rank] = dry_run(ModelArgs.preset("small"), run, Layout()).ranks
+    assert rank.total == pytest.approx(55.5 * 2 ** 30, rel=0.03)  # bodies differ from a CPU's
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout, gpus", [
     (Layout(), 2), (Layout(pipeline=3, expert_parallel=2, micro_batches=4), 6)])
 def test_deep_stages_are_those_of_every_layer(layout, gpus, monkeypatch):
@@ -99,11 +115,38 @@ def test_schedules():
     (["--gpus", "2048", "--pipeline", "3"], "pipeline = 3 "),
     (["--gpus", "8", "--expert-parallel", "3"], "expert_parallel = 3 "),
     (["--gpus", "256", "--pipeline", "64"], "n_layers = 61"),
-    (["--gpus", "64", "--batch-size", "65"], "batch_size = 65 ")])
+    (["--gpus", "64", "--batch-size", "65"], "batch_size = 65 "),
+    (["--what", "inference", "--gpus", "16", "--expert-parallel", "8"], "gpus = 16 ")])
 def test_layouts_that_do_not_fit_are_refused(argv, words):
     with pytest.raises(ValueError) as error:
         main(argv)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_released_weights_are_spread_whole():
+    v3 = ModelArgs.preset("v3")
+    elements, copies = stored_elements(v3)[0], 2 * v3.vocab_size * v3.dim
+    whole = elements["F8_E4M3"] + 2 * (elements["BF16"] - copies) + 4 * elements["F32"]
+    assert held(v3, range(v3.n_layers), 1, last=True).weights == whole
+    assert block_bytes(v3, 5, 256) - block_bytes(v3, 5, 128) == 128 * (
+        3 * 2048 * 7168 + 4 * 3 * 16 * 56)  # three matrices, and a scale per 128 x 128
+
+
+def test_v3_is_held_by_eight_cards_of_141_gb_or_sixteen_of_80(capsys):
+    main(["--what", "inference"])
+    lines = capsys.readouterr().out.splitlines()
+    eight, sixteen = (next(line for line in lines if line.startswith(gpus))
+                      for gpus in ("8 ", "16"))
+    assert eight.count("does not fit") == 1 and eight.split()[-1] == "338,949"
+    assert "does not fit" not in sixteen
+
+
+def test_cards_are_known_by_name():
+    assert named_card({"gpu": "RTX 4090"}).gpu_memory == 24
+    assert named_card({"gpu": "H200", "gpu_memory": 140.0}).gpu_memory == 140
+    with pytest.raises(ValueError, match="gpu = 'H201' is not valid"):
+        named_card({"gpu": "H201"})
+    assert named_card({"gpu": "own", "gpu_memory": 10.0, "gpu_peak": 1.0}).gpu_memory == 10
 
 
 @pytest.mark.slow

@@ -113,6 +113,17 @@ def scale_blocks(rows: int, columns: int) -> int:
     return -(-rows // BLOCK) * -(-columns // BLOCK)
 
 
+def fp8_elements(args: ModelArgs, layer: int, n_routed: int) -> tuple[int, int]:
+    """Count a block's elements in FP8 in V3's format, and their scales, with n_routed experts."""
+    fp8 = scales = 0
+    for part, shapes in block_matrices(args, layer).items():
+        copies = n_routed if part == "routed_experts" else 1
+        for name in shapes.keys() - {"gate", "weights_proj"}:
+            fp8 += copies * math.prod(shapes[name])
+            scales += copies * scale_blocks(*shapes[name])
+    return fp8, scales
+
+
 def stored_elements(args: ModelArgs) -> tuple[dict[str, int], int]:
     """Count what a checkpoint stores in V3's format, MTP modules and their copies included.
 
@@ -124,11 +135,8 @@ def stored_elements(args: ModelArgs) -> tuple[dict[str, int], int]:
     fp8 = scales = biases = 0
     for layer in range(args.n_layers + args.n_mtp_layers):
         biases += args.is_moe_layer(layer) * args.gate_bias * args.n_routed_experts
-        for part, shapes in block_matrices(args, layer).items():
-            copies = args.n_routed_experts if part == "routed_experts" else 1
-            for name in shapes.keys() - {"gate", "weights_proj"}:
-                fp8 += copies * math.prod(shapes[name])
-                scales += copies * scale_blocks(*shapes[name])
+        for_block = fp8_elements(args, layer, args.n_routed_experts)
+        fp8, scales = fp8 + for_block[0], scales + for_block[1]
     count = count_parameters(args)
     bf16 = count.total + count.mtp_stored - fp8 - biases
     return {"F8_E4M3": fp8, "BF16": bf16, "F32": biases + scales}, scales

@@ -10,6 +10,7 @@ from launching import launch
 
 from minids import ModelArgs
 from minids.apply.stored import FP8, SCALE, keep_blocks
+from minids.costs.serving import held
 from minids.hf.names import goes_to_fp8, skeleton
 from minids.parallel.layout import Spread
 from minids.parallel.serving import part_of
@@ -64,3 +65,13 @@ def test_the_page_says_what_v3_takes_on_each_rank():
     assert f"about {on_8:.0f} GB on each of 8 ranks" in page, on_8
     assert f"{on_16:.0f} GB on each of 16 ranks in two stages" in page, on_16
     assert 640 < gigabytes(Spread(), 1, 0) < 700  # all of it, in one byte per parameter
+
+
+@pytest.mark.slow
+def test_the_dry_run_counts_what_the_parts_hold():
+    v3, spread = ModelArgs.preset("v3"), Spread(pipeline=2)
+    layout = spread.layout(16)
+    for rank in range(2):
+        counted = held(v3, layout.layers_of(rank, v3), 8, last=rank == 1).weights / 1e9
+        held_here = gigabytes(spread, 16, rank)
+        assert counted == pytest.approx(held_here, rel=1e-3)  # each MTP module's second copies
