@@ -8,6 +8,7 @@ placeholder (it contains `.invalid`), there is no badge and the cell says that t
 """
 
 import re
+import sys
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +38,9 @@ assert find_spec("minids"), (
     "minids is not here: open the notebook inside a clone of its repository"
     + (REPOSITORY and ", or set fetch = True in this cell"))
 import minids  # before torch: its threads then sleep where they wait for each other
+from minids.lab import opening
 
+opening.explain_interrupts()
 ROOT = Path(minids.__file__).parents[1]
 if fetch:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "-r"]
@@ -48,6 +51,8 @@ import torch
 torch.set_num_threads(min(2, torch.get_num_threads()))
 '''.strip()
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]({})"
+GO_ON = ("Interrupted. What ran keeps its values: run this cell again, then "
+         "Run > Run Selected Cell and All Below.")
 LINE = re.compile(r"\n\n\[!\[Open in Colab\]\(\S+\)\]\(\S+\)")
 
 
@@ -56,6 +61,13 @@ class OpeningArgs(Settings):
     """Settings of the notebooks' opening."""
 
     folder: str = option("notebooks", "folder of the notebooks", folder=True)
+
+
+def explain_interrupts() -> None:
+    """Make the notebook answer an interrupted cell with how to go on, instead of a traceback."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    if shell is not None:
+        shell.set_custom_exc((KeyboardInterrupt,), lambda *_, tb_offset=None: print(GO_ON))
 
 
 def address_of(pyproject: Path = ROOT / "pyproject.toml") -> str:

@@ -46,8 +46,9 @@ def run_cell(folder: Path, before: str, after: str = "", address: str = "",
 def repository(tmp_path) -> str:
     """Return the address of a small repository: a package, requirements, one commit."""
     folder = tmp_path / "repository"
-    (folder / "minids").mkdir(parents=True)
+    (folder / "minids" / "lab").mkdir(parents=True)
     (folder / "minids" / "__init__.py").write_text("")
+    (folder / "minids" / "lab" / "opening.py").write_text("def explain_interrupts(): pass")
     (folder / "requirements.txt").write_text("torch\n")
     for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b",
                                                    "commit", "-qm", "all"]):
@@ -147,3 +148,22 @@ def test_the_program_writes_the_opening(tmp_path, capsys):
 def test_a_folder_without_notebooks_is_refused(tmp_path):
     with pytest.raises(ValueError, match="folder"):
         opening.main(["--folder", str(tmp_path)])
+
+
+def test_an_interrupted_cell_says_how_to_go_on(capsys):
+    """The kernel still counts the cell as failed, so that Run All stops there."""
+    from IPython.core.interactiveshell import InteractiveShell
+    shell = InteractiveShell.instance()
+    try:
+        opening.explain_interrupts()
+        done = shell.run_cell("raise KeyboardInterrupt")
+        assert capsys.readouterr().out == f"{opening.GO_ON}\n"
+        assert isinstance(done.error_in_exec, KeyboardInterrupt)
+        assert "ZeroDivisionError" in (shell.run_cell("1 / 0"), capsys.readouterr().out)[1]
+    finally:
+        InteractiveShell.clear_instance()
+
+
+def test_outside_jupyter_nothing_is_explained(monkeypatch):
+    monkeypatch.delitem(sys.modules, "IPython", raising=False)
+    opening.explain_interrupts()
