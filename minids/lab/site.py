@@ -106,7 +106,7 @@ def linked(page: str, folder: str, out: Path) -> str:
         path = (ROOT / folder / target).resolve().relative_to(ROOT)
         if path.suffix == ".ipynb" and path.parent.name == "notebooks":
             new = f"{path.stem}.html" + (anchor and f"#{anchor}")
-        elif path.suffix == ".png":
+        elif path.suffix in (".png", ".gif"):
             (out / "figures").mkdir(exist_ok=True)
             shutil.copyfile(ROOT / path, out / "figures" / path.name)
             new = f"figures/{path.name}"

@@ -5,18 +5,21 @@ from minids.plots import style
 
 @style.house_style()
 def yarn_figure(wavelengths: dict[str, list], low: int, high: int, contexts: dict[str, int],
-                losses: dict[str, list], trained: int, path: style.File = None):
-    """Draw what YaRN does to the rotary pairs, and to the loss past the trained length.
+                right: dict[str, dict], positions: list, trained: int, path: style.File = None):
+    """Draw what YaRN does to the rotary pairs, and what a model can do past the trained length.
 
     wavelengths: label -> tokens in a full rotation, for each pair
     low, high: last pair that stays as it is, first pair that is fully stretched
     contexts: label -> a length to mark among the wavelengths, tokens
-    losses: label -> loss at each position, nats per token; a label has one line style
-    trained: length that the model of `losses` was trained on, tokens
+    right: title of a task -> label -> right answers at each of `positions`, percent
+    trained: length that the model was trained on, tokens
     """
-    left, right = style.new_figure(10.5, 4.0).subplots(1, 2)
+    figure = style.new_figure(10.5, 4.6)
+    panels = figure.subplot_mosaic([[0, 1], [0, 2]], width_ratios=[1, 1.05])
+    left, tasks = panels.pop(0), [*panels.values()]
+    labels = dict.fromkeys([*next(iter(right.values())), *wavelengths])
     dashes = [(style.BLUE, "-"), (style.RED, "--"), (style.ORANGE, "-"), (style.BLACK, ":")]
-    styles = dict(zip(dict.fromkeys([*losses, *wavelengths]), dashes, strict=False))
+    styles = dict(zip(labels, dashes, strict=False))
     pairs = len(next(iter(wavelengths.values())))
     left.axvspan(low + 0.5, high - 0.5, color=style.YELLOW, alpha=0.25, linewidth=0)
     for name, first, end in [("left alone", 0, low), ("mixed", low + 1, high - 1),
@@ -27,43 +30,58 @@ def yarn_figure(wavelengths: dict[str, list], low: int, high: int, contexts: dic
         left.axhline(length, color=style.GREY, linewidth=1.2)
         style.note(left, label, (-0.5, length), (0, 3))
     style.lines(left, range(pairs), wavelengths, [styles[label] for label in wavelengths], 3)
-    left.set(xlabel="rotary pair (number)", ylabel="wavelength (tokens, log scale)", yscale="log")
+    left.set(title="YaRN stretches only the slow pairs", xlabel="rotary pair (number)",
+             ylabel="wavelength (tokens, log scale)", yscale="log")
     left.set_ylim(bottom=min(map(min, wavelengths.values())) / 8)  # room for the regions' names
-
-    for label, row in losses.items():  # means of 16 neighbours, at their middle
-        parts = [row[i:i + 16] for i in range(0, len(row), 16)]
-        middles = [16 * n + (len(part) - 1) / 2 for n, part in enumerate(parts)]
-        means = [sum(part) / len(part) for part in parts]
-        style.lines(right, middles, {label: means}, [styles[label]])
-    right.axvline(trained, color=style.GREY, linewidth=1.2)
-    style.note(right, "trained length", (trained, 0), (4, 5), ("data", "axes fraction"))
-    right.set(xlabel="position (tokens)", ylabel="loss (nats per token)")
-    left.figure.legend(*right.get_legend_handles_labels(), loc="outside lower center",
-                       ncols=len(losses))
-    return style.finish(left.figure, path)
+    for ax, (title, rows) in zip(tasks, right.items(), strict=True):
+        style.lines(ax, positions, rows, [styles[label] for label in rows], 3)
+        ax.axvline(trained, color=style.GREY, linewidth=1.2)
+        ax.set(title=title, ylabel="right (percent)", ylim=(-4, 104))
+    style.note(tasks[0], "trained length", (trained, 45), (4, 0))
+    tasks[-1].set_xlabel("position (tokens)")
+    figure.legend(*tasks[0].get_legend_handles_labels(), loc="outside lower center",
+                  ncols=len(labels))
+    ends = "; ".join(f"{title}: " + ", ".join(f"{label} {row[-1]:.0f}" for label, row in
+                                              rows.items()) for title, rows in right.items())
+    return style.described(style.finish(figure, path), (
+        f"Left: wavelengths of {pairs} rotary pairs. Right: answers by position past the trained "
+        f"length; at the end, percent right: {ends}"))
 
 
 @style.house_style()
-def moe_figure(tokens: list[int], losses: dict[str, list], kinds: list[str], visits: list[list],
+def moe_figure(known: dict[str, tuple], kinds: list[str], visits: list[list],
                path: style.File = None):
-    """Draw the losses of experts and of a dense model, and which expert gets which kind of token.
+    """Draw what idle parameters can hold, and which expert gets which kind of token.
 
-    tokens: seen after each step; losses: label -> loss at each step, nats per token
+    known: label of a layer -> its parameters (count), and the share of facts it knows, percent
     visits: for each of `kinds` the share of its tokens that visit each expert, percent
     """
     left, right = style.new_figure(9.8, 3.6).subplots(1, 2, width_ratios=[1, 1.15])
-    style.training_losses(left, tokens, losses, (style.GREEN, style.BLUE))
-    picture = style.heat_map(right, visits)
-    picture.set_clim(0)
-    middle = max(map(max, visits)) / 2
-    for n, row in enumerate(visits):
+    sizes, shares = zip(*known.values(), strict=True)
+    style.lines(left, sizes, {"facts known": shares}, [style.GREEN], 5)
+    for label, point in known.items():
+        style.note(left, label, point, (6, -10))
+    left.set(title="Idle parameters hold facts, at equal work per token", xscale="log",
+             ylim=(0, 105), xlim=(min(sizes) / 1.3, max(sizes) * 2.2),
+             xlabel="parameters of the layer (count, log scale)", ylabel="facts known (percent)")
+    columns = [*zip(*visits, strict=True)]  # experts, sorted by the kind that visits them most
+    order = sorted(range(len(columns)), key=lambda e: (columns[e].index(max(columns[e])),
+                                                       -max(columns[e])))
+    rows = [[row[e] for e in order] for row in visits]
+    picture = style.heat_map(right, rows, cmap="Blues")
+    picture.set_clim(0, 100)
+    for n, row in enumerate(rows):
         for e, share in enumerate(row):
             right.text(e, n, f"{share:.0f}", ha="center", va="center", fontsize=8,
-                       color=style.BLACK if share > middle else "white")
+                       color=style.BLACK if share < 60 else "white")
     right.set_yticks(range(len(kinds)), kinds)
-    right.set(xticks=range(len(visits[0])), xlabel="expert (number)")
+    right.set_xticks(range(len(order)), order)
+    right.set(title="Experts specialise, by categories of their own", xlabel="expert (number)")
     left.figure.colorbar(picture, ax=right, label="tokens that visit (percent)")
-    return style.finish(left.figure, path)
+    return style.described(style.finish(left.figure, path), (
+        "Left: the share of facts that a layer knows grows with its parameters: " + ", ".join(
+            f"{label} {share:.0f} percent" for label, (_, share) in known.items())
+        + f". Right: a heat map of {len(kinds)} kinds of token by {len(order)} experts"))
 
 
 @style.house_style()
@@ -82,6 +100,9 @@ def balance_figure(shares: dict[str, list], max_vio: dict[str, list], path: styl
         picture = style.heat_map(ax, [*zip(*rows, strict=True)], 1, "RdBu_r", norm)
         ax.set_title(label)
         ax.tick_params(left=ax is maps[0], labelleft=ax is maps[0])
+        ax.set_xlabel("step")
+    figure.suptitle("A bias evens out the load of the experts within some 60 steps", x=0.01,
+                    ha="left")
     maps[0].set_ylabel("expert (number)")
     maps[0].yaxis.get_major_locator().set_params(integer=True)
     figure.colorbar(picture, ax=maps, extend="max", ticks=range(5),
@@ -91,31 +112,40 @@ def balance_figure(shares: dict[str, list], max_vio: dict[str, list], path: styl
         style.series(below, [*range(1, len(row) + 1)], row, colour, label)
     below.set(xlabel="step", ylabel="MaxVio (times the mean)", ylim=(0, None))
     below.legend()
-    return style.finish(figure, path)
+    ends = ", ".join(f"{label} {row[-1]:.1f}" for label, row in max_vio.items())
+    return style.described(style.finish(figure, path), (
+        "Above: heat maps of the experts' loads over steps, one per way of balancing; with a bias "
+        f"they turn white, the even share. Below: MaxVio over steps, which ends at: {ends}"))
 
 
 @style.house_style()
-def mtp_figure(kinds: dict[str, tuple], tokens_a_pass: dict[str, list], path: style.File = None):
+def mtp_figure(kinds: dict[str, tuple], tokens_per_pass: dict[str, list], path: style.File = None):
     """Draw how often drafts are accepted by kind of text, and how many tokens a pass yields.
 
-    kinds: label -> shares of drafts that are accepted, greedily and at temperature 1, percent
-    tokens_a_pass: label -> tokens that one pass yields with 0, 1, 2, .. drafts
+    kinds: label -> shares of drafts that are accepted, greedily and at temperature 1, percent;
+        the first label is the whole text and stands apart
+    tokens_per_pass: label -> tokens that one pass yields with 0, 1, 2, .. drafts
     """
     left, right = style.new_figure(9.8, 3.8).subplots(1, 2, width_ratios=[1.3, 1])
-    greedy, sampled = zip(*kinds.values(), strict=True)
-    heights = range(len(kinds))
-    left.barh([y - 0.2 for y in heights], greedy, 0.38, color=style.BLUE, label="greedy")
-    left.barh([y + 0.2 for y in heights], sampled, 0.38, color=style.ORANGE, label="temperature 1")
+    heights = [0, *(n + 0.6 for n in range(1, len(kinds)))]
+    for shift, colour, label, shares in zip((-0.2, 0.2), (style.BLUE, style.ORANGE),
+                                            ("greedy", "temperature 1"),
+                                            zip(*kinds.values(), strict=True), strict=True):
+        left.barh([y + shift for y in heights], shares, 0.38, color=colour, label=label)
     left.set_yticks(heights, kinds)
     left.invert_yaxis()
-    left.set(xlim=(0, 100), xlabel="drafts that pass on held-out text (percent)")
-    left.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
-    drafts = range(len(next(iter(tokens_a_pass.values()))))
-    style.lines(right, drafts, tokens_a_pass, (style.BLUE, style.ORANGE), 6)
-    style.lines(right, drafts, {"all pass": [n + 1 for n in drafts]}, [(style.GREY, ":")])
-    right.set(xticks=drafts, xlabel="drafts a pass (count)", ylabel="tokens a pass (count)")
-    right.legend()
-    return style.finish(left.figure, path)
+    left.set(xlim=(0, 100), xlabel="drafts that stand, on held-out text (percent)",
+             title="Drafts stand more often at temperature 1")
+    drafts = range(len(next(iter(tokens_per_pass.values()))))
+    style.lines(right, drafts, tokens_per_pass, (style.BLUE, style.ORANGE), 6)
+    style.lines(right, drafts, {"all stand": [n + 1 for n in drafts]}, [(style.GREY, ":")])
+    right.set(xticks=drafts, xlabel="drafts per pass (count)", ylabel="tokens per pass (count)",
+              title="Later drafts yield less than the first")
+    left.figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return style.described(style.finish(left.figure, path), (
+        "Left: bars of the drafts that stand, for the whole text and by kind. Right: tokens per "
+        "pass over drafts per pass: " + "; ".join(f"{label} {row[0]:.1f} to {row[-1]:.1f}"
+                                                  for label, row in tokens_per_pass.items())))
 
 
 @style.house_style()

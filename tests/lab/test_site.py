@@ -105,6 +105,13 @@ def test_a_wrong_site_is_noticed(tmp_path):
         "a.html: https://a/b.css comes from outside"]
 
 
+@pytest.mark.parametrize("name", ["06_balance.png", "06_film.gif"])
+def test_a_picture_is_copied_to_the_site(name, tmp_path):
+    tag = site.linked(f'<img src="../figures/{name}">', "notebooks", tmp_path)
+    assert tag == f'<img src="figures/{name}">'
+    assert (tmp_path / "figures" / name).read_bytes() == (ROOT / "figures" / name).read_bytes()
+
+
 @pytest.mark.parametrize("address, source", [
     ("", "<a >"), ("https://github.com/a/b", '<a href="https://github.com/a/b/blob/main/LICENSE">')])
 def test_a_file_that_is_not_on_the_site(address, source, monkeypatch, tmp_path):

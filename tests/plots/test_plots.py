@@ -296,19 +296,20 @@ YARN = dict(
     wavelengths={"as trained": [10.0 ** (1 + i / 4) for i in range(32)],
                  "YaRN": [10.0 ** (1 + i / 2) for i in range(32)]},
     low=10, high=23, contexts={"4,096": 4096, "163,840": 163_840}, trained=64,
-    losses={name: [4.0 + start + i / 256 for i in range(256)]
-            for start, name in enumerate(["as trained", "linear", "YaRN", "last tokens only"])})
+    positions=[32, 96, 160], right={
+        task: {name: [90.0 - start, 50.0 + start, 10.0] for start, name in
+               enumerate(["as trained", "linear", "YaRN", "64 tokens at a time"])}
+        for task in ("near", "far")})
 
 
-def test_yarn_figure_shows_wavelengths_and_means_of_the_losses():
+def test_yarn_figure_shows_wavelengths_and_answers():
     figure = model.yarn_figure(**YARN)
     for wavelengths in YARN["wavelengths"].values():
         assert shows(figure, 0, range(32), wavelengths)
-    for row in YARN["losses"].values():
-        # Means of 16 neighbours: sums of small binary fractions, exact in FP64.
-        means = [sum(row[i:i + 16]) / 16 for i in range(0, 256, 16)]
-        assert shows(figure, 1, [i + 7.5 for i in range(0, 256, 16)], means)
-        assert not shows(figure, 1, range(0, 256, 16), means)  # not at the middle of each part
+    for panel, (task, rows) in enumerate(YARN["right"].items(), 1):
+        assert figure.axes[panel].get_title("left") == task
+        assert all(shows(figure, panel, YARN["positions"], row) for row in rows.values())
+        assert not shows(figure, panel, YARN["positions"], [90.0, 50.0, 11.0])  # wrong variant
     levels = [ys[0] for _, ys in drawn(figure, 0) if len(ys) == 2]
     assert levels == [4096, 163_840]
 
@@ -326,39 +327,47 @@ def test_yarn_figure_has_one_line_style_a_label():
                if len(line.get_xdata()) > 2] for ax in figure.axes]
     assert len(set(styles[1])) == 4 and styles[0] == [styles[1][0], styles[1][2]]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names == list(YARN["losses"])
-
-
-def test_a_last_part_that_is_shorter_has_its_own_mean():
-    losses = {"short": [1.0, 3.0] * 8 + [8.0, 9.0]}
-    assert shows(model.yarn_figure(**YARN | dict(losses=losses)), 1, [7.5, 16.5], [2.0, 8.5])
+    assert names == list(YARN["right"]["near"])
 
 
 def test_yarn_figure_is_readable():
     figure = model.yarn_figure(**YARN)
     assert axes_without_a_unit(figure) == [] and collisions(figure) == []
-    figure.axes[1].set_ylabel("loss")  # wrong variant
+    figure.axes[1].set_ylabel("right")  # wrong variant
     assert axes_without_a_unit(figure) == ["y1"]
 
 
 def test_moe_figure_shows_the_numbers_given():
-    losses = {"experts": [3.0, 2.0, 1.0], "dense": [3.0, 2.5, 2.0]}
-    figure = model.moe_figure([10, 20, 30], losses, ["name", "number"], [[75, 25], [5, 95]])
+    known = {"dense": (100, 20.0), "experts": (800, 90.0)}
+    figure = model.moe_figure(known, ["name", "number"], [[5, 25], [95, 75]])
     left, right, _ = figure.axes
-    assert lines_of(left) == losses
-    assert [text.get_text() for text in right.texts] == ["75", "25", "5", "95"]
+    assert lines_of(left) == {"facts known": [20.0, 90.0]}
+    assert left.get_lines()[0].get_xdata().tolist() == [100, 800]
+    assert [text.get_text() for text in right.texts] == ["5", "25", "95", "75"]
     assert [label.get_text() for label in right.get_yticklabels()] == ["name", "number"]
+    assert "(count" in left.get_xlabel() and "(percent)" in left.get_ylabel()
+
+
+def test_moe_figure_sorts_experts_by_the_kind_that_visits_them_most():
+    visits = [[5, 25, 90], [95, 75, 10]]
+    *_, right, _ = model.moe_figure({"a": (1, 2.0)}, ["name", "number"], visits).axes
+    assert [label.get_text() for label in right.get_xticklabels()] == ["2", "0", "1"]
+    assert right.images[0].get_array().tolist() == [[90, 5, 25], [10, 95, 75]]
 
 
 def test_mtp_figure_shows_the_numbers_given():
-    kinds = {"names": (55.0, 65.0), "punctuation": (70.0, 75.0)}
+    kinds = {"all": (60.0, 70.0), "names": (55.0, 65.0), "punctuation": (70.0, 75.0)}
     figure = model.mtp_figure(kinds, {"greedy": [1, 1.8, 2.4], "temperature 1": [1, 1.6, 2.0]})
     left, right = figure.axes
-    assert [[bar.get_width() for bar in bars] for bars in left.containers] == [[55, 70], [65, 75]]
+    assert [[bar.get_width() for bar in bars] for bars in left.containers] == [[60, 55, 70],
+                                                                               [70, 65, 75]]
+    middles = [bar.get_y() + bar.get_height() / 2 for bar in left.containers[0]]
+    assert middles[1] - middles[0] > 1.5 * (middles[2] - middles[1])  # the whole stands apart
     assert [label.get_text() for label in left.get_yticklabels()] == list(kinds)
     assert lines_of(right) == {"greedy": [1, 1.8, 2.4], "temperature 1": [1, 1.6, 2.0],
-                               "all pass": [1, 2, 3]}
+                               "all stand": [1, 2, 3]}
     assert axes_without_a_unit(figure) in ([], ["y0"])  # kinds have names, not units
+    assert collisions(figure) == []
 
 
 def test_dsa_figure_shows_the_numbers_given():
