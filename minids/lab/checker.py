@@ -1,15 +1,23 @@
-"""Run a learner's function safely: time and memory limits, crashes, short cuts. Used by `lesson`.
+"""Run a learner's function where it can do no harm: in a forked copy of this process.
 
-Machinery, apart from everything else: a forked copy of the process meets endless loops inside
-built-ins, unbounded memory and crashes first; then a thread that can be stopped runs the function.
+What this promises, whatever the function does; `tests/lab/test_checker.py` holds each line:
+
+1. The answer comes within five seconds: endless loops, also inside one built-in, are ended.
+2. Memory is bounded: more than 2 GiB on top of this process's is refused.
+3. Crashes, exits with any status, and signals end the copy alone.
+4. Threads and processes that it starts end with the copy.
+5. Variables, seeds, files' positions and streams of this process stay as they were. What the
+   function prints is shown, up to 2,000 characters.
+
+Only Linux forks a process that uses torch safely, and only without a GPU. Elsewhere the function
+runs in this process under an alarm, which ends most loops and nothing else.
 """
 
 import contextlib
-import ctypes
 import dis
 import faulthandler
-import logging
-import mmap
+import io
+import json
 import os
 import signal
 import sys
@@ -22,12 +30,14 @@ from types import CodeType, FunctionType, ModuleType
 
 import torch
 
-PATIENCE = 4.0  # seconds that a check waits for a learner's function
+PATIENCE = 4.0  # seconds that a check waits for a learner's function, all cases together
 MEMORY = 2 * 2 ** 30  # bytes that it may allocate
+PRINTED = 2000  # characters of its output that are shown
 LATE = f"has not finished after {PATIENCE:.0f} seconds: does one of its loops never end?"
 LARGE = f"takes more than {MEMORY >> 30} GiB of memory: does something grow without end?"
 GONE = "ends Python itself: does it exit, or crash?"
-PLAYED, TOO_LARGE = 77, 78  # exit statuses of the copy; with any other, the function ended it
+
+Tell = Callable[[str, object], None]  # (kind, a value that JSON knows)
 
 
 def borrowed(function: Callable) -> str:
@@ -49,141 +59,140 @@ def borrowed(function: Callable) -> str:
     return ""
 
 
-def rehearse(check: Callable, cases: list[tuple]) -> tuple[int, str]:
-    """Return how many cases a forked copy finishes, and what the next one does to it.
+def forks() -> bool:
+    """Return whether a copy of this process can be made: torch survives it on Linux, on the CPU."""
+    return sys.platform == "linux" and not torch.cuda.is_available()
 
-    Some answers cannot be stopped from within: an endless loop inside one built-in, such as
-    `sum(iter(int, 1))`, unbounded memory, a crash. The copy meets them, and the notebook survives.
-    Only Linux makes a copy.
 
-    A fork can leave a lock that nobody releases. So a copy that only waits is not judged, because
-    `attempt` can stop that; and a late copy gets a second, short chance.
+def run(work: Callable[[Tell], None]) -> tuple[list[tuple[str, object]], str]:
+    """Run `work` apart; return what it told, in order, and its fate: "" if it came to its end.
 
-    check: called with a case's arguments and expected result
+    A fork can leave a lock that nobody releases, so a late copy gets a second, short chance.
+
+    work: called with `tell`; whatever it tells survives its end
     """
-    ended, fate = 0, ""
-    for seconds in (PATIENCE - 0.5, 0.5) if sys.platform == "linux" else ():
-        shared = mmap.mmap(-1, len(cases) + 1)  # bytes that both processes see
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: threads may run
-            child = os.fork()
-        if child == 0:
-            try:
-                play(check, cases, shared)
-            finally:
-                os._exit(PLAYED)
-        fate = watch(child, seconds)
-        ended = shared[:].count(1)
+    if not forks():
+        return run_here(work)
+    for seconds in (PATIENCE - 0.5, 0.5):
+        copy = Copy(work, seconds)
+        try:
+            while copy.running():
+                time.sleep(0.002)
+        finally:
+            told, fate = copy.close()
         if fate != LATE:
             break
-    return ended, fate
+    return told, fate
 
 
-def play(check: Callable, cases: list[tuple], ended: mmap.mmap) -> None:
-    """Check every case silently, inside the copy; ended: one byte per case."""
+class Copy:
+    """A forked copy of this process that runs `work(tell)` and ends.
+
+    seconds: how long it may run; memory: bytes that it may allocate
+    """
+
+    def __init__(self, work: Callable[[Tell], None], seconds: float, memory: int = MEMORY):
+        self.end = time.monotonic() + seconds
+        self.told = os.memfd_create("told")  # a file without a name, which both processes see
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12: threads may run
+            self.process = os.fork()
+        if self.process:
+            return
+        try:
+            confine(seconds, memory)
+            sys.stdout = sys.stderr = Printed(self.tell)
+            self.process = os.getpid()
+            work(self.tell)
+            self.tell("end", None)
+        finally:
+            os._exit(0)  # whatever happened: "end" was told, or not
+
+    def tell(self, kind: str, value) -> None:
+        """Keep one value for the parent; a process that the copy starts tells nothing."""
+        if os.getpid() == self.process:
+            os.write(self.told, json.dumps([kind, value]).encode() + b"\n")
+
+    def running(self) -> bool:
+        """Return whether the copy has neither ended nor used up its time."""
+        return time.monotonic() < self.end and not self.ended()
+
+    def ended(self) -> bool:
+        """Return whether the copy has ended; `close` still reads what it told."""
+        return os.waitid(os.P_PID, self.process, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+    def close(self) -> tuple[list[tuple[str, object]], str]:
+        """End the copy with all that it started; return what it told, and its fate."""
+        late = not self.ended()
+        for kill in (os.killpg, os.kill):  # its group, once it has one
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(self.process, signal.SIGKILL)
+        os.waitpid(self.process, 0)
+        with open(self.told, "rb") as file:
+            file.seek(0)
+            told = [tuple(json.loads(line)) for line in file if line.endswith(b"\n")]
+        if told and told[-1][0] == "end":
+            return told[:-1], ""
+        return told, LATE if late else GONE
+
+
+class Printed(io.TextIOBase):
+    """What the function prints, told to the parent; no more than it can show."""
+
+    def __init__(self, tell: Tell):
+        self.tell, self.left = tell, PRINTED
+
+    def write(self, text: str) -> int:
+        """Tell the part of a text that can still be shown."""
+        if self.left > 0:
+            self.tell("printed", text[:self.left] + (" ..\n" if len(text) > self.left else ""))
+        self.left -= len(text)
+        return len(text)
+
+
+def confine(seconds: float, memory: int) -> None:
+    """Give the copy a group and streams of its own, one thread, and bounds.
+
+    The bound on its CPU time is for a copy whose parent is killed: nobody else would end it.
+    """
     import resource
-    os.setsid()  # signals to the whole group stay here
+
+    def bound(what: int, value: int) -> None:
+        hard = resource.getrlimit(what)[1]  # a copy of a copy may not raise it
+        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(what, (value, value))
+
+    os.setpgid(0, 0)  # signals to its group stay there
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     faulthandler.disable()
-    logging.disable()
     nowhere = os.open(os.devnull, os.O_RDWR)
     for stream in range(3):
         os.dup2(nowhere, stream)
-    for stream in (sys.stdout, sys.stderr):  # a notebook's streams, if something else holds them
-        with contextlib.suppress(AttributeError):
-            stream.write = len
-    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")
     torch.set_num_threads(1)  # OpenMP's other threads were not copied
     pages = int(Path("/proc/self/statm").read_text("utf-8").split()[0])
-    limit = pages * mmap.PAGESIZE + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    for i, (arguments, expected, _) in enumerate(cases):
-        try:
-            check(arguments, expected)
-        except BaseException as error:  # `attempt` meets it again and reports it
-            if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-                os._exit(TOO_LARGE)
-        ended[i] = 1
+    bound(resource.RLIMIT_AS, pages * os.sysconf("SC_PAGE_SIZE") + memory)
+    bound(resource.RLIMIT_CPU, 60 + int(10 * seconds))
 
 
-def watch(child: int, seconds: float) -> str:
-    """Return what becomes of the copy within `seconds`; "" if it ends well or only waits."""
-    start, status = time.monotonic(), None
+class Late(BaseException):
+    """The alarm rang. Not an Exception: a function's own `except` must not catch it."""
+
+
+def run_here(work: Callable[[Tell], None]) -> tuple[list[tuple[str, object]], str]:
+    """Run `work` in this process, under an alarm where the system and this thread have one."""
+    def ring(*_) -> None:
+        raise Late
+
+    told: list[tuple[str, object]] = []
+    if not hasattr(signal, "setitimer") or threading.current_thread() != threading.main_thread():
+        return work(lambda *value: told.append(value)) or (told, "")
+    before = signal.signal(signal.SIGALRM, ring)
     try:
-        while (waited := time.monotonic() - start) < seconds:
-            if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                break
-            if waited > 1 and waits(child, waited):
-                return ""
-            time.sleep(0.002)
+        signal.setitimer(signal.ITIMER_REAL, PATIENCE, 0.1)  # again, should it be caught
+        work(lambda *value: told.append(value))
+        return told, ""
+    except Late:
+        return told, LATE
     finally:
-        os.kill(child, signal.SIGKILL)
-        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if waited >= seconds:
-        return LATE
-    return {PLAYED: "", TOO_LARGE: LARGE}.get(status, GONE)
-
-
-def waits(process: int, seconds: float) -> bool:
-    """Return whether a process sleeps and has hardly computed; one short of CPU time does not."""
-    state, *fields = Path(f"/proc/{process}/stat").read_text("utf-8").rpartition(")")[2].split()
-    computed = sum(map(int, fields[10:12])) / os.sysconf("SC_CLK_TCK")
-    return state != "R" and computed < seconds / 50
-
-
-class Unfinished(BaseException):
-    """A learner's function took too long. Not an Exception: its own `except` must not catch it."""
-
-
-def quiet(ended, tell=threading.excepthook) -> None:
-    """Report the end of a thread as usual, unless `stop` ended it."""
-    if ended.exc_type is not Unfinished:
-        tell(ended)
-
-
-threading.excepthook = quiet
-
-
-def attempt(function: Callable, arguments: tuple, seconds: float):
-    """Return or raise what the function does, in a thread; raise Unfinished after `seconds`.
-
-    A late thread is asked to stop; one that waits for something outside Python is abandoned.
-    """
-    outcome = {}
-
-    def work() -> None:
-        try:
-            outcome["answer"] = function(*arguments)
-        except BaseException as error:  # another Unfinished may arrive meanwhile: see `quiet`
-            outcome["error"] = error
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(max(seconds, 0.01))
-    if thread.is_alive():
-        stop(thread)
-        raise Unfinished
-    leave(thread)
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["answer"]
-
-
-def leave(thread: threading.Thread, tries: int = 100) -> None:
-    """Wait until a thread that has ended for Python has also ended for Linux.
-
-    On its way out it may hold a lock of MKL's, which a fork at that moment would leave locked.
-    """
-    for _ in range(tries):
-        if not Path(f"/proc/self/task/{thread.native_id}").exists():
-            return
-        time.sleep(0.001)
-
-
-def stop(thread: threading.Thread, tries: int = 20) -> None:
-    """Raise Unfinished inside a thread, again if it is caught there, for half a second."""
-    ident, kind = ctypes.c_ulong(thread.ident), ctypes.py_object(Unfinished)
-    for _ in range(tries):
-        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, kind)
-        thread.join(0.5 / tries)
-        if not thread.is_alive():
-            return
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

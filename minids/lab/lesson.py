@@ -2,22 +2,19 @@
 
     review(square, [((3,), 9, "multiply the number by itself")])
 
-An exercise is a function that the learner writes. `review` prints what is wrong with it; `problems`
-returns the same messages, which a graded cell raises. `minids.lab.checker` runs the function.
+An exercise is a function that the learner writes. `review` prints what is wrong with it; `grade`
+raises the same sentences in a graded cell. `minids.lab.checker` runs the function, apart, and
+`minids.lab.compare` finds the words.
 """
 
-import contextlib
 import copy
-import math
-import sys
-import time
+import random
 from collections.abc import Callable, Iterable
 
-import torch
+from minids.lab.checker import LARGE, Late, Tell, borrowed, run
+from minids.lab.compare import altered, difference, known, mark, shown
 
-from minids.lab.checker import LATE, PATIENCE, Unfinished, attempt, borrowed, rehearse
-
-DIGITS = 1e-6  # relative; a right answer in FP32 keeps six digits, and a wrong one is further off
+MOST = 6  # sentences of one check: the first cases that fail
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable]):
@@ -36,39 +33,95 @@ def table(header: Iterable[str], rows: Iterable[Iterable]):
     return Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
+def review(function: Callable, cases: Iterable[tuple]) -> None:
+    """Print what is wrong with a learner's function, or that nothing is."""
+    cases = list(cases)
+    found = problems(function, cases)
+    print("\n".join(found) or f"{function.__name__} is right in {len(cases)} of {len(cases)} cases")
+
+
+def grade(function: Callable, cases: Iterable[tuple]) -> None:
+    """Raise what is wrong with a learner's function as an `AssertionError`."""
+    if found := problems(function, cases):
+        raise AssertionError("\n".join(found))
+
+
+def drawn(solve: Callable, draw: Callable, hint: str, count: int = 30, seed: int = 0) -> list:
+    """Return cases that a generator made: arguments, what `solve` makes of them, and a hint.
+
+    draw: called with a `random.Random`, returns a tuple of arguments; count, seed: of the cases
+    """
+    dice = random.Random(seed)
+    given = [draw(dice) for _ in range(count)]
+    return [(arguments, solve(*copy.deepcopy(arguments)), hint) for arguments in given]
+
+
 def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
     """Return what is wrong with a learner's function, one sentence per case that fails.
 
     cases: (arguments, expected result, hint); floats must agree to six digits, the rest exactly.
-        Every case gets its own copy of the arguments; all together may take PATIENCE seconds
+        Every case gets its own copy of the arguments, which the function must leave as they are;
+        all cases together may take PATIENCE seconds
     """
     if not callable(function) or not hasattr(function, "__name__"):
-        return [f"{brief(function)} is not a function"]
-    name = function.__name__
+        return [f"{shown(function)} is not a function"]
+    name, cases = function.__name__, list(cases)
     if taken := borrowed(function):
         return [f"{name} takes {taken} from minids, which knows the answer: write it yourself"]
+    calls = [f"{name}({', '.join(map(shown, arguments))})" for arguments, *_ in cases]
+    told, fate = run(lambda tell: judge(function, cases, tell))
+    print("".join(text for kind, text in told if kind == "printed"), end="")
+    verdicts = [value for kind, value in told if kind == "verdict"]
+    if any(words == "is not written yet" for words, *_ in verdicts):
+        return [f"{name} is not written yet"]
+    mistake = known(name, [each for *_, each in verdicts]) if len(verdicts) == len(cases) else ""
+    found = [sentence(call, words, what, case, mistake) for call, case, (words, what, _)
+             in zip(calls, cases, verdicts, strict=False) if words]
+    found += [f"{calls[len(verdicts)]} {fate}"] if fate and len(verdicts) < len(cases) else []
+    more = len(found) - MOST
+    found = found if more <= 0 else [*found[:MOST], f"and {more} more of {len(cases)} cases"]
+    return found + ([f"This is a known mistake: {mistake}"] if found and mistake else [])
 
-    def check(arguments: tuple, expected) -> str:
-        return difference(function(*copy.deepcopy(arguments)), expected)
 
-    found, cases, start = [], list(cases), time.monotonic()
-    calls = [f"{name}({', '.join(map(brief, arguments))})" for arguments, *_ in cases]
-    ended, fate = rehearse(check, cases)
-    if fate:
-        return [f"{calls[ended]} {fate}"]
-    end = PATIENCE + (time.monotonic() if ended == len(cases) else start)
-    for call, (arguments, expected, hint) in zip(calls, cases, strict=True):
-        try:
-            wrong = attempt(check, (arguments, expected), end - time.monotonic())
-        except Unfinished:
-            return [*found, f"{call} {LATE}"]
-        except BaseException as error:  # whatever a learner's code may raise is reported
-            if type(error) is NotImplementedError and not error.args:
-                return [f"{name} is not written yet"]
-            found.append(f"{call} stops with {reason(error)}")
-        else:
-            found += [f"{call} gives {wrong}: {hint}"] if wrong else []
-    return found
+def judge(function: Callable, cases: list[tuple], tell: Tell) -> None:
+    """Tell a verdict for each case: words, in what the answer is wrong, and the mark of it."""
+    for arguments, expected, _ in cases:
+        words, what, each = verdict(function, arguments, expected)
+        tell("verdict", (words[:2000], what, each))
+        if words in ("is not written yet", LARGE):
+            return
+
+
+def verdict(function: Callable, arguments: tuple, expected) -> tuple[str, str, str]:
+    """Return what one call gives: words, "" if it is right; in what it is wrong; its mark."""
+    given = copy.deepcopy(arguments)
+    try:
+        answer = function(*given)
+        words, what = difference(answer, expected)
+        changed = [one for one, other in zip(arguments, given, strict=True) if altered(one, other)]
+        if not words and changed:
+            words, what = (f"gives the right result, but changes its argument {shown(changed[0])}: "
+                           "work on a copy"), "argument"
+        return words, what, mark(answer)
+    except Late:
+        raise
+    except BaseException as error:  # whatever a learner's code may raise is reported
+        if type(error) is NotImplementedError and not error.args:
+            return "is not written yet", "error", ""
+        if isinstance(error, MemoryError) or "can't allocate memory" in reason(error):
+            return LARGE, "error", ""
+        words = f"stops with {reason(error)}{line_of(error, function)}"
+        return words, "error", type(error).__name__
+
+
+def line_of(error: BaseException, function: Callable) -> str:
+    """Return at which line of the learner's function an error arose; "" if in none."""
+    lines, trace = [], error.__traceback__
+    while trace:
+        if trace.tb_frame.f_code is getattr(function, "__code__", None):
+            lines.append(trace.tb_lineno - trace.tb_frame.f_code.co_firstlineno + 1)
+        trace = trace.tb_next
+    return f" (line {lines[-1]} of the function)" if lines and lines[-1] else ""
 
 
 def reason(error: BaseException) -> str:
@@ -79,71 +132,24 @@ def reason(error: BaseException) -> str:
         return type(error).__name__
 
 
-def review(function: Callable, cases: list[tuple]) -> None:
-    """Print what is wrong with a learner's function, or that nothing is."""
-    with contextlib.redirect_stdout(sys.stdout):  # restores it if the function replaces it
-        found = problems(function, cases)
-    print("\n".join(found) or f"{function.__name__} is right in {len(cases)} of {len(cases)} cases")
+def sentence(call: str, words: str, what: str, case: tuple, mistake: str) -> str:
+    """Return one case's sentence: the call, what it gives, and what the case is about.
 
-
-def difference(answer, expected) -> str:
-    """Return how an answer differs from the expected one, in words; "" if it does not."""
-    if answer is None:
-        return f"None instead of {brief(expected)} (does it return its result?)"
-    if isinstance(expected, torch.Tensor):
-        return tensor_difference(answer, expected)
-    if same(answer, expected):
-        return ""
-    if isinstance(expected, list) and hasattr(answer, "__len__") and len(answer) != len(expected):
-        return f"{brief(answer)}, {len(answer)} entries instead of {len(expected)}"
-    short = hasattr(answer, "tolist") and hasattr(answer, "shape") and math.prod(answer.shape) <= 16
-    return f"{brief(answer.tolist() if short else answer)} instead of {brief(expected)}"
-
-
-def tensor_difference(answer, expected: torch.Tensor) -> str:
-    """Return the same for an expected tensor."""
-    if not isinstance(answer, torch.Tensor):
-        return f"{brief(answer)} instead of {brief(expected)}"
-    if answer.shape != expected.shape:
-        return f"shape {tuple(answer.shape)} instead of {tuple(expected.shape)}"
-    if answer.dtype != expected.dtype:
-        return f"{answer.dtype} instead of {expected.dtype}"
-    if expected.requires_grad and not answer.requires_grad:
-        return "a tensor without a gradient"
-    if answer.isnan().any():
-        return "a tensor that contains NaN"
-    if torch.allclose(answer, expected, rtol=10 * DIGITS, atol=DIGITS):
-        return ""
-    largest = (answer.double() - expected.double()).abs().max().item()
-    return f"values that differ by up to {largest:.2g}"
-
-
-def same(answer, expected) -> bool:
-    """Return whether an answer equals the expected one; an array or tensor may stand for a list."""
-    answer = answer.tolist() if hasattr(answer, "tolist") else answer
-    if isinstance(expected, float) and type(answer) in (int, float):
-        return math.isclose(answer, expected, rel_tol=DIGITS, abs_tol=1e-9)
-    if type(answer) is not type(expected):
-        return False
-    if isinstance(expected, dict):
-        return answer.keys() == expected.keys() and all(
-            same(answer[key], value) for key, value in expected.items())
-    if isinstance(expected, list | tuple):
-        return len(answer) == len(expected) and all(map(same, answer, expected))
-    return answer == expected
-
-
-def brief(value) -> str:
-    """Return a value's `repr`, or its name, shape or length where that is too long."""
-    if isinstance(value, torch.Tensor) and value.numel() > 4:
-        return f"a tensor of shape {tuple(value.shape)}"
-    if callable(value) and hasattr(value, "__name__"):
-        return value.__name__
-    kind = type(value).__name__
-    sized = isinstance(value, str | bytes | list | tuple | dict | set)
-    text = f"{value:,}" if type(value) is int else "" if sized and len(value) > 60 else repr(value)
-    if text and len(text) <= 60:
-        return text
-    if sized:
-        return f"a {kind} of length {len(value)}" if len(value) > 4 else f"{text[:57]}..."
-    return kind
+    A hint belongs to its case and not to the mistake; where the mistake is known, or only a type
+    is wrong, it is left out. A case that tries a property on a version of the part says which of
+    the two was misjudged.
+    """
+    arguments, expected, hint = case
+    about = f" ({hint})" if hint else ""
+    if type(expected) is bool and arguments and callable(arguments[0]):
+        version = shown(arguments[0])
+        if what == "error":
+            right = "right" if expected else "wrong"
+            return f"{call} {words}: {version} is {right}, so return {expected}{about}"
+        if what == "value" and words == f"gives {not expected} instead of {expected}":
+            judged = ("is right, and the property refuses it" if expected
+                      else "is wrong, and the property lets it pass")
+            return f"{call} {words}: {version} {judged}{about}"
+    if not hint or what != "value" or mistake:
+        return f"{call} {words}"
+    return f"{call} {words}{'' if words.endswith('?') else '.'} This case is about: {hint}"

@@ -5,12 +5,12 @@ import ctypes
 import itertools
 import os
 import re
+import select
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +18,6 @@ import torch
 import minids.model.moe
 from minids import ModelArgs
 from minids.lab import checker, lesson
-from minids.lab.checker import PATIENCE
 from minids.lab.lesson import problems, table
 from minids.model.mla import MLA
 from minids.model.moe import max_violation
@@ -32,32 +31,13 @@ def square(x):
     return x * x
 
 
-def test_a_thread_that_is_stopped_says_nothing(capfd):
-    def fills(x):
-        time.sleep(1.6)
-        return [len(bytes(10 ** 7)) for _ in itertools.count()]
-
-    [told] = problems(fills, CASES[:1])
-    assert checker.LATE in told or "MemoryError" in told
-    time.sleep(0.5)
-    assert capfd.readouterr().err == ""
-
-
-def test_only_the_end_of_a_stopped_thread_is_kept_quiet():
-    told = []
-    for kind in (checker.Unfinished, ValueError):
-        checker.quiet(SimpleNamespace(exc_type=kind),
-                      tell=lambda ended: told.append(ended.exc_type))
-    assert told == [ValueError]
-
-
 def imports_inside(x):
     from minids.model.moe import max_violation
     return max_violation(x)
 
 
 def uses_a_module(x):
-    return lesson.same(x, 9) or minids.model.moe.max_violation(x)
+    return lesson.shown(x) or minids.model.moe.max_violation(x)
 
 
 def uses_a_name(x):
@@ -110,43 +90,37 @@ def clings(x):
             x = 0
 
 
-@pytest.fixture(params=[True, False], ids=["rehearsed", "alone"])
-def rehearsed(request, monkeypatch):
-    """With the copy that Linux can make, and as it is elsewhere."""
-    if not request.param:
-        monkeypatch.setattr(lesson, "rehearse", lambda check, cases: (0, ""))
+linux = pytest.mark.skipif(not checker.forks(), reason="no copy of the process can be made here")
+
+
+@pytest.fixture(params=[pytest.param(True, marks=linux), False], ids=["apart", "here"])
+def apart(request, monkeypatch):
+    """In a copy, as on Linux, and under an alarm, as elsewhere."""
+    monkeypatch.setattr(checker, "forks", lambda: request.param)
 
 
 @contextlib.contextmanager
 def patience(seconds: float):
     """Wait less than a learner's check does: a loop computes all the while."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (checker, lesson):
-            patch.setattr(module, "PATIENCE", seconds)
+        patch.setattr(checker, "PATIENCE", seconds)
         yield
 
 
-def test_an_endless_answer_is_told_after_four_seconds():
+def test_an_endless_answer_is_told_within_five_seconds():
     """Here, and nowhere else in this file, with the real patience; not twice, nor once a case."""
-    start, before = time.monotonic(), threading.active_count()
+    start = time.monotonic()
     found = problems(loops, CASES)
-    assert PATIENCE <= time.monotonic() - start < 2 * PATIENCE
     assert found == ["loops(3) has not finished after 4 seconds: does one of its loops never end?"]
+    assert 3.9 <= time.monotonic() - start < 7.9  # 4.1 on an idle machine; never twice the time
     assert problems(square, CASES) == []
-    assert threading.active_count() == before
 
 
-# A copy that only waits is told from one that computes after a second: so long it must last.
-@pytest.mark.parametrize("endless, seconds", [(loops, 1.0), (sleeps, 2.0), (counts, 1.0),
-                                              (clings, 1.0)])
-def test_an_answer_that_never_ends_is_told_in_time(endless, seconds, rehearsed):
-    start, before = time.monotonic(), threading.active_count()
-    with patience(seconds):
-        found = problems(endless, CASES)
-    assert time.monotonic() - start < 5.0
-    assert found == [f"{endless.__name__}(3) {checker.LATE}"]
+@pytest.mark.parametrize("endless", [loops, sleeps, counts])
+def test_an_answer_that_never_ends_is_told(endless, apart):
+    with patience(1.0):
+        assert problems(endless, CASES) == [f"{endless.__name__}(3) {checker.LATE}"]
     assert problems(square, CASES) == []
-    assert endless is sleeps or threading.active_count() == before
 
 
 def sums(x):
@@ -176,42 +150,111 @@ def fills(x):
     return [torch.ones(10 ** 8) for _ in itertools.count()]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux makes a copy of the process")
+@linux
 @pytest.mark.parametrize("answer, fate", [
-    (sums, checker.LATE), (backtracks, checker.LATE), (doubles, checker.LARGE),
-    (fills, checker.LARGE), (crashes, checker.GONE), (lambda x: os._exit(0), checker.GONE)])
-def test_what_no_thread_survives_is_told_in_time(answer, fate):
-    start, threads = time.monotonic(), threading.active_count()
+    (sums, checker.LATE), (backtracks, checker.LATE), (clings, checker.LATE),
+    (doubles, checker.LARGE), (fills, checker.LARGE), (crashes, checker.GONE),
+    *((lambda x, status=status: os._exit(status), checker.GONE) for status in (0, 1, 77, 78)),
+    (lambda x: os.kill(os.getpid(), 9), checker.GONE)])
+def test_what_ends_or_fills_a_process_is_told(answer, fate):
     with patience(1.0 if fate == checker.LATE else 60.0):  # a busy machine fills memory slowly
-        assert problems(answer, [(([],), [], ""), *CASES]) == [f"{answer.__name__}([]) {fate}"]
-    assert fate != checker.LATE or time.monotonic() - start < 5.0
-    assert threading.active_count() == threads
+        first = problems(answer, [(([],), [], ""), *CASES])
+    assert first == [f"{answer.__name__}([]) {fate}"]
+    assert problems(square, CASES) == []
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux makes a copy of the process")
-def test_the_case_that_no_thread_survives_is_named():
+@linux
+def test_the_case_that_ends_the_process_is_named():
     def answer(x):
         return x * x if x != 0.1 else os.abort()
 
     assert problems(answer, CASES) == [f"answer(0.1) {checker.GONE}"]
     many = [((i,), i * i, "") for i in range(300)]
     assert problems(answer, [*many, CASES[1]]) == [f"answer(0.1) {checker.GONE}"]
+    wrong = [((1,), 2, "two"), *CASES]
+    assert problems(answer, wrong) == ["answer(1) gives 1 instead of 2. This case is about: two",
+                                       f"answer(0.1) {checker.GONE}"]
 
 
-def test_the_rehearsal_leaves_no_trace(capfd):
-    """What an answer prints, counts or draws is done once, in this process."""
-    calls = []
+CHANGED = [0]
 
-    def answer(x):
-        print("here")
-        calls.append(torch.rand(()).item())
+
+@linux
+def test_nothing_of_this_process_is_changed(capsys):
+    """Variables, seeds, streams, the folder, the number of threads and what torch defaults to."""
+    def changes(x):
+        CHANGED.append(x)
+        torch.manual_seed(7)
+        torch.set_default_dtype(torch.float64)
+        torch.set_num_threads(1)
+        os.chdir("/")
+        os.environ["CHANGED"] = "yes"
+        sys.stdout = None
         return x * x
 
+    def state():
+        return (list(CHANGED), torch.initial_seed(), torch.get_default_dtype(), os.getcwd(),
+                torch.get_num_threads(), os.environ.get("CHANGED"), sys.stdout)
+
     torch.manual_seed(0)
-    assert problems(answer, CASES) == []
-    torch.manual_seed(0)
-    assert calls == [torch.rand(()).item() for _ in CASES]
-    assert capfd.readouterr().out == "here\n" * len(CASES)
+    before = state()
+    assert problems(changes, CASES) == [] and state() == before
+
+
+@linux
+def test_threads_and_processes_end_with_the_copy():
+    """They would compute on for ever; a process writes its number before it begins."""
+    read, write = os.pipe()
+
+    def starts(x):
+        threading.Thread(target=loops, args=(x,)).start()
+        if os.fork() == 0:
+            os.write(write, f"{os.getpid()}\n".encode())
+            loops(x)
+        select.select([read], [], [])
+        return x * x
+
+    before = threading.active_count()
+    assert problems(starts, CASES) == [] and threading.active_count() == before
+    os.close(write)
+    with open(read) as told:
+        numbers = [int(number) for number in told]  # ends when nobody holds the other end
+    end = time.monotonic() + 30  # a process that was killed takes a moment
+    while any(map(alive, numbers)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert numbers and not any(map(alive, numbers))
+
+
+def alive(process: int) -> bool:
+    """Return whether a process runs; one that ended and that nobody asked for does not."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return "Z" not in Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    return False
+
+
+@linux
+def test_an_answer_that_forks_answers_once():
+    assert problems(lambda x: os.fork() * 0 + x * x, CASES) == []
+
+
+def test_what_an_answer_prints_is_shown_up_to_a_bound(capfd, apart):
+    def talks(x):
+        print("here", x)
+        return x * x
+
+    assert problems(talks, CASES) == []
+    assert capfd.readouterr().out == "here 3\nhere 0.1\n"
+
+
+@linux
+def test_an_answer_that_never_stops_printing_is_cut(capfd):
+    def chatters(x):
+        while True:
+            print("again", file=sys.stderr)
+
+    with patience(1.0):
+        assert problems(chatters, CASES) == [f"chatters(3) {checker.LATE}"]
+    assert len(capfd.readouterr().out) <= checker.PRINTED + len(" ..\n")
 
 
 def test_large_products_survive_the_fork():
@@ -244,19 +287,19 @@ def test_no_right_answer_is_called_late():
     subprocess.run([sys.executable, "-c", RIGHT_ANSWERS], cwd=ROOT, check=True)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux makes a copy of the process")
+@linux
 def test_a_copy_that_is_late_once_gets_another_chance(monkeypatch):
-    watch, fates = checker.watch, iter([checker.LATE, None])
-    monkeypatch.setattr(checker, "watch", lambda *given: watch(*given) or next(fates) or "")
+    close, fates = checker.Copy.close, iter([([], checker.LATE), None])
+    monkeypatch.setattr(checker.Copy, "close", lambda copy: (close(copy), next(fates) or (
+        [("verdict", ("", "", ""))] * 2, ""))[1])
     assert problems(square, CASES) == [] and next(fates, "none left") == "none left"
 
 
-def test_all_cases_share_the_time():
+def test_all_cases_share_the_time(apart):
     """Ten cases of a second each must not take ten seconds."""
-    start = time.monotonic()
     with patience(2.0):
         found = problems(lambda x: time.sleep(1) or x, [((i,), i, "") for i in range(10)])
-    assert 2.0 <= time.monotonic() - start < 5.0 and "not finished" in found[-1]
+    assert len(found) == 1 and "not finished" in found[-1]
 
 
 class Endless:
@@ -277,10 +320,9 @@ class Broken:
 
 
 @pytest.mark.parametrize("expected", [3, [3], torch.ones(2, 3)])
-def test_an_answer_that_cannot_be_shown_is_told(expected, rehearsed):
-    start = time.monotonic()
+def test_an_answer_that_cannot_be_shown_is_told(expected, apart):
     with patience(1.0):
         [told] = problems(lambda: Endless(), [((), expected, "")])
-    assert told == f"<lambda>() {checker.LATE}" and time.monotonic() - start < 5.0
+    assert told == f"<lambda>() {checker.LATE}"
     [told] = problems(lambda: Broken(), [((), expected, "")])
     assert told == "<lambda>() stops with ValueError: no"
