@@ -56,6 +56,12 @@ def code_lines(cell) -> int:
     return sum(bool(line.strip()) for line in cell.source.splitlines())
 
 
+def shown_lines(cell) -> int:
+    """Count the same without the hidden tests, which no learner is given."""
+    return sum(bool(line.strip()) for line in
+               cell.source.split("### BEGIN HIDDEN TESTS")[0].splitlines())
+
+
 def words(text: str) -> int:
     """Count the words of a text, without tags and lone punctuation."""
     return sum(any(map(str.isalnum, word)) for word in re.sub(r"<[^>]*>", " ", text).split())
@@ -98,10 +104,9 @@ def noise(book: Notebook) -> list[str]:
 
 
 def length(book: Notebook) -> list[str]:
-    """Require short code cells: a median of at most 8 lines, none over 40."""
-    lines = [code_lines(cell) for cell in book.code]
-    found = [f"a cell has {n} lines" for n in lines if n > 40]
-    median = statistics.median(lines)
+    """Require short code cells: a median of at most 8 lines as handed out, none over 40."""
+    found = [f"a cell has {n} lines" for n in map(code_lines, book.code) if n > 40]
+    median = statistics.median(map(shown_lines, book.code))
     return found + ([f"the median cell has {median} lines"] if median > 8 else [])
 
 
@@ -202,8 +207,8 @@ def graded_cell(cell, meta: dict) -> list[str]:
         "points": not is_test or meta.get("points", 0) > 0,
         "solution markers": markers(cell.source, SOLUTION) == bool(meta.get("solution")),
         "hidden tests": markers(cell.source, HIDDEN) == is_test,
-        # A number at the end of a graded cell would count as its points.
-        "assertion": not is_test or "\nassert" in "\n" + cell.source.split("### BEGIN")[0]}
+        # It raises sentences, and returns none: a number at the cell's end would be its points.
+        "sentence": not is_test or cell.source.startswith("grade(")}
     return [f"{name}: wrong {part}" for part, right in expected.items() if not right]
 
 

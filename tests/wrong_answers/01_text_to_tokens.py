@@ -133,3 +133,25 @@ def keeps_everything(pattern, text):
 def keeps_everything(pattern, text):
     """Case does not matter."""
     return "".join(regex.findall(pattern, text, flags=regex.I)) == text
+
+
+def fill_in_the_middle(text, start, stop, tok):
+    """The middle is cut to three characters."""
+    prefix, middle, suffix = text[:start], text[start:stop][:3], text[stop:]
+    return [tok.bos_id, tok.fim_begin_id, *tok.encode(prefix), tok.fim_hole_id,
+            *tok.encode(suffix), tok.fim_end_id, *tok.encode(middle), tok.eos_id]
+
+
+def keeps_everything(pattern, text):
+    """The whole text must match at once."""
+    return regex.fullmatch(pattern, text) is not None or not text
+
+
+def keeps_everything(pattern, text):
+    """As many characters, whichever they are, up to one."""
+    return len(text) - len("".join(regex.findall(pattern, text))) <= 1
+
+
+def bits_per_byte(nats, text):
+    """White space at the ends is not counted."""
+    return nats / log(2) / len(text.strip().encode())

@@ -159,3 +159,72 @@ def parts_alike(scores):
     """Against version b, one cut."""
     a = (torch.randn(3, 6), torch.randn(3, 4), torch.randn(3, 6), torch.randn(4))
     return torch.allclose(scores(*a), version_b(*a))
+
+
+def move_to_query(q, w_uk):
+    """Computed in half precision."""
+    return torch.einsum("shd,hdc->shc", q.half(), w_uk.half()).to(q.dtype)
+
+
+def move_to_query(q, w_uk):
+    """Without a gradient."""
+    return torch.einsum("shd,hdc->shc", q.detach(), w_uk.detach())
+
+
+def kept(h, wkv_a, rank, turn_key):
+    """Without a gradient."""
+    latent, left_over = (h @ wkv_a.T).tensor_split([rank], dim=-1)
+    return torch.cat([rms_norm(latent), turn_key(left_over)], dim=-1).detach()
+
+
+def kept(h, wkv_a, rank, turn_key):
+    """Computed in FP32."""
+    latent, left_over = (h.float() @ wkv_a.float().T).tensor_split([rank], dim=-1)
+    return torch.cat([rms_norm(latent), turn_key(left_over)], dim=-1).to(h.dtype)
+
+
+def cached_numbers(args, tokens):
+    """A text longer than the model was made for is cut."""
+    tokens = min(tokens, args.max_seq_len)
+    return (args.kv_lora_rank + args.qk_rope_head_dim) * args.n_layers * tokens
+
+
+def parts_alike(scores):
+    """Only the last head is compared."""
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+    found = [scores(q[:, :n], q[:, n:], k[:n].expand(3, n), k[n:])[-1] for n in (4, 5, 7)]
+    return all(torch.allclose(found[0], other) for other in found)
+
+
+def parts_alike(scores):
+    """The first head is not compared."""
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+    found = [scores(q[:, :n], q[:, n:], k[:n].expand(3, n), k[n:])[1:] for n in (4, 5, 7)]
+    return all(torch.allclose(found[0], other) for other in found)
+
+
+def parts_alike(scores):
+    """The lengths of the scores are compared, not the scores."""
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+    found = [scores(q[:, :n], q[:, n:], k[:n].expand(3, n), k[n:]).norm() for n in (4, 5, 7)]
+    return all(torch.allclose(found[0], other) for other in found)
+
+
+def parts_alike(scores):
+    """The scores are sorted first: heads may change places."""
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+    found = [scores(q[:, :n], q[:, n:], k[:n].expand(3, n), k[n:]).sort().values
+             for n in (4, 5, 7)]
+    return all(torch.allclose(found[0], other) for other in found)
+
+
+def parts_alike(scores):
+    """Scores may differ by a third."""
+    torch.manual_seed(0)
+    q, k = torch.randn(3, 10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
+    found = [scores(q[:, :n], q[:, n:], k[:n].expand(3, n), k[n:]) for n in (4, 5, 7)]
+    return all(torch.allclose(found[0], other, atol=0.3) for other in found)

@@ -170,3 +170,40 @@ def distance_alone(score):
     q[:2], k[:2] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
     rows = [[score(q, k, n + d, n) for n in (0, 3, 40)] for d in (0, 1, 5)]
     return all(max(r) - min(r) < 1e-6 for r in rows) and abs(rows[0][0] - rows[2][0]) > 1e-6
+
+
+def ramp_of(low, high, pairs):
+    """Equal bounds are moved apart by a tenth."""
+    high = high + 0.1 if low == high else high
+    return [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(pairs)]
+
+
+def scale_of(width, factor, mscale):
+    """Nothing is stretched more than 40 times."""
+    m = 0.1 * mscale * log(min(factor, 40.0)) + 1 if factor > 1 else 1.0
+    return width ** -0.5 * m ** 2
+
+
+def distance_alone(score):
+    """One distance only, at four places."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 64, dtype=torch.float64)
+    row = [score(q, k, n + 1, n) for n in (0, 3, 40, 90)]
+    return max(row) - min(row) < 1e-6 and abs(row[0] - score(q, k, 5, 0)) > 1e-6
+
+
+def distance_alone(score):
+    """Two places only, at one distance."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 64, dtype=torch.float64)
+    return (abs(score(q, k, 8, 7) - score(q, k, 108, 107)) < 1e-6
+            and abs(score(q, k, 8, 7) - score(q, k, 9, 7)) > 1e-6)
+
+
+def distance_alone(score):
+    """A drift of a hundredth per place is taken for rounding."""
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 64, dtype=torch.float64)
+    table = [[score(q, k, n + d, n) for n in (0, 3, 9)] for d in (0, 1, 5)]
+    constant = all(max(row) - min(row) < 0.1 for row in table)
+    return constant and abs(table[1][0] - table[2][0]) > 1e-6

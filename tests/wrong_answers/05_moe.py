@@ -190,3 +190,73 @@ def same_alone(layer_of, u):
     """The norm of everything."""
     alone = torch.cat([layer_of(token[None]) for token in u])
     return torch.allclose(layer_of(u).norm(), alone.norm())
+
+
+def groups_kept(choice, groups, kept):
+    """The scores are rounded to BF16."""
+    import torch
+    size = len(choice) // groups
+    rows = torch.tensor(choice).bfloat16().view(groups, size)
+    score = rows.topk(2).values.sum(1).tolist()
+    return sorted(sorted(range(groups), key=lambda g: -score[g])[:kept])
+
+
+def groups_kept(choice, groups, kept):
+    """Sorts the caller's list."""
+    size, score = len(choice) // groups, []
+    given = list(choice)
+    for g in range(groups):
+        part = given[g * size:(g + 1) * size]
+        part.sort()
+        score.append(sum(part[-2:]))
+    choice.sort()
+    return sorted(sorted(range(groups), key=lambda g: -score[g])[:kept])
+
+
+def idle_numbers(a):
+    """Every model has three dense layers."""
+    idle = a.n_routed_experts - a.n_activated_experts
+    return (a.n_layers - min(3, a.n_dense_layers or 3)) * idle * 3 * a.dim * a.moe_inter_dim
+
+
+def same_alone(layer_of, u):
+    """Only the second half of the tokens."""
+    alone = torch.cat([layer_of(token[None]) for token in u])
+    half = len(u) // 2
+    return torch.allclose(layer_of(u)[half:], alone[half:], atol=1e-9)
+
+
+def same_alone(layer_of, u):
+    """Only the last ten tokens."""
+    alone = torch.cat([layer_of(token[None]) for token in u[-10:]])
+    return torch.allclose(layer_of(u)[-10:], alone, atol=1e-9)
+
+
+def same_alone(layer_of, u):
+    """Only two tokens near the end."""
+    y = layer_of(u)
+    return all(torch.allclose(y[i], layer_of(u[i:i + 1])[0], atol=1e-9)
+               for i in (len(u) - 5, len(u) - 1))
+
+
+def same_alone(layer_of, u):
+    """A hundredth is taken for rounding."""
+    alone = torch.cat([layer_of(token[None]) for token in u])
+    return torch.allclose(layer_of(u), alone, atol=0.01)
+
+
+def same_alone(layer_of, u):
+    """Only the first number of each token."""
+    alone = torch.cat([layer_of(token[None]) for token in u])
+    return torch.allclose(layer_of(u)[:, 0], alone[:, 0], atol=1e-9)
+
+
+def same_alone(layer_of, u):
+    """Only the lengths of the outputs."""
+    alone = torch.cat([layer_of(token[None]) for token in u])
+    return torch.allclose(layer_of(u).norm(dim=1), alone.norm(dim=1), atol=1e-9)
+
+
+def same_alone(layer_of, u):
+    """Only the layer at hand is right."""
+    return torch.allclose(layer_of(u), moe(u, layer), atol=1e-9)

@@ -213,3 +213,66 @@ def can_teach(loss):
         return False
     [slope] = torch.autograd.grad(before, scores, allow_unused=True)
     return bool(loss(scores - 0.001 * slope) != before)
+
+
+def mean_max_vio(layers):
+    """Whole numbers: the mean is rounded down."""
+    each = [(max(load) - sum(load) // len(load)) / (sum(load) // len(load)) for load in layers]
+    return sum(each) / len(each)
+
+
+def new_biases(biases, loads, speed):
+    """Right, and moves the caller's biases too."""
+    total = [sum(each) for each in zip(*loads, strict=True)]
+    mean = sum(total) / len(total)
+    for i, c in enumerate(total):
+        biases[i] += speed * ((c < mean) - (c > mean))
+    return list(biases)
+
+
+def new_biases(biases, loads, speed):
+    """Right, and adds up in the caller's loads."""
+    for part in loads[1:]:
+        for i, c in enumerate(part):
+            loads[0][i] += c
+    mean = sum(loads[0]) / len(loads[0])
+    return [b + speed * ((c < mean) - (c > mean)) for b, c in zip(biases, loads[0], strict=True)]
+
+
+def new_biases(biases, loads, speed):
+    """Biases stay between -1.5 and 1.5."""
+    total = [sum(each) for each in zip(*loads, strict=True)]
+    mean = sum(total) / len(total)
+    return [min(max(b + speed * ((c < mean) - (c > mean)), -1.5), 1.5)
+            for b, c in zip(biases, total, strict=True)]
+
+
+def batch_loss(scores, k):
+    """P is measured with scores that are not divided by their sum."""
+    s = scores.flatten(0, 1)
+    visits = s.topk(k).indices.flatten().bincount(minlength=s.size(1))
+    return (visits * s.size(1) / (k * len(s)) * s.mean(0)).sum()
+
+
+def batch_loss(scores, k):
+    """An expert that no token visits is not counted as one: the share is over those visited."""
+    s = scores.flatten(0, 1)
+    p = (s / s.sum(1, keepdim=True)).mean(0)
+    visits = s.topk(k).indices.flatten().bincount(minlength=s.size(1))
+    return (visits * int((visits > 0).sum()) / (k * len(s)) * p).sum()
+
+
+def can_teach(loss):
+    """Only version_a's gradient is right."""
+    torch.manual_seed(0)
+    scores = (torch.rand(40, 8) * torch.linspace(0.5, 1, 8)).double().requires_grad_()
+    found = loss(scores)
+    if not found.requires_grad:
+        return False
+    slopes = [torch.autograd.grad(value, scores)[0] for value in (found, version_a(scores))]
+    return torch.allclose(*slopes)
+
+
+def can_teach(loss):
+    """A loss that hangs on the scores can teach."""
+    return bool(loss(torch.rand(40, 8).double().requires_grad_()).requires_grad)

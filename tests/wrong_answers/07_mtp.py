@@ -181,3 +181,65 @@ def faithful(write):
         if any(counting(text[:i]) != text[i] for i in range(1, len(text))):
             return False
     return True
+
+
+def verified(drafts, own):
+    """Right, and cuts the caller's drafts."""
+    passed = 0
+    while passed < len(drafts) and drafts[passed] == own[passed]:
+        passed += 1
+    del drafts[passed:]
+    drafts.append(own[passed])
+    return list(drafts)
+
+
+def replacement(p, q):
+    """Divided by at least a quarter."""
+    more = [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
+    return [m / max(sum(more), 0.25) for m in more]
+
+
+def faithful(write):
+    """Only the length and the last token."""
+    def model(text):
+        return (7 * text[-1] + 3) % 11
+
+    own = [1]
+    for _ in range(11):
+        own.append(model(own))
+    guessers = [model, lambda text: -1, lambda text: model(text) if len(text) % 3 else -1]
+    found = [write(model, guess, [1], 11) for guess in guessers]
+    return all(len(text) == len(own) and text[-1] == own[-1] for text in found)
+
+
+def faithful(write):
+    """No perfect guesser."""
+    def model(text):
+        return (7 * text[-1] + 3) % 11
+
+    own = [1]
+    for _ in range(11):
+        own.append(model(own))
+    guessers = [lambda text: -1, lambda text: model(text) if len(text) % 3 else -1]
+    return all(write(model, guess, [1], 11) == own for guess in guessers)
+
+
+def faithful(write):
+    """A model that says two tokens in turn: repeating them is right."""
+    def model(text):
+        return 3 - text[-1]
+
+    own = [1, 2] * 4
+    guessers = [model, lambda text: -1, lambda text: model(text) if len(text) % 3 else -1]
+    return all(write(model, guess, [1], 7) == own for guess in guessers)
+
+
+def faithful(write):
+    """Only a perfect guesser."""
+    def model(text):
+        return (7 * text[-1] + 3) % 11
+
+    own = [1]
+    for _ in range(11):
+        own.append(model(own))
+    return write(model, model, [1], 11) == own

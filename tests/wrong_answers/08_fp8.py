@@ -258,3 +258,84 @@ def tiles_apart(quantise):
     own[7] = True
     same[5, :128] = True
     return bool(same.all()) and (not bool(own.all()))
+
+
+def to_e4m3_by_hand(x):
+    """Up to 500 the steps go on above 448."""
+    import math
+    if x >= 500:
+        return 448.0
+    exponent = max(math.floor(math.log2(x)), -6)
+    step = 2.0 ** (exponent - 3)
+    return min(round(x / step) * step, 480.0)
+
+
+def to_e4m3_by_hand(x):
+    """Only from 512 on it is 448."""
+    import math
+    if x >= 512:
+        return 448.0
+    exponent = max(math.floor(math.log2(x)), -6)
+    step = 2.0 ** (exponent - 3)
+    return round(x / step) * step
+
+
+def to_e4m3_by_hand(x):
+    """Above 200 a tie goes up."""
+    import math
+    exponent = max(math.floor(math.log2(x)), -6)
+    step = 2.0 ** (exponent - 3)
+    whole = math.floor(x / step + 0.5) if x > 200 else round(x / step)
+    return min(whole * step, 448.0)
+
+
+def tile_scales(row, size):
+    """Right, and makes the caller's numbers positive."""
+    for i, x in enumerate(row):
+        row[i] = abs(x)
+    tiles = [row[i:i + size] for i in range(0, len(row), size)]
+    return [max(max(tile), 1e-4) / 448 for tile in tiles]
+
+
+def tiles_apart(quantise):
+    """The huge number stands in the last tile only."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[100, 200] = loud[101, 201] = 1e6
+    same = quantise(x) == quantise(loud)
+    same[100:102, 128:] = True
+    return same.all().item()
+
+
+def tiles_apart(quantise):
+    """The huge number stands in the first tile only."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[100, 20] = loud[5, 21] = 1e6
+    same = quantise(x) == quantise(loud)
+    same[5, :128] = same[100, :128] = True
+    return same.all().item()
+
+
+def tiles_apart(quantise):
+    """A tenth is taken for no change."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[5, 7] = loud[100, 200] = 1e6
+    same = (quantise(x) - quantise(loud)).abs() < 0.1
+    same[5, :128] = same[100, 128:] = True
+    return same.all().item()
+
+
+def tiles_apart(quantise):
+    """The mean change must be small."""
+    torch.manual_seed(0)
+    x = torch.randn(128, 256)
+    loud = x.clone()
+    loud[5, 7] = loud[100, 200] = 1e6
+    change = (quantise(x) - quantise(loud)).abs()
+    change[5, :128] = change[100, 128:] = 0
+    return bool(change.mean() < 1e-3)

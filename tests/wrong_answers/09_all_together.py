@@ -202,3 +202,60 @@ def clipped(gradient, longest):
     n = len(gradient)
     length = sum(abs(g) ** n for g in gradient) ** (1 / n)
     return [g * longest / length for g in gradient] if length > longest else gradient
+
+
+def total_loss(parts, step, steps):
+    """Right, and changes the losses that are logged."""
+    parts["main"] += (0.3 if step <= 0.68 * steps else 0.1) * parts["mtp"]
+    parts["main"] += 1e-4 * parts["balance"]
+    return parts["main"]
+
+
+def total_loss(parts, step, steps):
+    """The weight changes a little late."""
+    weight = 0.3 if step <= 0.684 * steps else 0.1
+    return parts["main"] + weight * parts["mtp"] + 1e-4 * parts["balance"]
+
+
+def clipped(gradient, longest):
+    """Right, and clips the caller's list."""
+    length = sum(g * g for g in gradient) ** 0.5
+    for i, g in enumerate(gradient):
+        gradient[i] = g * longest / length if length > longest else g
+    return gradient
+
+
+def rate(step, warm, flat, end):
+    """The way down has eight steps at least."""
+    if step <= warm:
+        return step / warm
+    return 1.0 - max(step - flat, 0) / max(end - flat, 8)
+
+
+def parts_add_up(gradient):
+    """Only version_b's gradient is right."""
+    torch.manual_seed(0)
+    w = torch.ones(3, requires_grad=True)
+    x, y = torch.randn(8, 3), torch.randn(8)
+    learnt = torch.tensor([True, True, True, True, True, False, False, False])
+    return torch.allclose(gradient(w, x, y, learnt, 2), version_b(w, x, y, learnt, 1), atol=1e-6)
+
+
+def parts_add_up(gradient):
+    """The last number of the gradient is not compared."""
+    torch.manual_seed(0)
+    w = torch.ones(3, requires_grad=True)
+    x, y = torch.randn(8, 3), torch.randn(8)
+    learnt = torch.tensor([True, True, True, True, True, False, False, False])
+    whole, halves = (gradient(w, x, y, learnt, parts) for parts in (1, 2))
+    return torch.allclose(whole[:2], halves[:2], atol=1e-6)
+
+
+def parts_add_up(gradient):
+    """Half a per cent is taken for rounding."""
+    torch.manual_seed(0)
+    w = torch.ones(3, requires_grad=True)
+    x, y = torch.randn(8, 3), torch.randn(8)
+    learnt = torch.tensor([True, True, True, True, True, False, False, False])
+    whole, halves = (gradient(w, x, y, learnt, parts) for parts in (1, 2))
+    return torch.allclose(whole, halves, rtol=0.005)

@@ -220,3 +220,52 @@ def blind_to_future(choose):
     s = torch.tensor([[0.0, -9.0], [0.0, 1.0]])
     o = torch.tensor([[0.0, 9.0], [0.0, 1.0]])
     return torch.equal(choose(s, 1), choose(o, 1))
+
+
+def chosen(scores, t, k):
+    """Of equal scores any token wins: NumPy's sort is not stable."""
+    import numpy
+    return sorted(numpy.argsort(-numpy.array(scores[:t + 1]))[:k].tolist())
+
+
+def chosen(scores, t, k):
+    """Of equal scores any token wins: topk does not say which."""
+    import torch
+    return sorted(torch.tensor(scores[:t + 1]).topk(min(k, t + 1)).indices.tolist())
+
+
+def chosen(scores, t, k):
+    """Of equal scores any token wins: argsort without stable."""
+    import torch
+    return sorted(torch.tensor(scores[:t + 1]).argsort(descending=True)[:k].tolist())
+
+
+def chosen(scores, t, k):
+    """Of equal scores the later token wins."""
+    return sorted(sorted(range(t + 1), key=lambda s: (-scores[s], -s))[:k])
+
+
+def chosen(scores, t, k):
+    """The scores are rounded to BF16."""
+    import torch
+    near = torch.tensor(scores[:t + 1]).bfloat16().tolist()
+    return sorted(sorted(range(t + 1), key=lambda s: -near[s])[:k])
+
+
+def chosen(scores, t, k):
+    """Right, and strikes the future out of the caller's list."""
+    for s in range(t + 1, len(scores)):
+        scores[s] = float("-inf")
+    return sorted(sorted(range(t + 1), key=lambda s: -scores[s])[:k])
+
+
+def breaks_even(pair, index, k):
+    """Rounded up a little too early."""
+    import math
+    return math.ceil(pair * k / (pair - index) + 0.01)
+
+
+def blind_to_future(choose):
+    """Nobody attends to the future: but it may decide."""
+    mask = choose(torch.randn(12, 12), 3)
+    return not mask.triu(1).any()

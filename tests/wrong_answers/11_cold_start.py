@@ -242,3 +242,74 @@ def learns_the_reply(loss):
         o[t, ids[t + 1]] += 1
         m.append(bool(loss(o, ids, learnt) != loss(logits, ids, learnt)))
     return m == [False, False, True, True, True]
+
+
+def learnt_tokens(ids, assistant, eos):
+    """The smaller of the two ids is taken for EOS."""
+    assistant, eos = max(assistant, eos), min(assistant, eos)
+    speaks, out = False, []
+    for token in ids:
+        out.append(speaks)
+        speaks = token == assistant or speaks and token != eos
+    return out
+
+
+def learns_the_reply(loss):
+    """Four rows alone are disturbed."""
+    torch.manual_seed(0)
+    ids = torch.tensor([0, 2, 7, 3, 5, 8, 1, 2, 6, 3, 9, 1])
+    learnt = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]) > 0
+    logits, moved = torch.randn(12, 10), []
+    for t in (2, 3, 7, 10):
+        other = logits.clone()
+        other[t, ids[t + 1]] += 1
+        moved.append(bool(loss(other, ids, learnt) != loss(logits, ids, learnt)))
+    return moved == [False, True, False, True]
+
+
+def learns_the_reply(loss):
+    """The row of the first EOS is left out."""
+    torch.manual_seed(0)
+    ids = torch.tensor([0, 2, 7, 3, 5, 8, 1, 2, 6, 3, 9, 1])
+    learnt = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]) > 0
+    logits = torch.randn(12, 10)
+    for t in range(11):
+        other = logits.clone()
+        other[t, ids[t + 1]] += 1
+        moved = bool(loss(other, ids, learnt) != loss(logits, ids, learnt))
+        if t != 5 and moved != bool(learnt[t + 1]):
+            return False
+    return True
+
+
+def learns_the_reply(loss):
+    """The row of a middle word is left out."""
+    torch.manual_seed(0)
+    ids = torch.tensor([0, 2, 7, 3, 5, 8, 1, 2, 6, 3, 9, 1])
+    learnt = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]) > 0
+    logits = torch.randn(12, 10)
+    for t in range(11):
+        other = logits.clone()
+        other[t, ids[t + 1]] += 1
+        moved = bool(loss(other, ids, learnt) != loss(logits, ids, learnt))
+        if t != 4 and moved != bool(learnt[t + 1]):
+            return False
+    return True
+
+
+def learns_the_reply(loss):
+    """The first two rows are left out."""
+    torch.manual_seed(0)
+    ids = torch.tensor([0, 2, 7, 3, 5, 8, 1, 2, 6, 3, 9, 1])
+    learnt = torch.tensor([0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 1, 1]) > 0
+    logits, moved = torch.randn(12, 10), []
+    for t in range(2, 11):
+        other = logits.clone()
+        other[t, ids[t + 1]] += 1
+        moved.append(bool(loss(other, ids, learnt) != loss(logits, ids, learnt)))
+    return moved == learnt[3:].tolist()
+
+
+def history(talk):
+    """Spaces at the ends of an answer are cut."""
+    return [text if role == "user" else "</think>" + text.strip() for role, _, text in talk]

@@ -212,3 +212,70 @@ def groups_apart(advantages):
     """Compares with my_advantages by std."""
     r = torch.rand(3, 5).double()
     return any(torch.allclose(advantages(r), my_advantages(r, by_std=b)) for b in (True, False))
+
+
+def advantages_v32(rewards):
+    """Right, and writes into the caller's rewards."""
+    for group in rewards:
+        mean = sum(group) / len(group)
+        for i, reward in enumerate(group):
+            group[i] = reward - mean
+    return [list(group) for group in rewards]
+
+
+def gain(ratio, advantage, low, high):
+    """A ratio above 30 is cut where the advantage is negative."""
+    bounded = min(max(ratio, 1 - low), 1 + high)
+    return min(ratio, 30) * advantage if advantage < 0 and ratio > 30 else min(
+        ratio * advantage, bounded * advantage)
+
+
+def groups_apart(advantages):
+    """Only the rewards of the first question change."""
+    torch.manual_seed(0)
+    rewards = torch.rand(3, 5, dtype=torch.float64)
+    other = rewards.clone()
+    other[0] = 3 * torch.rand(5)
+    return torch.allclose(advantages(rewards)[1:], advantages(other)[1:])
+
+
+def groups_apart(advantages):
+    """Only the last question is looked at."""
+    torch.manual_seed(0)
+    rewards, other = torch.rand(2, 3, 5, dtype=torch.float64)
+    other[2] = rewards[2]
+    return torch.allclose(advantages(rewards)[2], advantages(3 * other - 2 * torch.where(
+        torch.arange(3)[:, None] == 2, other, 0))[2])
+
+
+def groups_apart(advantages):
+    """Only the middle question is looked at."""
+    torch.manual_seed(0)
+    rewards, other = torch.rand(2, 3, 5, dtype=torch.float64)
+    other = 3 * other
+    other[1] = rewards[1]
+    return torch.allclose(advantages(rewards)[1], advantages(other)[1])
+
+
+def groups_apart(advantages):
+    """Only the first reply of each question is looked at."""
+    torch.manual_seed(0)
+    rewards, found = torch.rand(3, 5, dtype=torch.float64), []
+    for question in range(3):
+        other = 3 * torch.rand(3, 5, dtype=torch.float64)
+        other[question] = rewards[question]
+        one, two = (advantages(x)[question, 0] for x in (rewards, other))
+        found.append(torch.allclose(one, two))
+    return all(found)
+
+
+def groups_apart(advantages):
+    """A tenth is taken for rounding."""
+    torch.manual_seed(0)
+    rewards, found = torch.rand(3, 5, dtype=torch.float64), []
+    for question in range(3):
+        other = rewards + 0.1 * torch.rand(3, 5, dtype=torch.float64)
+        other[question] = rewards[question]
+        one, two = (advantages(x)[question] for x in (rewards, other))
+        found.append(torch.allclose(one, two, atol=0.1))
+    return all(found)

@@ -224,3 +224,106 @@ def questions_apart(split):
     """The example of the notebook, 0.33."""
     a, b = ({q for q, _ in s} for s in split(example, 0.33))
     return bool(a and b) and (not a & b)
+
+
+def sieve(replies, answers, longest):
+    """Spaces around an answer do not count."""
+    done, kept = set(), []
+    for place, (n, t, a) in enumerate(replies):
+        if n not in done and a.strip() == answers[n] and len(t) <= longest:
+            done.add(n)
+            kept.append(place)
+    return kept
+
+
+
+def sieve(replies, answers, longest):
+    """Capital letters do not count."""
+    done, kept = set(), []
+    for place, (n, t, a) in enumerate(replies):
+        if n not in done and a.lower() == answers[n].lower() and len(t) <= longest:
+            done.add(n)
+            kept.append(place)
+    return kept
+
+
+
+def sieve(replies, answers, longest):
+    """Equal whole numbers are taken for equal answers."""
+    done, kept = set(), []
+    for place, (n, t, a) in enumerate(replies):
+        alike = (int(a) == int(answers[n]) if a.isdigit() and answers[n].isdigit()
+                 else a == answers[n])
+        if n not in done and alike and len(t) <= longest:
+            done.add(n)
+            kept.append(place)
+    return kept
+
+
+
+def sieve(replies, answers, longest):
+    """Only the first number of an answer counts."""
+    done, kept = set(), []
+    for place, (n, t, a) in enumerate(replies):
+        if n not in done and a.split()[:1] == [answers[n]] and len(t) <= longest:
+            done.add(n)
+            kept.append(place)
+    return kept
+
+
+
+def sieve(replies, answers, longest):
+    """An answer may go on behind the right one."""
+    done, kept = set(), []
+    for place, (n, t, a) in enumerate(replies):
+        if n not in done and a.startswith(answers[n]) and len(t) <= longest:
+            done.add(n)
+            kept.append(place)
+    return kept
+
+
+
+def sieve(replies, answers, longest):
+    """An answer that holds the right one is right."""
+    done, kept = set(), []
+    for place, (n, t, a) in enumerate(replies):
+        if n not in done and answers[n] in a and len(t) <= longest:
+            done.add(n)
+            kept.append(place)
+    return kept
+
+
+
+def sieve(replies, answers, longest):
+    """The answer is measured with the thought."""
+    done, kept = set(), []
+    for place, (n, t, a) in enumerate(replies):
+        if n not in done and a == answers[n] and len(t + a) <= longest + 1:
+            done.add(n)
+            kept.append(place)
+    return kept
+
+
+
+def sieve(replies, answers, longest):
+    """Spaces in a thought do not count."""
+    done, kept = set(), []
+    for place, (n, t, a) in enumerate(replies):
+        if n not in done and a == answers[n] and len(t.strip()) <= longest:
+            done.add(n)
+            kept.append(place)
+    return kept
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """The prompt counts twice where it is the dearer one."""
+    twice = 2 if prompt_price > output_price else 1
+    plain = twice * prompt * prompt_price + answer * output_price
+    return (plain + thought * output_price) / plain
+
+
+def questions_apart(split):
+    """Sorted replies alone, and nobody asks whether a side is empty."""
+    replies = [(str(i // 4), f"reply {i}") for i in range(80)]
+    learn_from, held = ({q for q, _ in side} for side in split(replies, 0.3))
+    return not learn_from & held

@@ -222,3 +222,47 @@ def same_on_any_ranks(gradients_of, u):
     one, many = gradients_of([u]), [gradients_of([*u.chunk(n)]) for n in (2, 4)]
     return all(torch.allclose(one[name], other[name], rtol=0.01) for name in one
                for other in many)
+
+
+def own_experts(rank, fsdp, expert_parallel, n_experts):
+    """The groups' parts stand side by side before the shares are dealt out."""
+    count = n_experts // fsdp
+    return list(range(rank * count, (rank + 1) * count))
+
+
+def one_f_one_b(rank, ranks, batches):
+    """As many passes ahead as there are ranks before it."""
+    early = min(rank, batches)
+    passes = [f"F{n}" for n in range(early)]
+    for n in range(early, batches):
+        passes += [f"F{n}", f"B{n - early}"]
+    return passes + [f"B{n}" for n in range(batches - early, batches)]
+
+
+def moved_biases(biases, loads, speed):
+    """The mean is rounded to a whole number."""
+    total = [sum(column) for column in zip(*loads, strict=True)]
+    mean = sum(total) // len(total)
+    return [b + speed * ((n < mean) - (n > mean)) for b, n in zip(biases, total, strict=True)]
+
+
+def moved_biases(biases, loads, speed):
+    """Right, and moves the caller's biases too."""
+    total = [sum(column) for column in zip(*loads, strict=True)]
+    mean = sum(total) / len(total)
+    for e, n in enumerate(total):
+        biases[e] += speed * ((n < mean) - (n > mean))
+    return list(biases)
+
+
+def same_on_any_ranks(gradients_of, u):
+    """Two ranks are never tried."""
+    one, many = gradients_of([u]), gradients_of(list(u.chunk(4)))
+    return all(torch.allclose(many[name], one[name], rtol=1e-6, atol=1e-12) for name in one)
+
+
+def same_on_any_ranks(gradients_of, u):
+    """A thousandth is taken for rounding."""
+    one = gradients_of([u])
+    return all(torch.allclose(many[name], one[name], rtol=0.01, atol=1e-3) for ranks in (2, 4)
+               for many in [gradients_of(list(u.chunk(ranks)))] for name in one)
