@@ -1,15 +1,20 @@
-"""Lay out the notebooks as a course: without answers to work alone, or as nbgrader assignments.
+"""Lay out the notebooks as a course: to work alone, for students, or as nbgrader assignments.
 
     python -m minids.lab.course --blank
+    python -m minids.lab.course --students ../minids-course
     python -m minids.lab.course --out course
     cd course && nbgrader generate_assignment 05_moe --create
 
-The folder must be inside the clone, where the notebooks find the package.
+`--students` makes a repository to hand out: the package and the notebooks without answers, and
+neither hidden tests nor wrong answers. Without it, the folder must be inside the clone, where the
+notebooks find the package.
 """
 
 import importlib.util
 import json
 import re
+import shutil
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
@@ -23,6 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 STUB = "# Write your answer here.\nraise NotImplementedError()"
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?### END SOLUTION", re.M | re.S)
 HIDDEN = re.compile(r"^### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS\n?", re.M | re.S)
+SHIPPED = ("minids data figures README.md CHANGELOG.md CITATION.cff LICENSE pyproject.toml "
+           "requirements.txt .gitignore").split()  # to students; not tests, nor solved notebooks
 CONFIG = """c = get_config()
 c.CourseDirectory.course_id = "minids"
 c.CourseDirectory.root = {root!r}
@@ -37,6 +44,8 @@ class CourseArgs(Settings):
 
     out: str = option("runs/course", "folder of the course, inside the clone", folder=True)
     blank: bool = option(False, "write only blank/, the notebooks without answers, to work alone")
+    students: str = option("", "new folder outside the clone: a repository for students",
+                           folder=True)
     force: bool = option(False, "overwrite notebooks that you changed in source/ or blank/")
 
     def __post_init__(self):
@@ -46,6 +55,10 @@ class CourseArgs(Settings):
                 f"a folder inside {ROOT}, where the notebooks find minids")
         own = folder.is_relative_to(ROOT / "notebooks") or folder.is_relative_to(ROOT / "minids")
         require(self, "out", not own, "outside notebooks and minids")
+        place = Path(self.students).resolve()
+        require(self, "students", not self.students or ROOT not in (place, *place.parents)
+                and not (place.is_dir() and any(place.iterdir())),
+                f"an empty folder outside {ROOT}")
 
 
 def without_answers(notebook: bytes) -> bytes:
@@ -55,6 +68,9 @@ def without_answers(notebook: bytes) -> bytes:
         source = SOLUTION.sub(lambda found: indent(STUB, found[1]), "".join(cell["source"]))
         source = HIDDEN.sub("", source)
         cell["source"] = source.rstrip("\n").splitlines(keepends=True)
+        if cell.get("metadata", {}).get("nbgrader", {}).get("grade"):
+            tags = cell["metadata"].get("tags", [])  # Run All goes on behind an unsolved exercise
+            cell["metadata"]["tags"] = [*tags, "raises-exception"]
         if cell["cell_type"] == "code":
             cell |= {"outputs": [], "execution_count": None}
     return json.dumps(nb, ensure_ascii=False, indent=1).encode() + b"\n"
@@ -70,6 +86,25 @@ def write(files: dict[Path, bytes], force: bool) -> None:
         write_whole(path, content)
 
 
+def repository(folder: Path, notebooks: list[Path]) -> None:
+    """Write the repository for students, and commit it where git is installed."""
+    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".ipynb_checkpoints")
+    for name in SHIPPED:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        elif (ROOT / name).is_file():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    write({folder / "notebooks" / path.name: without_answers(path.read_bytes())
+           for path in notebooks}, force=True)
+    shutil.copy(ROOT / "notebooks" / "README.md", folder / "notebooks")
+    author = ["-c", "user.name=minids", "-c", "user.email=course@localhost"]
+    if shutil.which("git"):
+        for command in (["init", "--quiet"], ["add", "--all"],
+                        ["commit", "--quiet", "--message", "The course, without answers"]):
+            subprocess.run(["git", "-C", str(folder), *author, *command], check=True)
+
+
 def points_of(notebook: Path) -> list[int]:
     """Return the points of each of a notebook's exercises."""
     graded = [cell["metadata"].get("nbgrader", {}) for cell in read_json(notebook)["cells"]]
@@ -82,7 +117,9 @@ def main() -> None:
     args = CourseArgs(**given)
     folder, notebooks = Path(args.out).resolve(), sorted((ROOT / "notebooks").glob("*.ipynb"))
     points = {path.stem: points_of(path) for path in notebooks}  # before anything is written
-    if args.blank:
+    if args.students:
+        repository(Path(args.students).resolve(), notebooks)
+    elif args.blank:
         write({folder / "blank" / path.name: without_answers(path.read_bytes())
                for path in notebooks}, args.force)
     else:
@@ -93,6 +130,8 @@ def main() -> None:
         print(f"{stem:24} {len(found)} exercises {sum(found):3} points")
     every = sum(points.values(), [])
     print(f"{'all':24} {len(every)} exercises {sum(every)} points")
+    if args.students:
+        return print(f"next: push {quote(args.students)} to where your students clone it from")
     if args.blank:
         return print(f"next: jupyter lab {quote(args.out + '/blank')}")
     print(f"next: cd {quote(args.out)} && nbgrader generate_assignment {notebooks[5].stem} "

@@ -7,6 +7,7 @@ quarter of an hour.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,10 @@ from pathlib import Path
 
 import nbformat
 import pytest
-from test_graders import exercises, wrong_answers
+from test_graders import wrong_answers
 
 from minids.lab.course import without_answers
+from minids.lab.exercises import SOLUTION, exercises
 
 if not find_spec("nbgrader"):  # imported by what needs it: it takes seconds
     pytest.skip("nbgrader is not installed: pip install nbgrader", allow_module_level=True)
@@ -216,3 +218,49 @@ class TestLayOut:
         assert done.returncode == 2 and done.stdout == ""
         assert done.stderr.startswith(f"python -m minids.lab.course: out = {out!r} is not valid")
         assert done.stderr.count("\n") == 1
+
+
+class TestStudents:
+    """The repository that `--students` makes."""
+
+    def test_it_holds_no_answer(self, clone, tmp_path):
+        """Neither a solution nor a hidden test nor a wrong answer, in any file."""
+        done = run(clone, "minids.lab.course", "--students", str(tmp_path / "handed"))
+        assert (done.returncode, done.stderr) == (0, "")
+        files = [path for path in (tmp_path / "handed").rglob("*") if path.is_file()]
+        text = "\n".join(path.read_text("utf-8", "replace") for path in files
+                         if path.suffix != ".ipynb" and ".git" not in path.parts)
+        cells = "\n\n".join(cell.source for path in files if path.suffix == ".ipynb"
+                            for cell in nbformat.read(path, 4).cells)
+        assert not re.search("### BEGIN (SOLUTION|HIDDEN)|def second_way", cells)
+        secrets = []
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+            for exercise in exercises(path):
+                secrets += [SOLUTION.search(exercise.solution)[0], exercise.hidden,
+                            *wrong_answers(exercise).values()]
+        assert len(secrets) > 500
+        assert not [secret for secret in secrets if secret in text or secret in cells]
+        assert {path.relative_to(tmp_path / "handed").parts[0] for path in files} <= {
+            "minids", "data", "notebooks", ".git", "figures"}
+        names = [path.name for path in (tmp_path / "handed/notebooks").glob("*.ipynb")]
+        assert sorted(names) == [f"{stem}.ipynb" for stem in STEMS]
+
+    def test_run_all_goes_on_behind_an_unsolved_exercise(self):
+        nb = blank(ROOT / "notebooks" / f"{STEMS[0]}.ipynb")
+        for cell in nb.cells:
+            graded = cell.metadata.get("nbgrader", {}).get("grade", False)
+            assert graded == ("raises-exception" in cell.metadata.get("tags", []))
+
+    @pytest.mark.slow
+    def test_a_blank_notebook_runs(self, clone, tmp_path):
+        run(clone, "minids.lab.course", "--students", str(tmp_path / "handed"))
+        done = run(tmp_path / "handed" / "notebooks", "jupyter", "nbconvert", "--to", "notebook",
+                   "--execute", "--output", "ran", f"{STEMS[0]}.ipynb")
+        assert done.returncode == 0, done.stderr
+        assert "is not written yet" in (tmp_path / "handed/notebooks/ran.ipynb").read_text()
+
+    @pytest.mark.parametrize("place", ["", "inside", "notebooks/x"])
+    def test_a_place_where_it_cannot_be_is_refused(self, clone, place):
+        done = run(clone, "minids.lab.course", "--students", str(clone / place))
+        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+        assert "students = " in done.stderr

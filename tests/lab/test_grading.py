@@ -1,0 +1,182 @@
+"""A class is graded: solved, blank, mistaken and broken notebooks, and the grades read back."""
+
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell
+from test_graders import wrong_answers
+
+from minids.lab import checker, grading
+from minids.lab.course import without_answers
+from minids.lab.exercises import exercises
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCE = ROOT / "notebooks" / "00_map.ipynb"
+EXERCISES = exercises(SOURCE)
+MOST = sum(exercise.points for exercise in EXERCISES)
+
+pytestmark = pytest.mark.skipif(not checker.forks(), reason="grading forks this process")
+
+
+def notebook() -> nbformat.NotebookNode:
+    return nbformat.read(SOURCE, 4)
+
+
+def cell_of(nb, name: str):
+    """Return the cell of a grade_id."""
+    return next(c for c in nb.cells if c.metadata.get("nbgrader", {}).get("grade_id") == name)
+
+
+def answered(*sources: str) -> nbformat.NotebookNode:
+    """Return the solved notebook with other answers to its first exercises."""
+    nb = notebook()
+    for exercise, source in zip(EXERCISES, sources, strict=False):
+        cell_of(nb, exercise.name).source = source
+    return nb
+
+
+def without(*names: str) -> nbformat.NotebookNode:
+    """Return the solved notebook without some cells."""
+    nb = notebook()
+    nb.cells = [c for c in nb.cells if c.metadata.get("nbgrader", {}).get("grade_id") not in names]
+    return nb
+
+
+def other_kernel() -> nbformat.NotebookNode:
+    nb = notebook()
+    nb.metadata = {"kernelspec": {"name": "ir", "display_name": "R"}}
+    return nb
+
+
+def twice() -> nbformat.NotebookNode:
+    """Each graded cell stands twice, the copies untouched."""
+    nb = notebook()
+    blank = nbformat.reads(without_answers(SOURCE.read_bytes()).decode(), 4)
+    nb.cells += [c for c in blank.cells if "nbgrader" in c.metadata]
+    for number, cell in enumerate(nb.cells):
+        cell.id = f"{number:08}"
+    return nb
+
+
+def backward() -> nbformat.NotebookNode:
+    nb = notebook()
+    nb.cells.reverse()
+    return nb
+
+
+def softened() -> nbformat.NotebookNode:
+    """A wrong answer, with a test that lets everything pass."""
+    nb = answered(HEAD + "    return 0\n")
+    cell_of(nb, f"{FIRST.name}_test").source = "pass"
+    return nb
+
+
+def with_a_helper() -> nbformat.NotebookNode:
+    """A right answer that calls a function of a cell of its own, behind a magic line."""
+    body = FIRST.solution.replace(f"def {FIRST.name}(", "def my_helper(")
+    nb = answered(f"{HEAD}    return my_helper(a)\n")
+    nb.cells.insert(40, new_code_cell("%time 1\n" + body))
+    nb.cells.insert(3, new_code_cell("this is no Python"))
+    return nb
+
+
+def stripped() -> nbformat.NotebookNode:
+    """All metadata is lost."""
+    nb = notebook()
+    for cell in nb.cells:
+        cell.metadata = {}
+    return nb
+
+
+FIRST = EXERCISES[0]
+HEAD = FIRST.solution[:FIRST.solution.index(":\n") + 2]
+REST = MOST - FIRST.points
+CLASS = {
+    "solved": (notebook, MOST, ""),
+    "blank": (lambda: nbformat.reads(without_answers(SOURCE.read_bytes()).decode(), 4), 0,
+              "is not written yet"),
+    "mistaken": (lambda: answered(next(iter(wrong_answers(FIRST).values()))), REST, "instead of"),
+    "loops": (lambda: answered(HEAD + "    while True:\n        pass\n"), REST, "has not finished"),
+    "loops_at_once": (lambda: answered(FIRST.solution + "\nimport os; os._exit(0)"), REST,
+                      "ends Python itself"),
+    "no_python": (lambda: answered("def attention_numbers(a:"), REST, "SyntaxError"),
+    "renamed": (lambda: answered(FIRST.solution.replace(FIRST.name, "mine")), REST,
+                f"no cell defines {FIRST.name}"),
+    "no_tests": (lambda: without(*(f"{e.name}_{what}" for e in EXERCISES
+                                   for what in ("check", "test"))), MOST,
+                 f"the cell {FIRST.name}_test is missing: graded with the original"),
+    "no_answer": (lambda: without(FIRST.name), REST, f"no cell defines {FIRST.name}"),
+    "softened": (softened, REST, f"the cell {FIRST.name}_test was changed"),
+    "twice": (twice, MOST, f"the cell {FIRST.name} is there 2 times"),
+    "backward": (backward, MOST, ""), "stripped": (stripped, MOST, ""),
+    "other_kernel": (other_kernel, MOST, "its kernel is &#x27;ir&#x27;"),
+    "with_a_helper": (with_a_helper, MOST, ""),
+    "no_json": ("not JSON {", 0, "is not a notebook"), "a_list": ("[1, 2]", 0, "is not a notebook"),
+    "no_cells": ('{"worksheets": []}', 0, "is not a notebook"),
+    "odd_cells": ('{"cells": [1, {"cell_type": "code", "source": 3}]}', 0, "is not a notebook"),
+    "nothing": (None, 0, "00_map.ipynb was not handed in"),
+    **{f"solved_{i}": (notebook, MOST, "") for i in range(10)}}
+
+
+@pytest.fixture(scope="module")
+def graded(tmp_path_factory) -> Path:
+    """The grades of a class of thirty, half of them in nbgrader's folders."""
+    folder = tmp_path_factory.mktemp("class")
+    for i, (student, (made, *_)) in enumerate(CLASS.items()):
+        place = folder / "in" / student / ("00_map" if i % 2 else ".")
+        place.mkdir(parents=True)
+        if callable(made):
+            nbformat.write(made(), place / "00_map.ipynb")
+        elif made:
+            (place / "00_map.ipynb").write_text(made)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["grading", "--submitted", str(folder / "in"),
+                                    "--out", str(folder / "out"), "--jobs", "2"])
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # which it sets, and this takes back
+        patch.chdir(folder)
+        grading.main()
+    return folder / "out"
+
+
+def test_a_class_of_thirty_has_its_points(graded):
+    assert len(CLASS) == 30
+    with open(graded / "grades.csv") as file:
+        rows = {row["student_id"]: row for row in csv.DictReader(file)}
+    assert {name: float(row["score"]) for name, row in rows.items()} == {
+        name: points for name, (_, points, _) in CLASS.items()}
+    assert {float(row["max_score"]) for row in rows.values()} == {MOST}
+    assert {row["assignment"] for row in rows.values()} == {"00_map"}
+
+
+def test_canvas_reads_the_same(graded):
+    with open(graded / "canvas.csv") as file:
+        possible, *rows = csv.DictReader(file)
+    assert possible["Student"].strip() == "Points Possible" and int(possible["00_map"]) == MOST
+    assert {row["SIS Login ID"]: int(row["00_map"]) for row in rows} == {
+        name: points for name, (_, points, _) in CLASS.items()}
+
+
+@pytest.mark.parametrize("student", CLASS)
+def test_the_page_says_why(graded, student):
+    page = (graded / "feedback" / f"{student}.html").read_text()
+    _, points, why = CLASS[student]
+    assert f"{points} of {MOST} points" in page and why in page
+    assert "Traceback" not in page and not re.search(r"<pre></pre>", page)
+
+
+def test_nbgraders_columns_are_its_own():
+    export = pytest.importorskip("nbgrader.plugins.export")
+    source = Path(export.__file__).read_text()
+    listed = re.findall(r"['\"](\w+)['\"],?\n", source[source.index("keys = ["):])[:11]
+    assert listed == grading.NBGRADER
+
+
+def test_a_remark_on_a_cell_that_was_only_run_is_not_made(tmp_path):
+    blank = json.loads(without_answers(SOURCE.read_bytes()))
+    (tmp_path / "00_map.ipynb").write_text(json.dumps(blank))
+    assert grading.read_submission("she", tmp_path, SOURCE).remarks == ()
