@@ -62,6 +62,32 @@ def loss_curve(metrics: list[dict], path: style.File = None):
 
 
 @style.house_style()
+def capstone_figure(tokens: list[int], losses: list[float], gaps: dict[str, list],
+                    path: style.File = None):
+    """Draw a run's loss, and how far other runs are from it.
+
+    tokens: seen after each step; losses: of the run, nats per token
+    gaps: label -> distance of another run's loss at each of the first steps, nats per token
+    """
+    left, right = style.new_figure(10.2, 3.6).subplots(1, 2)
+    style.series(left, tokens, losses, style.BLUE, "your model")
+    left.set(title=f"From {losses[0]:.1f} to {losses[-1]:.1f} nats: it learns",
+             xlabel="tokens seen (count)", ylabel="training loss (nats per token)")
+    left.locator_params(axis="x", nbins=5)
+    for (name, row), colour in zip(gaps.items(), (style.BLUE, style.ORANGE), strict=False):
+        steps = range(1, len(row) + 1)
+        right.plot(steps, [max(gap, 1e-9) for gap in row], color=colour)
+        end = len(row), max(row[-1], 1e-9)
+        style.note(right, f"the package, {name}", end, (-4, 7), ha="right")
+    right.set(title="The seed matters, the package's fast bodies do not", xlabel="step",
+              ylabel="distance from your loss\n(nats per token)", yscale="log")
+    return style.finish(style.described(left.figure, (
+        f"Left: the loss falls from {losses[0]:.1f} to {losses[-1]:.1f} nats per token. Right: how "
+        "far other runs are from it, at most " + ", ".join(
+            f"{max(row):.1g} nats with {name}" for name, row in gaps.items()) + ".")), path)
+
+
+@style.house_style()
 def ablation_figure(tokens: list[int], losses: dict[str, list], costs: dict[str, list],
                     path: style.File = None):
     """Draw losses during training, and what each change of the model costs at the end.
@@ -81,14 +107,17 @@ def ablation_figure(tokens: list[int], losses: dict[str, list], costs: dict[str,
 
 
 @style.house_style()
-def grpo_figure(runs: dict[str, list[dict]], path: style.File = None):
+def grpo_figure(runs: dict[str, list[dict]], path: style.File = None, title: str = ""):
     """Draw the course of reinforcement learning, one line per run.
 
     runs: name -> lines of a run's metrics.jsonl, of which step, reward_accuracy (share of the
         sampled replies that are right), thinking (share that think), length (tokens) and kl (nats
         per token) are read
+    title: the message of the whole figure
     """
     figure = style.new_figure(8.6, 5.6)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
     panels = [("reward_accuracy", "right answers", "replies (share)"),
               ("thinking", "thinking", "replies (share)"),
               ("length", "length", "a reply (tokens)"),
@@ -98,11 +127,33 @@ def grpo_figure(runs: dict[str, list[dict]], path: style.File = None):
             steps, values = column(metrics, name)
             style.lines(ax, steps, {label: values}, [dash])
         ax.set(title=title, xlabel="step", ylabel=unit,
-               ylim=(0, 1.05 if "share" in unit else None))
+               ylim=(-0.04, 1.05) if "share" in unit else (0, None))  # a line at 0 stays visible
     if len(runs) > 1:
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center",
                       ncols=min(len(runs), 5))
     return style.finish(figure, path)
+
+
+@style.house_style()
+def group_figure(replies: list[str], advantages: list[float], title: str,
+                 path: style.File = None):
+    """Draw the replies of one group, each coloured by its advantage: blue up, orange down.
+
+    replies: the text of each; advantages: of each, in units of the group's standard deviation
+    """
+    ax = style.new_figure(8.0, 0.26 * len(replies) + 0.5).subplots()
+    ax.set(title=title, xlim=(0, 1), ylim=(len(replies) - 0.4, -0.6))
+    ax.set_axis_off()
+    for row, (reply, advantage) in enumerate(zip(replies, advantages, strict=True)):
+        colour = style.BLUE if advantage > 0 else style.ORANGE
+        ax.axhspan(row - 0.45, row + 0.45, 0.08, color=colour, linewidth=0,
+                   alpha=min(0.6, 0.25 * abs(advantage)))
+        ax.text(0.07, row, f"{advantage:+.2f}", ha="right", va="center", fontsize=8.5)
+        ax.text(0.09, row, reply, va="center", fontsize=8.5, family="monospace")
+    up, down = (sum(map(test, advantages)) for test in ((0.0).__lt__, (0.0).__gt__))
+    return style.finish(style.described(ax.figure, (
+        f"{title}. {len(replies)} replies to one question: the advantage of {up} is above zero, "
+        f"of {down} below, of {len(replies) - up - down} exactly zero.")), path)
 
 
 @style.house_style()
@@ -118,8 +169,12 @@ def cold_start_figure(steps: list[int], accuracy: dict[str, list[float]], form: 
     names = {"think": "made to think", "direct": "made to answer", "free": "left to choose"}
     style.lines(left, steps, {"": form}, [style.BLACK], 4)
     style.lines(right, steps, {names[mode]: row for mode, row in accuracy.items()}, size=4)
-    for ax, title in ((left, "well-formed replies, left to choose"),
-                      (right, "right answers to held-out questions")):
-        ax.set(title=title, xlabel="step", ylabel="replies (share)", ylim=(0, 1.05))
+    left.set(title="The form comes within a few steps", ylabel="well-formed replies (share)")
+    right.set(title="The skill returns behind the tags", ylabel="right answers (share)")
+    for ax in (left, right):
+        ax.set(xlabel="step", ylim=(0, 1.05))
     right.legend()
-    return style.finish(left.figure, path)
+    return style.finish(style.described(left.figure, (
+        f"Left: well-formed replies rise from {form[0]:.0%} to {form[-1]:.0%}. Right, the share of "
+        "right answers at the end: " + ", ".join(f"{names[mode]} {row[-1]:.0%}"
+                                           for mode, row in accuracy.items()) + ".")), path)

@@ -395,14 +395,14 @@ def test_balance_figure_shows_the_numbers_given():
     assert lines_of(below) == max_vio
 
 
-def test_ablation_figure_shows_the_numbers_given():
-    losses = {"everything": [3.0, 2.0], "AdamW": [3.0, 2.5], "dense": [3.0, 2.2]}
-    figure = runs.ablation_figure([10, 20], losses, {"a": [0.1, 0.2], "b": [-0.1, 0.0]})
+def test_capstone_figure_shows_the_numbers_given():
+    gaps = {"same seed": [1e-7, 0.0], "another seed": [0.1, 0.2]}
+    figure = runs.capstone_figure([10, 20, 30], [8.0, 6.0, 5.0], gaps)
     left, right = figure.axes
-    assert lines_of(left) == losses
-    dots = [line.get_xdata().tolist() for line in right.get_lines()[:2]]
-    assert dots == [[0.1, 0.2], [-0.1, 0.0]]
-    assert [label.get_text() for label in right.get_yticklabels()] == ["a", "b"]
+    assert left.get_lines()[0].get_ydata().tolist() == [8.0, 6.0, 5.0]
+    drawn = [line.get_ydata().tolist() for line in right.get_lines()]
+    assert drawn == [[1e-7, 1e-9], [0.1, 0.2]]  # nothing at all is drawn as 1e-9
+    assert "8.0 to 5.0" in left.get_title(loc="left")
 
 
 def test_fp8_figure_shows_the_numbers_given():
@@ -425,6 +425,17 @@ def test_grpo_figure_shows_the_numbers_given():
     for ax, name in zip(figure.axes, ("reward_accuracy", "thinking", "length", "kl"), strict=True):
         assert lines_of(ax) == {run: [m[name] for m in ms] for run, ms in given.items()}
     assert axes_without_a_unit(figure) == [] and collisions(figure) == []
+
+
+def test_group_figure_colours_replies_by_their_advantage():
+    figure = runs.group_figure(["good", "bad", "same"], [1.5, -0.5, 0.0], "three replies")
+    [ax] = figure.axes
+    assert [text.get_text() for text in ax.texts] == ["+1.50", "good", "-0.50", "bad", "+0.00",
+                                                      "same"]
+    blue, *others = (patch.get_facecolor()[:3] for patch in ax.patches)
+    assert others[0] == others[1] != blue
+    assert [round(patch.get_alpha(), 3) for patch in ax.patches] == [0.375, 0.125, 0.0]
+    assert "1 is above zero, of 1 below, of 1 exactly zero" in figure.get_label()
 
 
 def test_cold_start_figure_shows_the_numbers_given():
