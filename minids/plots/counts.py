@@ -11,6 +11,9 @@ PARTS = {  # part of a ParameterCount -> its label and colour
     "norms": ("norms", style.GREY)}
 
 
+VISIBLE = 1  # percent: a narrower part is drawn and has no place in the legend
+
+
 def short(count: float) -> str:
     """Return a number with three digits and a unit: 671026419200 -> '671B'."""
     for unit, size in [("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)]:
@@ -50,8 +53,9 @@ def parameter_map(counts: dict, path: style.File = None):
         of_each, ends = [getattr(count, field) for count in counts.values()], [0.0] * len(counts)
         for part, (label, colour) in PARTS.items():
             widths = [100 * parts[part] / sum(parts.values()) for parts in of_each]
-            if any(widths):  # the legend names no part that none of the models has
-                ax.barh(names, widths, left=ends, height=0.68, color=colour, label=label)
+            if any(widths):  # the legend names no part that nobody can see
+                ax.barh(names, widths, left=ends, height=0.68, color=colour,
+                        label=label if max(widths) >= VISIBLE else f"_{label}")
             ends = [a + b for a, b in zip(ends, widths, strict=True)]
         ax.set(title=title, xlim=(0, 100), xlabel="share (percent)")
         ax.grid(axis="y", visible=False)
@@ -63,21 +67,26 @@ def parameter_map(counts: dict, path: style.File = None):
 
 @style.house_style()
 def compression_curve(rows: list[dict], path: style.File = None):
-    """Draw what a larger vocabulary gains: fewer tokens for the same text, and a lower loss.
+    """Draw the loss of a model against its vocabulary, per token and per byte.
 
-    rows: one dict per tokenizer: vocab_size (entries), bytes_per_token (of text that it was not
-        trained on), bits_per_byte (of a model that reads through it)
+    rows: one dict per tokenizer: vocab_size (entries), nats_per_token and bits_per_byte (of a
+        model that reads through it)
     """
     rows = sorted(rows, key=lambda row: row["vocab_size"])
     sizes = [row["vocab_size"] for row in rows]
-    upper, lower = style.new_figure(7.0, 4.6).subplots(2, 1, sharex=True)
-    style.lines(upper, sizes, {"": [row["bytes_per_token"] for row in rows]}, [style.BLUE], 5)
-    style.lines(lower, sizes, {"": [row["bits_per_byte"] for row in rows]}, [style.GREEN], 5)
-    upper.set_ylabel("compression\n(bytes per token)")
-    lower.set(xlabel="vocabulary (entries, log scale)", ylabel="loss\n(bits per byte)")
+    upper, lower = style.new_figure(7.0, 4.8).subplots(2, 1, sharex=True)
+    for ax, field, colour in [(upper, "nats_per_token", style.RED),
+                              (lower, "bits_per_byte", style.GREEN)]:
+        style.lines(ax, sizes, {"": [row[field] for row in rows]}, [colour], 5)
+        best = min(rows, key=lambda row: row[field])
+        ax.plot(best["vocab_size"], best[field], "o", markersize=12, markerfacecolor="none",
+                color=style.BLACK, label="_lowest")
+        ax.margins(y=0.18)
+    upper.set(title="Counted per token, the smallest vocabulary wins",
+              ylabel="loss\n(nats per token)")
+    lower.set(xlabel="vocabulary (entries, log scale)", ylabel="loss\n(bits per byte)",
+              title=f"Counted per byte, the one with {best['vocab_size']:,} tokens does")
     lower.set_xscale("log", base=2)
-    for ax in (upper, lower):
-        ax.margins(y=0.15)
     lower.set_xticks(sizes, [f"{size:,}" for size in sizes])
     return style.finish(lower.figure, path)
 
@@ -90,8 +99,7 @@ def curves(panels: list[dict], x: list[float], xlabel: str, path: style.File = N
         label -> a height to mark across the panel
     x: the common values; xlabel: with their unit
     """
-    crowded = max(len(panel["lines"]) for panel in panels) > 4  # the legend stands beside the panel
-    figure = style.new_figure(0.6 + (4.4 + 2.2 * crowded) * len(panels), 3.6)
+    figure = style.new_figure(0.6 + 6.6 * len(panels), 3.8)
     for ax, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         style.lines(ax, x, panel["lines"])
         for label, height in panel.get("levels", {}).items():
@@ -100,8 +108,21 @@ def curves(panels: list[dict], x: list[float], xlabel: str, path: style.File = N
         ax.set_xscale("log", base=2)
         ax.set(title=panel["title"], xlabel=xlabel, ylabel=panel["ylabel"], yscale="log")
         ax.xaxis.set_major_formatter(lambda n, _: f"{n / 1024:.0f}K" if n >= 1024 else f"{n:.0f}")
-        ax.legend(**dict(loc="center left", bbox_to_anchor=(1.02, 0.5)) if crowded else {})
+        name_lines(ax)
     return style.finish(figure, path)
+
+
+def name_lines(ax, gap: float = 0.07) -> None:
+    """Write each line's label at its right end; gap: between two, as a share of the height."""
+    to_panel = ax.transData + ax.transAxes.inverted()
+    ends = {line: to_panel.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1]
+            for line in ax.lines if not line.get_label().startswith("_")}
+    lowest = 0.0
+    for line, height in sorted(ends.items(), key=lambda end: end[1]):
+        lowest = max(height, lowest)
+        ax.annotate(line.get_label(), (1.01, lowest), xycoords="axes fraction", va="center",
+                    fontsize=9, color=line.get_color())
+        lowest += gap
 
 
 @style.house_style()

@@ -13,13 +13,13 @@ from matplotlib.image import imread
 
 from minids import ModelArgs
 from minids.costs import count_parameters
-from minids.plots import counts, model, runs, speed
+from minids.plots import counts, decoding, model, runs, speed
 from minids.plots.counts import PARTS, short
 from minids.plots.style import png
 
 COUNTS = {name: count_parameters(ModelArgs.preset(name)) for name in ("tiny", "v2-lite", "v3")}
-ROWS = [{"vocab_size": v, "bytes_per_token": b, "bits_per_byte": h}
-        for v, b, h in [(4096, 3.1, 1.6), (512, 1.9, 1.9), (1024, 2.3, 1.7)]]
+ROWS = [{"vocab_size": v, "nats_per_token": n, "bits_per_byte": h}
+        for v, n, h in [(4096, 3.1, 1.6), (512, 1.9, 1.9), (1024, 2.3, 1.7)]]
 
 
 def run_of(steps: int, layers: int = 3) -> list[dict]:
@@ -205,7 +205,8 @@ def test_parameter_map_shares(axis, field):
         for part, number in parts.items():
             if part == "indexer":  # none of these models has one
                 continue
-            left, width = shown[PARTS[part][0]][i]
+            label = PARTS[part][0]
+            left, width = shown[label if label in shown else f"_{label}"][i]
             # Percentages in FP64, added up eight times.
             assert left == pytest.approx(end, abs=1e-9)
             assert width == pytest.approx(100 * number / sum(parts.values()), abs=1e-9)
@@ -241,6 +242,7 @@ def test_compression_curve_is_sorted_and_exact():
     assert shows(figure, 0, [512, 1024, 4096], [1.9, 2.3, 3.1])
     assert shows(figure, 1, [512, 1024, 4096], [1.9, 1.7, 1.6])
     assert not shows(figure, 0, [4096, 512, 1024], [3.1, 1.9, 2.3])
+    assert figure.axes[1].get_title() == "Counted per byte, the one with 4,096 tokens does"
     figure.draw_without_rendering()
     ticks = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
     assert ticks == ["512", "1,024", "4,096"]
@@ -267,7 +269,8 @@ def test_parameter_map_names_the_parts_that_the_models_have():
     with_indexer, without = counts.parameter_map(COUNTS | v32), counts.parameter_map(COUNTS)
     names = [{text.get_text() for text in figure.legends[0].get_texts()}
              for figure in (with_indexer, without)]
-    assert names[0] == {label for label, _ in PARTS.values()}
+    unseen = {"gate", "norms"}  # too narrow to be seen in a bar
+    assert names[0] == {label for label, _ in PARTS.values()} - unseen
     assert names[0] - names[1] == {"lightning indexer"}
     assert collisions(with_indexer) == []
     assert len({colour for _, colour in PARTS.values()}) == len(PARTS)
@@ -290,6 +293,46 @@ def test_curves_show_the_numbers_given():
     assert [ax.get_ylabel() for ax in (left, right)] == ["cache (GB)", "work (FLOPs)"]
     assert "1K" in [label.get_text() for label in left.get_xticklabels()]
     assert "one GPU" in [text.get_text() for text in left.texts]
+
+
+def ends(ax) -> dict[str, float]:
+    """Return label -> height in the panel of the names at the right ends of its lines."""
+    return {text.get_text(): text.xy[1] for text in ax.texts if text.xy[0] == 1.01}
+
+
+def test_curves_name_their_lines_at_the_ends_in_order_and_apart():
+    close = {"low": [1, 1.0], "high": [1, 99.0], "almost as high": [1, 98.0]}
+    figure = counts.curves([dict(title="a", ylabel="work (FLOPs)", lines=close)], [1, 2], "x (n)")
+    heights = ends(figure.axes[0])
+    assert sorted(heights, key=heights.get) == ["low", "almost as high", "high"]
+    assert heights["high"] - heights["almost as high"] >= 0.07 - 1e-9  # rounding of one sum
+
+
+FORMS = {"plain": (512.0, 512.0), "absorbed": (2176.0, 9.0), "naive": (262_784.0, 9.0)}
+
+
+def test_a_roofline_shows_floors_and_rates():
+    """The roof bends where the machine does so many FLOPs per byte; dots lie on it, or below."""
+    figure = decoding.roofline_figure(FORMS, 2000.0, 10.0, "message (a)")
+    left, right = figure.axes
+    reading, computing = ([bar.get_width() for bar in bars] for bars in left.containers)
+    assert reading == pytest.approx([51_200, 900, 900])  # ms: bytes over the bandwidth
+    assert computing == pytest.approx([256, 1088, 131_392])
+    rates = {line.get_xdata()[0]: line.get_ydata()[0] for line in right.lines[1:]}
+    assert rates == pytest.approx({1.0: 1e-8, 2176 / 9: 2e-6, 262_784 / 9: 2e-6})
+    assert right.lines[0].get_xdata()[1] == 200
+    taken = decoding.roofline_figure(FORMS, 2000.0, 10.0, "b", {"plain": 64.0, "absorbed": 2.0,
+                                                                "naive": 200.0}).axes
+    assert taken[1].lines[1].get_ydata()[0] == pytest.approx(8e-9)
+    assert list(taken[0].lines[0].get_xdata()) == [64_000, 2000, 200_000]
+
+
+def test_a_cache_is_written_in_bytes_and_in_time():
+    figure = decoding.cache_figure({"MHA": 524e9, "MLA": 9.2e9}, 80e9, 3.35e12, "a message")
+    assert [bar.get_width() for bar in figure.axes[0].patches] == [524, 9.2]
+    texts = [text.get_text() for text in figure.axes[0].texts]
+    assert texts == ["524 GB, 156 ms to read", "9.2 GB, 2.75 ms to read",
+                     "memory of one GPU, 80 GB"]
 
 
 YARN = dict(
