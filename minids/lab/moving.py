@@ -30,14 +30,16 @@ class Film:
 
     values: range
     seconds: float
+    first: int
 
 
-def film(values: range, seconds: float = 0.2) -> Film:
+def film(values: range, seconds: float = 0.2, first: int | None = None) -> Film:
     """Return values for a control with a play button.
 
     values: as a range; seconds: from one picture to the next, more if drawing takes longer
+    first: the value of the still picture, none for the range's own first
     """
-    return Film(values, seconds)
+    return Film(values, seconds, values[0] if first is None else first)
 
 
 def move(draw: Callable, /, **controls) -> "Moving":
@@ -104,8 +106,9 @@ def first(values):
     """Return the value that stands in the still picture."""
     if isinstance(values, bool | str):
         return values
-    return next(iter(values.values() if isinstance(values, dict) else
-                     values.values if isinstance(values, Film) else values))
+    if isinstance(values, Film):
+        return values.first
+    return next(iter(values.values() if isinstance(values, dict) else values))
 
 
 def control(name: str, values) -> list:
@@ -119,7 +122,7 @@ def control(name: str, values) -> list:
     if isinstance(values, dict):
         return [ipywidgets.Dropdown(options=list(values.items()), **look)]
     if isinstance(values, Film):
-        steps = {"value": values.values[0], "min": min(values.values), "max": max(values.values),
+        steps = {"value": values.first, "min": min(values.values), "max": max(values.values),
                  "step": abs(values.values.step)}
         slider = ipywidgets.IntSlider(**steps, layout={"width": "28em"}, **look)
         play = ipywidgets.Play(**steps, interval=round(1000 * values.seconds))

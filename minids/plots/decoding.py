@@ -71,19 +71,19 @@ def roofline_figure(forms: dict[str, tuple[float, float]], flops: float, bandwid
                color=style.GREY)
     style.note(right, f"ridge: {three(ridge)} FLOPs per byte", (ridge, flops / 1e9), (0, 6),
                ha="center")
+    rates = [forms[name][0] / measured[name] / 1e9 if measured else
+             min(flops, ratio * bandwidth) / 1e9 for name, ratio in ratios.items()]
     right_of_ridge = 0
-    for (name, ratio), colour in zip(ratios.items(), (style.BLUE, style.RED, style.GREEN),
-                                     strict=False):
-        work = forms[name][0]
-        rate = work / measured[name] if measured else min(flops, ratio * bandwidth)
-        right.plot(ratio, rate / 1e9, "o", color=colour, markersize=8)
+    colours = style.BLUE, style.RED, style.GREEN
+    for (name, ratio), rate, colour in zip(ratios.items(), rates, colours, strict=False):
+        right.plot(ratio, rate, "o", color=colour, markersize=8)
         far = ratio > ridge / 4  # its text stands to the left, each lower than the one before
-        style.note(right, f"{name}\n{three(ratio)} FLOPs per byte", (ratio, rate / 1e9),
+        style.note(right, f"{name}\n{three(ratio)} FLOPs per byte", (ratio, rate),
                    (6, -8 - 34 * right_of_ridge) if far else (10, -6),
                    ha="right" if far and right_of_ridge else "left", va="top")
         right_of_ridge += far
     right.set(xscale="log", yscale="log", xlabel="arithmetic (FLOPs per byte, log scale)",
-              ylabel="rate (GFLOP/s, log scale)", ylim=(None, 5 * flops / 1e9),
+              ylabel="rate (GFLOP/s, log scale)", ylim=(min(rates) / 8, 5 * flops / 1e9),
               title="Left of the ridge memory is the limit")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return style.finish(figure, path)

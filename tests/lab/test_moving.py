@@ -81,7 +81,8 @@ def test_an_error_in_the_still_picture_is_raised():
 
 @pytest.mark.parametrize("values, kind, first, other", [
     (range(4, 9), "SelectionSlider", 4, 8), ([0.5, 0.1, 0.9], "SelectionSlider", 0.5, 0.9),
-    (film(range(0, 50, 10)), "IntSlider", 0, 40), (["b", "a"], "Dropdown", "b", "a"),
+    (film(range(0, 50, 10)), "IntSlider", 0, 40),
+    (film(range(0, 50, 10), first=20), "IntSlider", 20, 40), (["b", "a"], "Dropdown", "b", "a"),
     ({"V3": 512, "tiny": 32}, "Dropdown", 512, 32), (True, "Checkbox", True, False),
     ("def f(", "Text", "def f(", "x = 1")])
 def test_every_kind_of_value_has_its_control(reader, values, kind, first, other):

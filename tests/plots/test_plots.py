@@ -242,7 +242,7 @@ def test_compression_curve_is_sorted_and_exact():
     assert shows(figure, 0, [512, 1024, 4096], [1.9, 2.3, 3.1])
     assert shows(figure, 1, [512, 1024, 4096], [1.9, 1.7, 1.6])
     assert not shows(figure, 0, [4096, 512, 1024], [3.1, 1.9, 2.3])
-    assert figure.axes[1].get_title() == "Counted per byte, the one with 4,096 tokens does"
+    assert figure.axes[1].get_title("left") == "Counted per byte, the one with 4,096 tokens does"
     figure.draw_without_rendering()
     ticks = [tick.get_text() for tick in figure.axes[1].get_xticklabels()]
     assert ticks == ["512", "1,024", "4,096"]
