@@ -133,16 +133,47 @@ def bill_figure(shares: dict[str, float], tokens: list[float], bills: dict[str, 
     shares: model -> share of right answers; tokens: of pre-training; bills: model -> USD at each
     paid: tokens and USD of a run as published
     """
-    left, right = style.new_figure(9.0, 3.6).subplots(1, 2)
+    left, right = style.new_figure(9.8, 3.8).subplots(1, 2)
     bars = left.barh([*shares][::-1], [*shares.values()][::-1], color=style.BLUE, height=0.55)
     left.bar_label(bars, fmt="{:.2f}", padding=4, fontsize=9)
     left.set(xlim=(0, 1.15), xlabel="right answers, thinking (share)",
-             title="distilled, and by reward alone")
+             title="A teacher's words beat reward alone")
     left.grid(axis="y", visible=False)
     style.lines(right, tokens, bills, [(style.SKY, ":"), (style.ORANGE, "--"), (style.GREEN, "-")])
     right.plot(*paid, "o", color=style.BLACK, label="V3 as published")
-    right.set(title="pre-training on H800 at 2 USD an hour", xscale="log", yscale="log",
-              xlabel="pre-training (tokens)", ylabel="cost (USD)")
+    right.set(title="The formula meets what V3 paid", xscale="log", yscale="log",
+              xlabel="pre-training (tokens, log scale)", ylabel="cost (USD, log scale)")
     right.yaxis.set_major_formatter("{x:,.0f}")
     right.legend()
     return style.finish(left.figure, path)
+
+
+@style.house_style()
+def bill_map(runs: dict[str, tuple], own: tuple[float, float], flops_per_usd: float,
+             path: style.File = None):
+    """Draw training runs on a map whose diagonals are lines of equal cost.
+
+    runs: name -> active parameters and tokens; own: those of the reader's run
+    flops_per_usd: what a dollar buys; training takes six FLOPs per active parameter and token
+    """
+    ax = style.new_figure(9.0, 4.4).subplots()
+    tokens, active = (1e9, 1e14), (1e8, 1e12)
+    for power in range(1, 10):
+        usd = 10.0 ** power
+        line = [usd * flops_per_usd / 6 / n for n in tokens]
+        ax.plot(tokens, line, color=style.GREY, linewidth=0.9)
+        for end, n in zip(tokens, line, strict=True):  # its name, where the line leaves the map
+            at = (min(end, usd * flops_per_usd / 6 / active[0]), active[0]) if n < active[0] else (
+                end, n)
+            if end == tokens[1] and at[0] > 2 * tokens[0]:
+                style.note(ax, f"${usd:,.0f}", at, (-4, 6), ha="right")
+    for name, (n, count) in runs.items():
+        ax.plot(count, n, "o", color=style.BLUE)
+        style.note(ax, name, (count, n), (7, -9))
+    usd = 6 * own[0] * own[1] / flops_per_usd
+    ax.plot(own[1], own[0], "*", color=style.RED, markersize=14)
+    ax.set(xscale="log", yscale="log", xlim=tokens, ylim=active, xlabel="tokens (log scale)",
+           ylabel="active parameters (count, log scale)",
+           title=f"{own[0] / 1e9:g}B active parameters, {own[1] / 1e12:g}T tokens: "
+           f"{usd:,.0f} USD")
+    return style.finish(ax.figure, path)

@@ -1,4 +1,4 @@
-"""Figures of the model's parts: positions, experts, MTP, FP8, sparse attention."""
+"""Figures of the model's parts: positions, experts, MTP."""
 
 from minids.plots import style
 
@@ -146,54 +146,3 @@ def mtp_figure(kinds: dict[str, tuple], tokens_per_pass: dict[str, list], path: 
         "Left: bars of the drafts that stand, for the whole text and by kind. Right: tokens per "
         "pass over drafts per pass: " + "; ".join(f"{label} {row[0]:.1f} to {row[-1]:.1f}"
                                                   for label, row in tokens_per_pass.items())))
-
-
-@style.house_style()
-def fp8_figure(factors: list[float], outliers: dict[str, list], lengths: list[int],
-               sums: dict[str, list], path: style.File = None):
-    """Draw the error of FP8 as outliers grow, and as sums get longer.
-
-    factors: sizes of outliers; outliers: label -> error of a product at each, percent
-    lengths: of sums; sums: label -> largest error at each, percent
-    """
-    left, right = style.new_figure(9.8, 3.8).subplots(1, 2)
-    style.lines(left, factors, outliers, (style.RED, style.ORANGE, style.BLUE), 3)
-    left.set(xlabel="size of the outliers (ratio, log scale)", xscale="log", yscale="log",
-             ylabel="error of the product\n(percent, log scale)")
-    left.legend(title="one scale for a")
-    style.lines(right, lengths, sums, (style.RED, style.BLUE), 3)
-    right.set(xlabel="length of the sum (count, log scale)", ylabel="largest error (percent)")
-    right.set_xscale("log", base=2)
-    right.legend()
-    return style.finish(left.figure, path)
-
-
-@style.house_style()
-def dsa_figure(ks: list[int], held: dict[str, list], attention: list[list], chosen: list[list],
-               first: int, lengths: list[int], flops: dict[str, list], path: style.File = None):
-    """Draw how much attention k selected tokens hold, which they are, and what attention costs.
-
-    ks: numbers of selected tokens; held: label -> share of attention's weight on them at each
-    attention: for each query, weights of the tokens from position `first` on
-    chosen: for each query, positions of the indexer's tokens
-    lengths: contexts, tokens; flops: label -> FLOPs of one token's attention at each
-    """
-    left, middle, right = style.new_figure(12.5, 3.9).subplots(1, 3, width_ratios=[1, 1.35, 1])
-    style.lines(left, ks, held, (style.BLACK, style.BLUE, style.ORANGE, style.GREY), 3)
-    left.set(xlabel="tokens chosen, k (count, log scale)",
-             ylabel="attention's weight on them (share)")
-    left.set_xscale("log", base=2)
-    left.legend(loc="center right")
-    last = first + len(attention[0])
-    style.heat_map(middle, [[weight ** 0.5 for weight in row] for row in attention], first)
-    marks = [(token, n) for n, row in enumerate(chosen) for token in row if first <= token < last]
-    middle.scatter(*zip(*marks, strict=True), marker="s", s=26, facecolors="none",
-                   edgecolors=style.RED, linewidth=0.9)
-    middle.set(xlabel="token looked at (position)", ylabel="question (number)")
-    giga = {label: [count / 1e9 for count in row] for label, row in flops.items()}
-    style.lines(right, lengths, giga, (style.RED, style.BLUE), 3)
-    right.set_xscale("log", base=2)
-    right.set(xlabel="context (tokens, log scale)", yscale="log",
-              ylabel="attention of one token\n(GFLOPs, log scale)")
-    right.legend()
-    return style.finish(left.figure, path)

@@ -413,20 +413,6 @@ def test_mtp_figure_shows_the_numbers_given():
     assert collisions(figure) == []
 
 
-def test_dsa_figure_shows_the_numbers_given():
-    held = {"attention's best": [0.5, 0.9], "indexer": [0.4, 0.8], "window": [0.1, 0.2],
-            "random": [0.0, 0.1]}
-    figure = model.dsa_figure([1, 2], held, [[0.0, 1.0, 0.0], [0.25, 0.0, 0.75]],
-                              [[11], [12, 3]], 10, [1024, 2048],
-                              {"dense": [1e9, 2e9], "sparse": [1e9, 1e9]})
-    left, middle, right = figure.axes
-    assert lines_of(left) == held
-    assert middle.images[0].get_array().tolist() == [[0, 1, 0], [0.5, 0, 0.75 ** 0.5]]
-    assert middle.collections[0].get_offsets().tolist() == [[11, 0], [12, 1]]
-    assert lines_of(right) == {"dense": [1, 2], "sparse": [1, 1]}
-    assert axes_without_a_unit(figure) == []
-
-
 def test_balance_figure_shows_the_numbers_given():
     shares = {name: [[n, 2 - n], [1.0, 1.0], [0.5, 1.5]] for n, name in enumerate("abcd")}
     max_vio = {name: [1.0, 0.0, n / 2] for n, name in enumerate("abcd")}
@@ -446,15 +432,6 @@ def test_capstone_figure_shows_the_numbers_given():
     drawn = [line.get_ydata().tolist() for line in right.get_lines()]
     assert drawn == [[1e-7, 1e-9], [0.1, 0.2]]  # nothing at all is drawn as 1e-9
     assert "8.0 to 5.0" in left.get_title(loc="left")
-
-
-def test_fp8_figure_shows_the_numbers_given():
-    outliers = {"tensor": [3.0, 90.0], "block": [3.0, 9.0], "tile": [3.0, 3.0]}
-    sums = {"14 bits": [0.1, 2.0], "moved": [0.1, 0.2]}
-    figure = model.fp8_figure([1.0, 100.0], outliers, [128, 4096], sums)
-    left, right = figure.axes
-    assert lines_of(left) == outliers and lines_of(right) == sums
-    assert axes_without_a_unit(figure) == []
 
 
 def some_metrics(steps: int, scale: float) -> list[dict]:
