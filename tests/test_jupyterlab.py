@@ -81,24 +81,6 @@ WIDTHS = "async ([path, places]) => {" + PANEL + """
     }
     return widths;
 }"""
-# Moves the first slider of a cell one step to the right, as a key does, and waits for the picture
-# to change; the pictures' sources before and after. Controls appear when their model has loaded.
-MOVE = "async ([path, place]) => {" + PANEL + """
-    const cell = panel.content.widgets[place].node;
-    const found = async look => {
-        for (let i = 0; i < 150; i++) {
-            if (look()) return look();
-            await sleep(0.1);
-        }
-    };
-    await panel.content.scrollToItem(place, 'center');
-    const handle = await found(() => cell.querySelector('.noUi-handle'));
-    const picture = () => cell.querySelector('.jp-OutputArea-output img')?.src;
-    const before = await found(picture);
-    handle?.dispatchEvent(new KeyboardEvent('keydown', {key: 'ArrowRight', bubbles: true}));
-    const after = await found(() => picture() !== before && picture());
-    return [before, after];
-}"""
 STOP = f"""async path => {{ {PANEL}
     await Promise.race([panel?.sessionContext.shutdown(), sleep(10)]);
 }}"""
@@ -194,10 +176,11 @@ def save_small(server: Server, name: str, *sources: str) -> str:
 
 
 def plant(tree: Path) -> None:
-    """Make a tree that a notebook takes for the repository, with figures of its own."""
-    for part in ["notebooks", "figures"]:
-        (tree / part).mkdir(parents=True)
-    (tree / "minids").symlink_to(ROOT / "minids", target_is_directory=True)
+    """Make a tree that a notebook takes for the repository; what it writes stays there."""
+    (tree / "figures").mkdir(parents=True)
+    shutil.copytree(ROOT / "notebooks", tree / "notebooks")
+    for part in ["minids", "data"]:
+        (tree / part).symlink_to(ROOT / part, target_is_directory=True)
 
 
 def environment(home: Path, token: str) -> dict[str, str]:
@@ -300,35 +283,38 @@ def browser() -> Iterator:
 
 
 @pytest.fixture
-def run_all(server, browser, tmp_path) -> Iterator:
-    """Return a function that opens a notebook, does Run All and returns what the page shows.
-
-    The page's picture is kept beside the test's files, also when the test fails.
-    """
+def page(browser, tmp_path) -> Iterator:
+    """Open a page; its picture is kept beside the test's files, also when the test fails."""
     from playwright.sync_api import Error
-    page = browser.new_page(viewport={"width": 1200, "height": 900})
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
     page.set_default_timeout(1000 * START)
+    yield page
+    with contextlib.suppress(Error):
+        page.screenshot(path=tmp_path / "page.png")
+    page.close()
+
+
+@pytest.fixture
+def run_all(server, page) -> Iterator:
+    """Return a function that opens a notebook, does Run All and returns what the page shows."""
+    from playwright.sync_api import Error
     opened = []
 
-    def act(path: str, limit: float = LIMIT, moved: int | None = None) -> Seen:
+    def act(path: str, limit: float = LIMIT) -> Seen:
         opened.append(path)
         page.goto(f"{server.address}/lab/tree/{path}?reset&token={server.token}")
         page.wait_for_function(OPENED, arg=path)
         finished = page.evaluate(RUN_ALL, [path, limit])
         cells = page.evaluate(CELLS, path)
         places = [place for place, cell in enumerate(cells) if pictures(cell)]
-        seen = Seen(finished, cells, page.evaluate(WIDTHS, [path, places]))
-        return seen if moved is None else (seen, page.evaluate(MOVE, [path, moved]))
+        return Seen(finished, cells, page.evaluate(WIDTHS, [path, places]))
 
     try:
         yield act
     finally:
-        with contextlib.suppress(Error):
-            page.screenshot(path=tmp_path / "page.png")
         for path in opened:
             with contextlib.suppress(Error):
                 page.evaluate(STOP, path)
-        page.close()
 
 
 def test_run_all_shows_the_map(server, run_all):
@@ -380,18 +366,3 @@ def test_an_endless_answer_leaves_the_kernel_alive(server, run_all):
     assert troubles(seen) == []
     assert "not finished" in streams(seen.code[3], "stdout")
     assert streams(seen.code[4], "stdout") == "alive\n"
-
-
-def test_a_slider_moves_its_picture(server, run_all):
-    """What `move` returns has controls in the page, and one of them, moved, redraws the picture."""
-    pytest.importorskip("ipywidgets")
-    first = next(cell.source for cell in nbformat.read(MAP, as_version=4).cells
-                 if cell.cell_type == "code")
-    path = save_small(server, "moved", first, "from minids.lab.moving import move\n"
-                      "from minids.plots.style import new_figure", "def bar(height):\n"
-                      "    figure = new_figure(5, 2)\n    axes = figure.subplots()\n"
-                      "    axes.barh([0], [height])\n    axes.set_xlim(0, 3)\n    return figure",
-                      "move(bar, height=range(1, 4))")
-    seen, (before, after) = run_all(path, moved=3)
-    assert troubles(seen) == []
-    assert before and after and before != after
