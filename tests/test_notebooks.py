@@ -19,6 +19,7 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from minids.lab import opening
+from minids.lab.course import points_of
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
@@ -292,3 +293,22 @@ def test_a_wrong_stored_output_fails(tags, failed, tmp_path):
     command = [sys.executable, "-m", "pytest", "-c", os.devnull, "-p", "no:cacheprovider",
                "--nbval-lax", "--nbval-current-env", "wrong.ipynb"]
     assert subprocess.run(command, cwd=tmp_path, capture_output=True).returncode == failed
+
+
+def listed(page: str) -> list[str]:
+    """Return what is wrong with the list of notebooks on a page: titles, exercises, points."""
+    rows = {row[0]: row[1:] for row in re.findall(
+        r"\[\d\d\]\((\w+)\.ipynb\) (.*?) \|.*\| (\d+), (\d+) \|$", page, re.M)}
+    found = []
+    for book in BOOKS:
+        points = points_of(FOLDER / f"{book.name}.ipynb")
+        right = (book.markdown[0].splitlines()[0][7:], str(len(points)), str(sum(points)))
+        if rows.get(book.name) != right:
+            found.append(f"{book.name}: {rows.get(book.name)} instead of {right}")
+    return found
+
+
+def test_the_list_of_notebooks_is_right():
+    page = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert listed(page) == []
+    assert len(listed(page.replace("| 4, 7 |", "| 4, 9 |"))) == page.count("| 4, 7 |") > 0

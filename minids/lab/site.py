@@ -2,8 +2,9 @@
 
     python -m minids.lab.site --out runs/site
 
-The index is notebooks/README.md. The pages need neither a server nor a network and run no script:
-formulas are pictures, links between notebooks lead to their pages. Nothing is executed.
+The index is notebooks/README.md; the folder's other pages come along. The pages need neither a
+server nor a network and run no script: formulas are pictures, links between notebooks lead to
+their pages. Nothing is executed.
 """
 
 import html
@@ -103,14 +104,16 @@ def linked(page: str, folder: str, out: Path) -> str:
         target, _, anchor = found[2].partition("#")
         if not target or re.match(r"\w+:", target):
             return found[0]
-        path = (ROOT / folder / target).resolve().relative_to(ROOT)
-        if path.suffix == ".ipynb" and path.parent.name == "notebooks":
-            new = f"{path.stem}.html" + (anchor and f"#{anchor}")
+        path = (ROOT / folder / target).resolve()
+        if path.suffix in (".ipynb", ".md") and path.parent == ROOT / "notebooks":
+            name = "index" if path.stem == "README" else path.stem
+            new = f"{name}.html" + (anchor and f"#{anchor}")
         elif path.suffix in (".png", ".gif"):
             (out / "figures").mkdir(exist_ok=True)
-            shutil.copyfile(ROOT / path, out / "figures" / path.name)
+            shutil.copyfile(path, out / "figures" / path.name)
             new = f"figures/{path.name}"
         else:
+            path = path.relative_to(ROOT)
             new = address and f"{address}/blob/main/{path}" + (anchor and f"#{anchor}")
         return f'{found[1]}="{new}"' if new else ""
 
@@ -172,10 +175,12 @@ def write_site(out: Path) -> list[str]:
         write_whole(out / page[0], PAGE.format(
             title=html.escape(page[1]), body=body, before=way(*ways, "start"),
             after=way(*ways, "end")))
-    readme = (ROOT / "notebooks" / "README.md").read_text(encoding="utf-8")
-    body = anchored(linked(markdown2html_mistune(readme), "notebooks", out))
-    write_whole(out / "index.html", PAGE.format(title="minids: the course", body=body, before="",
-                                                after=""))
+    for path in (ROOT / "notebooks").glob("*.md"):
+        text, index = path.read_text(encoding="utf-8"), path.stem == "README"
+        body = anchored(linked(markdown2html_mistune(text), "notebooks", out))
+        write_whole(out / ("index.html" if index else f"{path.stem}.html"), PAGE.format(
+            title=text.splitlines()[0].lstrip("# "), body=body, after="",
+            before="" if index else way((), (), "start")))
     write_whole(out / "style.css", stylesheet())
     return formulas.undrawn
 
