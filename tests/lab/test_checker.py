@@ -90,6 +90,12 @@ def clings(x):
             x = 0
 
 
+def naps(x):
+    """Right, and needs longer than a patience of one second."""
+    time.sleep(1.3)
+    return x * x
+
+
 linux = pytest.mark.skipif(not checker.forks(), reason="no copy of the process can be made here")
 
 
@@ -104,11 +110,13 @@ def patience(seconds: float):
     """Wait less than a learner's check does: a loop computes all the while."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checker, "PATIENCE", seconds)
-        yield
+        patch.setattr(checker, "waited", lambda process: 0.0)
+        yield patch
 
 
-def test_an_endless_answer_is_told_within_five_seconds():
+def test_an_endless_answer_is_told_within_five_seconds(monkeypatch):
     """Here, and nowhere else in this file, with the real patience; not twice, nor once a case."""
+    monkeypatch.setattr(checker, "waited", lambda process: 0.0)  # as on an idle machine
     start = time.monotonic()
     found = problems(loops, CASES)
     assert found == ["loops(3) has not finished after 4 seconds: does one of its loops never end?"]
@@ -285,6 +293,40 @@ def test_no_right_answer_is_called_late():
     In a process of its own, because a copy of a small one is made four times as fast.
     """
     subprocess.run([sys.executable, "-c", RIGHT_ANSWERS], cwd=ROOT, check=True)
+
+
+@linux
+def test_time_in_which_other_programs_have_the_cores_does_not_count():
+    work = [((3,), 9, "")]
+    with patience(1.0) as patch:
+        assert problems(naps, work) == [f"naps(3) {checker.LATE}"]
+        patch.setattr(checker, "waited", lambda process: 2.0)
+        assert problems(naps, work) == []
+
+
+@linux
+def test_the_time_that_a_process_waits_for_a_core_is_known():
+    """Two loops that share a core until each has had it for a tenth of a second."""
+    loop = ("import os, time\nos.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+            "print(flush=True)\ninput()\nwhile time.process_time() < 60: pass")
+    both = [subprocess.Popen([sys.executable, "-c", loop], stdin=subprocess.PIPE,
+                             stdout=subprocess.PIPE) for _ in range(2)]
+    try:
+        for process in both:
+            process.stdout.readline()
+        before = checker.waited(both[0].pid)
+        for process in both:
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+        end = time.monotonic() + 60
+        while checker.waited(both[0].pid) < before + 0.1:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+    finally:
+        for process in both:
+            process.kill()
+            process.communicate()
+    assert checker.waited(both[0].pid) == 0.0  # it is gone
 
 
 @linux
