@@ -23,13 +23,15 @@ def short(count: float) -> str:
 
 
 @style.house_style()
-def parameter_map(counts: dict, path: style.File = None):
+def parameter_map(counts: dict, path: style.File = None, title: str = ""):
     """Draw where the parameters are: all of them, and those that one token uses.
 
     counts: model name -> its `minids.costs.ParameterCount` (parts and active_parts are read)
+    title: the figure's message
     Left: both totals, on a log scale. Middle and right: the parts of each total, percent.
     """
     figure = style.new_figure(10.5, 1.5 + 0.42 * len(counts))
+    figure.suptitle(title or None, x=0.01, ha="left", fontsize=11.5)
     left, *shares = figure.subplots(1, 3, sharey=True, width_ratios=[1.1, 1, 1])
     names = list(counts)
     total = [sum(count.parts.values()) for count in counts.values()]
