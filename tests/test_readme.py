@@ -104,6 +104,8 @@ ELSEWHERE = {
     "python tests/mutants.py": "it runs the tests themselves, for an hour",
     "python tests/crash_points.py": "tests/test_crash_points.py",
     "python tests/kinds.py": "it runs hundreds of programs, for a quarter of an hour",
+    "python tests/run_damage.py": "tests/runs/test_damaged_runs.py flips drawn bits",
+    "python tests/kill_and_resume.py --program": "it kills whole runs of the default settings",
     "python tests/busy.py": "it measures a machine that does nothing else",
     "python -m minids.serve": "tests/serve/",
     "python -m minids.dryrun --what table": "tests/test_dryrun.py runs what it is made of",
