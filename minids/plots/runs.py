@@ -71,39 +71,22 @@ def capstone_figure(tokens: list[int], losses: list[float], gaps: dict[str, list
     """
     left, right = style.new_figure(10.2, 3.6).subplots(1, 2)
     style.series(left, tokens, losses, style.BLUE, "your model")
-    left.set(title=f"From {losses[0]:.1f} to {losses[-1]:.1f} nats: it learns",
+    end = sum(losses[-20:]) / len(losses[-20:])  # a single batch is noisy
+    left.set(title=f"From {losses[0]:.1f} to {end:.1f} nats: it learns",
              xlabel="tokens seen (count)", ylabel="training loss (nats per token)")
     left.locator_params(axis="x", nbins=5)
+    left.xaxis.set_major_formatter("{x:,.0f}")
     for (name, row), colour in zip(gaps.items(), (style.BLUE, style.ORANGE), strict=False):
         steps = range(1, len(row) + 1)
         right.plot(steps, [max(gap, 1e-9) for gap in row], color=colour)
-        end = len(row), max(row[-1], 1e-9)
-        style.note(right, f"the package, {name}", end, (-4, 7), ha="right")
+        top = len(row), max(*row[-12:], 1e-9)
+        style.note(right, f"the package, {name}", top, (0, 4), ha="right")
     right.set(title="The seed matters, the package's fast bodies do not", xlabel="step",
-              ylabel="distance from your loss\n(nats per token)", yscale="log")
+              ylabel="distance from your loss\n(nats per token)", yscale="log", ylim=(3e-10, 10))
     return style.finish(style.described(left.figure, (
-        f"Left: the loss falls from {losses[0]:.1f} to {losses[-1]:.1f} nats per token. Right: how "
+        f"Left: the loss falls from {losses[0]:.1f} to {end:.1f} nats per token. Right: how "
         "far other runs are from it, at most " + ", ".join(
             f"{max(row):.1g} nats with {name}" for name, row in gaps.items()) + ".")), path)
-
-
-@style.house_style()
-def ablation_figure(tokens: list[int], losses: dict[str, list], costs: dict[str, list],
-                    path: style.File = None):
-    """Draw losses during training, and what each change of the model costs at the end.
-
-    tokens: seen after each step; losses: label -> loss at each step, nats per token
-    costs: label -> bits per byte above the unchanged model, one per seed
-    """
-    left, right = style.new_figure(10.2, 3.8).subplots(1, 2)
-    style.training_losses(left, tokens, losses, (style.BLUE, style.RED, style.GREEN))
-    left.locator_params(axis="x", nbins=5)
-    for height, row in enumerate(costs.values()):
-        right.plot(row, [height] * len(row), "o", color=style.BLUE, markersize=6, alpha=0.8)
-    right.axvline(0, color=style.GREY, linewidth=1.2)
-    right.set_yticks(range(len(costs)), costs)
-    right.set(ylim=(len(costs) - 0.5, -0.5), xlabel="above the whole model (bits per byte)")
-    return style.finish(left.figure, path)
 
 
 @style.house_style()

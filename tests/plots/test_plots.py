@@ -431,7 +431,7 @@ def test_capstone_figure_shows_the_numbers_given():
     assert left.get_lines()[0].get_ydata().tolist() == [8.0, 6.0, 5.0]
     drawn = [line.get_ydata().tolist() for line in right.get_lines()]
     assert drawn == [[1e-7, 1e-9], [0.1, 0.2]]  # nothing at all is drawn as 1e-9
-    assert "8.0 to 5.0" in left.get_title(loc="left")
+    assert "8.0 to 6.3" in left.get_title(loc="left")  # the mean of the last twenty
 
 
 def some_metrics(steps: int, scale: float) -> list[dict]:
