@@ -14,7 +14,6 @@ import copy
 import io
 import json
 import linecache
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from minids.config import ModelArgs
-from minids.lab.checker import LATE, PATIENCE, Unfinished, attempt, rehearse
+from minids.lab.checker import LARGE, Tell, run
 from minids.lab.lesson import reason
 from minids.model.mla import MLA, Context
 from minids.model.moe import Gate, MoE, Routing, sequence_balance_loss, update_bias
@@ -230,23 +229,26 @@ def run_source(source: str, file: str, space: dict) -> None:
 
 
 def safely(function: Callable, arguments: tuple) -> tuple[object, str]:
-    """Call a learner's code as an exercise's check does: its result, or what stopped it, in words.
+    """Call a learner's code: its result, or what stopped it, in words.
 
-    Prints nothing; survives endless loops, exits, crashes and unbounded memory.
+    A copy of this process calls it first, and meets endless loops, crashes and unbounded memory.
     """
-    start = time.monotonic()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        _, fate = rehearse(lambda given, _: function(*given), [(arguments, None, "")])
-        if fate:
-            return None, fate
+    def rehearse(tell: Tell) -> None:
         try:
-            left = PATIENCE + start - time.monotonic()
-            return attempt(function, arguments, max(left, PATIENCE / 2)), ""
-        except Unfinished:
-            return None, LATE
-        except BaseException as error:  # whatever a learner's code may raise is reported
-            unsolved = type(error) is NotImplementedError and not error.args
-            return None, "is not written yet" if unsolved else f"stops with {reason(error)}"
+            function(*arguments)
+        except (Exception, SystemExit) as error:  # is met again below
+            if isinstance(error, MemoryError) or "can't allocate memory" in reason(error):
+                tell("large", None)
+
+    told, fate = run(rehearse)
+    if fate or ("large", None) in told:
+        return None, fate or LARGE
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return function(*arguments), ""
+    except (Exception, SystemExit) as error:
+        unsolved = type(error) is NotImplementedError and not error.args
+        return None, "is not written yet" if unsolved else f"stops with {reason(error)}"
 
 
 def tried(part: Part, function, stopped: str) -> tuple[Callable, str]:
