@@ -46,7 +46,9 @@ CELLS = """{%- extends 'basic/index.html.j2' -%}
 <div class="code">{{ cell.source | highlight_code(metadata=cell.metadata) }}</div>
 {% if fold %}</details>{% endif %}
 {% endblock %}
-{% block output_group %}<div class="output">{{ super.super() }}</div>{% endblock %}
+{% block output_group %}<div class="output">{{ super.super() }}</div>
+{%- if cell.metadata.get('moves') %}<p class="note">In JupyterLab, you can move this.</p>{% endif %}
+{% endblock %}
 {% block output %}{{ super.super() }}{% endblock %}
 {% block markdowncell %}<div class="text">{{ cell.source | markdown2html }}</div>{% endblock %}
 """
@@ -68,7 +70,9 @@ def folded(cell) -> str:
         return f"Our solution: {graded['grade_id']}"
     if graded.get("grade"):
         return "The test that gives points"
-    return "Set-up" if cell.metadata.get("jupyter", {}).get("source_hidden") else ""
+    if not cell.metadata.get("jupyter", {}).get("source_hidden"):
+        return ""
+    return "The code" if cell.outputs else "Set-up"
 
 
 def prepared(nb, formulas: Formulas, shows: dict[str, str]):
@@ -81,6 +85,7 @@ def prepared(nb, formulas: Formulas, shows: dict[str, str]):
             cell.source = formulas.take(LINE.sub("", cell.source))
             continue
         cell.metadata["fold"] = folded(cell)
+        cell.metadata["moves"] = bool(re.search(r"^move\(", cell.source, re.M)) and cell.outputs
         saved = [name for name in re.findall(r'"(\d\d_\w+\.png)"', cell.source) if name in shows]
         for output in cell.outputs:
             data = output.get("data", {})

@@ -93,6 +93,16 @@ def test_a_page_shows_what_the_notebook_shows(pages):
     assert text.count("<summary>Set-up</summary>") == 1 and "<table" in text
 
 
+def test_a_picture_that_can_be_moved_says_so(pages):
+    """A static page shows the still picture, which does not look as if it could move."""
+    note = "you can move this"
+    for name in NAMES:
+        nb = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", 4)
+        moved = sum("lab.moving import" in c.source for c in nb.cells if c.cell_type == "code")
+        text = (pages[0] / f"{name}.html").read_text(encoding="utf-8")
+        assert (note in text) == bool(moved), name
+
+
 def test_a_wrong_site_is_noticed(tmp_path):
     (tmp_path / "a.html").write_text(
         '<h1 id="here"></h1><a href="#here"></a><a href="#gone"></a><a href="b.html#gone"></a>'
