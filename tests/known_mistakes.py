@@ -8,11 +8,14 @@ verdicts on fewer than six versions.
 """
 
 import json
+import sys
 from pathlib import Path
 
-import test_graders
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 
-from minids.lab import compare, lesson
+import test_graders  # noqa: E402
+
+from minids.lab import compare, lesson  # noqa: E402
 
 FILE = Path(compare.__file__).with_name("mistakes.json")
 
