@@ -53,6 +53,7 @@ CELLS = """{%- extends 'basic/index.html.j2' -%}
 {% block markdowncell %}<div class="text">{{ cell.source | markdown2html }}</div>{% endblock %}
 """
 STYLES = {"": "default", "@media (prefers-color-scheme: dark)": "github-dark"}  # Pygments' names
+MOVES = re.compile(r"^(moving\.)?move\(", re.M)  # a cell's last line, where its picture moves
 CARD = re.compile(r"^\| \[(\d\d_\w+\.png)\]\(\S+\) \| (.+?) \|", re.M)
 
 
@@ -85,7 +86,7 @@ def prepared(nb, formulas: Formulas, shows: dict[str, str]):
             cell.source = formulas.take(LINE.sub("", cell.source))
             continue
         cell.metadata["fold"] = folded(cell)
-        cell.metadata["moves"] = bool(re.search(r"^move\(", cell.source, re.M)) and cell.outputs
+        cell.metadata["moves"] = cell.outputs and MOVES.search(cell.source) is not None
         saved = [name for name in re.findall(r'"(\d\d_\w+\.png)"', cell.source) if name in shows]
         for output in cell.outputs:
             data = output.get("data", {})
