@@ -11,6 +11,11 @@ Long prompts are read in pieces, so that other sequences wait at most one piece.
 its own seed, so its text does not depend on the rest of the batch (in FP32: BF16 rounds products of
 another batch size differently, and a close choice may fall the other way). `minids.infer.slots`
 stores the latents, and `minids.infer.engine` queues requests.
+
+With drafts, the first MTP module guesses the token after the newest one of each sequence, and the
+next step reads both and keeps the guess or replaces it, as `minids.infer.speculative` describes.
+Sequences then grow by one or two tokens per step, each at its own pace. It pays while reading the
+weights takes most of the time, so with few rows; many rows keep a machine busy by themselves.
 """
 
 import contextlib
@@ -24,7 +29,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from minids.infer.sampling import COLDEST, Sampler, no_token, pick, summed_in
+from minids.infer.sampling import COLDEST, Sampler, no_token
 from minids.infer.slots import Slots
 from minids.model.transformer import Transformer
 
@@ -74,6 +79,7 @@ class Job:
     """A request that the engine has accepted.
 
     row: its place in the cache once it has one; copied: tokens of its prompt that were there before
+    newest: its last token; draft: a guess at the next, drawn from `expected`, (V,)
     """
 
     number: int
@@ -84,6 +90,8 @@ class Job:
     copied: int = 0
     written: int = 0
     newest: int = -1
+    draft: int = -1
+    expected: Tensor | None = None
     cancelled: bool = False
 
     @property
@@ -98,7 +106,7 @@ class Step(NamedTuple):
 
     read: by job number, the prompt tokens that went through the model
     copied: by job number, those that the cache already held
-    wrote: numbers of the jobs that got a token; waiting: jobs without a row at its end
+    wrote: the job number of each token; waiting: jobs without a row at its end
     seconds: duration
     """
 
@@ -118,11 +126,12 @@ class Batch:
     reading: the job whose prompt is being read; log: the newest steps
     """
 
-    def __init__(self, model: Transformer, rows: int, max_len: int, chunk: int = 0):
+    def __init__(self, model: Transformer, rows: int, max_len: int, chunk: int = 0,
+                 drafts: int = 0):
         on_gpu = model.head.weight.device.type == "cuda"
         self.chunk = chunk or (CHUNK_GPU if on_gpu else CHUNK)
         with torch.inference_mode():
-            self.slots = Slots(model, rows, max_len)
+            self.slots = Slots(model, rows, max_len, drafts)
         self.model, self.log = self.slots.model, deque(maxlen=LOGGED)
         self.jobs: list[Job | None] = [None] * rows  # by row
         self.waiting: deque[Job] = deque()
@@ -174,9 +183,9 @@ class Batch:
                 self.reading = None
                 self.swap(job.row, self.running)
                 self.running += 1
-                visited = [routing.indices[:, -1] for routing in found.routings]
-                visited = torch.stack(visited, dim=1) if visited else self.slots.visited[:1]
-                self.give([job], self.model.head(found.states[:, -1]), visited, note)
+                visited = [routing.indices[:, -1:] for routing in found.routings]
+                visited = torch.stack(visited, dim=2) if visited else self.slots.visited[:1]
+                self.give([job], self.model.head(found.states[:, -1:]), visited, note)
             return len(part)
         except Exception as error:
             self.finish(job, "error", error)
@@ -188,7 +197,8 @@ class Batch:
             return
         first = jobs[0].row
         try:
-            found = self.slots.step(first, first + len(jobs), [job.newest for job in jobs])
+            tokens = [[job.newest, job.draft][:1 + self.slots.drafts] for job in jobs]
+            found = self.slots.step(first, first + len(jobs), tokens)
         except Exception as error:
             if len(jobs) == 1:
                 return self.finish(jobs[0], "error", error)
@@ -198,26 +208,51 @@ class Batch:
         self.give(jobs, *found, note)
 
     def give(self, jobs: list[Job], logits: Tensor, visited: Tensor, note: Step) -> None:
-        """Draw a token for each job, hand it over, and end the replies that are done.
+        """Draw tokens for each job, hand them over, and end the replies that are done.
 
-        logits: (n, V); visited: (n, layers, K)
+        logits: (n, C, V); visited: (n, C, layers, K): after the newest token and, for C = 2, after
+        the draft
         """
-        ended = []
-        for i, (job, token) in enumerate(zip(jobs, draw(jobs, logits), strict=True)):
+        ended, drawn = [], draw(jobs, logits)
+        for i, (job, tokens) in enumerate(zip(jobs, drawn, strict=True)):
+            self.slots.held[job.row] += tokens[:-1]  # drafts that passed
             try:
-                if token == logits.size(-1):
-                    raise no_token(f"new token {job.written + 1}")
-                job.newest, job.written = token, job.written + 1
-                note.wrote.append(job.number)
-                stop = job.request.take(described(job.request, token, logits[i], visited[i]))
-                if stop or token in job.request.ends:
-                    ended.append((job, "stop", None))
-                elif job.written == job.request.max_tokens:
-                    ended.append((job, "length", None))
+                for column, token in enumerate(tokens):
+                    found = logits[i, column], visited[i, column]
+                    if (reason := self.hand_over(job, token, *found, note)):
+                        ended.append((job, reason, None))
+                        break
             except Exception as error:
                 ended.append((job, "error", error))
+        if self.slots.drafts:
+            done = [job for job, *_ in ended]
+            ended += [end for end in self.guess(jobs, drawn) if end[0] not in done]
         for end in ended:
             self.finish(*end)
+
+    def hand_over(self, job: Job, token: int, logits: Tensor, visited: Tensor, note: Step) -> str:
+        """Give a job a token; return the reason if that was its last, or ""."""
+        if token == logits.size(-1):
+            raise no_token(f"new token {job.written + 1}")
+        job.newest, job.written = token, job.written + 1
+        note.wrote.append(job.number)
+        stop = job.request.take(described(job.request, token, logits, visited))
+        if stop or token in job.request.ends:
+            return "stop"
+        return "length" if job.written == job.request.max_tokens else ""
+
+    def guess(self, jobs: list[Job], drawn: list[list[int]]) -> list[tuple]:
+        """Draft a token for each job, after those just drawn; return how those ended that fail."""
+        first, most = jobs[0].row, self.model.args.vocab_size - 1
+        try:
+            tokens = [[min(token, most) for token in row] for row in drawn]
+            draft(jobs, self.slots.guess(first, first + len(jobs), tokens, jobs[0].draft < 0))
+            return []
+        except Exception as error:
+            if len(jobs) == 1:
+                return [(jobs[0], "error", error)]
+            return [end for job, row in zip(jobs, drawn, strict=True)
+                    for end in self.guess([job], [row])]
 
     def finish(self, job: Job, reason: str, error: Exception | None) -> None:
         """Free the row of a job, if it has one, and tell who asked."""
@@ -243,25 +278,56 @@ class Batch:
                 self.jobs[row].row = row
 
 
-def draw(jobs: list[Job], logits: Tensor) -> list[int]:
-    """Return a token for each job, drawn as it wishes; V where there is none.
+@dataclass(frozen=True)
+class OwnDraws(Sampler):
+    """Draws in which each sequence has random numbers of its own, so that a reply does not depend
+    on the others in the batch."""
 
-    Each has random numbers of its own, so a reply does not depend on the others in the batch.
-    """
-    alike: dict[tuple, list[int]] = {}
+    jobs: tuple[Job, ...] = ()
+
+    def random(self, count: int, each: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return each job's next numbers, (count, each)."""
+        numbers = [[job.random.random() for _ in range(each)] for job in self.jobs]
+        return torch.tensor(numbers, dtype=dtype, device=device)
+
+
+def alike(jobs: list[Job]) -> list[tuple[Sampler, list[int]]]:
+    """Return how to draw, and for which of the jobs: those that draw alike do it together."""
+    members: dict[tuple, list[int]] = {}
     for i, job in enumerate(jobs):
-        alike.setdefault(job.way, []).append(i)
-    tokens = [0] * len(jobs)
-    for way, members in alike.items():
-        sampler, own = Sampler(*way), logits if len(alike) == 1 else logits[members]  # (n, V)
-        if sampler.greedy:
-            drawn = sampler.sample(own)
+        members.setdefault(job.way, []).append(i)
+    return [(OwnDraws(*way, jobs=tuple(jobs[i] for i in own)), own)
+            for way, own in members.items()]
+
+
+def draft(jobs: list[Job], logits: Tensor) -> None:
+    """Give each job a draft and the distribution it was drawn from; logits: (n, V)"""
+    for sampler, members in alike(jobs):
+        expected = sampler.distribution(logits[members])
+        # Where there is no token, any is read: `verify` sees that its probability is NaN.
+        drafts = sampler.draw(expected).clamp(max=logits.size(-1) - 1).tolist()
+        for i, drafted, own in zip(members, drafts, expected, strict=True):
+            jobs[i].draft, jobs[i].expected = drafted, own
+
+
+def draw(jobs: list[Job], logits: Tensor) -> list[list[int]]:
+    """Return the next tokens of each job: the drafts that passed, then one drawn as it wishes,
+    V where there is none.
+
+    logits: (n, C, V), after the newest token and, for C = 2, after the draft
+    """
+    tokens: list[list[int]] = [[] for _ in jobs]
+    for sampler, members in alike(jobs):
+        own = logits if len(members) == len(jobs) else logits[members]  # (n, C, V)
+        if logits.size(1) == 1:
+            passed, drawn = [0] * len(members), sampler.sample(own[:, 0]).tolist()
         else:
-            numbers = [[jobs[i].random.random()] for i in members]
-            number = torch.tensor(numbers, dtype=summed_in(own.device), device=own.device)
-            drawn = pick(sampler.distribution(own), number)
-        for i, token in zip(members, drawn.tolist(), strict=True):
-            tokens[i] = token
+            drafts = torch.tensor([[jobs[i].draft] for i in members], device=own.device)
+            q = torch.stack([jobs[i].expected for i in members])[:, None]  # (n, 1, V)
+            found = sampler.verify(drafts, q, sampler.distribution(own))
+            passed, drawn = (t.tolist() for t in found)
+        for i, count, token in zip(members, passed, drawn, strict=True):
+            tokens[i] = [*[jobs[i].draft][:count], token]
     return tokens
 
 

@@ -14,6 +14,8 @@ from queue import SimpleQueue
 
 import torch
 
+from minids.base.fields import demand
+from minids.config import ModelArgs
 from minids.infer.batch import Batch, Job, Request, Token
 from minids.infer.generation import check_arguments
 from minids.model.transformer import Transformer
@@ -31,22 +33,32 @@ class Stopped(Exception):
     """The engine was stopped before the request was done."""
 
 
+def check_drafts(args: ModelArgs, drafts: int) -> None:
+    """Raise `ValueError` for drafts that a model cannot make."""
+    demand("drafts", drafts, drafts in (0, 1), "0 or 1")
+    demand("drafts", drafts, drafts <= args.n_mtp_layers,
+           "0: this model has no MTP module to draft with")
+
+
 class Engine:
     """Serves requests with one model, from a thread of its own.
 
     rows: sequences that are continued together; max_len: tokens of each, prompt included
     queue: requests that may wait for a row
     chunk: tokens of prompts that a step reads at most; 0: what suits the device
+    drafts: tokens that the first MTP module drafts before each step, 0 or 1
     precision: makes the context in which the model runs, such as autocast's
     """
 
     def __init__(self, model: Transformer, rows: int = 16, max_len: int = 0, queue: int = 64,
-                 chunk: int = 0, precision: Callable[[], contextlib.AbstractContextManager] =
+                 chunk: int = 0, drafts: int = 0,
+                 precision: Callable[[], contextlib.AbstractContextManager] =
                  contextlib.nullcontext):
         self.args, self.queue, self.precision = model.args, queue, precision
         self.max_len = min(max_len or model.args.max_seq_len, model.args.max_seq_len)
+        check_drafts(model.args, drafts)
         with precision():
-            self.batch = Batch(model, rows, self.max_len, chunk)
+            self.batch = Batch(model, rows, self.max_len, chunk, drafts)
         self.wake, self.stopping = threading.Condition(), False
         self.accepted, self.broken = 0, None
         self.thread = threading.Thread(target=self.work, name="engine", daemon=True)

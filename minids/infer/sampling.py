@@ -105,10 +105,13 @@ class Sampler:
             return token.masked_fill_((best - best).isnan(), logits.size(-1))  # Inf - Inf is NaN
         return self.draw(self.distribution(logits))
 
+    def random(self, count: int, each: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return random numbers from 0 to 1 for `count` sequences, (count, each)."""
+        return torch.rand(count, each, generator=self.generator, dtype=dtype, device=device)
+
     def draw(self, probs: Tensor) -> Tensor:
         """Draw a token from each row of probabilities: (B, V) -> (B,) int64; V if they are NaN."""
-        number = torch.rand(self.batch or len(probs), 1, generator=self.generator,
-                            dtype=summed_in(probs.device), device=probs.device)
+        number = self.random(self.batch or len(probs), 1, summed_in(probs.device), probs.device)
         return pick(probs, number if self.rows is None else number[self.rows])
 
     def verify(self, drafts: Tensor, q: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +124,7 @@ class Sampler:
         """
         own = drafts.unsqueeze(-1)  # (B, D, 1)
         ratio = (p[:, :-1].gather(-1, own) / q.gather(-1, own)).squeeze(-1)  # (B, D)
-        chance = torch.rand(ratio.shape, generator=self.generator, device=ratio.device)
+        chance = self.random(*ratio.shape, torch.float32, ratio.device)
         passed = (chance < ratio).long().cumprod(1).sum(1)  # (B,)
         row = torch.arange(len(drafts), device=drafts.device)
         p = p[row, passed]  # (B, V), where the first one failed, or after the last

@@ -7,6 +7,9 @@ moves into its row: a copy of 576 numbers per token and layer in V3, which MLA m
 What a sequence leaves behind stays readable until its row is needed. A new prompt that begins like
 any sequence in the cache copies the latents of that beginning, and only the rest goes through the
 model: a system prompt is computed once, and so is a conversation's past.
+
+With drafts, the first MTP module has a cache beside the model's. Its entry at position i is made
+from the model's state there and from token i + 1, so it stands one token behind.
 """
 
 import copy
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from minids.apply.folded import fold
 from minids.apply.graphs import Steps
-from minids.infer.decoding import Session
+from minids.infer.decoding import Session, new_cache
 from minids.model.cache import LatentCache
 from minids.model.transformer import Hidden, Transformer
 
@@ -28,38 +31,42 @@ class Slots:
 
     held: by row, the tokens whose latents it holds, in use or not
     used: by row, the time of its last use, a count
+    behind: by row, the positions that the MTP module has read; drafts: tokens it drafts, 0 or 1
     """
 
-    def __init__(self, model: Transformer, rows: int, max_len: int):
+    def __init__(self, model: Transformer, rows: int, max_len: int, drafts: int = 0):
         session = Session(model, rows, max_len)
         self.model, self.cache, self.static = session.model, session.cache, session.static
         fold(self.model, self.cache)
         self.max_len, self.held = max_len, [[] for _ in range(rows)]
         self.used, self.clock = [0] * rows, 0
+        self.drafts, self.behind, self.ahead = drafts, [0] * rows, None
         args, device = model.args, model.head.weight.device
         layers = sum(block.is_moe for block in model.layers)
+        width, new = 1 + drafts, self.cache.latents.new_zeros
         self.end = torch.zeros(rows, dtype=torch.int64, device=device)  # slots that each has filled
-        self.token = torch.zeros_like(self.end)  # the newest of each, not yet in the cache
-        self.logits = self.cache.latents.new_zeros(rows, args.vocab_size)
-        self.visited = self.end.new_zeros(rows, layers, args.n_activated_experts)
-        self.graphs: dict[int, Steps] = {}
+        # The newest token of each sequence, not yet in the cache, and the draft after it.
+        self.token = self.end.new_zeros(rows, width)
+        self.logits = new(rows, width, args.vocab_size)
+        self.visited = self.end.new_zeros(rows, width, layers, args.n_activated_experts)
+        self.graphs: dict[tuple, Steps] = {}
+        if drafts:
+            self.ahead = new_cache(self.model, rows, max_len, mtp=True)
+            fold(self.model, self.ahead)
+            self.states = new(rows, width, args.dim, dtype=model.embed.weight.dtype)
+            self.last = self.states[:, 0].clone()  # of the newest position of a prompt
+            self.passed = torch.zeros_like(self.end)
+            self.expected = new(rows, args.vocab_size)  # logits of the next draft
 
     @property
     def bytes_per_token(self) -> int:
         """Return the bytes of the cache that a token of a sequence takes."""
         return sum(t.size(0) * t.size(-1) * t.element_size() for t in self.stores())
 
-    def view(self, start: int, stop: int) -> LatentCache:
-        """Return some rows as a cache of their own, which shares memory with the whole."""
-        part = copy.copy(self.cache)
-        part.latents = self.cache.latents[:, start:stop]
-        if part.index_keys is not None:
-            part.index_keys = self.cache.index_keys[:, start:stop]
-        return part
-
     def stores(self) -> list[Tensor]:
         """Return the tensors that hold the rows: (layers, rows, max_len, width)"""
-        return [t for t in (self.cache.latents, self.cache.index_keys) if t is not None]
+        caches = [self.cache, *([self.ahead] if self.drafts else [])]
+        return [t for c in caches for t in (c.latents, c.index_keys) if t is not None]
 
     def touch(self, row: int) -> None:
         """Count a use of a row."""
@@ -70,18 +77,22 @@ class Slots:
         """Exchange two rows."""
         if a == b:
             return
-        filled = max(len(self.held[a]), len(self.held[b]))
+        filled = max(len(self.held[a]), len(self.held[b])) + self.drafts  # NaN may stand in a draft
         for stored in self.stores():
             stored[:, [a, b], :filled] = stored[:, [b, a], :filled]
-        for values in (self.held, self.used):
+        for values in (self.held, self.used, self.behind):
             values[a], values[b] = values[b], values[a]
+        if self.drafts:
+            self.last[[a, b]] = self.last[[b, a]]
 
     def clear(self, row: int) -> None:
         """Forget what a row holds. NaN must not stay: attention gives it the weight 0, and 0 times
         NaN is NaN."""
         for stored in self.stores():
             stored[:, row] = 0
-        self.held[row] = []
+        self.held[row], self.behind[row] = [], 0
+        if self.drafts:
+            self.states[row] = 0
 
     def begin(self, row: int, prompt: list[int]) -> int:
         """Assign a row to a prompt; return how many of its tokens the cache held already.
@@ -89,6 +100,8 @@ class Slots:
         The last token is never one of them: what follows it has to be computed.
         """
         shared = [common(prompt[:-1], held) for held in self.held]
+        if self.drafts:  # the module's entry of the last shared token was made from the next one
+            shared = [max(0, min(s - 1, b)) for s, b in zip(shared, self.behind, strict=True)]
         source = max(range(len(shared)), key=shared.__getitem__)
         count = shared[source] if shared[source] >= WORTH else 0
         if source != row:
@@ -97,55 +110,115 @@ class Slots:
         if count:
             self.touch(source)
         self.touch(row)
-        self.held[row] = prompt[:count]
+        self.held[row], self.behind[row] = prompt[:count], count
         return count
 
     def read(self, row: int, tokens: list[int]) -> Hidden:
         """Read the next tokens of a row's prompt, in attention's naive form."""
-        part, held = self.view(row, row + 1), self.held[row]
+        held = self.held[row]
+        part = view(self.cache, row, row + 1)
         part.length, part.lengths = len(held), None
         found = self.model.hidden(torch.tensor([tokens], device=self.end.device), part)
         held += tokens
+        if self.drafts:
+            self.follow(row, found.states)
         return found
 
-    def step(self, start: int, stop: int, tokens: list[int]) -> tuple[Tensor, Tensor]:
-        """Read one more token of each row from `start` to `stop`, in the absorbed form.
+    def follow(self, row: int, states: Tensor) -> None:
+        """Let the module read the positions of a prompt whose next token is known.
 
-        Returns the logits of what follows, (n, V), and the experts that were visited, by layer,
-        (n, layers, K); both are overwritten by the next step.
+        states: (1, S, D), of the model at the last S positions that it has read
         """
-        rows = range(start, stop)
-        longest = max(len(self.held[row]) for row in rows)
-        whole = start == 0 and self.static
-        if whole:  # rows beyond the last one are computed too, and what they write is not read
-            rows = range(min(1 << (stop - 1).bit_length(), len(self.held)))
-        filled = [min(len(self.held[row]), self.max_len - 1) for row in rows]
-        self.end[rows.start:rows.stop] = torch.tensor(filled, device=self.end.device)
-        self.token[start:stop] = torch.tensor(tokens, device=self.end.device)
-        if whole:
-            self.graph(len(rows))(longest)
-        else:
-            self.compute(rows.start, rows.stop, longest)
-        for row, token in zip(range(start, stop), tokens, strict=True):
-            self.held[row].append(token)
+        start, held = self.behind[row], self.held[row]
+        if start < len(held) - states.size(1):  # the last one of the piece before
+            states = torch.cat([self.last[row][None, None], states], dim=1)
+        self.last[row], self.behind[row] = states[0, -1], len(held) - 1
+        if states.size(1) > 1:
+            part = view(self.ahead, row, row + 1)
+            part.length, part.lengths = start, None
+            tokens = torch.tensor([held[start + 1:]], device=self.end.device)
+            self.module(states[:, :-1], tokens, part, absorbed=False)
+
+    def module(self, states: Tensor, tokens: Tensor, part: LatentCache, absorbed: bool) -> Tensor:
+        """Run the first MTP module on states (B, S, D) and the tokens after them (B, S)."""
+        context = self.model.context(tokens, part, absorbed)
+        return self.model.mtp[0](states, self.model.embed(tokens), context)[0]
+
+    def step(self, start: int, stop: int, tokens: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Read the newest token of each row from `start` to `stop`, and the draft after it, in the
+        absorbed form.
+
+        Returns the logits of what follows each, (n, 1 + drafts, V), and the experts that were
+        visited, by layer, (n, 1 + drafts, layers, K); both are overwritten by the next step.
+        """
+        self.run(self.compute, start, stop, tokens, list(map(len, self.held)))
+        for row, (newest, *_) in zip(range(start, stop), tokens, strict=True):
+            self.held[row].append(newest)
             self.touch(row)
         return self.logits[start:stop], self.visited[start:stop]
 
-    def graph(self, count: int) -> Steps:
-        """Return the step of the first `count` rows as a CUDA graph."""
-        if count not in self.graphs:
-            self.graphs[count] = Steps(lambda longest: self.compute(0, count, longest),
-                                       self.max_len - 1, self.end.device)
-        return self.graphs[count]
+    def guess(self, start: int, stop: int, tokens: list[list[int]], first: bool) -> Tensor:
+        """Return the logits of the draft after the newest token of each row, (n, V).
+
+        tokens: by row, those that follow the states which the module has not read: `first`, that
+            of a prompt's end, otherwise those of the last step, the last one is the newest token
+        """
+        if first:
+            self.states[start:stop, 0] = self.last[start:stop]
+        width, device = 1 + self.drafts, self.end.device
+        self.passed[start:stop] = torch.tensor([len(new) - 1 for new in tokens], device=device)
+        padded = [new + new[-1:] * (width - len(new)) for new in tokens]
+        self.run(self.compute_guess, start, stop, padded, self.behind)
+        for row, new in zip(range(start, stop), tokens, strict=True):
+            self.behind[row] += len(new)
+        return self.expected[start:stop]
+
+    def run(self, work, start: int, stop: int, tokens: list[list[int]], filled: list[int]) -> None:
+        """Run `work(start, stop, longest)` on some rows; filled: slots of each row, of all rows."""
+        rows, most = range(start, stop), self.max_len - 1 - self.drafts
+        longest = max(filled[row] for row in rows)
+        whole = start == 0 and self.static
+        if whole:  # rows beyond the last one are computed too, and what they write is not read
+            rows = range(min(1 << (stop - 1).bit_length(), len(self.held)))
+        ends = [min(filled[row], most) for row in rows]
+        self.end[rows.start:rows.stop] = torch.tensor(ends, device=self.end.device)
+        self.token[start:stop] = torch.tensor(tokens, device=self.end.device)
+        if whole:
+            key = work.__name__, len(rows)
+            if key not in self.graphs:
+                self.graphs[key] = Steps(lambda longest: work(0, len(rows), longest), most,
+                                         self.end.device)
+            self.graphs[key](longest)
+        else:
+            work(start, stop, longest)
 
     def compute(self, start: int, stop: int, longest: int) -> None:
-        """Run the model on the newest token of some rows."""
-        part, rows = self.view(start, stop), slice(start, stop)
+        """Run the model on the newest tokens of some rows."""
+        part, rows = view(self.cache, start, stop), slice(start, stop)
         part.truncate(self.end[rows], longest if self.static else None)
-        found = self.model.hidden(self.token[rows, None], part, absorbed=True)
-        self.logits[rows] = self.model.head(found.states[:, 0])
+        found = self.model.hidden(self.token[rows], part, absorbed=True)
+        self.logits[rows] = self.model.head(found.states)
+        if self.drafts:
+            self.states[rows] = found.states
         if found.routings:
-            self.visited[rows] = torch.stack([r.indices[:, 0] for r in found.routings], dim=1)
+            self.visited[rows] = torch.stack([r.indices for r in found.routings], dim=2)
+
+    def compute_guess(self, start: int, stop: int, longest: int) -> None:
+        """Run the module on the states that it has not read."""
+        part, rows = view(self.ahead, start, stop), slice(start, stop)
+        part.truncate(self.end[rows], longest if self.static else None)
+        states = self.module(self.states[rows], self.token[rows], part, absorbed=True)
+        at = self.passed[rows, None, None].expand(-1, 1, states.size(-1))
+        self.expected[rows] = self.model.head(states.gather(1, at)[:, 0])
+
+
+def view(cache: LatentCache, start: int, stop: int) -> LatentCache:
+    """Return some rows of a cache as one of their own, which shares memory with the whole."""
+    part = copy.copy(cache)
+    part.latents = cache.latents[:, start:stop]
+    if part.index_keys is not None:
+        part.index_keys = cache.index_keys[:, start:stop]
+    return part
 
 
 def common(a: list[int], b: list[int]) -> int:

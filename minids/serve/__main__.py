@@ -45,6 +45,8 @@ class ServeArgs(Machine):
                        low=1, high=4096)
     context: int = option(0, "tokens of a sequence, prompt and reply; 0: the model's max_seq_len",
                           low=0)
+    drafts: int = option(0, "tokens that the model's MTP module drafts before each step: 1 pays "
+                         "while few rows are in use", low=0, high=1)
     queue: int = option(64, "requests that may wait for a row; more are told to come back", low=0)
     api_key: str = option("", "key that clients must send; none: no key is asked for")
     cors: str = option("", "other pages that may ask: their origins, with commas; none: none may")
@@ -81,7 +83,8 @@ def serve_run(source: Source, args: ServeArgs) -> Served:
     with precision():
         cast_products(source.model)
     return serve_model(source, args.name, own_defaults(source.folder), args.task, args.queue,
-                       rows=args.rows, max_len=args.context, precision=precision)
+                       rows=args.rows, max_len=args.context, drafts=args.drafts,
+                       precision=precision)
 
 
 def listen(served: Served, args: ServeArgs, at: socket.socket) -> None:

@@ -9,9 +9,8 @@ from small_models import LITTLE, random_tokens, scrambled
 
 from minids.apply import graphs
 from minids.generate import generate
-from minids.infer import batch as module
-from minids.infer import decoding
-from minids.infer.batch import Batch, Job, Request
+from minids.infer import decoding, sampling
+from minids.infer.batch import Batch, Job, Request, draw
 from minids.infer.slots import WORTH, Slots, common
 
 LONG = replace(LITTLE, max_seq_len=600)
@@ -241,11 +240,11 @@ def test_log_probabilities_and_experts():
 
 def test_replies_that_are_drawn_alike_share_a_draw(monkeypatch):
     drawn = []
-    monkeypatch.setattr(module, "pick", lambda probs, number: drawn.append(number) or torch.zeros(
+    monkeypatch.setattr(sampling, "pick", lambda probs, number: drawn.append(number) or torch.zeros(
         len(probs), dtype=torch.int64))
     jobs = [Reply([1], 2, i, temperature=t, seed=s).job
             for i, (t, s) in enumerate([(1, 5), (0, 5), (1, 5), (0.5, 6), (1e-7, 1)])]
-    module.draw(jobs, torch.randn(5, 9))
+    draw(jobs, torch.randn(5, 1, 9))
     assert [len(number) for number in drawn] == [2, 1] and len(set(drawn[0].tolist()[0])) == 1
     assert drawn[0][0] == drawn[0][1]  # the same seed
 
