@@ -5,6 +5,7 @@
     python -m minids.lab.bench --what moe-vs-dense --seeds 3 --steps 500
     python -m minids.lab.bench --what sparse --context 32768 --pairs 3
     python -m minids.lab.bench --what speculative --run runs/deep
+    python -m minids.lab.bench --what serve,batching --run data/r1/rl --pairs 3 --dtype fp32
     python -m minids.lab.bench --device cuda --what train,roofline --preset small --batch-size 16
     torchrun --nproc-per-node 2 -m minids.lab.bench --what program --command "--preset nano"
     python -m minids.lab.bench --what profile --record figures/profile.json
@@ -20,6 +21,10 @@ The tables:
                   beside the predictions of the cost model in `minids.costs`, also at other depths
     rollout       sampling for reinforcement learning: `minids.rl.rollout`, which also returns
                   log-probabilities and routes, beside transformers' generate, which does not
+    serve         the server of --run under 1, 8 and 64 clients, over HTTP: each reads its stream,
+                  pauses at random, and asks again; prompts and replies of unequal length
+    batching      one trace of Poisson arrivals and replies of 16 to 512 tokens, at the rate that
+                  saturates static batching (`generate`): static beside continuous batching
     program       steps of `minids.train` itself, with the flags that --command gives; under
                   torchrun over its ranks, and --command names their layout too
     step          a decoding step of minids beside the time that reading its weights takes
@@ -61,6 +66,7 @@ from minids.hf import config_from_args
 from minids.kernels.registry import recorded
 from minids.lab.bench_alone import program_table, prompt_table, step_table
 from minids.lab.bench_decoding import sparse_table, speculative_table
+from minids.lab.bench_serving import batching_table, clients_table
 from minids.lab.bench_setup import ALONE, Bench, BenchArgs, Stepper, minids_loss
 from minids.lab.bench_transformers import decode_table, memory_table, rollout_table, train_table
 from minids.lab.profiling import profile_table
@@ -146,9 +152,9 @@ def quality_cells(bits: list[float]) -> list[str]:
 # Each yields the row of titles, then row by row.
 MAKERS = {"train": train_table, "decode": decode_table, "memory": memory_table,
           "dense": dense_table, "moe-vs-dense": quality_table, "sparse": sparse_table,
-          "speculative": speculative_table, "rollout": rollout_table, "program": program_table,
-          "step": step_table, "prompt": prompt_table, "roofline": roofline_table,
-          "profile": profile_table}
+          "speculative": speculative_table, "rollout": rollout_table, "serve": clients_table,
+          "batching": batching_table, "program": program_table, "step": step_table,
+          "prompt": prompt_table, "roofline": roofline_table, "profile": profile_table}
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,9 +22,9 @@ from minids.text.tokenizer import Tokenizer
 DTYPES = {"bf16-weights": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.float32}
 BOTH = {"cpu": ("bf16", "fp32"), "cuda": ("bf16-weights", "bf16")}  # what --dtype both means
 DEFAULT_TABLES = ("train", "decode", "memory", "dense")  # what "all" means
-TABLES = (*DEFAULT_TABLES, "moe-vs-dense", "sparse", "speculative", "rollout", "program", "step",
-          "prompt", "roofline", "profile")
-ALONE = ("step", "prompt", "roofline")  # decode only: the model has no gradients to store
+TABLES = (*DEFAULT_TABLES, "moe-vs-dense", "sparse", "speculative", "rollout", "serve", "batching",
+          "program", "step", "prompt", "roofline", "profile")
+ALONE = ("serve", "batching", "step", "prompt", "roofline")  # decode only: no gradients to store
 WARM_UP = 2           # training steps before the timings; the first ones compile kernels
 LEARNING_RATE = 1e-3  # of the timed steps
 
@@ -52,7 +52,7 @@ class BenchArgs(Settings):
                           low=1)
     record: str = option("", "profile: JSON file that keeps measurements; its figure stands beside")
     label: str = option("", "profile: name to record this measurement under; none: draw only")
-    run: str = option("runs/tiny", "speculative: run folder of the model")
+    run: str = option("runs/tiny", "speculative, serve: run folder of the model")
     seed: int = option(0, "seed of the weights and the text's order", low=0, high=2 ** 32 - 1)
     seeds: int = option(3, "moe-vs-dense: runs of each model", low=1)
     steps: int = option(0, "moe-vs-dense: steps of each run; 0: the preset's number", low=0)

@@ -171,6 +171,10 @@ def test_the_request_can_be_copied_and_runs(page, server):
 def test_a_phone_shows_it_all(page, scheme):
     page.emulate_media(color_scheme=scheme)
     page.set_viewport_size(dict(width=360, height=640))
+    page.reload()
+    until(lambda: page.evaluate("model !== null"))
+    assert not page.locator("#thinking").is_visible()  # folded: a phone has no room for them
+    page.click("#settings-box summary")
     ask(page, thinking="high")
     for tab in ("talk", "inside"):
         page.click(f"#tab-{tab}")
