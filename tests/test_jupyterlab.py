@@ -181,6 +181,7 @@ def plant(tree: Path) -> None:
     shutil.copytree(ROOT / "notebooks", tree / "notebooks")
     for part in ["minids", "data"]:
         (tree / part).symlink_to(ROOT / part, target_is_directory=True)
+    (tree / "LICENSE").symlink_to(ROOT / "LICENSE")  # the text of notebook 01
 
 
 def environment(home: Path, token: str) -> dict[str, str]:
