@@ -82,7 +82,7 @@ class Moving:
         import ipywidgets
         handles, shown = {}, []
         for name, values in self.controls.items():
-            handles[name], *players = control(name, values)
+            handles[name], *players = control(name, values, max(map(len, self.controls)))
             shown.append(ipywidgets.HBox([handles[name], *players]))
         screen = ipywidgets.Output()
         screen.outputs = [output(self.still, self.draw)]
@@ -111,10 +111,14 @@ def first(values):
     return next(iter(values.values() if isinstance(values, dict) else values))
 
 
-def control(name: str, values) -> list:
-    """Return the widget that has a value, and after it one that plays it, if any."""
+def control(name: str, values, letters: int = 0) -> list:
+    """Return the widget that has a value, and after it one that plays it, if any.
+
+    letters: room for the name, so that controls stand below each other
+    """
     import ipywidgets
-    look = {"description": name.replace("_", " "), "style": {"description_width": "initial"}}
+    look = {"description": name.replace("_", " "),
+            "style": {"description_width": f"{0.6 * letters:.1f}em" if letters else "initial"}}
     if isinstance(values, bool):
         return [ipywidgets.Checkbox(values, indent=False, **look)]
     if isinstance(values, str):

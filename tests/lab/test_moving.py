@@ -99,6 +99,12 @@ def test_numbers_stand_in_order_on_their_slider(reader):
     assert [value for _, value in moving.control("n", [2, 9, 1])[0].options] == [1, 2, 9]
 
 
+def test_controls_stand_below_each_other(reader):
+    shown = move(bar, height=[2, 1, 3], name=["b", "a"])
+    shown.box()
+    assert {handle.style.description_width for handle in shown.handles.values()} == {"3.6em"}
+
+
 def test_a_film_has_a_play_button(reader):
     slider, play = moving.control("step", film(range(0, 50, 10), seconds=0.5))
     assert (slider.min, slider.max, slider.step) == (play.min, play.max, play.step) == (0, 40, 10)
