@@ -97,7 +97,8 @@ def repository(folder: Path, notebooks: list[Path]) -> None:
             shutil.copy(ROOT / name, folder / name)
     write({folder / "notebooks" / path.name: without_answers(path.read_bytes())
            for path in notebooks}, force=True)
-    shutil.copy(ROOT / "notebooks" / "README.md", folder / "notebooks")
+    for page in (ROOT / "notebooks").glob("*.md"):
+        shutil.copy(page, folder / "notebooks")
     author = ["-c", "user.name=minids", "-c", "user.email=course@localhost"]
     if shutil.which("git"):
         for command in (["init", "--quiet"], ["add", "--all"],
