@@ -142,7 +142,7 @@ def sentence(call: str, words: str, what: str, case: tuple, mistake: str) -> str
     arguments, expected, hint = case
     about = f" ({hint})" if hint else ""
     if type(expected) is bool and arguments and callable(arguments[0]):
-        version = shown(arguments[0])
+        version = shown(arguments[0]).replace("<lambda>", "this version")
         if what == "error":
             right = "right" if expected else "wrong"
             return f"{call} {words}: {version} is {right}, so return {expected}{about}"

@@ -246,6 +246,11 @@ def test_a_property_is_told_what_it_misjudged():
         "property lets it pass (it doubles)"]
 
 
+def test_a_version_without_a_name_is_called_this_version():
+    assert problems(square, [((lambda: 1,), True, "")])[0].endswith(
+        "this version is right, so return True")
+
+
 def test_a_property_that_stops_is_told_what_to_return():
     found = problems(lambda version: version([]), [((square,), False, "it squares")])
     assert found[0].endswith(": square is wrong, so return False (it squares)")
