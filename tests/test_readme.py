@@ -76,7 +76,8 @@ SMALL = {
                                            "--device cpu",
     "python -m minids.dryrun": "--preset nano --gpus 4 --pipeline 2 --expert-parallel 2 "
                                "--seq-len 64",
-    "python -m minids.costs": "", "python -m minids.hf": "", "python -m minids": "",
+    "python -m minids.costs": "", "python -m minids.hf": "", "python -m minids.plots": "",
+    "python -m minids": "",
     "python tests/kill_and_resume.py": "--kills 1", "python tests/parity_hf.py": "--seeds 1",
     "python tests/notebook_times.py": "--only 00",
 }

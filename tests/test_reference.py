@@ -36,7 +36,8 @@ def anchors(text: str) -> set[str]:
 def broken_links(page: str, text: str) -> list[str]:
     """Return the relative links of a page that lead nowhere."""
     faults = []
-    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+    for link in re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"", text):
+        link = "".join(link)  # one of the two forms
         name, _, anchor = link.partition("#")
         if "://" in link:
             continue
@@ -91,6 +92,7 @@ def test_a_wrong_link_or_path_is_noticed():
     text = "[a](LICENSE) [b](gone.md) [c](minids/README.md#the-house) [d](minids/README.md#gone) " \
            "[e](#here) [f](#gone) `minids/train.py` `minids/gone.py` `gone.py` `runs/a.py`\n# Here"
     assert broken_links("README.md", text) == ["gone.md", "minids/README.md#gone", "#gone"]
+    assert broken_links("README.md", '<img src="gone"><source srcset="LICENSE">') == ["gone"]
     assert broken_links("minids/README.md", "[a](../README.md) [b](README.md) [c](LICENSE)") == [
         "LICENSE"]
     assert absent_paths(text) == ["minids/gone.py", "gone.py"]

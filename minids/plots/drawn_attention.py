@@ -149,8 +149,9 @@ def rope_drawing(args: ModelArgs, positions: tuple = (0, 1, 8, 64, 512, 4096), d
         page.label(x, bottom, f"{2 * pi / speeds[pair]:,.3g}" if speeds[pair] > 0.0063 else
                    f"{2 * pi / speeds[pair]:,.0f}")
     for row, position in enumerate(positions):
-        page.text(96, 104 + 58 * row, f"position {position:,}", ha="right")
-    page.label(96, bottom, "wavelength", ha="right")
+        page.text(92, 104 + 58 * row, f"{position:,}", ha="right")
+    page.text(92, 56, "position", ha="right")
+    page.label(92, bottom, "wavelength", ha="right")
     page.label(left + 340, bottom + 20, "tokens in which the hand goes round once"
                + (", stretched by YaRN" if args.yarn else ""))
     return page.done(
