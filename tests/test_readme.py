@@ -99,7 +99,7 @@ ELSEWHERE = {
     "python -m minids.lab.course": "tests/lab/test_course.py",
     "python -m minids.lab.site": "tests/lab/test_site.py",
     "python -m minids.lab.grading": "tests/lab/test_grading.py",
-    "python tests/known_mistakes.py": "tests/test_graders.py compares with what it writes",
+    "python tests/known_mistakes.py": "tests/test_graders.py compares with it",
     "python -m minids.lab.claims": "tests/lab/test_claims.py, on small runs",
     "python -m minids.lab.flags": "tests/lab/test_flags.py",
     "python tests/mutants.py": "it runs the tests themselves, for an hour",
