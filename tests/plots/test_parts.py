@@ -51,12 +51,13 @@ def test_dsa_figure_shows_the_numbers_given():
 
 
 def test_questions_figure_marks_the_indexers_best_and_counts_agreement():
-    weights = [[0.0, 1.0, 0.0], [0.25, 0.0, 0.75]]
-    figure = selection.questions_figure(weights, 10, [11, 10], ["key 1", "key 2"])
+    weights = [[0.0, 1.0, 0.0], [0.25, 0.0, 0.75], [0.0, 0.0, 1.0]]
+    figure = selection.questions_figure(weights, 10, [11, 10, 12], ["key 1", "key 2", "key 3"])
     ax = figure.axes[0]
-    assert ax.images[0].get_array().tolist() == [[0, 100, 0], [25, 0, 75]]
-    assert [line.get_xydata().tolist() for line in ax.get_lines()] == [[[11, 0]], [[10, 1]]]
-    assert "for 1 of 2 questions" in ax.get_title("left")
+    assert ax.images[0].get_array().tolist() == [[0, 100, 0], [25, 0, 75], [0, 0, 100]]
+    marks = [line.get_xydata().tolist() for line in ax.get_lines()]
+    assert marks == [[[11, 0]], [[10, 1]], [[12, 2]]]
+    assert "for 2 of 3 questions" in ax.get_title("left")
 
 
 def test_query_figure_parts_selected_tokens_from_the_others():
