@@ -5,7 +5,7 @@
     python -m minids.lab.bench --what moe-vs-dense --seeds 3 --steps 500
     python -m minids.lab.bench --what sparse --context 32768 --pairs 3
     python -m minids.lab.bench --what speculative --run runs/deep
-    python -m minids.lab.bench --what serve,batching --run data/r1/rl --pairs 3 --dtype fp32
+    python -m minids.lab.bench --what serve,batching --run data/r1/base --pairs 3 --dtype fp32
     python -m minids.lab.bench --device cuda --what train,roofline --preset small --batch-size 16
     torchrun --nproc-per-node 2 -m minids.lab.bench --what program --command "--preset nano"
     python -m minids.lab.bench --what profile --record figures/profile.json

@@ -8,9 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+
+from minids import ModelArgs, Transformer
+from minids.runs.checkpoints import save_checkpoint
+from minids.tokenizer import Tokenizer
 
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -82,18 +87,33 @@ def test_a_signal_ends_streams_with_an_error_event_and_the_port_is_free_again():
         assert server.stderr.read() == "python -m minids.serve: interrupted\n"
 
 
-def test_a_folder_that_changes_underneath_is_not_read_again(tmp_path):
-    shutil.copytree(ROOT / "data/r1/rl", tmp_path / "rl")
-    with program("--port", "0", "--run", str(tmp_path / "rl")) as (server, url):
+def a_run(folder: Path) -> None:
+    """Make a run of a model that has learnt nothing."""
+    tokenizer = Tokenizer.load()
+    args = replace(ModelArgs.preset("nano"), vocab_size=tokenizer.vocab_size)
+    save_checkpoint(folder, 1, Transformer(args).state_dict(), {"step": 1})
+    tokenizer.save(folder / "tokenizer")
+    config = dict(model=asdict(args), tokenizer=tokenizer.fingerprint)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("kind", ["a Hugging Face folder", "a run, whose file is mapped"])
+def test_a_folder_that_changes_underneath_is_not_read_again(kind, tmp_path):
+    folder = tmp_path / "model"
+    if kind == "a Hugging Face folder":
+        shutil.copytree(ROOT / "data/r1/rl", folder)
+    else:
+        a_run(folder)
+    with program("--port", "0", "--run", str(folder)) as (server, url):
         def ask() -> list:
             asked = ASK | dict(stream=False)
             return httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()["choices"]
 
         before = ask()
-        for file in (tmp_path / "rl").iterdir():
+        for file in filter(Path.is_file, folder.rglob("*")):
             os.truncate(file, 0)  # a file that is mapped into memory would end the process
         assert ask() == before
-        shutil.rmtree(tmp_path / "rl")
+        shutil.rmtree(folder)
         assert ask() == before
         assert server.poll() is None
 
