@@ -98,7 +98,7 @@ def clients_table(bench: Bench) -> Iterator[list[str]]:
     words = ["--run", s.run, "--port", "0", "--rows", str(ROWS), "--threads", str(s.threads),
              "--device", s.device, "--queue", str(max(CLIENTS))]
     with subprocess.Popen([sys.executable, "-m", "minids.serve", *words], stdout=subprocess.PIPE,
-                          text=True) as server:
+                          encoding="utf-8") as server:
         try:
             line = server.stdout.readline()
             if not line:

@@ -155,13 +155,14 @@ def test_a_field_that_is_declared_again_keeps_its_bounds():
 def test_a_folder_to_write_is_no_file_and_lies_in_none(tmp_path, capsys):
     (file := tmp_path / "file").write_text("x", "utf-8")
     outs = [(cls, f) for cls in CLASSES for f in fields(cls) if f.metadata.get("folder")]
-    assert len(outs) >= 8 and {f.name for _, f in outs} == {"out"}
+    assert len(outs) >= 8 and {f.name for _, f in outs} == {"out", "folder", "students"}
     assert all(f.metadata.get("folder") for cls in CLASSES for f in fields(cls) if f.name == "out")
     for cls, f in outs:
         for value in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "a" / "b"):
-            told = f"out = '{value}' is not valid: it must be a folder, and {file} is not one"
+            told = f"{f.name} = '{value}' is not valid: it must be a folder, and {file} is not one"
             assert refusal(cls, f, str(value), capsys) == f"python -m minids.x: {told}\n"
-        told = "out = '/proc/no/x' is not valid: it must be a path that can be written; /proc: "
+        told = (f"{f.name} = '/proc/no/x' is not valid: it must be a path that can be written; "
+                "/proc: ")
         assert refusal(cls, f, "/proc/no/x", capsys).startswith(f"python -m minids.x: {told}")
         for value in (tmp_path, tmp_path / "new" / "run", ""):
             assert refusal(cls, f, str(value), capsys) == ""
