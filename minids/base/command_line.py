@@ -234,13 +234,12 @@ class Lasting:
 
 
 def leave(status: int) -> NoReturn:
-    """Exit with a status; a process that still belongs to a group of torch.distributed exits here.
+    """Exit with a status; a rank of several exits at once, without the end of Python.
 
-    Torch ends a group's threads when Python ends, in any order, and one that runs then aborts the
-    process, whose status becomes that of signal 6.
+    Torch stops the threads of its process groups then, in any order, also of those that it has
+    closed, and one that still runs aborts the process: its status becomes that of signal 6.
     """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed and distributed.is_available() and distributed.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()

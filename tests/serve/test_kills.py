@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -43,8 +44,10 @@ runpy.run_module("minids.serve", run_name="__main__", alter_sys=True)
 def program(*words: str, held: bool = False) -> Iterator[tuple[subprocess.Popen, str]]:
     """Start the server; yield it and its address, or what it said instead."""
     start = ["-c", HELD] if held else ["-m", "minids.serve"]
+    # Programs that a shell starts in its background ignore SIGINT, and so do those that they start.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     made = subprocess.Popen([sys.executable, *start, *words], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True,
+                            stderr=subprocess.PIPE, text=True, preexec_fn=heed,
                             env=os.environ | {"PYTHONPATH": str(ROOT)})
     try:
         line = made.stdout.readline()
