@@ -47,7 +47,9 @@ def speaking_first() -> Iterator[None]:
         sys.stdout = sys.stderr = nowhere
         try:
             yield
-        except ValueError:
+        except (ValueError, SystemExit) as error:
+            if isinstance(error, SystemExit) and not error.code:  # --help
+                raise
             time.sleep(PATIENCE)
             raise SystemExit(2) from None
         finally:

@@ -65,3 +65,15 @@ def test_a_rank_without_a_gpu_is_told_by_that_rank(second_of_two, port):
     dist.PrefixStore("minids/0", store).set("device", "cuda")
     message = meet()
     assert message.startswith("device = 'cpu' is not valid on rank 1") and "'cuda'" in message
+
+
+@pytest.mark.parametrize("error, waits", [
+    (ValueError("heat"), True), (SystemExit(2), True), (SystemExit(0), False)])
+def test_other_ranks_leave_the_word_to_rank_0(error, waits, monkeypatch):
+    """torchrun ends rank 0 as soon as another one has ended with a status."""
+    slept = []
+    monkeypatch.setattr(team.time, "sleep", slept.append)
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended, team.speaking_first():
+        raise error
+    assert ended.value.code == (2 if waits else 0) and bool(slept) == waits
