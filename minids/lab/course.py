@@ -12,7 +12,6 @@ notebooks find the package.
 
 import importlib.util
 import json
-import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -23,11 +22,10 @@ from textwrap import indent
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option, require
 from minids.base.files import read_json, write_whole
+from minids.lab.exercises import HIDDEN, SOLUTION
 
 ROOT = Path(__file__).resolve().parents[2]
 STUB = "# Write your answer here.\nraise NotImplementedError()"
-SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?### END SOLUTION", re.M | re.S)
-HIDDEN = re.compile(r"^### BEGIN HIDDEN TESTS\n.*?### END HIDDEN TESTS\n?", re.M | re.S)
 SHIPPED = ("minids data figures README.md CHANGELOG.md CITATION.cff LICENSE pyproject.toml "
            "requirements.txt .gitignore").split()  # to students; not tests, nor solved notebooks
 CONFIG = """c = get_config()

@@ -14,11 +14,12 @@ import html
 import io
 import json
 import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, demand, option
@@ -66,7 +67,7 @@ class Submission:
 
 @dataclass(frozen=True)
 class Mark:
-    """What a student got for an exercise, out of how many points, and why."""
+    """A student's points for an exercise, the most they could get, and the reason."""
 
     student: str
     notebook: str
@@ -180,18 +181,18 @@ def staged(path: Path) -> Iterator[tuple[Exercise, dict]]:
                 exec(compile(text, path.stem, "exec"), space)
 
 
-def grade_notebook(path: Path, class_: list[Submission], jobs: int, bar) -> list[Mark]:
-    """Grade all submissions of one notebook, `jobs` copies at a time."""
+def grade_notebook(path: Path, class_: list[Submission], jobs: int, bar: tqdm) -> list[Mark]:
+    """Grade all submissions of one notebook, `jobs` copies at a time; bar: moves by one each."""
     given = {text for _, text in code_cells(json.loads(path.read_bytes()))}
     marks = []
 
     def finish(copy: Copy, sent: Submission) -> None:
-        told, fate = copy.close()
-        found = [value for kind, value in told if kind == "judged"]
+        values, fate = copy.close()
+        found = [value for kind, value in values if kind == "judged"]
         told = found[0] if found else "takes too long" if fate == LATE else f"the cell {fate}"
         points = exercise.points if told == "" else 0
         marks.append(Mark(sent.student, path.stem, exercise.name, points, exercise.points, told))
-        bar(path.stem)
+        bar.update()
 
     for exercise, space in staged(path):
         running: list[tuple[Copy, Submission]] = []
@@ -202,30 +203,14 @@ def grade_notebook(path: Path, class_: list[Submission], jobs: int, bar) -> list
                     running.remove(one)
                     finish(*one)
             answer = answer_to(exercise, sent)
-            before = helpers(exercise, answer, sent, given)
-            work = lambda tell, a=answer, b=before: tell("judged", judge(exercise, a, b, space))  # noqa: B023, E501, E731
-            running.append((Copy(work, LONGEST), sent))
+            what = exercise, answer, helpers(exercise, answer, sent, given), space
+            copy = Copy(lambda tell, what=what: tell("judged", judge(*what)), LONGEST)
+            running.append((copy, sent))
         for copy, sent in running:
             while copy.running():
                 time.sleep(0.002)
             finish(copy, sent)
     return marks
-
-
-class Bar:
-    """A bar of progress on stderr, where somebody looks at it."""
-
-    def __init__(self, count: int):
-        self.done, self.count = 0, count
-
-    def __call__(self, what: str) -> None:
-        """Count one more step."""
-        self.done += 1
-        if sys.stderr.isatty():
-            full = 30 * self.done // self.count
-            end = "\n" if self.done == self.count else ""
-            print(f"\r[{'#' * full:30}] {self.done}/{self.count} {what:24}", end=end,
-                  file=sys.stderr, flush=True)
 
 
 def table(rows: list[list]) -> bytes:
@@ -290,12 +275,14 @@ def main() -> None:
              if any((f / path.name).is_file() or (f / path.stem).is_dir() for f in folders)]
     demand("submitted", args.submitted, bool(paths), "a folder with notebooks of the course")
     marks, remarks, out = [], {}, Path(args.out).resolve()
-    bar, start = Bar(len(folders) * sum(len(exercises(path)) for path in paths)), time.monotonic()
+    start, answers = time.monotonic(), len(folders) * sum(len(exercises(path)) for path in paths)
     os.chdir(ROOT / "notebooks")  # where the cells expect to be
-    for path in paths:
-        class_ = [read_submission(folder.name, folder, path) for folder in folders]
-        remarks |= {(sent.student, path.stem): sent.remarks for sent in class_}
-        marks += grade_notebook(path, class_, args.jobs or os.cpu_count() or 1, bar)
+    with tqdm(total=answers, unit="answer", disable=None) as bar:
+        for path in paths:
+            bar.set_description(path.stem)
+            class_ = [read_submission(folder.name, folder, path) for folder in folders]
+            remarks |= {(sent.student, path.stem): sent.remarks for sent in class_}
+            marks += grade_notebook(path, class_, args.jobs or os.cpu_count() or 1, bar)
     (out / "feedback").mkdir(parents=True, exist_ok=True)
     write_whole(out / "grades.csv", for_nbgrader(marks))
     write_whole(out / "canvas.csv", for_canvas(marks))
