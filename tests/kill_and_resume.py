@@ -207,7 +207,7 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def content(run: Path, name: str) -> bytes | dict:
-    """What a file of a pipeline holds, but for the run's own path and a seal, which covers it."""
+    """What a file of a pipeline holds, without the run's own path and the seal, which covers it."""
     data = (run / name).read_bytes().replace(bytes(run), b"")
     if name.endswith(".jsonl.json"):  # a corpus's settings
         return {key: value for key, value in json.loads(data).items() if key != "seal"}

@@ -13,7 +13,7 @@ from minids.costs.parameters import block_parts, fp8_elements, mtp_join
 
 
 class Held(NamedTuple):
-    """What one rank holds, bytes."""
+    """Bytes that one rank holds."""
 
     weights: int
     cache: int  # per token, in BF16

@@ -149,7 +149,7 @@ class Copy:
 
 
 class Printed(io.TextIOBase):
-    """What the function prints, told to the parent; no more than it can show."""
+    """A stream that passes what the function prints to the parent, up to `PRINTED` characters."""
 
     def __init__(self, tell: Tell):
         self.tell, self.left = tell, PRINTED

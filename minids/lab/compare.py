@@ -97,7 +97,7 @@ def same(answer, expected) -> bool:
 
 
 def alike(answer, expected) -> bool:
-    """Return whether two values are equal but for their types."""
+    """Return whether two values are equal apart from their types."""
     sizes = [len(x) if hasattr(x, "__len__") else -1 for x in (answer, expected)]
     return sizes[0] == sizes[1] and same(plain(answer), plain(expected))
 

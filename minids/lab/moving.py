@@ -58,7 +58,7 @@ def move(draw: Callable, /, **controls) -> "Moving":
 
 
 class Moving:
-    """What `move` returns: Jupyter asks it for its outputs when the cell ends."""
+    """A picture with controls; Jupyter asks it for its outputs when the cell ends."""
 
     def __init__(self, draw: Callable, controls: dict):
         self.draw, self.controls = draw, controls

@@ -143,6 +143,6 @@ def mtp_figure(kinds: dict[str, tuple], tokens_per_pass: dict[str, list], path: 
               title="Later drafts yield less than the first")
     left.figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return style.described(style.finish(left.figure, path), (
-        "Left: bars of the drafts that stand, for the whole text and by kind. Right: tokens per "
+        "Left: bars of the accepted drafts, for the whole text and by kind. Right: tokens per "
         "pass over drafts per pass: " + "; ".join(f"{label} {row[0]:.1f} to {row[-1]:.1f}"
                                                   for label, row in tokens_per_pass.items())))
