@@ -20,7 +20,7 @@ REACHES: dict[str, str] = {}
 # file -> why it is longer than 400 lines
 LONG: dict[str, str] = {}
 
-LINES = 25_682  # of the whole package, tables of names and presets included
+LINES = 28_000
 
 
 def module_name(path: Path) -> str:
