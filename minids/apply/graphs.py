@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 
 from minids.base.command_line import say_once
-from minids.kernels.registry import current_setting
+from minids.kernels.registry import current_setting, mention
 
 SMALLEST = 256  # slots; below it a step takes no longer than for fewer
 
@@ -43,6 +43,7 @@ class Steps:
     def __call__(self, longest: int) -> None:
         """Run the step; longest: slots that the longest sequence has filled."""
         if not self.graphed:
+            mention("graphs.step", "launched")
             return self.step(longest)
         bound = SMALLEST
         while bound < longest:
@@ -54,7 +55,9 @@ class Steps:
         if self.graphs[bound] is None and self.captures:
             self.graphs[bound] = self.capture(bound)
         if self.graphs[bound] is None:
+            mention("graphs.step", "launched")
             return self.step(bound)
+        mention("graphs.step", "replayed")
         self.graphs[bound].replay()
 
     def capture(self, bound: int) -> torch.cuda.CUDAGraph | None:

@@ -124,6 +124,7 @@ class Batch:
     waiting: jobs without a row, the longest wait first; other threads may append to it
     running: jobs that get a token at each step; theirs are the first rows
     reading: the job whose prompt is being read; log: the newest steps
+    passes: of single sequences through the model, prompts apart; written: tokens that they wrote
     """
 
     def __init__(self, model: Transformer, rows: int, max_len: int, chunk: int = 0,
@@ -136,6 +137,7 @@ class Batch:
         self.jobs: list[Job | None] = [None] * rows  # by row
         self.waiting: deque[Job] = deque()
         self.running, self.reading, self.seconds = 0, None, 1.0
+        self.passes, self.written = 0, 0
 
     @property
     def busy(self) -> bool:
@@ -177,15 +179,13 @@ class Batch:
         prompt, held = job.request.prompt, self.slots.held
         try:
             part = prompt[len(held[job.row]):][:most]
-            found = self.slots.read(job.row, part)
+            states, visited = self.slots.read(job.row, part)
             note.read[job.number] = len(part)
             if len(held[job.row]) == len(prompt):
                 self.reading = None
                 self.swap(job.row, self.running)
                 self.running += 1
-                visited = [routing.indices[:, -1:] for routing in found.routings]
-                visited = torch.stack(visited, dim=2) if visited else self.slots.visited[:1]
-                self.give([job], self.model.head(found.states[:, -1:]), visited, note)
+                self.give([job], self.model.head(states[:, -1:]), visited, note)
             return len(part)
         except Exception as error:
             self.finish(job, "error", error)
@@ -205,7 +205,10 @@ class Batch:
             for job in reversed(jobs):  # a job that leaves moves only rows after its own
                 self.write([job], note)
             return
+        before = len(note.wrote)
         self.give(jobs, *found, note)
+        self.passes += len(jobs)
+        self.written += len(note.wrote) - before
 
     def give(self, jobs: list[Job], logits: Tensor, visited: Tensor, note: Step) -> None:
         """Draw tokens for each job, hand them over, and end the replies that are done.

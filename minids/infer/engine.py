@@ -139,10 +139,12 @@ class Engine:
         self.thread.join()
 
     def state(self) -> dict[str, int]:
-        """Return how many requests run and wait, and the bytes of the cache, all and in use."""
+        """Return how many requests run and wait, the bytes of the cache, all and in use, and since
+        the start: passes of sequences through the model, the tokens that they wrote, and graphs."""
         batch, each = self.batch, self.batch.slots.bytes_per_token
         rows = [row for row, job in enumerate(batch.jobs) if job]
         return dict(running=len(rows), waiting=len(batch.waiting), rows=len(batch.jobs),
+                    passes=batch.passes, written=batch.written, graphs=batch.slots.captured,
                     cache_bytes=each * self.max_len * len(batch.jobs), cache_bytes_per_token=each,
                     cache_bytes_used=each * sum(len(batch.slots.held[row]) for row in rows))
 

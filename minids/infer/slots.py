@@ -8,11 +8,16 @@ What a sequence leaves behind stays readable until its row is needed. A new prom
 any sequence in the cache copies the latents of that beginning, and only the rest goes through the
 model: a system prompt is computed once, and so is a conversation's past.
 
+On a GPU a short prompt's pass becomes a graph too: launching its kernels one by one would take as
+long as ten decoding steps of all rows. A graph reads and writes where it was recorded, so such a
+pass has a cache of its own, the desk, and latents are copied between it and the prompt's row.
+
 With drafts, the first MTP module has a cache beside the model's. Its entry at position i is made
 from the model's state there and from token i + 1, so it stands one token behind.
 """
 
 import copy
+import functools
 
 import torch
 from torch import Tensor
@@ -24,6 +29,7 @@ from minids.model.cache import LatentCache
 from minids.model.transformer import Hidden, Transformer
 
 WORTH = 8  # tokens that a prompt must share with another sequence before they are copied
+WIDTHS = 16, 64, 256  # tokens of a prompt that a graph reads; fewer are padded
 
 
 class Slots:
@@ -50,6 +56,13 @@ class Slots:
         self.logits = new(rows, width, args.vocab_size)
         self.visited = self.end.new_zeros(rows, width, layers, args.n_activated_experts)
         self.graphs: dict[tuple, Steps] = {}
+        if self.static:
+            self.desk = new_cache(self.model, 1, max_len + WIDTHS[-1])
+            self.desk.folded, self.desk.joined = self.cache.folded, self.cache.joined
+            self.prompt = self.end.new_zeros(1, WIDTHS[-1])
+            self.filled = self.end.new_zeros(1)  # slots of the desk
+            self.read_states = new(1, WIDTHS[-1], args.dim, dtype=model.embed.weight.dtype)
+            self.read_visited = self.visited.new_zeros(1, WIDTHS[-1], *self.visited.shape[2:])
         if drafts:
             self.ahead = new_cache(self.model, rows, max_len, mtp=True)
             fold(self.model, self.ahead)
@@ -63,10 +76,15 @@ class Slots:
         """Return the bytes of the cache that a token of a sequence takes."""
         return sum(t.size(0) * t.size(-1) * t.element_size() for t in self.stores())
 
+    @property
+    def captured(self) -> int:
+        """Return how many passes have become CUDA graphs; 0 on a CPU."""
+        return sum(graph is not None for steps in [*self.graphs.values()]
+                   for graph in [*steps.graphs.values()])
+
     def stores(self) -> list[Tensor]:
         """Return the tensors that hold the rows: (layers, rows, max_len, width)"""
-        caches = [self.cache, *([self.ahead] if self.drafts else [])]
-        return [t for c in caches for t in (c.latents, c.index_keys) if t is not None]
+        return tensors(self.cache) + (tensors(self.ahead) if self.drafts else [])
 
     def touch(self, row: int) -> None:
         """Count a use of a row."""
@@ -91,6 +109,8 @@ class Slots:
         for stored in self.stores():
             stored[:, row] = 0
         self.held[row], self.behind[row] = [], 0
+        for stored in tensors(self.desk) if self.static else []:
+            stored.zero_()
         if self.drafts:
             self.states[row] = 0
 
@@ -113,16 +133,49 @@ class Slots:
         self.held[row], self.behind[row] = prompt[:count], count
         return count
 
-    def read(self, row: int, tokens: list[int]) -> Hidden:
-        """Read the next tokens of a row's prompt, in attention's naive form."""
-        held = self.held[row]
-        part = view(self.cache, row, row + 1)
-        part.length, part.lengths = len(held), None
-        found = self.model.hidden(torch.tensor([tokens], device=self.end.device), part)
-        held += tokens
+    def read(self, row: int, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """Read the next tokens of a row's prompt, in attention's naive form or by a graph.
+
+        Returns the model's states, (1, S, D), and the experts that the last token visited, by
+        layer, (1, 1, layers, K); the next pass overwrites both.
+        """
+        if self.static and len(tokens) <= WIDTHS[-1]:
+            states, visited = self.read_at_desk(row, tokens)
+        else:
+            part = view(self.cache, row, row + 1)
+            part.length, part.lengths = len(self.held[row]), None
+            found = self.model.hidden(torch.tensor([tokens], device=self.end.device), part)
+            states, visited = found.states, by_layer(found, self.visited)
+        self.held[row] += tokens
         if self.drafts:
-            self.follow(row, found.states)
-        return found
+            self.follow(row, states)
+        return states, visited[:, -1:]
+
+    def read_at_desk(self, row: int, tokens: list[int]) -> tuple[Tensor, Tensor]:
+        """Read tokens by a graph, in the absorbed form; nothing sees the padding behind them."""
+        start, count = len(self.held[row]), len(tokens)
+        end, width = start + count, next(width for width in WIDTHS if width >= count)
+        pairs = [(desk[:, 0], rows[:, row])
+                 for desk, rows in zip(tensors(self.desk), tensors(self.cache), strict=True)]
+        for desk, own in pairs:
+            desk[:, :start] = own[:, :start]
+        self.prompt[0, :count] = torch.tensor(tokens, device=self.end.device)
+        self.filled.fill_(start)
+        if (key := ("read", width)) not in self.graphs:
+            self.graphs[key] = Steps(functools.partial(self.compute_read, width), self.max_len,
+                                     self.end.device)
+        self.graphs[key](start)
+        for desk, own in pairs:
+            own[:, start:end] = desk[:, start:end]
+        return self.read_states[:, :count], self.read_visited[:, :count]
+
+    def compute_read(self, width: int, longest: int) -> None:
+        """Run the model on the tokens at the desk."""
+        part = view(self.desk, 0, 1)
+        part.truncate(self.filled, longest)
+        found = self.model.hidden(self.prompt[:, :width], part, absorbed=True)
+        self.read_states[:, :width] = found.states
+        self.read_visited[:, :width] = by_layer(found, self.visited)
 
     def follow(self, row: int, states: Tensor) -> None:
         """Let the module read the positions of a prompt whose next token is known.
@@ -200,8 +253,7 @@ class Slots:
         self.logits[rows] = self.model.head(found.states)
         if self.drafts:
             self.states[rows] = found.states
-        if found.routings:
-            self.visited[rows] = torch.stack([r.indices for r in found.routings], dim=2)
+        self.visited[rows] = by_layer(found, self.visited)
 
     def compute_guess(self, start: int, stop: int, longest: int) -> None:
         """Run the module on the states that it has not read."""
@@ -219,6 +271,18 @@ def view(cache: LatentCache, start: int, stop: int) -> LatentCache:
     if part.index_keys is not None:
         part.index_keys = cache.index_keys[:, start:stop]
     return part
+
+
+def tensors(cache: LatentCache) -> list[Tensor]:
+    """Return what a cache stores: (layers, rows, slots, width) each"""
+    return [t for t in (cache.latents, cache.index_keys) if t is not None]
+
+
+def by_layer(found: Hidden, like: Tensor) -> Tensor:
+    """Return the experts that tokens visited, (B, S, layers, K); like: of which shape's last two"""
+    visited = [routing.indices for routing in found.routings]
+    empty = *found.states.shape[:2], *like.shape[2:]  # a model without experts
+    return torch.stack(visited, dim=2) if visited else like.new_zeros(empty)
 
 
 def common(a: list[int], b: list[int]) -> int:

@@ -64,6 +64,12 @@ def bodies(*candidates: Callable):
     return register
 
 
+def mention(name: str, chosen: str) -> None:
+    """Count a choice that no definition makes, if there is a record."""
+    if _recording:
+        note(name, chosen)
+
+
 def note(name: str, chosen: str) -> None:
     """Count a choice."""
     _record[name, chosen] += 1

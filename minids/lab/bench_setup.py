@@ -52,7 +52,9 @@ class BenchArgs(Settings):
                           low=1)
     record: str = option("", "profile: JSON file that keeps measurements; its figure stands beside")
     label: str = option("", "profile: name to record this measurement under; none: draw only")
-    run: str = option("runs/tiny", "speculative, serve: run folder of the model")
+    run: str = option("runs/tiny", "speculative, serve: run folder of the model; none, serve: "
+                                   "random weights of the preset, without HTTP")
+    rows: int = option(16, "serve, batching: sequences that are continued together", low=1)
     seed: int = option(0, "seed of the weights and the text's order", low=0, high=2 ** 32 - 1)
     seeds: int = option(3, "moe-vs-dense: runs of each model", low=1)
     steps: int = option(0, "moe-vs-dense: steps of each run; 0: the preset's number", low=0)

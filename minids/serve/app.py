@@ -81,8 +81,9 @@ class Guard:
             raise Refused(403, f"the Host header {host!r:.80} is not this machine's", code="host")
         if self.limits.key and request.url.path not in ("/", "/health") and (
                 request.method != "OPTIONS"):
-            given = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-            if not hmac.compare_digest(given.encode(), self.limits.key.encode()):
+            scheme, _, given = request.headers.get("authorization", "").partition(" ")
+            right = hmac.compare_digest(given.strip().encode(), self.limits.key.encode())
+            if not right or scheme.lower() != "bearer":
                 raise Refused(401, "Incorrect API key: send it as Authorization: Bearer KEY",
                               code="invalid_api_key", headers={"www-authenticate": "Bearer"})
 
@@ -165,10 +166,13 @@ async def read_body(request: Request, limits: Limits) -> bytes:
     except TimeoutError:
         raise Refused(408, f"the body took longer than {limits.slow:g} s", code="timeout",
                       headers={"connection": "close"}) from None
+    except ClientDisconnect:
+        raise Refused(499, "the client has left") from None
     if size > limits.body:
         raise Refused(413, f"the body is too large: at most {limits.body} bytes",
                       code="body_too_large", headers={"connection": "close"})
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    kind = request.headers.get("content-type", "").partition(";")[0].strip()
+    if kind.lower() != "application/json":
         raise Refused(415, "the header Content-Type must be application/json", code="content_type")
     return b"".join(found)
 
@@ -215,7 +219,7 @@ def make_app(served: Served, limits: Limits) -> Starlette:
             try:
                 return as_json(await unless_gone(request.receive, reply.whole(), limits.seconds))
             except ClientDisconnect:
-                return Response(status_code=499)
+                raise Refused(499, "the client has left") from None
             except TimeoutError:
                 raise too_long(limits) from None
             finally:
@@ -240,6 +244,6 @@ def make_app(served: Served, limits: Limits) -> Starlette:
         middleware.insert(0, Middleware(CORSMiddleware, allow_origins=limits.cors,
                                         allow_methods=["*"], allow_headers=["*"]))
     kinds = (Refused, HTTPException, ValueError, RuntimeError, ArithmeticError, LookupError,
-             TypeError, AttributeError, OSError)
+             TypeError, AttributeError, OSError, AssertionError)
     return Starlette(routes=routes, middleware=middleware,
                      exception_handlers=dict.fromkeys(kinds, refuse))

@@ -13,6 +13,7 @@ from typing import Any
 from minids.base.fields import nearest
 from minids.serve.errors import Refused, invalid
 from minids.serve.served import Served
+from minids.text.tokenizer import Tokenizer
 
 SHARED = ("model", "max_tokens", "temperature", "top_p", "top_k", "n", "seed", "stop", "stream",
           "stream_options", "logprobs", "experts")
@@ -261,6 +262,14 @@ def in_turns(messages: list[dict]) -> list[dict]:
     return joined
 
 
+def encoded(tokenizer: Tokenizer, text: str, name: str) -> list[int]:
+    """Return the ids of a field's text; some vocabularies cannot write all of what JSON can."""
+    try:
+        return tokenizer.encode(text)
+    except ValueError as error:
+        raise invalid(name, str(error)) from None
+
+
 def text_prompts(body: Body, served: Served) -> tuple[list[list[int]], list[str]]:
     """Return the ids of each prompt, and what its reply begins with."""
     t, what = served.tokenizer, "a string, strings, token ids, or lists of token ids"
@@ -272,7 +281,7 @@ def text_prompts(body: Body, served: Served) -> tuple[list[list[int]], list[str]
     prompts = []
     for prompt in given:
         if isinstance(prompt, str):
-            prompts.append([t.bos_id, *t.encode(prompt)])
+            prompts.append([t.bos_id, *encoded(t, prompt, "prompt")])
         elif (isinstance(prompt, list) and prompt
               and all(type(token) is int and 0 <= token < t.vocab_size for token in prompt)):
             prompts.append(prompt)
@@ -284,8 +293,8 @@ def text_prompts(body: Body, served: Served) -> tuple[list[list[int]], list[str]
             raise invalid("suffix", f"{served.name} was not trained to fill in the middle"
                           if not served.fills_in else "the prompt must be a string",
                           "unsupported_parameter")
-        prompts = [[t.bos_id, t.fim_begin_id, *prompt[1:], t.fim_hole_id, *t.encode(suffix),
-                    t.fim_end_id] for prompt in prompts]
+        after = [t.fim_hole_id, *encoded(t, suffix, "suffix"), t.fim_end_id]
+        prompts = [[t.bos_id, t.fim_begin_id, *prompt[1:], *after] for prompt in prompts]
     echo = body.get("echo", bool, False, "true or false")
     if echo and "logprobs" in body.given:
         raise invalid("echo", "log-probabilities of the prompt are not supported",

@@ -6,7 +6,9 @@ stays out of the loop, and the loop's out of the worker.
 
 import asyncio
 import json
+import sys
 import time
+import traceback
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -34,7 +36,7 @@ class Choice:
     def take(self, token: Token) -> bool:
         """Note a token; return whether a stop string ended the reply. The worker calls this."""
         self.tokens += 1
-        note = None if token.logp is None else self.describe(token)
+        note = None if token.logp is None else self.describe(token, self.text.length)
         self.give(self.text.add(token.id, note))
         return self.text.stopped
 
@@ -48,14 +50,19 @@ class Choice:
         for piece in pieces:
             self.put((self, piece, None))
 
-    def describe(self, token: Token) -> dict:
-        """Return a token with its log-probability, in the form of chat replies."""
+    def describe(self, token: Token, start: int) -> dict:
+        """Return a token with its log-probability, in the form of chat replies.
+
+        start: characters of the reply before it
+        """
         def entry(number: int, logp: float) -> dict:
             raw = self.tokenizer.decode_bytes([number])
             return dict(token=raw.decode("utf-8", "replace"), logprob=logp, bytes=[*raw])
 
         found = entry(token.id, token.logp)
         found["top_logprobs"] = [entry(number, logp) for number, logp in token.top]
+        if self.asked.kind == "text":
+            found["text_offset"] = start
         if self.asked.experts:
             found["experts"] = [[*layer] for layer in token.experts]
         return found
@@ -106,7 +113,7 @@ class Reply:
         while left:
             choice, found, error = await self.arriving.get()
             if error is not None or found == "cancelled":
-                raise stopped(error) if error is None or isinstance(error, Stopped) else error
+                raise failed(error)
             if isinstance(found, str):
                 choice.reason, left = found, left - 1
             yield choice, None if isinstance(found, str) else found
@@ -153,14 +160,14 @@ class Reply:
         """Return one choice of a completion."""
         text = self.asked.echo[choice.prompt] + joined(pieces)
         return dict(index=choice.index, text=text, finish_reason=choice.reason,
-                    logprobs=self.text_logprobs(notes(pieces), 0))
+                    logprobs=self.text_logprobs(notes(pieces)))
 
-    def text_logprobs(self, entries: list[dict], start: int) -> dict | None:
-        """Return tokens in the form of completions; start: characters of the text before them."""
+    def text_logprobs(self, entries: list[dict]) -> dict | None:
+        """Return tokens in the form of completions."""
         if self.asked.top_logprobs < 0:
             return None
-        offsets = [start + sum(len(e["token"]) for e in entries[:i]) for i in range(len(entries))]
-        return dict(tokens=[e["token"] for e in entries], text_offset=offsets,
+        return dict(tokens=[e["token"] for e in entries],
+                    text_offset=[e["text_offset"] for e in entries],
                     token_logprobs=[e["logprob"] for e in entries],
                     top_logprobs=[{t["token"]: t["logprob"] for t in e["top_logprobs"]}
                                   for e in entries],
@@ -169,7 +176,7 @@ class Reply:
     async def stream(self) -> AsyncIterator[bytes]:
         """Yield the reply as events: per choice its role, text as it comes, the reason it ended;
         then the usage if it was asked for, and [DONE]. An error is an event too, the last."""
-        chat, lengths = self.asked.kind == "chat", [0] * len(self.choices)
+        chat = self.asked.kind == "chat"
         extra = dict(usage=None) if self.asked.include_usage else {}
         head = self.head | (dict(object="chat.completion.chunk") if chat else {})
 
@@ -192,8 +199,7 @@ class Reply:
                     logprobs = self.chat_logprobs(*([[], [piece]] if thought else [[piece], []]))
                     yield chunk(choice, logprobs, delta={name: piece.text})
                 else:
-                    logprobs = self.text_logprobs(piece.notes, lengths[choice.index])
-                    lengths[choice.index] += len(piece.text)
+                    logprobs = self.text_logprobs(piece.notes)
                     yield chunk(choice, logprobs, text=piece.text)
             if self.asked.include_usage:
                 yield event(head | dict(choices=[], usage=self.usage()))
@@ -220,6 +226,14 @@ def event(body: dict) -> bytes:
 def stopped(error: Exception | None) -> Refused:
     """Return the refusal of a server that is being shut down."""
     return Refused(503, str(error or "the server is shutting down"), code="server_shutting_down")
+
+
+def failed(error: Exception | None) -> Refused:
+    """Return what a client is told of what ended its reply; a fault is printed here."""
+    if error is None or isinstance(error, Stopped):
+        return stopped(error)
+    traceback.print_exception(error, file=sys.stderr)
+    return told(error)
 
 
 def told(error: Exception) -> Refused:

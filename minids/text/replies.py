@@ -29,6 +29,7 @@ class ReplyText:
         it, "free" before the model chose; "" for text without tags
     stop: strings that end the reply and are not part of it
     stopped: whether one of them was found; thinking: tokens of the thought, its tags included
+    length: characters of the text so far, those that are held back included
     """
 
     def __init__(self, tokenizer: Tokenizer, mode: str = "", stop: tuple[str, ...] = ()):
@@ -36,7 +37,7 @@ class ReplyText:
         self.kind = THOUGHT if mode == "think" else ANSWER
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self.chosen, self.stopped, self.thinking = mode != "free", False, 0
-        self.held = ""  # text that may be the beginning of a stop string
+        self.held, self.length = "", 0  # text that may be the beginning of a stop string
         self.notes: deque[tuple[int, Any]] = deque()  # with the characters of each, not yet given
 
     def add(self, token: int, note=None) -> list[Piece]:
@@ -60,6 +61,7 @@ class ReplyText:
     def put(self, text: str, note) -> list[Piece]:
         """Return new text as far as no stop string can begin in it."""
         self.held += text
+        self.length += len(text)
         self.notes.append((len(text), note))
         if self.kind == THOUGHT:
             return self.give(len(self.held))

@@ -9,7 +9,7 @@ from small_models import LITTLE, random_tokens, scrambled
 
 from minids.apply import graphs
 from minids.generate import generate
-from minids.infer import decoding, sampling
+from minids.infer import decoding, sampling, slots
 from minids.infer.batch import Batch, Job, Request, draw
 from minids.infer.slots import WORTH, Slots, common
 
@@ -18,6 +18,7 @@ MODELS = {
     "folded": replace(LITTLE, n_heads=2), "not folded": LITTLE,
     "indexer": replace(LITTLE, index_n_heads=16, index_head_dim=16, index_topk=6),
     "dense": replace(LITTLE, n_heads=2, n_routed_experts=0)}
+POWERS = replace(LITTLE, kv_lora_rank=32, qk_nope_head_dim=16, qk_rope_head_dim=16, v_head_dim=16)
 PROMPTS = [[5, 9, 2, 33, 7], [8], [1, 2, 3], [4, 60, 50, 40, 30]]
 WAYS = [dict(), dict(temperature=1.0, seed=3), dict(temperature=1.3, top_k=9, seed=4),
         dict(temperature=0.7, top_p=0.6, seed=5)]
@@ -70,24 +71,47 @@ def alone(model, replies: list[Reply], rows: int = 1) -> list[list[int]]:
     return found
 
 
+def as_graphs(monkeypatch, on: bool = True) -> None:
+    """Let passes run as a GPU captures them: on tensors that stay where they are."""
+    for where in (graphs, decoding):
+        monkeypatch.setattr(where, "graphed", lambda device: on)
+    monkeypatch.setattr(graphs, "SMALLEST", 8)
+    monkeypatch.setattr(slots, "WIDTHS", (2, 5, 16))
+
+
 @pytest.mark.parametrize("static", [False, True], ids=["plain", "as graphs"])
 @pytest.mark.parametrize("args", MODELS.values(), ids=MODELS)
 def test_alone_and_in_a_batch_the_same_text(args, static, monkeypatch):
-    """In FP32, as it is served; on a GPU a step runs on tensors that stay where they are."""
-    for where in (graphs, decoding):
-        monkeypatch.setattr(where, "graphed", lambda device: static)
-    monkeypatch.setattr(graphs, "SMALLEST", 8)
+    """In FP32, as it is served."""
+    as_graphs(monkeypatch, static)
     model, replies = scrambled(args, dtype=torch.float32), some()
     serve(Batch(model, 3, args.max_seq_len, chunk=4), replies)
     assert [reply.ids for reply in replies] == alone(model, replies)
     assert {reply.reason for reply in replies} == {"length"}
 
 
-def test_greedy_text_is_that_of_generate():
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="captures on a GPU only")
+@pytest.mark.parametrize("args", [*MODELS.values(), POWERS], ids=[*MODELS, "Triton"])
+def test_on_a_gpu_alone_and_in_a_batch_the_same_text(args, monkeypatch, capsys):
+    monkeypatch.setattr(graphs, "SMALLEST", 8)
+    model, replies = scrambled(args, dtype=torch.float32).cuda(), some(12)
+    batch = Batch(model, 3, args.max_seq_len, chunk=4)
+    serve(batch, replies)
+    assert [reply.ids for reply in replies] == alone(model, replies)
+    assert batch.slots.captured >= 4  # of prompts and of steps, of some sizes
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["plain", "as graphs"])
+def test_greedy_text_is_that_of_generate(static, monkeypatch):
     model = scrambled(LITTLE)
+    expected = generate(model, PROMPTS, 16).tokens
+    as_graphs(monkeypatch, static)
     replies = [Reply(prompt, 16, i) for i, prompt in enumerate(PROMPTS)]
-    serve(Batch(model, 4, 40), replies)
-    assert [reply.ids for reply in replies] == generate(model, PROMPTS, 16).tokens
+    batch = Batch(model, 4, 40)
+    serve(batch, replies)
+    assert [reply.ids for reply in replies] == expected
+    assert batch.passes == batch.written == 4 * 15  # the first token comes of the prompt's pass
 
 
 @pytest.mark.parametrize("wrong", ["rows not moved", "one random number for all", "stale lengths"])
@@ -130,16 +154,37 @@ def test_freed_rows_are_used_while_others_run():
     assert max(step.waiting for step in batch.log) == 5
 
 
+@pytest.mark.parametrize("wrong", ["before", "after"])
+def test_a_wrong_desk_is_caught(wrong, monkeypatch):
+    model, replies, compute = scrambled(LITTLE), some(), Slots.compute_read
+    expected = alone(model, replies)
+
+    def forgetful(self, *how):  # what the row held, or what it gets
+        if wrong == "before":
+            self.desk.latents.zero_()
+        compute(self, *how)
+        if wrong == "after":
+            self.desk.latents.zero_()
+
+    as_graphs(monkeypatch)
+    monkeypatch.setattr(Slots, "compute_read", forgetful)
+    serve(Batch(model, 3, 40, chunk=4), replies)
+    assert [reply.ids for reply in replies] != expected
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["plain", "as graphs"])
 @pytest.mark.parametrize("together", [True, False], ids=["at once", "one after the other"])
-def test_a_shared_prefix_is_read_once(together):
+def test_a_shared_prefix_is_read_once(together, static, monkeypatch):
     model, system = scrambled(LITTLE), random_tokens(LITTLE, 1, 20)[0].tolist()
     replies = [Reply([*system, 7 * i % 60, i], 6, i) for i in range(5)]
+    as_graphs(monkeypatch, static)
     batch = Batch(model, 3, 40)
     for part in [replies] if together else [[reply] for reply in replies]:
         serve(batch, part)
     read = [sum(step.read.get(i, 0) for step in batch.log) for i in range(5)]
     assert read == [22, 2, 2, 2, 2]
     assert sum(sum(step.copied.values()) for step in batch.log) == 4 * 20
+    as_graphs(monkeypatch, False)
     assert [reply.ids for reply in replies] == alone(model, replies)
 
 

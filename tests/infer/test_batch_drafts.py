@@ -5,12 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import LITTLE, gap, random_tokens, scrambled
-from test_batch import LONG, MODELS, PROMPTS, Reply, alone, serve
+from test_batch import LONG, MODELS, PROMPTS, Reply, alone, as_graphs, serve
 from test_speculative import SMALL, agreeing
 
-from minids.apply import graphs
 from minids.generate import generate
-from minids.infer import decoding
 from minids.infer.batch import Batch, OwnDraws, draft, draw
 from minids.infer.engine import Engine
 from minids.infer.sampling import Sampler
@@ -29,9 +27,7 @@ def drafting(name: str = "folded", long: bool = False):
 @pytest.mark.parametrize("static", [False, True], ids=["plain", "as graphs"])
 @pytest.mark.parametrize("name", MODELS)
 def test_greedy_text_is_that_of_generate_in_fewer_steps(name, static, monkeypatch):
-    for where in (graphs, decoding):
-        monkeypatch.setattr(where, "graphed", lambda device: static)
-    monkeypatch.setattr(graphs, "SMALLEST", 8)
+    as_graphs(monkeypatch, static)
     model = drafting(name)
     replies = [Reply([*PROMPTS[i % 4], i], 24 - 2 * i, i) for i in range(6)]
     batch = Batch(model, 3, model.args.max_seq_len, chunk=4, drafts=1)
@@ -40,6 +36,7 @@ def test_greedy_text_is_that_of_generate_in_fewer_steps(name, static, monkeypatc
     assert [r.ids for r in replies] == [row[:24 - 2 * i] for i, row in enumerate(expected)]
     written = [len(step.wrote) / len({*step.wrote}) for step in batch.log if step.wrote]
     assert min(written) == 1 and sum(written) / len(written) > 1.2
+    assert batch.written > 1.2 * batch.passes
 
 
 @pytest.mark.parametrize("together", [True, False], ids=["at once", "one after the other"])

@@ -6,17 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 from small_models import LITTLE, scrambled
-from test_bench import run
+from test_bench import a_run, run
 
+from minids.infer.engine import Engine
 from minids.lab import bench_serving
-from minids.lab.bench_serving import REPLY, Served, arrivals, continuous, static
+from minids.lab.bench_serving import REPLY, Served, arrivals, by_engine, coming, static
 
 SHORT = [a._replace(prompt=2 + i, reply=1 + 5 * i % 7) for i, a in enumerate(arrivals(20))]
 PROMPTS = [list(range(a.prompt)) for a in SHORT]
 
 
 def test_the_trace_is_the_same_everywhere():
-    trace = arrivals()
+    trace = arrivals(96)
     assert [(round(a.at, 6), *a[1:]) for a in trace[:2]] == [(1.860607, 39, 69), (2.160249, 23, 65)]
     assert trace[:9] == arrivals(9) and arrivals(9, seed=1) != arrivals(9)
     assert min(a.reply for a in trace) >= REPLY[0] and max(a.reply for a in trace) <= REPLY[1]
@@ -32,23 +33,46 @@ def test_what_is_made_of_the_times():
     assert served.cells() == ["1.0", "2", "1,000.0", "1,000.0", "250.0", "250.0"]
 
 
-@pytest.mark.parametrize("serve", [static, continuous])
+@pytest.mark.parametrize("most", [1, 3])
+def test_requests_come_when_the_trace_says(most):
+    seen = [(i, at) for here, came in coming(SHORT, 1e-4, most)
+            for i, at in zip(here, came, strict=True)]
+    assert [i for i, _ in seen] == [*range(20)]
+    gaps = [at - seen[0][1] for _, at in seen]
+    assert gaps == pytest.approx([1e-4 * (a.at - SHORT[0].at) for a in SHORT])
+    assert all(len(here) <= most for here, _ in coming(SHORT, 0.0, most))
+
+
+@pytest.mark.parametrize("how", ["static", "static, by the engine", "continuous"])
 @pytest.mark.parametrize("gap", [0.0, 1e-4])
-def test_every_request_gets_its_tokens(serve, gap):
+def test_every_request_gets_its_tokens(how, gap):
     model = scrambled(LITTLE, dtype=torch.float32)
-    served = serve(model, SHORT, PROMPTS, gap)
+    if how == "static":
+        served = static(model, 4, SHORT, PROMPTS, gap)
+    else:
+        engine = Engine(model, 4, queue=len(SHORT))
+        served = by_engine(engine, 4 if "engine" in how else 0, SHORT, PROMPTS, gap)
+        engine.stop()
     assert [len(times) for times in served.tokens] == [a.reply for a in SHORT]
     assert all(t >= at for at, times in zip(served.asked, served.tokens, strict=True)
                for t in times)
+    if how == "static, by the engine" and not gap:  # nobody comes in before all four are done
+        ends = [max(times) for times in served.tokens]
+        assert all(max(ends[i:i + 4]) <= min(served.tokens[i + 4]) for i in range(0, 16, 4))
 
 
-def test_the_table_of_batching(settings, monkeypatch, capsys):
-    monkeypatch.setattr(bench_serving, "arrivals", lambda: SHORT)
-    head, *body = run(settings, "batching", capsys)
-    assert [row[0] for row in body] == ["static", "continuous", "continuous, twice the rate"]
+@pytest.mark.parametrize("rotated", [8, 16])
+def test_the_table_of_batching(settings, monkeypatch, capsys, rotated):
+    """Transformers' cache takes two tensors of equal width only: it has a row, or its reason."""
+    monkeypatch.setattr(bench_serving, "arrivals", lambda count: SHORT)
+    flags = "--rows=4", "--kv-lora-rank=16", f"--qk-rope-head-dim={rotated}"
+    head, *body = run(settings, "batching", capsys, *flags)
+    names = ["static", "static, by the engine", "continuous", "continuous, twice the rate"]
+    theirs = ["continuous, by transformers"] if rotated == 16 else []
+    assert [row[0] for row in body] == names + theirs
     assert all(len(row) == len(head) for row in body)
     assert [float(cell) for cell in body[0][-3:]] == [1.0] * 3
-    assert float(body[2][1]) == pytest.approx(2 * float(body[0][1]), rel=0.01)
+    assert float(body[3][1]) == pytest.approx(2 * float(body[0][1]), rel=0.01)
 
 
 def test_clients_read_all_or_leave():
@@ -69,13 +93,27 @@ def test_clients_read_all_or_leave():
         server.ended()
 
 
+@pytest.mark.parametrize("of", ["a run with a module", "random weights"])
+def test_the_table_of_clients_without_http(settings, monkeypatch, capsys, tmp_path, of):
+    monkeypatch.setattr(bench_serving, "CLIENTS", (1, 2))
+    monkeypatch.setattr(bench_serving, "EACH", 1)
+    monkeypatch.setattr(bench_serving, "find_spec", lambda name: None)
+    folder = a_run(tmp_path) if of == "a run with a module" else ""
+    head, *body = run(settings, "serve", capsys, f"--run={folder}")
+    names = ["1 client, without HTTP", "2 clients, without HTTP"]
+    assert [row[0] for row in body] == names + [f"{n}, drafts" for n in names if folder]
+    assert all(len(row) == len(head) and float(row[2]) > 0 for row in body)
+    assert all(float(row[-2]) >= 1 and row[-1].strip() == "0" for row in body)
+
+
 @pytest.mark.slow
 def test_the_table_of_clients(settings, monkeypatch, capsys):
     pytest.importorskip("uvicorn", reason="uvicorn is not installed")
     monkeypatch.setattr(bench_serving, "CLIENTS", (1, 2))
     monkeypatch.setattr(bench_serving, "EACH", 1)
     head, *body = run(settings, "serve", capsys, "--run=data/r1/rl")
-    assert [row[0] for row in body] == ["1 client", "2 clients"]
+    assert [row[0] for row in body] == ["1 client, over HTTP", "2 clients, over HTTP"]
     assert all(len(row) == len(head) and float(row[2]) > 0 for row in body)
-    with pytest.raises(ValueError, match="run = 'nowhere'"):
+    assert [(float(row[-2]), int(row[-1])) for row in body] == [(1, 0)] * 2
+    with pytest.raises(ValueError, match="nowhere is not a folder"):
         run(replace(settings), "serve", capsys, "--run=nowhere")

@@ -159,6 +159,19 @@ def test_bodies_that_are_no_json_are_refused(raw):
     assert refusal(raw=raw or b" ") == (400, None, None)
 
 
+@pytest.mark.parametrize("fields, name", [
+    (dict(prompt="a\udc00"), "prompt"), (dict(prompt=["a", "\udc00"]), "prompt"),
+    (dict(prompt="a", suffix="\udc00"), "suffix")])
+def test_text_that_a_vocabulary_cannot_write_is_refused(fields, name, monkeypatch):
+    def encode(text: str) -> list[int]:
+        if "\udc00" in text:
+            raise ValueError("byte 0xed has no token in this vocabulary")
+        return [5]
+
+    monkeypatch.setattr(T, "encode", encode, raising=False)
+    assert refusal("text", **fields) == (400, name, None)
+
+
 def test_infinite_numbers_are_refused():
     assert refusal(raw=b'{"messages": [], "temperature": 1e999}')[:2] in [
         (400, "messages"), (400, "temperature")]

@@ -1,5 +1,7 @@
 """The server's addresses, shapes and streams, and clients that leave, over a real connection."""
 
+import contextlib
+import http.client
 import json
 import socket
 import threading
@@ -167,6 +169,60 @@ def test_log_probabilities(client):
             assert bytes(entry["bytes"]).decode() == entry["token"]
 
 
+def alike(a, b) -> bool:
+    """Return whether two JSON values are equal, numbers up to FP32's rounding in another batch."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(a[key], b[key]) for key in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(map(alike, a, b))
+    return abs(a - b) < 1e-3 if isinstance(a, float) else a == b
+
+
+def whole_of(chunks: list[dict], chat: bool) -> list[dict]:
+    """Return the choices that a stream told in pieces, in the form of a whole reply."""
+    found: dict[int, dict] = {}
+    for choice in (choice for chunk in chunks for choice in chunk["choices"]):
+        own = found.setdefault(choice["index"], dict(texts={}, logprobs={}, reason=None))
+        assert own["reason"] is None  # nothing comes after the reason
+        own["reason"] = choice["finish_reason"]
+        for name, text in (choice["delta"] if chat else dict(text=choice["text"])).items():
+            own["texts"][name] = own["texts"].get(name, "") + text
+        for name, values in (choice["logprobs"] or {}).items():
+            own["logprobs"].setdefault(name, []).extend(values or [])
+    return [found[i] for i in sorted(found)]
+
+
+@pytest.mark.parametrize("fields", [
+    dict(n=3, temperature=1.5, seed=1, logprobs=True, top_logprobs=2, stop=["1", "25"]),
+    dict(n=2, temperature=2, seed=2, logprobs=True, reasoning_effort="high", max_tokens=9),
+    dict(reasoning_effort="none", logprobs=True, experts=True),
+    dict(prompt=["1+1", "3*\u00e9"], n=2, logprobs=3, stop=["+2", "="], temperature=1, seed=3),
+    dict(prompt="3*7+5: 3*7=", logprobs=0, stop="1+5=6", temperature=0, max_tokens=40),
+    dict(prompt="1", logprobs=2, temperature=2, seed=8, max_tokens=60),
+    dict(prompt=["1", "2"], echo=True, temperature=2, seed=8)])
+def test_a_stream_says_what_the_whole_reply_says(client, fields):
+    kind = "text" if "prompt" in fields else "chat"
+    path, own = (("/v1/completions", {}) if kind == "text" else ("/v1/chat/completions", ASK))
+    whole = client.post(path, json=own | fields).json()
+    chunks = events(client, path, stream_options=dict(include_usage=True), **fields)
+    told = whole_of(chunks, kind == "chat")
+    assert len(told) == len(whole["choices"]) == fields.get("n", 1) * (
+        len(fields["prompt"]) if isinstance(fields.get("prompt"), list) else 1)
+    for choice, pieces in zip(whole["choices"], told, strict=True):
+        assert choice["finish_reason"] == pieces["reason"]
+        said = choice["message"] if kind == "chat" else dict(text=choice["text"])
+        for mine, its in ((pieces["texts"], said), (pieces["logprobs"], choice["logprobs"] or {})):
+            assert alike({k: v for k, v in mine.items() if v}, {k: v for k, v in its.items() if v})
+        if kind == "text" and choice["logprobs"]:
+            for token, at in zip(choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"],
+                                 strict=True):
+                assert "\ufffd" in token or choice["text"][at:].startswith(token)
+    cached = whole["usage"].pop("prompt_tokens_details")
+    assert chunks[-1]["usage"].pop("prompt_tokens_details").keys() == cached.keys()
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert chunks[-1]["usage"]["completion_tokens"] >= len(told)
+
+
 def test_completions(client):
     ask = dict(prompt="1+1", temperature=0, max_tokens=6)
     found = client.post("/completions", json=ask | dict(logprobs=1)).json()
@@ -275,6 +331,44 @@ def test_a_worker_that_fails_on_one_goes_on_with_the_others(client, server, monk
     with client.stream("POST", "/v1/chat/completions", json=bad | dict(stream=True)) as answer:
         last = [line for line in answer.iter_lines() if line][-1]
     assert json.loads(last[6:])["error"]["type"] == "server_error"
+
+
+def test_a_connection_goes_on_after_each_refusal(server, client):
+    """Bodies that nobody read must not be taken for the next request."""
+    line = http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=60)
+    body = json.dumps(ASK | dict(max_tokens=2)).encode()
+    first = None
+    for method, path, send, headers, status in (
+            ("POST", "/v1/chat/completions", body, JSON, 200), ("HEAD", "/health", None, {}, 200),
+            ("POST", "/v1/nothing", body * 50, JSON, 404), ("HEAD", "/", None, {}, 200),
+            ("POST", "/v1/models", body * 50, JSON, 405), ("GET", "/v1/completions", None, {}, 405),
+            ("OPTIONS", "/v1/completions", None, {}, 405),
+            ("POST", "/v1/chat/completions", body * 50, JSON | {"host": "evil.example"}, 403),
+            ("POST", "/v1/chat/completions", b"{", JSON, 400),
+            ("POST", "/v1/chat/completions", body, {}, 415),
+            ("POST", "/v1/chat/completions", body, {"content-type": "Application/JSON"}, 200)):
+        line.request(method, path, send, headers)
+        answer = line.getresponse()
+        said = answer.read()
+        assert answer.status == status, (method, path, said)
+        first = first or line.sock
+        assert line.sock is first and (not said if method == "HEAD" else said)
+        if status >= 400:
+            assert set(json.loads(said)["error"]) == {"message", "type", "param", "code"}
+        if status == 405:
+            assert "POST" in answer.headers["allow"] or "GET" in answer.headers["allow"]
+    line.close()
+
+
+def test_headers_that_are_too_large_end_one_connection_only(client):
+    host, port = client.base_url.host, client.base_url.port
+    with socket.create_connection((host, port)) as asked:
+        asked.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX-Long: ")
+        with contextlib.suppress(OSError):  # it may have closed before all is sent
+            asked.sendall(b"x" * 200_000 + b"\r\n\r\n")
+        with contextlib.suppress(OSError):
+            assert asked.recv(1000).split(b" ")[1] in (b"400", b"431")
+    assert client.get("/health").status_code == 200
 
 
 def test_bodies_that_are_too_large(client):
