@@ -11,6 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,7 +142,8 @@ def anatomy(book: Notebook) -> list[str]:
               "the question": "**The question.**" in first, "the paper": "**Paper.**" in first,
               "the run time": "**Run time.**" in first,
               "two folded answers": sum(text.count("<details>") for text in book.markdown) == 2,
-              "the figure": any(text.startswith("## The figure") for text in book.markdown),
+              "a figure whose heading is a message": any(
+                  re.match(r"## The figure: \S", text) for text in book.markdown),
               "what breaks": any("What breaks" in text for text in book.markdown),
               "a comparison with the package": any(
                   re.search(r"^(assert|torch\.testing\.assert_close)\b.*package", cell.source, re.M)
@@ -260,6 +262,24 @@ def test_figures_are_the_notebooks_own(book):
     for name, picture in pictures.items():
         assert picture == committed(f"figures/{name}")
         assert picture != committed("figures/default_run.png")
+
+
+# Found again in each notebook. Everything else is about its own part, and is called after it.
+LANDMARKS = {"Two questions", "Exercises", "Build it", "Find the bug", "Try it", "Summary"}
+
+
+def alike(books: list[Notebook]) -> list[str]:
+    """Return the headings that stand more than once, in one notebook or in several."""
+    heads = Counter(head for book in books for text in book.markdown
+                    for head in re.findall(r"^#+ (.+)", text, re.M))
+    return [head for head, times in heads.items() if times > 1 and head not in LANDMARKS]
+
+
+def test_headings_do_not_sound_alike():
+    assert alike(BOOKS) == []
+    assert "The idea" in alike([*BOOKS, *(
+        Notebook(name, ROOT, new_notebook(cells=[new_markdown_cell("## The idea\n\nIt is.")]))
+        for name in ("98_a", "99_b"))])
 
 
 def test_names_are_numbered():

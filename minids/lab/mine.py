@@ -3,8 +3,9 @@
     mine = collect()
     y = mine.moe(u, layer, args)
 
-Notebooks 02 to 07 tag the cells that define a part with `mine`. They run here, cell by cell, in a
-namespace that holds torch alone. Each part is then tried once, in FP64, beside the package's own.
+Notebooks 03 to 07 tag the cells that define a part with `mine` (02 has none: MLA replaces its
+attention). They run here, cell by cell, in a namespace that holds torch alone. Each part is then
+tried once, in FP64, beside the package's own.
 A part that is missing, unsolved or stops with an error is replaced by the package's, and `rows`
 says so. A wrong part stays, because it is the learner's: `rows` says by how much it differs.
 """

@@ -2,7 +2,7 @@
 
 Keys and values of all heads are one latent vector of kv_lora_rank numbers per token; position
 enters through one rotated key of qk_rope_head_dim numbers that all heads share. A decoder caches
-these two and nothing else: V3 stores 576 numbers per token per layer, where standard attention
+these two and nothing else: V3 stores 576 numbers per token per layer, where multi-head attention
 would store 32,768.
 
 The same weights give the same result in two forms:

@@ -3,7 +3,7 @@
 A drawing is a page 800 units wide, one unit per pixel of a notebook, with y pointing down. Boxes
 are placed by their centre and know their edges, so that arrows start and end on them:
 
-    page = Drawing(120, "A norm stands before each layer")
+    page = Drawing(120, "A norm precedes each layer")
     norm = page.box(100, 70, 120, 30, "RMSNorm", GREY)
     layer = page.box(300, 70, 120, 30, "MLA", BLUE, "attention")
     page.arrow(norm.right, layer.left, "7,168")

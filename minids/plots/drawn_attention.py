@@ -1,4 +1,4 @@
-"""Attention, drawn from the model's settings: plain, and over latents, with what each caches."""
+"""Attention, drawn from the model's settings: MHA and its kin, and MLA, with what each caches."""
 
 from minids.config import ModelArgs
 from minids.plots import style
@@ -30,16 +30,16 @@ def look_back(page: Drawing, x: float, y: float, height: float, heads: int) -> B
 @style.house_style()
 def attention_drawing(args: ModelArgs, n_kv_heads: int = 0, dark: bool = False,
                       path: style.File = None):
-    """Draw plain attention with its cache: keys and values of every key/value head.
+    """Draw multi-head attention with its cache: keys and values of every key/value head.
 
     n_kv_heads: key/value heads, fewer than heads if they are shared; 0: as many as heads
     """
     heads, kv = args.n_heads, n_kv_heads or args.n_heads
     q_width, v_width = args.qk_nope_head_dim, args.v_head_dim
     cached, middle = kv * (q_width + v_width), 155
+    name = "MHA" if kv == heads else "GQA" if kv > 1 else "MQA"
     shared = f" with {kv:,} key/value head{'s' if kv > 1 else ''}" if kv != heads else ""
-    page = Drawing(306, f"Plain attention{shared} caches {cached:,} numbers per token per layer",
-                   dark)
+    page = Drawing(306, f"{name}{shared} caches {cached:,} numbers per token per layer", dark)
     h = page.box(48, middle, 60, 44, "h", ACTIVE, f"{args.dim:,}")
     attend = look_back(page, 560, middle, 206, heads)
     for symbol, y, name, count, width, colour in [
@@ -57,7 +57,7 @@ def attention_drawing(args: ModelArgs, n_kv_heads: int = 0, dark: bool = False,
     page.arrow(out.right, (784, middle))
     key(page, 284)
     return page.done(
-        f"Plain attention from left to right: the hidden state h of {args.dim:,} numbers becomes "
+        f"{name} from left to right: the hidden state h of {args.dim:,} numbers becomes "
         f"queries of {heads} heads, and keys and values of {kv} heads; keys and values, {cached:,} "
         f"numbers, are cached; heads attend, and W^O brings the result back to {args.dim:,}.", path)
 
@@ -67,9 +67,8 @@ def mla_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
     """Draw MLA's flow from the hidden state to the output, with widths (V3 equations 1 to 11)."""
     heads, nope, rope, v = (args.n_heads, args.qk_nope_head_dim, args.qk_rope_head_dim,
                             args.v_head_dim)
-    cached, plain = args.kv_lora_rank + rope, heads * (nope + v)
-    page = Drawing(390, f"MLA caches {cached:,} numbers per token per layer, plain attention "
-                        f"{plain:,}", dark)
+    cached, mha = args.kv_lora_rank + rope, heads * (nope + v)
+    page = Drawing(390, f"MLA caches {cached:,} numbers per token per layer, MHA {mha:,}", dark)
     q_row, k_row, v_row, rope_row = 75, 155, 225, 305
     middle = (k_row + v_row) / 2
     h = page.box(44, middle, 56, 44, "h", ACTIVE, f"{args.dim:,}")

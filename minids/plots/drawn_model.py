@@ -6,9 +6,9 @@ from minids.plots.drawing import ROLES, Box, Drawing
 
 PARTS = {  # part -> the title of a drawing that highlights it
     "": "{n_layers} blocks carry each token on{experts}",
-    "tokens": "Tokens stand at both ends: {vocab} of them go in, as many scores come out",
-    "attention": "Attention stands in each of {n_layers} blocks: the only part that looks back",
-    "mla": "MLA stands in each of {n_layers} blocks and caches {cached} numbers per token",
+    "tokens": "Tokens at both ends: one of {vocab} goes in, {vocab} scores come out",
+    "attention": "Attention, in each of {n_layers} blocks, is the only part that looks back",
+    "mla": "MLA, in each of {n_layers} blocks, caches {cached} numbers per token",
     "cache": "The cache keeps {cached} numbers per token in each of {n_layers} blocks",
     "rope": "Position enters at one place: {rope} numbers of each query and key",
     "indexer": "In each of {n_layers} blocks an indexer picks {topk} tokens for attention to read",
@@ -16,11 +16,12 @@ PARTS = {  # part -> the title of a drawing that highlights it
     "moe": "{moe} of {n_layers} blocks have experts, {active} of {routed} for each token",
     "gate": "A gate in each of {moe} blocks picks {active} of {routed} experts for each token",
     "mtp": "The MTP module reads the last hidden state and looks one token further",
-    "norm": "A norm stands before each layer that computes",
+    "norm": "A norm precedes each layer that computes",
     "head": "The head gives each of {vocab} tokens a score",
-    "matrices": "Nearly all work is products with large matrices: the coloured boxes"}
-SHOWN = {"mla": {"attention", "cache", "rope"}, "attention": {"cache", "rope"}, "moe": {"gate"},
-         "matrices": {"attention", "cache", "rope", "dense", "moe", "mtp", "head"}}
+    "matrices": "FP8 is for the weight matrices inside the blocks: the coloured boxes"}
+SHOWN = {  # part -> what is highlighted with it; "core" is attention itself, which has no weights
+    "mla": {"attention", "core", "cache", "rope"}, "attention": {"core", "cache", "rope"},
+    "moe": {"gate"}, "mtp": {"shared_head"}, "matrices": {"attention", "dense", "moe", "mtp"}}
 
 
 def facts(args: ModelArgs) -> dict[str, str]:
@@ -77,10 +78,11 @@ def model_drawing(args: ModelArgs, where: str = "", dark: bool = False, path: st
     if not page.drawn & page.looked_at:
         raise ValueError(f"where = {where!r}: a model of these settings has no such part")
     there = f" Highlighted: {where}." if where else ""
+    modules = f"{args.n_mtp_layers} MTP module{'s' * (args.n_mtp_layers != 1)}"
     return page.done(
         f"The model from bottom to top: embedding of {known['vocab']} tokens, {known['dense']} "
-        f"dense and {known['moe']} MoE blocks, RMSNorm, head; {args.n_mtp_layers} MTP modules "
-        f"beside the head. A block is RMSNorm, MLA, sum, RMSNorm, feed-forward, sum. MLA caches "
+        f"dense and {known['moe']} MoE blocks, RMSNorm, head; {modules} beside "
+        "the head. A block is RMSNorm, MLA, sum, RMSNorm, feed-forward, sum. MLA caches "
         f"{known['cached']} numbers per token; a MoE layer has {known['routed']} routed experts, "
         f"{known['active']} active, and {args.n_shared_experts} shared.{there}", path)
 
@@ -113,7 +115,7 @@ def stack(page: Parts, args: ModelArgs, known: dict) -> Box:
     if args.n_mtp_layers:
         mtp = page.part("mtp", 302, 218, 150, 38, f"MTP module  × {args.n_mtp_layers}", "mtp",
                         "its own block")
-        shared = page.part("mtp", 302, 150, 150, 26, "head (shared)", dashed=True)
+        shared = page.part("shared_head", 302, 150, 150, 26, "head (shared)", dashed=True)
         page.arrow((x, 225), (mtp.left[0], 225), colour=page.colour("mtp", "mtp"))
         page.arrow(mtp.top, shared.bottom)
         page.arrow(shared.top, (302, 108))
@@ -153,7 +155,7 @@ def attention(page: Parts, args: ModelArgs, inside: dict[str, Box]) -> None:
                        f"{args.kv_lora_rank} cached")
     key = page.part("rope cache attention", 730, 500, 92, 40, "rotated key", "cached",
                     f"{args.qk_rope_head_dim} cached")
-    heads = page.part("attention", 620, 424, 312, 40, f"{args.n_heads} heads", "attention",
+    heads = page.part("core", 620, 424, 312, 40, f"{args.n_heads} heads", "attention",
                       f"softmax(q · k) v; q, k of {args.qk_nope_head_dim} + "
                       f"{args.qk_rope_head_dim}, v of {args.v_head_dim}")
     for part in (query, latent, key):

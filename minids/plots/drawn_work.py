@@ -64,11 +64,13 @@ def mtp_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
         page.label(348, 160, "hidden states")
         page.label(348, 181, f"(B, S, {args.dim:,})")
     more = f" Of {args.n_mtp_layers} modules two are drawn." if args.n_mtp_layers > 2 else ""
+    one = args.n_mtp_layers == 1
+    modules = "1 MTP module follows: it" if one else f"{args.n_mtp_layers} MTP modules follow: each"
     return page.done(
         f"The model reads tokens 1 to 4 through {args.n_layers} blocks and predicts tokens 2 to 5. "
-        f"{args.n_mtp_layers} MTP modules follow: each norms the hidden state before it and the "
-        f"embedding of one token further, projects both to {args.dim:,} numbers, runs one block "
-        f"and the shared head, and predicts one token further.{more}", path)
+        f"{modules} norms the hidden state before it and the embedding of one token further, "
+        f"projects both to {args.dim:,} numbers, runs one block and the shared head, and predicts "
+        f"one token further.{more}", path)
 
 
 @style.house_style()

@@ -134,11 +134,11 @@ def mtp_figure(kinds: dict[str, tuple], tokens_per_pass: dict[str, list], path: 
         left.barh([y + shift for y in heights], shares, 0.38, color=colour, label=label)
     left.set_yticks(heights, kinds)
     left.invert_yaxis()
-    left.set(xlim=(0, 100), xlabel="drafts that stand, on held-out text (percent)",
-             title="Drafts stand more often at temperature 1")
+    left.set(xlim=(0, 100), xlabel="accepted drafts, on held-out text (percent)",
+             title="More drafts are accepted at temperature 1")
     drafts = range(len(next(iter(tokens_per_pass.values()))))
     style.lines(right, drafts, tokens_per_pass, (style.BLUE, style.ORANGE), 6)
-    style.lines(right, drafts, {"all stand": [n + 1 for n in drafts]}, [(style.GREY, ":")])
+    style.lines(right, drafts, {"all accepted": [n + 1 for n in drafts]}, [(style.GREY, ":")])
     right.set(xticks=drafts, xlabel="drafts per pass (count)", ylabel="tokens per pass (count)",
               title="Later drafts yield less than the first")
     left.figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)

@@ -103,8 +103,8 @@ def grpo_figure(runs: dict[str, list[dict]], path: style.File = None, title: str
         figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
     panels = [("reward_accuracy", "right answers", "replies (share)"),
               ("thinking", "thinking", "replies (share)"),
-              ("length", "length", "a reply (tokens)"),
-              ("kl", "distance from the reference", "KL (nats a token)")]
+              ("length", "length", "length of a reply (tokens)"),
+              ("kl", "distance from the reference", "KL (nats per token)")]
     for ax, (name, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for (label, metrics), dash in zip(runs.items(), cycle(style.DASHES), strict=False):
             steps, values = column(metrics, name)

@@ -76,11 +76,11 @@ def routes_figure(tokens: list[str], weights: dict[str, list], path: style.File 
 
 
 @style.house_style()
-def loads_figure(shares: dict[str, list], step: int, most: float, path: style.File = None):
+def loads_figure(shares: dict[str, list], step: int, limit: float, path: style.File = None):
     """Draw the load of each expert after one step, under each way of balancing.
 
     shares: regime -> for each step the load of each expert, in times the even share
-    step: to draw, from 1; most: the largest load that is possible, in times the even share
+    step: to draw, from 1; limit: the largest load that is possible, in times the even share
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import TwoSlopeNorm
@@ -94,15 +94,17 @@ def loads_figure(shares: dict[str, list], step: int, most: float, path: style.Fi
         ax.bar(range(len(row)), row, 0.85, color=colour(row), edgecolor=style.GREY, linewidth=0.5)
         ax.axhline(1, color=style.BLACK, linewidth=0.8)
         starved = sum(share < 0.1 for share in row)
-        ax.set(title=f"{label}\nbusiest {max(row):.1f} times, {starved} starved", ylim=(0, most),
+        ax.set(title=f"{label}\nbusiest {max(row):.1f} times, {starved} starved", ylim=(0, limit),
                xlabel="expert (number)")
     panels[0].set_ylabel("load (times the even share)")
-    figure.suptitle(f"Step {step}: the bars are the experts, the line is the even share", x=0.01,
-                    ha="left")
-    busiest = ", ".join(f"{label} {max(rows[step - 1]):.1f}" for label, rows in shares.items())
+    busiest = {label: max(rows[step - 1]) for label, rows in shares.items()}
+    most, least = (pick(busiest, key=busiest.get) for pick in (max, min))
+    figure.suptitle(f"Step {step}: busiest expert at {busiest[most]:.1f} times the even share "
+                    f"({most}), at {busiest[least]:.1f} ({least})", x=0.01, ha="left")
+    told = ", ".join(f"{label} {share:.1f}" for label, share in busiest.items())
     return style.described(style.finish(figure, path), (
         f"Loads of the experts at step {step} under {len(shares)} ways of balancing, as bars; the "
-        f"busiest in times the even share: {busiest}"))
+        f"busiest in times the even share: {told}"))
 
 
 @style.house_style()
@@ -136,7 +138,7 @@ def speed_figure(curves: dict[float, list], chosen: float, path: style.File = No
 def drafting_figure(passes: list[dict], shown: int, path: style.File = None):
     """Draw drafts proposed and verified: a row per pass of the model, a column per token.
 
-    passes: start (tokens before it), draft (text of each drafted token), kept (drafts that stand),
+    passes: start (tokens before it), draft (text of each drafted token), kept (drafts accepted),
         own (text of the token that the model itself adds)
     shown: passes to draw; a draft is verified by the pass that reads it
     """
@@ -150,7 +152,7 @@ def drafting_figure(passes: list[dict], shown: int, path: style.File = None):
         token(ax, turn["start"] + turn["kept"], row + 0.2, turn["own"], style.BLUE)
     tokens, kept = ends[shown - 1] - passes[0]["start"], sum(t["kept"] for t in passes[:shown])
     drafts = sum(len(turn["draft"]) for turn in passes[:shown])
-    title = f"Tokens written after pass {shown}: {tokens}; drafts that stand: {kept} of {drafts}"
+    title = f"Tokens written after pass {shown}: {tokens}; drafts accepted: {kept} of {drafts}"
     ax.set_title(title)
     ax.set(xlim=(-0.55, wide - 0.45), ylim=(len(passes) - 0.4, -0.6), yticks=range(len(passes)),
            xlabel="token written (number)", ylabel="pass of the model (number)")
@@ -158,8 +160,8 @@ def drafting_figure(passes: list[dict], shown: int, path: style.File = None):
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.grid(visible=False)
     return style.described(style.finish(ax.figure, path), (
-        f"A time line of speculative decoding, one row per pass: {title}. Green drafts stand, red "
-        "ones are crossed out, blue tokens are the model's own"))
+        f"A time line of speculative decoding, one row per pass: {title}. Green drafts are "
+        "accepted, red ones are crossed out, blue tokens are the model's own"))
 
 
 def token(ax, column: int, height: float, text: str, colour, struck: bool = False) -> None:

@@ -163,6 +163,19 @@ def test_every_part_can_be_highlighted(where):
     assert not where or f"Highlighted: {where}." in figure.get_label()
 
 
+def test_matrices_are_those_that_v3_multiplies_in_fp8():
+    """Embedding, head, gate, norms and attention's own products stay as they are (V3 3.3.1)."""
+    figure = drawn_model.model_drawing(MODELS["v3"], "matrices")
+    strong = [patch.get_path().get_extents(patch.get_transform())
+              for patch in figure.axes[0].patches
+              if isinstance(patch, FancyBboxPatch) and patch.get_linewidth() == 2.2]
+    named = {word.split("'")[1] for word, box in texts(figure).items()
+             if any(inside(box, edge) for edge in strong)}
+    assert {"dense block  × 3", "MoE block  × 58", "MLA", "experts", "query", "latent", "output",
+            "shared", "MTP module  × 1"} <= named
+    assert not named & {"embedding", "RMSNorm", "head", "head (shared)", "gate", "128 heads"}
+
+
 def test_a_part_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="where = 'mlp' is no part: valid are tokens, attention"):
         drawn_model.model_drawing(MODELS["tiny"], "mlp")
@@ -217,8 +230,8 @@ def test_attention_with_fewer_key_value_heads():
     figure = drawn_attention.attention_drawing(MODELS["v3"], n_kv_heads=1)
     assert faults(figure) == []
     words = [text.get_text() for text in figure.axes[0].texts]
-    assert words[0] == ("Plain attention with 1 key/value head caches 256 numbers per token per "
-                        "layer") and words.count("1 × 128") == 2
+    assert words[0] == "MQA with 1 key/value head caches 256 numbers per token per layer"
+    assert words.count("1 × 128") == 2
 
 
 @pytest.mark.parametrize("modules", [0, 2, 3])

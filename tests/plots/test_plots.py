@@ -408,7 +408,7 @@ def test_mtp_figure_shows_the_numbers_given():
     assert middles[1] - middles[0] > 1.5 * (middles[2] - middles[1])  # the whole stands apart
     assert [label.get_text() for label in left.get_yticklabels()] == list(kinds)
     assert lines_of(right) == {"greedy": [1, 1.8, 2.4], "temperature 1": [1, 1.6, 2.0],
-                               "all stand": [1, 2, 3]}
+                               "all accepted": [1, 2, 3]}
     assert axes_without_a_unit(figure) in ([], ["y0"])  # kinds have names, not units
     assert collisions(figure) == []
 

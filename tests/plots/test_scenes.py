@@ -63,6 +63,9 @@ def test_loads_are_those_of_the_step(step):
     assert bars == [rows[step - 1] for rows in SHARES.values()]
     starved = {1: ["3 starved", "2 starved"], 2: ["0 starved"] * 2}[step]
     assert [ax.get_title("left").split(", ")[1] for ax in figure.axes] == starved
+    title = {1: "Step 1: busiest expert at 4.0 times the even share (a), at 3.0 (b)",
+             2: "Step 2: busiest expert at 1.0 times the even share (a), at 1.0 (a)"}
+    assert figure.get_suptitle() == title[step]
 
 
 def test_speed_says_when_it_settles():
@@ -73,8 +76,8 @@ def test_speed_says_when_it_settles():
 
 
 @pytest.mark.parametrize("shown, title, tokens", [
-    (1, "Tokens written after pass 1: 1; drafts that stand: 0 of 0", ["def"]),
-    (3, "Tokens written after pass 3: 4; drafts that stand: 1 of 2", ["def", "x", "y", "(", ")"])])
+    (1, "Tokens written after pass 1: 1; drafts accepted: 0 of 0", ["def"]),
+    (3, "Tokens written after pass 3: 4; drafts accepted: 1 of 2", ["def", "x", "y", "(", ")"])])
 def test_drafting_shows_the_passes_so_far(shown, title, tokens):
     ax = scenes.drafting_figure(PASSES, shown).axes[0]
     assert ax.get_title("left") == title
