@@ -6,6 +6,7 @@ Validation and sampling, which come in many shapes, run as they are, and so do s
 ramp. Parameters keep their names.
 """
 
+import functools
 import types
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,7 @@ class Compiled:
         for known in ("Torchinductor does not support code generation for complex",
                       "TensorFloat32 tensor cores"):
             warnings.filterwarnings("ignore", known)  # small products, which are FP32 on purpose
+        mend_compiler()
         self.run: Callable | None = torch.compile(own_forward, dynamic=False)
         self.sequences, self.tell, self.failure = sequences, tell, TorchDynamoException
 
@@ -75,3 +77,49 @@ def reason(error: Exception) -> str:
         error = error.__cause__
     lines = [line for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[0].split())[:300] if lines else type(error).__name__
+
+
+def mend_compiler() -> None:
+    """Make compiled gradients those of the code as it is written, where torch up to 2.13 does not.
+
+    It runs the backward pass under the forward's autocast too, and so the gate's, whose products
+    are in FP32, in BF16. And see `wait_for_stores`.
+    """
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+    from torch._inductor.codegen.triton import TritonKernel
+
+    functorch.backward_pass_autocast = "off"
+    if not hasattr(TritonKernel, "mended"):
+        wait_for_stores(TritonKernel)
+        inductor.kernel_name_max_ops += 1  # a setting that its cache's keys hold: no kernel of old
+
+
+def wait_for_stores(kernel_class: type) -> None:
+    """Have a generated kernel's threads wait for each other before they read what they stored.
+
+    A reduction that does not fit into registers goes over its columns twice, and in the second
+    pass reads back what it stored in the first. Triton may give a store and its load to different
+    threads (triton issue 10924), and torch up to 2.13 puts no barrier between them (pytorch pull
+    request 190519): on an H100 gradients behind a layer of experts were ten thousand times too
+    long, and others in each run.
+    """
+    plain_load, plain_store = kernel_class.load, kernel_class.store
+
+    @functools.wraps(plain_store)
+    def store(kernel, name, *args, **named):
+        vars(kernel).setdefault("stored_names", set()).add(name)
+        return plain_store(kernel, name, *args, **named)
+
+    @functools.wraps(plain_load)
+    def load(kernel, name, index):
+        places = kernel.loads, kernel.body  # a load is written inside the loop, or before it
+        ends = [len(place._lines) for place in places]
+        value = plain_load(kernel, name, index)
+        if name in vars(kernel).get("stored_names", ()):
+            for place, end in zip(places, ends, strict=True):
+                if len(place._lines) > end:
+                    place._lines.insert(end, "tl.debug_barrier()")
+        return value
+
+    kernel_class.load, kernel_class.store, kernel_class.mended = load, store, True
