@@ -19,7 +19,7 @@ import io
 import keyword
 import math
 import tokenize
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import accumulate, islice
 from typing import NamedTuple
 
@@ -29,10 +29,11 @@ from torch import Tensor
 
 from minids.base.fields import demand
 from minids.base.tables import format_table
+from minids.config import ModelArgs
 from minids.infer.generation import generate
 from minids.kernels.indexer import few_queries
 from minids.model.mla import MLA, Context, seen_by
-from minids.model.moe import max_violation
+from minids.model.moe import Routing, max_violation
 from minids.model.sparse_attention import Selection, attention_mass, select
 
 # From a layer's attention, its input (B, S, D), its query latent and the context of the pass:
@@ -83,18 +84,42 @@ def evaluate(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: i
     n_bytes: (vocab_size,) int64, bytes that each token stands for; batch_size: windows at a time
     begin_id: the token that begins a document, if documents must not see each other
     """
-    device, nats, size, loads = model.head.weight.device, 0.0, 0, []
-    for batch in windows(tokens, seq_len, max_tokens).split(batch_size):
-        inputs = batch[:, :-1].to(device)
+    device = model.head.weight.device
+
+    def run(inputs: Tensor, samples: Tensor | None) -> tuple:
+        states, routings, _ = model.hidden(inputs, samples=samples)
+        return model.head, states, enumerate(routings)
+
+    batches = windows(tokens, seq_len, max_tokens).split(batch_size)
+    return counted(model.args, ((b.to(device), len(b)) for b in batches), run, n_bytes, begin_id)
+
+
+def counted(args: ModelArgs, batches: Iterable[tuple[Tensor, int]], run: Callable, n_bytes: Tensor,
+            begin_id: int | None, summed: Callable[[Tensor], Tensor] = lambda t: t) -> Evaluation:
+    """Run batches of windows and add up what `Evaluation` holds, over ranks too.
+
+    batches: windows (B, S + 1), and how many of them count
+    run: of tokens and samples, (B, S) each; returns the head, None on a rank without it, its states
+        (B, S, D), and pairs of a MoE layer's number and its routing
+    summed: the sum of a tensor over ranks
+    """
+    layers = sum(map(args.is_moe_layer, range(args.n_layers)))
+    loads = torch.zeros(layers, args.n_routed_experts, dtype=torch.int64)
+    nats, size = 0.0, 0
+    for batch, count in batches:
+        inputs, targets = batch[:, :-1], batch[:count, 1:]
         samples = None if begin_id is None else (inputs == begin_id).cumsum(1)
-        hidden, routings, _ = model.hidden(inputs, samples=samples)
-        logits, targets = model.head(hidden).float(), batch[:, 1:].to(device)
-        nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-        size += int(n_bytes[batch[:, 1:]].sum())
-        if routings:
-            loads.append(torch.stack([r.load() for r in routings]).cpu())
-    total = sum(loads) if loads else torch.zeros(0, 0, dtype=torch.int64)
-    return Evaluation(nats / math.log(2) / size, total)
+        head, states, routings = run(inputs, samples)
+        if count == 0:
+            continue
+        for layer, routing in routings:
+            loads[layer] += Routing(*(t[:count] for t in routing)).load().cpu()
+        if head is not None:
+            logits = head(states[:count]).float()
+            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
+            size += int(n_bytes[targets.cpu()].sum())
+    nats, size = summed(torch.tensor([nats, size], dtype=torch.float64)).tolist()
+    return Evaluation(nats / math.log(2) / size, summed(loads))
 
 
 def parse_share(text: str) -> tuple[int, int]:

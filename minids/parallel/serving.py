@@ -18,19 +18,17 @@ tokens and from the schedules that training has (`minids.parallel.experts`, `pip
 """
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from minids.infer.sampling import Sampler
-from minids.infer.validation import Evaluation, windows
+from minids.infer.validation import Evaluation, counted, windows
 from minids.kernels.precision import compute_dtype, wide
 from minids.model.cache import LatentCache
-from minids.model.moe import MoE, Routing, combine
+from minids.model.moe import MoE, combine
 from minids.model.mtp import MTPModule
 from minids.model.transformer import Block, Hidden, Transformer
 from minids.parallel.gradients import sum_over_ranks
@@ -208,26 +206,20 @@ def evaluate(model: SpreadModel, tokens: Tensor, n_bytes: Tensor, seq_len: int, 
     that share the experts take turns at the windows; one that has no window left goes through
     another's and counts nothing. The pipeline's last rank counts.
     """
-    args, ranks = model.args, model.ranks
+    args, ranks, device = model.args, model.ranks, model.head.weight.device
     places, own = ranks.layout.expert_parallel, ranks.sparse.get_local_rank("expert")
-    counts = ranks.pipeline_rank == ranks.layout.pipeline - 1
-    moe_layers = sum(map(args.is_moe_layer, range(args.n_layers)))
-    device = model.head.weight.device
-    loads = torch.zeros(moe_layers, args.n_routed_experts, dtype=torch.int64, device=device)
     held = [block.layer - args.n_dense_layers for block in model.layers if block.is_moe]
-    nats, size = 0.0, 0
-    for part in windows(tokens, seq_len, max_tokens).split(batch_size * places):
-        mine = part[own::places]
-        batch = torch.cat([mine, part[:1]])[:-(-len(part) // places)]  # of one size on all ranks
-        inputs = batch[:, :-1].to(device)
-        samples = None if begin_id is None else (inputs == begin_id).cumsum(1)
+    last = ranks.pipeline_rank == ranks.layout.pipeline - 1
+
+    def batches() -> Iterator[tuple[Tensor, int]]:
+        for part in windows(tokens, seq_len, max_tokens).split(batch_size * places):
+            mine = part[own::places]
+            batch = torch.cat([mine, part[:1]])[:-(-len(part) // places)]  # one size on all ranks
+            yield batch.to(device), len(mine)
+
+    def run(inputs: Tensor, samples: Tensor | None) -> tuple:
         with reading_apart(model):
             states, routings, _ = model.hidden(inputs, samples=samples)
-        for row, routing in zip(held, routings, strict=True):
-            loads[row] += Routing(*(t[:len(mine)] for t in routing)).load()
-        if counts and len(mine):
-            logits, targets = model.head(states[:len(mine)]).float(), mine[:, 1:].to(device)
-            nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
-            size += int(n_bytes[mine[:, 1:]].sum())
-    nats, size = sum_over_ranks(torch.tensor([nats, size], dtype=torch.float64)).tolist()
-    return Evaluation(nats / math.log(2) / size, sum_over_ranks(loads).cpu())
+        return model.head if last else None, states, zip(held, routings, strict=True)
+
+    return counted(args, batches(), run, n_bytes, begin_id, sum_over_ranks)

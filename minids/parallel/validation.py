@@ -4,15 +4,14 @@ Ranks wait for each other in every forward pass, so one that has no window left 
 another's and counts nothing. The sums are those of one process.
 """
 
-import math
+from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from minids.infer.validation import Evaluation, windows
+from minids.infer.validation import Evaluation, counted, windows
 from minids.parallel.gradients import sum_over_ranks
 from minids.parallel.model import ParallelModel
 
@@ -25,44 +24,31 @@ def evaluate(parallel: ParallelModel, tokens: Tensor, n_bytes: Tensor, seq_len: 
 
     The arguments are those of `minids.infer.validation.evaluate`; batch_size: of each rank
     """
-    layout, args = parallel.ranks.layout, parallel.args
+    ranks, device = parallel.ranks, parallel.ranks.device
     text = windows(tokens, seq_len, max_tokens)
-    own = text[parallel.ranks.data_rank::layout.data_ranks]
-    layers = sum(map(args.is_moe_layer, range(args.n_layers)))
-    loads = torch.zeros(layers, args.n_routed_experts, dtype=torch.int64,
-                        device=parallel.ranks.device)
-    nats, size = 0.0, 0
-    for start in range(0, -(-len(text) // layout.data_ranks), batch_size):
-        batch = own[start:start + batch_size]
-        counts = len(batch) > 0
-        batch = (batch if counts else text[:1]).to(parallel.ranks.device)
-        inputs, targets = batch[:, :-1], batch[:, 1:]
-        samples = None if begin_id is None else (inputs == begin_id).cumsum(1)
-        logits, found = forward(parallel, inputs, samples)
-        if counts:
-            for row, load in found:
-                loads[row] += load
-            if logits is not None:
-                nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(),
-                                        reduction="sum").item()
-                size += int(n_bytes[targets.cpu()].sum())
+    own = text[ranks.data_rank::ranks.layout.data_ranks]
+
+    def batches() -> Iterator[tuple[Tensor, int]]:
+        for start in range(0, -(-len(text) // ranks.layout.data_ranks), batch_size):
+            batch = own[start:start + batch_size]
+            yield (batch if len(batch) else text[:1]).to(device), len(batch)
+
+    found = counted(parallel.args, batches(), lambda *inputs: forward(parallel, *inputs), n_bytes,
+                    begin_id, sum_over_ranks)
     for part in parallel.parts:  # what the last passes have gathered
         for unit in part.modules():
             if isinstance(unit, FSDPModule):
                 unit.reshard()
-    nats, size = sum_over_ranks(torch.tensor([nats, size], dtype=torch.float64)).tolist()
-    return Evaluation(nats / math.log(2) / size, sum_over_ranks(loads).cpu())
+    return found
 
 
-def forward(parallel: ParallelModel, inputs: Tensor,
-            samples: Tensor | None) -> tuple[Tensor | None, list[tuple[int, Tensor]]]:
+def forward(parallel: ParallelModel, inputs: Tensor, samples: Tensor | None) -> tuple:
     """Run a batch through all stages, each on its rank.
 
     inputs, samples: (B, S) int64
-    Returns the logits on the rank that has the head, None elsewhere; and for each MoE layer of this
-    rank its row among all layers' loads, and its load.
+    Returns what `counted` wants of its `run`.
     """
-    layout, logits, found = parallel.ranks.layout, None, []
+    layout, head, found = parallel.ranks.layout, None, []
     held = layout.stages_of(parallel.ranks.pipeline_rank)
     holder = {stage: rank for rank in range(layout.pipeline) for stage in layout.stages_of(rank)}
     group, states = parallel.ranks.dense.get_group("pipeline"), None
@@ -78,9 +64,9 @@ def forward(parallel: ParallelModel, inputs: Tensor,
         states, routings, _ = run(x, samples=samples)
         layers = [block.layer for block in part.layers if block.is_moe]
         rows = [layer - parallel.args.n_dense_layers for layer in layers]
-        found += [(row, routing.load()) for row, routing in zip(rows, routings, strict=True)]
+        found += zip(rows, routings, strict=True)
         if not isinstance(part.head, nn.Identity):
-            logits = part.head(states).float()
+            head = part.head
         elif holder[stage + 1] != parallel.ranks.pipeline_rank:
             dist.send(states.contiguous(), group=group, group_dst=holder[stage + 1])
-    return logits, found
+    return head, states, found
