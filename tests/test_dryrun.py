@@ -16,6 +16,7 @@ from minids.costs.serving import block_bytes, held
 from minids.dryrun import DryRunArgs, dry_run, main
 from minids.parallel import sharding
 from minids.parallel.layout import SCHEDULES, Layout
+from minids.parallel.measuring import for_each_rank
 from minids.parallel.schedules import bubble, most_stored, orders
 
 NANO = replace(ModelArgs.preset("nano"), n_layers=3, n_routed_experts=8, n_mtp_layers=1)
@@ -57,8 +58,9 @@ def test_the_bill_is_that_of_costs(capsys):
 def test_messages_are_those_of_the_exchange_and_of_fsdp():
     found = report(Layout(expert_parallel=2), 2, recompute="none").stages[0]
     layers = 3  # two and the MTP module: each sends rows and their results, and gradients of both
-    rows = 63 * NANO.n_activated_experts // 2  # the MTP module has a token less
-    assert found.exchange == layers * 4 * rows * NANO.dim * 2
+    tokens, _ = for_each_rank(NANO, 63, 2)  # the MTP module has a token less
+    numbered = 2 * NANO.n_activated_experts * 4  # numbers and weights of a token's experts, FP32
+    assert found.exchange == layers * tokens * (4 * NANO.dim * 2 + 2 * numbered)
     dense = found.whole - sum(p.experts for p in pipeline_pieces(NANO))
     assert found.reduce_first == found.reduce_last == dense * 4 // 2
 

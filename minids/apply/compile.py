@@ -3,7 +3,8 @@
 Blocks of one kind share their compiled code, so that a model of 60 layers compiles two or three
 graphs: on 16 cores within half a minute, where the loss as a whole took 140 s and ran slower.
 Validation and sampling, which come in many shapes, run as they are, and so do smaller batches of a
-ramp. Parameters keep their names.
+ramp. Parameters keep their names. Where ranks exchange tokens, a block is several graphs, with the
+exchange between them (`minids.parallel.experts`).
 """
 
 import functools
@@ -19,32 +20,36 @@ from minids.model.transformer import Transformer
 
 
 class Compiled:
-    """The compiled forward that all blocks of a model share, until compiling fails.
+    """A function and its compiled form, which runs in training until compiling fails.
 
-    sequences: of a batch that the compiled code is for; 0: of any, each compiled anew
-    tell: prints a line
+    plain: of a module or nothing, then tensors; sequences: of a batch that the compiled code is
+        for; 0: of any, each compiled anew
+    tell: prints a line; dynamic: whether one code serves all shapes
     """
 
-    def __init__(self, sequences: int, tell: Callable[[str], None]):
+    def __init__(self, plain: Callable, tell: Callable[[str], None], sequences: int = 0,
+                 dynamic: bool = False):
         from torch._dynamo.exc import TorchDynamoException  # a second, for those who compile
 
         for known in ("Torchinductor does not support code generation for complex",
                       "TensorFloat32 tensor cores"):
             warnings.filterwarnings("ignore", known)  # small products, which are FP32 on purpose
         mend_compiler()
-        self.run: Callable | None = torch.compile(own_forward, dynamic=False)
-        self.sequences, self.tell, self.failure = sequences, tell, TorchDynamoException
+        self.plain, self.sequences, self.tell = plain, sequences, tell
+        self.run: Callable | None = torch.compile(plain, dynamic=dynamic)
+        self.failure = TorchDynamoException
 
-    def __call__(self, module: nn.Module, x: torch.Tensor, *inputs):
-        known = x.size(0) == self.sequences or not self.sequences
+    def __call__(self, *inputs):
+        first = next(x for x in inputs if isinstance(x, torch.Tensor))
+        known = first.size(0) == self.sequences or not self.sequences
         if self.run is None or not torch.is_grad_enabled() or not known:
-            return own_forward(module, x, *inputs)
+            return self.plain(*inputs)
         try:
-            return self.run(module, x, *inputs)
+            return self.run(*inputs)
         except self.failure as error:
             self.run = None
             self.tell(f"compile: {reason(error)}; the run goes on without")
-        return own_forward(module, x, *inputs)
+        return self.plain(*inputs)
 
 
 def compile_blocks(model: Transformer, dtype: torch.dtype = torch.bfloat16, sequences: int = 0,
@@ -57,13 +62,18 @@ def compile_blocks(model: Transformer, dtype: torch.dtype = torch.bfloat16, sequ
     To be called after `minids.apply.recompute`, so that what is recomputed is compiled too. Where
     that fails, as without a C compiler, one line says so and the model runs as it is.
     """
-    shared = Compiled(sequences, tell)
+    shared = Compiled(own_forward, tell, sequences)
     for module in model.modules() if dtype != torch.bfloat16 else ():
         if isinstance(module, Experts):
             module.product = torch.compiler.disable(module.product)
     for module in [*model.layers, *model.mtp]:
         module.uncompiled = module.forward
         module.forward = types.MethodType(shared, module)
+
+
+def is_compiled(model: Transformer) -> bool:
+    """Return whether `compile_blocks` was called with this model."""
+    return any(hasattr(block, "uncompiled") for block in model.modules())
 
 
 def own_forward(module: nn.Module, *inputs):

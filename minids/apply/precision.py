@@ -4,7 +4,8 @@ Products run in BF16 over FP32 weights. Autocast casts a weight in every micro-b
 experts' once more where they are recomputed; here a step casts each once, and w1 and w3 of the
 experts side by side, as one product takes them. The copies collect the gradients of a micro-batch
 and hand them on to the parameters, which keep their names, their FP32 and all else; `state_dict`
-shows no copy. Where FSDP2 shards a model, its own mixed precision takes the place of this.
+shows no copy. Over ranks FSDP2 gathers a block's weights for each pass and frees them after it:
+nothing could last for a step, and each use casts what was gathered.
 """
 
 import functools

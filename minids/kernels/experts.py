@@ -116,8 +116,13 @@ def weighted_inside(moe, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     rows = Dispatch.apply(x.to(dtype), source, slot)  # (M, D)
     x1, x3 = grouped_fused(rows, w13, counts).chunk(2, dim=-1)  # (M, moe_inter_dim)
     share = weights.new_zeros(len(source)).scatter(0, slot.flatten(), weights.flatten())  # (M,)
-    hidden = F.silu(x1.to(wide(x1))) * x3 * share.unsqueeze(-1)  # 0 in a slot without a pair
-    return SumSlots.apply(grouped_fused(hidden.to(dtype), w2, counts), source, slot)
+    hidden = weighed(x1, x3, share)  # 0 in a slot without a pair
+    return SumSlots.apply(grouped_fused(hidden, w2, counts), source, slot)
+
+
+def weighed(x1: Tensor, x3: Tensor, share: Tensor) -> Tensor:
+    """Return SwiGLU's hidden vectors (M, moe_inter_dim), each times its weight; share: (M,)"""
+    return (F.silu(x1.to(wide(x1))) * x3 * share.unsqueeze(-1)).to(x1.dtype)
 
 
 def matrices(experts, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

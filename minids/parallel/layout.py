@@ -110,6 +110,11 @@ class Layout(DataLayout):
         """Return the ranks that share each expert's parameters."""
         return self.fsdp // self.expert_parallel
 
+    @property
+    def splits_backward(self) -> bool:
+        """Return whether gradients of inputs and of weights are computed apart."""
+        return self.pipeline > 1 and self.schedule in V_SHAPED
+
     def splits_matrices(self, args: ModelArgs) -> bool:
         """Return whether ranks outnumber a layer's experts, so that each has rows of a matrix."""
         return self.fsdp > args.n_routed_experts

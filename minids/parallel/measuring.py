@@ -13,6 +13,8 @@ head, which have a GPU's size. What CUDA, NCCL and a fragmented allocator take i
 
 import contextlib
 import dataclasses
+import itertools
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -32,7 +34,6 @@ from minids.apply.recompute import recompute_blocks
 from minids.config import ModelArgs
 from minids.kernels import attention, cross_entropy
 from minids.kernels.precision import compute_dtype
-from minids.model.moe import ALIGN
 from minids.model.transformer import Transformer
 from minids.parallel.layout import Layout
 from minids.parallel.pipeline import Weights, cut
@@ -206,9 +207,8 @@ def run(part: Transformer, ranks: Ranks, kind: Kind, load: Load) -> Footprint:
         part.to_empty(device="cpu")
         part.device = torch.device("cpu")
         tokens = torch.zeros(load.rows, load.seq_len, dtype=torch.int64)
-        tokens_of_all = load.rows * (load.seq_len - args.n_mtp_layers)  # those that MTP modules get
-        pairs = tokens_of_all * args.n_activated_experts
-        watch = Watch(rows_for_each(args, pairs, layout.expert_parallel))
+        least = load.rows * (load.seq_len - args.n_mtp_layers)  # tokens that MTP modules get
+        watch = Watch(for_each_rank(args, least, layout.expert_parallel))
         watch.leave_out([*part.parameters(), *part.buffers()])
         with watch, torch.autocast("cpu", load.dtype, load.dtype != torch.float32,
                                    cache_enabled=dist.get_world_size() == 1):
@@ -253,13 +253,16 @@ def micro_batch(part: Transformer, layout: Layout, kind: Kind, tokens: Tensor, w
     return watch.sent | dict(handed=handed, after=after, high=watch.high, left=watch.live)
 
 
-def rows_for_each(args: ModelArgs, pairs: int, ranks: int) -> int:
-    """Return the rows that a rank sends to each of `ranks` with equally busy experts."""
+def for_each_rank(args: ModelArgs, tokens: int, ranks: int) -> tuple[int, int]:
+    """Return how many of a rank's tokens, and of their pairs with experts, each of `ranks` gets.
+
+    As if the experts of a token were drawn evenly from all: it leaves for a rank that has one.
+    """
     if not args.has_moe:
-        return 0
-    if pairs < ALIGN * args.n_routed_experts:
-        return pairs // ranks
-    return args.n_routed_experts // ranks * -(-pairs // (args.n_routed_experts * ALIGN)) * ALIGN
+        return 0, 0
+    experts, chosen = args.n_routed_experts, args.n_activated_experts
+    elsewhere = math.comb(experts - experts // ranks, chosen) / math.comb(experts, chosen)
+    return math.ceil(tokens * (1 - elsewhere)), tokens * chosen // ranks
 
 
 @contextlib.contextmanager
@@ -285,12 +288,12 @@ def without_scores(q: Tensor, k: Tensor, v: Tensor, mask: None, is_causal: bool,
 class Watch(TorchDispatchMode):
     """Count the bytes of storages while they live, and of messages.
 
-    each: the number that stands for any that the program asks a fake tensor for
+    asked: the numbers that the program gets, in turn, when it asks a fake tensor for one
     """
 
-    def __init__(self, each: int):
+    def __init__(self, asked: tuple[int, ...]):
         super().__init__()
-        self.each, self.live, self.high = each, 0, 0
+        self.asked, self.live, self.high = itertools.cycle(asked), 0, 0
         self.sizes: dict[int, int] = {}  # of living storages, by address
         self.sent: dict[str, int] = {}
 
@@ -324,7 +327,7 @@ class Watch(TorchDispatchMode):
             return args[0].fake_device
         space, _, name = func._schema.name.partition("::")
         if name == "_local_scalar_dense":
-            return self.each
+            return next(self.asked)
         out = func(*args, **(kwargs or {}))
         if "c10d" in space and name in MESSAGES:
             self.sent[MESSAGES[name]] += sent_bytes(name, *args)
@@ -348,13 +351,13 @@ class Watch(TorchDispatchMode):
 
 
 MESSAGES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "reduce",
-            "allreduce_": "reduce", "all_to_all_single": "exchange"}
+            "allreduce_": "reduce", "alltoall_base_": "exchange"}
 
 
 def sent_bytes(name: str, first, second, *others) -> int:
     """Return the bytes that a rank sends to others in a collective; arguments: torch's own."""
-    if name == "all_to_all_single":  # rows, and how many of them come from each rank
-        return first.nbytes * (len(second) - 1) // len(second)
+    if name == "alltoall_base_":  # output, input, group, rows from each rank; without rows: counts
+        return first.nbytes * (len(others[1]) - 1) // len(others[1]) if others[1] else 0
     if name == "allreduce_":  # of a ring: a sum of parts, then their way around
         return 2 * sum(tensor.nbytes for tensor in first)
     return abs(first.nbytes - second.nbytes)  # of output and input, or input and output

@@ -1,8 +1,9 @@
 """Build a model whose parameters are spread over ranks, and whose initial weights are one rank's.
 
 Each block is sharded by FSDP2 (`fully_shard`): a rank holds a share of every parameter, gathers a
-block's parameters before the block runs, and adds up its gradients afterwards. The routed experts
-of a block are a unit of their own, on the sparse mesh.
+block's parameters before the block runs, and adds up its gradients afterwards. Experts spread over
+ranks are a unit of their own, on the sparse mesh; where no two ranks hold the same ones, their
+parameters are left as they are, with nothing to gather and nothing to add up.
 
 Every unit adds gradients up and divides by nothing. Averages would be wrong for experts: they hold
 the gradients of the tokens of all ranks in their group already, while their unit has fewer ranks
@@ -16,7 +17,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import Shard
 
+from minids.apply.compile import Compiled, is_compiled
 from minids.config import ModelArgs
+from minids.kernels.experts import weighed
 from minids.model.sparse_attention import in_indexer
 from minids.model.transformer import Transformer, initialise
 from minids.parallel.experts import share_experts
@@ -32,20 +35,24 @@ def empty_model(args: ModelArgs, dtype: torch.dtype = torch.float32) -> Transfor
 
 def shard(model: Transformer, ranks: Ranks) -> None:
     """Shard a model, or a stage of one, that lies on "meta"; then give it memory on the device."""
+    layout, alone = ranks.layout, set()
     share_experts(model, ranks.sparse["expert"])
-    options = dict(reshard_after_forward=ranks.layout.pipeline == 1)
-    split = 1 if ranks.layout.splits_matrices(model.args) else 0  # rows of matrices, or experts
+    options = dict(reshard_after_forward=layout.pipeline == 1)
+    split = 1 if layout.splits_matrices(model.args) else 0  # rows of matrices, or experts
+    options |= dict(shard_placement_fn=lambda p: Shard(split) if p.ndim == 3 else None)
     for block in model.blocks():
-        if block.is_moe:
-            # Bodies that read the experts' weights past `Experts.forward`, and so past the
-            # gathering and the exchange around it, leave experts with products of their own alone.
-            block.ffn.experts.product = block.ffn.experts.product
-            fully_shard(block.ffn.experts, mesh=ranks.shards(experts=True),
-                        shard_placement_fn=lambda _: Shard(split), **options)
+        if block.is_moe and layout.expert_parallel > 1:
+            experts = block.ffn.experts
+            if is_compiled(model):  # what stands between two exchanges has another size each time
+                experts.weighed = Compiled(weighed, print, dynamic=True)
+            if layout.expert_fsdp * layout.replicate > 1:
+                fully_shard(experts, mesh=ranks.shards(experts=True), **options)
+            else:
+                alone |= set(experts.parameters())
     for unit in [*model.layers, *model.mtp]:
-        fully_shard(unit, mesh=ranks.shards(), **options)
-    fully_shard(model, mesh=ranks.shards())
-    if ranks.layout.pipeline == 1:  # a stage has one way in, its `forward`
+        fully_shard(unit, mesh=ranks.shards(), ignored_params=alone, **options)
+    fully_shard(model, mesh=ranks.shards(), ignored_params=alone)
+    if layout.pipeline == 1:  # a stage has one way in, its `forward`
         for name in ("loss", "hidden"):  # both use the embedding and the head
             register_fsdp_forward_method(model, name)
     for unit in model.modules():

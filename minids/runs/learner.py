@@ -162,7 +162,7 @@ class Learner:
         plain: whether products are not the usual ones, as with FP8 or indexers that learn
         """
         usual = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not plain
-        if usual:
+        if usual and self.team.world == 1:  # over ranks weights are gathered anew, and cast then
             self.copies = StepCopies(model)
         if compile == "true" or compile == "auto" and usual:
             compile_blocks(model, self.dtype, sequences, tqdm.write)

@@ -55,9 +55,6 @@ class OverRanks:
     team: Team
 
     def __init__(self, args, model_args: ModelArgs, run: Path, tokenizer):
-        if hasattr(args, "compile"):
-            require(args, "compile", args.compile != "true",
-                    "auto or false over several ranks, so far")
         require(args, "dtype", args.dtype != "fp16", "bf16 or fp32 over several ranks")
         super().__init__(args, model_args, run, tokenizer)
         self.saves_beside = True  # on a CPU too
@@ -70,8 +67,15 @@ class OverRanks:
         """Yield the model gathered on each rank, where it stays no longer than needed."""
         yield self.model.whole()
 
-    def speed_up(self, *what, **how) -> None:
-        """Do nothing: copies and compiled blocks know no shards yet."""
+    def speed_up(self, model: Transformer, compile: str, sequences: int,
+                 plain: bool = False) -> None:
+        layout = self.team.ranks.layout
+        if layout.splits_backward:
+            require(self.args, "compile", compile != "true", f"auto or false with "
+                    f"{layout.schedule}, which takes compiled backward passes apart")
+            compile = "false"
+        rows = sequences // (layout.data_ranks * layout.micro_batches)
+        super().speed_up(model, compile, rows, plain)
 
     def gradient_norms(self) -> dict[str, Tensor]:
         return {name: self.model.norm(parameters)
@@ -166,7 +170,6 @@ class TrainerOverRanks(OverRanks):
         layout = self.team.ranks.layout
         self.micro_batches = args.grad_accum * layout.micro_batches  # of each rank
         self.pieces = self.micro_batches * layout.data_ranks
-        require(args, "fp8", not args.fp8, "false over several ranks, so far")
         require(args, "recompute", args.recompute != "selective",  # it counts FSDP's own operations
                 "none or blocks over several ranks, so far")
         require(args, "balance_loss", args.balance_loss == "sequence",

@@ -63,10 +63,10 @@ def spread(ranks: Ranks, model: Transformer, **options) -> ParallelModel:
 
 
 @cache
-def one_process(args: ModelArgs = ARGS, weights: Weights = WEIGHTS,
-                separate: bool = False) -> tuple[Transformer, Losses]:
+def one_process(args: ModelArgs = ARGS, weights: Weights = WEIGHTS, separate: bool = False,
+                dtype: torch.dtype = torch.float64) -> tuple[Transformer, Losses]:
     """A model with its gradients of one batch, and its losses."""
-    model, (tokens, targets) = scrambled(args).to(DEVICE), batch()
+    model, (tokens, targets) = scrambled(args, dtype=dtype).to(DEVICE), batch()
     samples = (tokens == BEGIN).cumsum(1)
     packed = Packed(samples, torch.ones_like(samples, dtype=torch.bool)) if separate else None
     losses = model.loss(tokens, targets, *weights, packed=packed)
@@ -121,30 +121,31 @@ def clip(parallel: ParallelModel, longest: float) -> float:
 
 
 def compare_step(ranks: Ranks, parts: int = 1, args: ModelArgs = ARGS, weights: Weights = WEIGHTS,
-                 separate: bool = False, **options) -> None:
+                 separate: bool = False, dtype: torch.dtype = torch.float64, close: float = CLOSE,
+                 **options) -> None:
     """Take the gradients of a batch on all ranks, and hold everything against one process."""
-    model, wanted = one_process(args, weights, separate)
+    model, wanted = one_process(args, weights, separate, dtype)
     parallel = spread(ranks, model, **options)
     losses = parallel.step(share(ranks, batch(), parts), weights, separate, BEGIN)
     for name, mine, one in zip(losses._fields, losses, wanted, strict=True):
-        assert torch.allclose(mine.double(), one.double(), rtol=CLOSE, atol=CLOSE), (
+        assert torch.allclose(mine.double(), one.double(), rtol=close, atol=close), (
             name, mine, one)
     error, name = worst_gradient(parallel, model)
-    assert error < CLOSE, f"the gradient of {name} is {error:.1e} off"
+    assert error < close, f"the gradient of {name} is {error:.1e} off"
     grads = [p.grad.clone() for p in model.parameters()]
     wanted_norm = torch.nn.utils.get_total_norm(grads).item()
     norm = clip(parallel, 0.5)
-    assert abs(norm / wanted_norm - 1) < CLOSE, (norm, wanted_norm)
+    assert abs(norm / wanted_norm - 1) < close, (norm, wanted_norm)
     for name, p in parallel.named_parameters():
         whole = by_name(model)[name].grad * (0.5 / (wanted_norm + 1e-6))
-        assert difference(p.grad, whole) < CLOSE, f"{name} is clipped otherwise"
+        assert difference(p.grad, whole) < close, f"{name} is clipped otherwise"
     biases = [bias.clone() for bias in model.gate_biases()]
     model.update_gate_bias(wanted.loads, 0.1)
     parallel.update_gate_bias(losses.loads, 0.1)
     error, name = worst_weight(parallel, model)
     for bias, before in zip(model.gate_biases(), biases, strict=True):
         bias.copy_(before)
-    assert error < CLOSE, f"{name} is {error:.1e} off after the biases moved"
+    assert error < close, f"{name} is {error:.1e} off after the biases moved"
 
 
 def train_in_parallel(ranks: Ranks, optimizer: str, steps: int = 3,

@@ -71,11 +71,11 @@ def begin_ranks(*flags: str, program: str, world: int = 2, restarts: int = 0) ->
                             stderr=subprocess.PIPE)
 
 
-def run_ranks(*flags: str, **options) -> Said:
-    """Run ranks to the end, or for two minutes."""
+def run_ranks(*flags: str, limit: float = 120, **options) -> Said:
+    """Run ranks to the end, or for `limit` seconds."""
     ranks = begin_ranks(*flags, **options)
     try:
-        out, err = ranks.communicate(timeout=120)
+        out, err = ranks.communicate(timeout=limit)
     finally:
         ranks.kill()
     return Said(ranks.returncode, out, err)
@@ -101,7 +101,7 @@ def run_checks(names: dict) -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     world, said = int(os.environ["WORLD_SIZE"]), {}
     torch.set_num_threads(1)
-    store, limit, device = f"file://{folder / 'store'}", timedelta(seconds=60), device_of_rank()
+    store, limit, device = f"file://{folder / 'store'}", timedelta(seconds=120), device_of_rank()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store, limit,

@@ -1,23 +1,46 @@
 """Two and four GPUs, one a rank, exchange by NCCL and compute what one GPU computes.
 
-The checks are those of the CPU's ranks, in FP64 and to the same 1e-12.
+The checks of the CPU's ranks, in FP64 and to the same 1e-12; those of gpu_ranks.py; and the program
+killed on two GPUs, continued on one, and on two again.
 """
+
+import json
+import os
+import re
+import signal
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from launching import launch
+from launching import begin_ranks, launch, ranks_below, run_ranks, wait_for_steps
 from test_four_ranks import CHECKS as OF_FOUR
 from test_two_ranks import CHECKS as OF_TWO
+from training_runs import read_records, run_train
+
+from minids import ModelArgs
+from minids.dryrun import DryRunArgs, dry_run
+from minids.parallel.layout import Layout
 
 GPUS = torch.cuda.device_count()
+OF_GPUS = re.findall(r"^def (check_\w+)", (Path(__file__).parent / "gpu_ranks.py").read_text(),
+                     re.M)
+FILES = {2: "two_ranks.py", 4: "four_ranks.py"}
+needs_two = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs; here: {GPUS}")
 
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What the GPUs said, in one launch for each number of them."""
-    return {(n, check): faults for n in (2, 4) if n <= GPUS for check, faults in launch(
-        f"{'two' if n == 2 else 'four'}_ranks.py", n, tmp_path_factory.mktemp("gpus"),
-        limit=400, device="cuda").items()}
+    return {(n, check): faults for n in FILES if n <= GPUS for check, faults in launch(
+        FILES[n], n, tmp_path_factory.mktemp("gpus"), limit=120, device="cuda").items()}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What two GPUs said of training, and the folder of their launch."""
+    folder = tmp_path_factory.mktemp("trained")
+    return launch("gpu_ranks.py", 2, folder, limit=180, device="cuda"), folder
 
 
 @pytest.mark.parametrize("gpus, check", [(2, c) for c in OF_TWO] + [(4, c) for c in OF_FOUR])
@@ -26,3 +49,50 @@ def test_gpus_equal_one_gpu(said, gpus, check):
         pytest.skip(f"needs {gpus} GPUs; here: {GPUS}")
     faults = said.get((gpus, check), ["not reached: an earlier check failed"])
     assert "".join(faults) == "", "\n".join(faults)
+
+
+@needs_two
+@pytest.mark.parametrize("check", OF_GPUS)
+def test_two_gpus_train_as_one(trained, check):
+    faults = trained[0].get(check, ["not reached: an earlier check failed"])
+    assert "".join(faults) == "", "\n".join(faults)
+
+
+@needs_two
+@pytest.mark.parametrize("flags, layout", [("", Layout()), ("--expert-parallel 2",
+                                                            Layout(expert_parallel=2))])
+def test_the_peak_is_that_of_the_dry_run(trained, flags, layout):
+    """Bodies on a GPU store a little less than a CPU's, and BF16 copies of weights stay longer."""
+    measured = json.loads((trained[1] / "peaks-0.json").read_text())[flags]
+    run = DryRunArgs(gpus=2, micro_batch=16, seq_len=2048, optimizer="muon", recompute="none")
+    args = replace(ModelArgs.preset("small"), n_layers=6)
+    dry = dry_run(args, run, layout).fullest.total
+    print(f"peak of two GPUs {flags}: {measured / 1e9:.2f} GB, dry run {dry / 1e9:.2f} GB")
+    assert measured == pytest.approx(dry, rel=0.15)
+
+
+@needs_two
+def test_a_run_killed_on_two_gpus_goes_on_on_one_and_on_two_again(tmp_path):
+    """The loss goes on where it was: a wrong state shows at once as some tenths of a nat."""
+    run = tmp_path / "run"
+    flags = ["--preset", "nano", "--max-seq-len", "128", "--data", "pystdlib", "--batch-size", "8",
+             "--eval-every", "0", "--compile", "false", "--device", "cuda", "--out", str(run)]
+    ranks = begin_ranks(*flags, "--steps", "100000", "--save-every", "20", "--expert-parallel", "2",
+                        program="minids.train")
+    wait_for_steps(run, 90, ranks)
+    os.kill(ranks_below(ranks.pid)[-1], signal.SIGKILL)
+    ranks.communicate(timeout=60)
+    resume = ["--resume", "--out", str(run), "--device", "cuda"]
+    for more, start in enumerate((run_train, lambda *words: run_ranks(
+            *words, program="minids.train")), start=1):
+        done = len(read_records(run))
+        said = start(*resume, "--steps", str(done + 20))
+        assert said.status == 0, said.err
+        at = int(re.search(r"resumed at step (\d+)", said.out)[1])
+        assert 0 < at <= done and at % 20 == 0 or more == 2 and at == done, (at, done)
+    records = read_records(run)
+    assert [r["step"] for r in records] == [*range(1, len(records) + 1)]
+    losses = [r["loss"] for r in records]
+    for a, b in zip(losses[60:], losses[61:], strict=False):
+        assert abs(a - b) < 0.7, losses
+    assert losses[-1] < losses[0] - 1

@@ -7,7 +7,7 @@ import torch
 
 from minids import ModelArgs
 from minids.parallel import layout as layouts
-from minids.parallel.experts import by_expert
+from minids.parallel.experts import leaving
 from minids.parallel.layout import SCHEDULES, Layout, Spread, check_batch
 
 TINY = ModelArgs.preset("tiny")
@@ -110,9 +110,11 @@ def test_batches_that_cannot_be_dealt_are_refused():
         check_batch(Layout(fsdp=2), 9, parts=4)
 
 
-def test_rows_are_sorted_by_expert_and_back():
-    """The example of the docstring, and one with experts that get nothing."""
-    order, back = by_expert(torch.tensor([[1, 2], [1, 1]]), 5)
-    assert order.tolist() == [0, 3, 1, 2, 4] and back.tolist() == [0, 2, 3, 1, 4]
-    order, back = by_expert(torch.tensor([[0, 2, 0], [3, 0, 0]]), 5)
-    assert order.tolist() == [2, 3, 4, 0, 1] and back.tolist() == [3, 4, 0, 1, 2]
+def test_a_token_leaves_once_for_each_rank_that_has_one_of_its_experts():
+    """The example of the docstring, and one where all go to one rank of three."""
+    slot, source, numbers = leaving(torch.tensor([[0, 1], [0, 3], [2, 3]]), 2, 2)
+    assert slot.tolist() == [[0, 4], [1, 2], [3, 4]] and numbers.tolist() == [[2, 3], [2, 3]]
+    assert source[:4].tolist() == [0, 1, 1, 2]
+    slot, source, numbers = leaving(torch.tensor([[3, 2, 0], [2, 3, 1]]), 4, 3)
+    assert slot.tolist() == [[0, 2, 2], [1, 2, 2]] and source[:2].tolist() == [0, 1]
+    assert numbers.tolist() == [[2, 6], [0, 0], [0, 0]]

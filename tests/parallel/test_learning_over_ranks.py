@@ -97,7 +97,6 @@ def test_any_number_of_ranks_goes_on_where_another_stopped(base, alone, tmp_path
 @pytest.mark.parametrize("program, wrong, line", [
     ("sft", ("--batch-size", "3"), "batch_size = 3 is not valid: it must be a multiple of 2"),
     ("sft", ("--replicate", "3"), "replicate = 3 is not valid"),
-    ("sft", ("--compile", "true"), "compile = 'true' is not valid"),
     ("grpo", ("--questions", "6"), "questions = 6 is not valid: it must be a multiple of 4"),
     ("grpo", ("--pipeline", "2"), "unknown flag --pipeline"),
     ("r1", (), "2 processes are not valid: minids.r1 runs in one"),

@@ -112,6 +112,31 @@ def test_two_ranks_go_on_from_a_run_to_sparse_attention_and_to_a_longer_context(
 
 
 @pytest.mark.slow
+def test_compiled_pieces_around_the_exchange_take_the_steps_of_one_process(home, flags, alone):
+    """With generated code, which takes a minute; four_ranks.py compiles other layouts without."""
+    run = home / "compiled"
+    said = torchrun(*flags, "--out", str(run), "--expert-parallel", "2", "--compile", limit=300)
+    assert said.status == 0 and "the run goes on without" not in said.out, said
+    assert_same_run(run, alone)
+
+
+@pytest.mark.slow
+def test_a_run_in_fp8_is_resumed_with_its_moments_in_bf16(home, flags):
+    """Ranks round their own tokens, and so nearly what one process rounds: E4M3 has two digits."""
+    run, options = home / "fp8", [*flags, "--fp8", "--save-every", "3"]
+    assert run_train(*options, "--out", str(home / "fp8-alone")).status == 0
+    said = torchrun(*options, "--out", str(run), "--expert-parallel", "2")
+    assert said.status == 0, said.err
+    unbroken = read_records(run)
+    cut_back(run, again := home / "fp8-again", step=3)
+    said = torchrun("--resume", "--out", str(again), "--expert-parallel", "2")
+    assert said.status == 0, said.err
+    assert [r["loss"] for r in read_records(again)] == [r["loss"] for r in unbroken]
+    for mine, theirs in zip(unbroken, read_records(home / "fp8-alone"), strict=True):
+        assert mine["loss"] == pytest.approx(theirs["loss"], rel=0.01)
+
+
+@pytest.mark.slow
 def test_micro_batches_in_bf16_add_up_over_ranks(home, flags):
     """A cast that outlives its micro-batch lost gradients: the norm was then 1 percent off.
 
@@ -213,6 +238,8 @@ def test_a_killed_rank_is_started_again_and_ends_as_an_unbroken_run(home, flags,
     (("--batch-size", "9"), "batch_size = 9 is not valid"),
     (("--balance-loss", "expert"), "balance_loss = 'expert' is not valid"),
     (("--recompute", "selective"), "recompute = 'selective' is not valid"),
+    (("--compile", "--pipeline", "2", "--schedule", "ZBVZeroBubble", "--n-layers", "4"),
+     "compile = 'true' is not valid"),
     (("--data", "text:no-such-folder"), "no-such-folder"),
     pytest.param(("--device", "cuda"), "device = 'cuda' is not valid", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="this machine has a GPU"))])

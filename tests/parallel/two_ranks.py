@@ -1,12 +1,14 @@
 """What two ranks go through; started by test_two_ranks.py."""
 
+import math
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import learning
 import torch
 from comparing import (
     ARGS,
+    CLOSE,
     DEVICE,
     WEIGHTS,
     batch,
@@ -21,14 +23,20 @@ from comparing import (
     spread,
     train_in_parallel,
     worst_gradient,
+    worst_weight,
 )
 from launching import run_checks
+from small_models import scrambled
 from torch.distributed.fsdp import FSDPModule
 
 from minids import Transformer
+from minids.apply.fp8 import use_fp8
 from minids.apply.recompute import recompute_blocks
-from minids.kernels.experts import trains_on_gpu
+from minids.parallel import experts
 from minids.parallel.model import ParallelModel
+from minids.parallel.shards import local
+from minids.runs.optimizers import build_optimizers
+from minids.runs.settings import TrainArgs
 
 
 def check_initial_weights_are_one_process_to_the_bit():
@@ -65,13 +73,101 @@ def check_experts_and_recompute():
     compare_step(ranks_of(expert_parallel=2), parts=2, prepare=recompute_blocks)
 
 
-def check_no_body_reads_past_the_experts():
-    """On a GPU a body of `MoE.routed` takes whole weights, which no rank has."""
-    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+def gradients(trip: type, recompute: str = "none") -> list[torch.Tensor]:
+    """This rank's gradients, with experts on both ranks and exchanges of this kind."""
+    usual, experts.Trip = experts.Trip, trip
+    try:
+        parallel = spread(ranks_of(expert_parallel=2), one_process()[0],
+                          prepare=lambda part: recompute_blocks(part, recompute))
+        parallel.step(share(parallel.ranks, batch(), parts=2), WEIGHTS)
+    finally:
+        experts.Trip = usual
+    return [local(p.grad) for _, p in parallel.named_parameters()]
+
+
+class AtOnce(experts.Trip):
+    """Nothing else is done while rows are under way."""
+
+    def start(self, *rows):
+        arrived = super().start(*rows)
+        super().finish()
+        return arrived
+
+    def finish(self):
+        pass
+
+
+class AtTheLastMoment(experts.Trip):
+    """Rows arrive when they are waited for, and nothing that is read before is a number."""
+
+    def start(self, rows, sent, received):
+        self.message = rows, sent, received
+        self.arriving = rows.new_full((sum(received) + 1, rows.size(1)), math.nan)
+        return self.arriving
+
+    def finish(self):
+        arrived = super().start(*self.message)
+        super().finish()
+        self.arriving.copy_(arrived)
+
+
+class Never(AtTheLastMoment):
+    """Wrong: the rows are read before they have arrived."""
+
+    def finish(self):
+        pass
+
+
+def check_what_is_done_meanwhile_changes_no_bit():
+    for recompute in ("none", "blocks"):
+        wanted = gradients(AtOnce, recompute)
+        for trip in (experts.Trip, AtTheLastMoment):
+            assert all(map(torch.equal, gradients(trip, recompute), wanted)), trip
+    assert not all(grad.isfinite().all() for grad in gradients(Never))
+
+
+def check_a_row_that_stands_for_none_and_is_not_zero_is_wrong():
+    class Ones(experts.Trip):
+        def start(self, *rows):
+            arriving = super().start(*rows)
+            arriving[-1] = 1
+            return arriving
+
+    wanted = gradients(AtOnce)
+    assert largest(max((a - b).abs().max().item()
+                       for a, b in zip(gradients(Ones), wanted, strict=True))) > 1e-3
+
+
+def check_fp8():
+    """One process that takes the ranks' rows in turn rounds the same numbers, and so do they.
+
+    Where ranks share experts, other tokens have their gradients' scales in common: rounding moves
+    what those three products give, and nothing else by more.
+    """
+    args = replace(ARGS, dim=128, inter_dim=128, moe_inter_dim=128, n_layers=2, kv_lora_rank=128)
+    plain, model = scrambled(args).to(DEVICE), scrambled(args).to(DEVICE)
+    use_fp8(model)
+    options = TrainArgs(fp8=True, lr=0.02)
+    own = build_optimizers(model, options, torch.float64)
+    for one in (plain, model):
+        for rows in (slice(0, 4), slice(4, 8)):
+            (one.loss(*(t[rows] for t in batch()), *WEIGHTS).total / 2).backward()
+    found = {}
     for fields in ({}, dict(expert_parallel=2)):
-        [part] = spread(ranks_of(**fields), one_process()[0]).parts
-        for block in part.blocks():
-            assert not block.is_moe or not trains_on_gpu(block.ffn, on_gpu, None, None)
+        parallel = spread(ranks_of(**fields), model, prepare=use_fp8)
+        optimizers = build_optimizers(parallel, options, torch.float64)
+        parallel.step(share(parallel.ranks, batch()), WEIGHTS)
+        found[len(fields)] = largest(worst_gradient(parallel, model)[0])
+        if not fields:
+            rounding = largest(worst_gradient(parallel, plain)[0])
+            optimizers[0].step()
+            [moment] = {state["exp_avg"].dtype for state in optimizers[0].state.values()}
+            assert moment == torch.bfloat16
+            stepped = parallel
+    own[0].step()
+    error, name = worst_weight(stepped, model)
+    assert found[0] < CLOSE and error < CLOSE, (found, error, name)
+    assert found[1] < 0.5 * rounding, (found, rounding)
 
 
 def check_all_tokens_to_one_rank():
