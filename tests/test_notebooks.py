@@ -26,6 +26,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "notebooks"
 GRADE_FIELDS = {"schema_version", "grade_id", "solution", "grade", "locked", "task"}
 SOLUTION, HIDDEN = "SOLUTION", "HIDDEN TESTS"
+STAGES = "what to look at", "the idea", "the shape of the line"
+HINT = r"<details><summary>Hint {}: {}</summary>\n\n.+\n\n</details>"
 COMPARED = "nbval-check-output"  # the tag of a cell whose output must be the stored one
 
 
@@ -141,7 +143,8 @@ def anatomy(book: Notebook) -> list[str]:
     wanted = {"a title with the notebook's number": first.startswith(f"# {book.name[:2]} · "),
               "the question": "**The question.**" in first, "the paper": "**Paper.**" in first,
               "the run time": "**Run time.**" in first,
-              "two folded answers": sum(text.count("<details>") for text in book.markdown) == 2,
+              "two folded answers": sum(text.count("<details><summary>Answer</summary>")
+                                        for text in book.markdown) == 2,
               "a figure whose heading is a message": any(
                   re.match(r"## The figure: \S", text) for text in book.markdown),
               "what breaks": any("What breaks" in text for text in book.markdown),
@@ -156,8 +159,26 @@ def anatomy(book: Notebook) -> list[str]:
     return [f"{part} is missing" for part, there in wanted.items() if not there]
 
 
+def hints(book: Notebook) -> list[str]:
+    """Require three folded hints between each task and its solution, all in one form."""
+    found = []
+    for task, hint, cell in zip(book.nb.cells, book.nb.cells[1:], book.nb.cells[2:], strict=False):
+        if cell.metadata.get("nbgrader", {}).get("solution"):
+            name = cell.metadata["nbgrader"]["grade_id"]
+            if not re.fullmatch("\n\n".join(HINT.format(i, stage) for i, stage in
+                                            enumerate(STAGES, 1)), hint.source):
+                found.append(f"{name} has no three hints above it")
+            points = [c.metadata["nbgrader"]["points"] for c in book.code
+                      if c.metadata.get("nbgrader", {}).get("grade_id") == f"{name}_test"]
+            asked = re.search(r"\*\*Exercise \d[a-c]?\*\* \((\d) points?\)", task.source)
+            if not asked or [int(asked[1])] != points:
+                found.append(f"{name}: the task does not say the points, {points}")
+    return found
+
+
 def grading(book: Notebook) -> list[str]:
-    """Require three or four exercises: marked solution, talking check, test with points."""
+    """Require three or four exercises, and parts of one that is built: marked solution, talking
+    check, test with points."""
     graded = [(cell, cell.metadata["nbgrader"]) for cell in book.code
               if "nbgrader" in cell.metadata]
     found = [f"{kind} markers without their metadata" for cell in book.code for kind in
@@ -171,7 +192,8 @@ def grading(book: Notebook) -> list[str]:
     solutions = sum(bool(meta.get("solution")) for _, meta in graded)
     tests = sum(bool(meta.get("grade")) for _, meta in graded)
     checks = sum(re.search(r"^review\(", cell.source, re.M) is not None for cell, _ in graded)
-    if not (3 <= solutions <= 4 and solutions == tests == checks):
+    built = sum("**Exercise 5" in text for text in book.markdown)
+    if not (3 <= solutions - built <= 4 and built in (0, 2, 3, 4) and solutions == tests == checks):
         found.append(f"{solutions} solutions, {checks} checks and {tests} tests with points")
     return found
 
@@ -224,7 +246,7 @@ def begins(book: Notebook) -> list[str]:
 
 
 CHECKS = [kernel, begins, execution, noise, length, prose, proportion, figure, local, anatomy,
-          grading, bug]
+          hints, grading, bug]
 PATHS = sorted(FOLDER.glob("*.ipynb"))
 BOOKS = [read(path) for path in PATHS]
 

@@ -2,14 +2,19 @@
 
     python -m minids.lab.course --blank
     python -m minids.lab.course --students ../minids-course
+    python -m minids.lab.course --students ../minids-course --variant 2027
+    python -m minids.lab.course --handouts runs/course/handouts
     python -m minids.lab.course --out course
     cd course && nbgrader generate_assignment 05_moe --create
 
 `--students` makes a repository to hand out: the package and the notebooks without answers, and
 neither hidden tests nor wrong answers. Without it, the folder must be inside the clone, where the
-notebooks find the package.
+notebooks find the package. `--variant` gives the exercises other names, orders of arguments and
+numbers, so that earlier answers do not fit; grade with the same seed. `--handouts` writes a page to
+print for each notebook.
 """
 
+import contextlib
 import importlib.util
 import json
 import shutil
@@ -18,6 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from shlex import quote
 from textwrap import indent
+
+from tqdm import tqdm
 
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, option, require
@@ -43,6 +50,10 @@ class CourseArgs(Settings):
     out: str = option("runs/course", "folder of the course, inside the clone", folder=True)
     blank: bool = option(False, "write only blank/, the notebooks without answers, to work alone")
     students: str = option("", "new folder outside the clone: a repository for students",
+                           folder=True)
+    variant: int = option(0, "seed of other names, orders and numbers in the exercises; 0: none",
+                          low=0, high=9999)
+    handouts: str = option("", "write only a page to print for each notebook, to this folder",
                            folder=True)
     force: bool = option(False, "overwrite notebooks that you changed in source/ or blank/")
 
@@ -84,7 +95,16 @@ def write(files: dict[Path, bytes], force: bool) -> None:
         write_whole(path, content)
 
 
-def repository(folder: Path, notebooks: list[Path]) -> None:
+def contents(paths: list[Path], variant: int) -> dict[Path, bytes]:
+    """Return the notebooks, varied if there is a seed: path -> content."""
+    if not variant:
+        return {path: path.read_bytes() for path in paths}
+    from minids.lab.variants import vary  # it runs cells, with torch
+    with contextlib.chdir(ROOT / "notebooks"):
+        return {path: vary(path, variant) for path in tqdm(paths, unit="notebook", disable=None)}
+
+
+def repository(folder: Path, notebooks: dict[Path, bytes]) -> None:
     """Write the repository for students, and commit it where git is installed."""
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", ".ipynb_checkpoints")
     for name in SHIPPED:
@@ -93,8 +113,8 @@ def repository(folder: Path, notebooks: list[Path]) -> None:
         elif (ROOT / name).is_file():
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    write({folder / "notebooks" / path.name: without_answers(path.read_bytes())
-           for path in notebooks}, force=True)
+    write({folder / "notebooks" / path.name: without_answers(content)
+           for path, content in notebooks.items()}, force=True)
     for page in (ROOT / "notebooks").glob("*.md"):
         shutil.copy(page, folder / "notebooks")
     author = ["-c", "user.name=minids", "-c", "user.email=course@localhost"]
@@ -114,16 +134,21 @@ def main() -> None:
     """Write the course, and print the points of each notebook's exercises."""
     [given] = parse("minids.lab.course", __doc__, CourseArgs)
     args = CourseArgs(**given)
-    folder, notebooks = Path(args.out).resolve(), sorted((ROOT / "notebooks").glob("*.ipynb"))
-    points = {path.stem: points_of(path) for path in notebooks}  # before anything is written
+    folder, paths = Path(args.out).resolve(), sorted((ROOT / "notebooks").glob("*.ipynb"))
+    points = {path.stem: points_of(path) for path in paths}  # before anything is written
+    if args.handouts:
+        from minids.lab.handouts import write_handouts  # it draws formulas
+        write_handouts(Path(args.handouts), paths)
+        return print(f"next: open {quote(args.handouts)}/{paths[5].stem}.html, and print it")
+    notebooks = contents(paths, args.variant)
     if args.students:
         repository(Path(args.students).resolve(), notebooks)
     elif args.blank:
-        write({folder / "blank" / path.name: without_answers(path.read_bytes())
-               for path in notebooks}, args.force)
+        write({folder / "blank" / path.name: without_answers(content)
+               for path, content in notebooks.items()}, args.force)
     else:
-        write({folder / "source" / path.stem / path.name: path.read_bytes()
-               for path in notebooks}, args.force)
+        write({folder / "source" / path.stem / path.name: content
+               for path, content in notebooks.items()}, args.force)
         write_whole(folder / "nbgrader_config.py", CONFIG.format(root=str(folder), stub=STUB))
     for stem, found in points.items():
         print(f"{stem:24} {len(found)} exercises {sum(found):3} points")
@@ -133,7 +158,7 @@ def main() -> None:
         return print(f"next: push {quote(args.students)} to where your students clone it from")
     if args.blank:
         return print(f"next: jupyter lab {quote(args.out + '/blank')}")
-    print(f"next: cd {quote(args.out)} && nbgrader generate_assignment {notebooks[5].stem} "
+    print(f"next: cd {quote(args.out)} && nbgrader generate_assignment {paths[5].stem} "
           "--create")
     if importlib.util.find_spec("nbgrader") is None:
         print("nbgrader is not installed: pip install nbgrader")

@@ -14,8 +14,8 @@ import html
 import io
 import json
 import os
+import re
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from minids.base.fields import Settings, demand, option
 from minids.base.files import write_whole
 from minids.lab import lesson
 from minids.lab.checker import LATE, Copy
-from minids.lab.exercises import Exercise, code_cells, exercises, needed
+from minids.lab.exercises import Exercise, code_cells, exercises, needed, staged
+from minids.lab.variants import vary
 
 ROOT = Path(__file__).resolve().parents[2]
 LONGEST = 20.0  # seconds that one exercise of one submission may take; most take a tenth of one
@@ -50,6 +51,7 @@ class GradingArgs(Settings):
     submitted: str = option("runs/course/submitted", "folder that has a folder for each student")
     out: str = option("runs/course/grades", "folder for the grades and the feedback", folder=True)
     jobs: int = option(0, "submissions at a time; 0: one for each core", low=0)
+    variant: int = option(0, "seed of the variant that was handed out; 0: none", low=0, high=9999)
 
     def __post_init__(self):
         super().__post_init__()
@@ -67,10 +69,14 @@ class Submission:
 
 @dataclass(frozen=True)
 class Mark:
-    """A student's points for an exercise, the most they could get, and the reason."""
+    """A student's points for an exercise or a part of one, the most they could get, and why.
+
+    number: as the task has it, 5a for a part
+    """
 
     student: str
     notebook: str
+    number: str
     exercise: str
     points: int
     most: int
@@ -130,31 +136,46 @@ def answer_to(exercise: Exercise, sent: Submission) -> str:
     return (written or own or [""])[-1]
 
 
+def lent(text: str) -> str:
+    """Return what an answer may use of a given cell: imports, and functions that stand alone."""
+    body, imports = ast.parse(text).body, ast.Import | ast.ImportFrom
+    alone = all(isinstance(node, imports) or isinstance(node, ast.FunctionDef)
+                and not (node.args.defaults or node.decorator_list) for node in body)
+    return text if alone else "\n".join(ast.unparse(n) for n in body if isinstance(n, imports))
+
+
 def helpers(exercise: Exercise, answer: str, sent: Submission, given: set[str]) -> list[str]:
-    """Return the student's own cells that the answer needs, in order."""
+    """Return the cells that the answer needs, in order: the student's own, and imports."""
     own = []
     for grade_id, text in sent.cells:
         text = "\n".join(line for line in text.splitlines() if line.lstrip()[:1] not in ("%", "!"))
         with contextlib.suppress(SyntaxError, ValueError):
             ast.parse(text)
-            if text not in given and text != answer and not grade_id:
-                own.append(text)
+            if text != answer and not grade_id:
+                own.append(lent(text) if text in given else text)
     with contextlib.suppress(SyntaxError, ValueError):
         return list(needed(own, [answer]))
     return []
 
 
+def other_variant(name: str, answer: str) -> str:
+    """Return which other variant of an exercise an answer defines, in words."""
+    base = re.sub(r"_\d{1,4}$", "", name)
+    found = re.search(rf"^def ({base}(?:_\d+)?)\(", answer, re.M)
+    return f"; its cell defines {found[1]}, of another variant" if found else ""
+
+
 def judge(exercise: Exercise, answer: str, before: list[str], space: dict) -> str:
     """Return what is wrong with an answer, "" if it gets its points; in a copy of the process."""
     if not answer.strip():
-        return f"no cell defines {exercise.name}"
+        return f"no cell defines {exercise.name}{other_variant(exercise.name, answer)}"
     for text in [*before, answer]:
         try:
             exec(compile(text, "answer", "exec"), space)
         except BaseException as error:
             return f"the cell stops with {type(error).__name__}: {error}"
     if exercise.name not in space:
-        return f"no cell defines {exercise.name}"
+        return f"no cell defines {exercise.name}{other_variant(exercise.name, answer)}"
     space |= {name: getattr(lesson, name) for name in ("drawn", "grade", "review")}
     try:
         for text in (exercise.check, exercise.test):
@@ -164,21 +185,6 @@ def judge(exercise: Exercise, answer: str, before: list[str], space: dict) -> st
     except BaseException as error:
         return f"the test stops with {type(error).__name__}: {error}"
     return ""
-
-
-def staged(path: Path) -> Iterator[tuple[Exercise, dict]]:
-    """Yield each exercise of a notebook with the names that its cells need, as they stand there."""
-    found, space, run = exercises(path), {}, set()
-    wanted = {cell for exercise in found for cell in exercise.needs}
-    cells = [text for _, text in code_cells(json.loads(path.read_bytes()))]
-    for text in cells:
-        here = next((exercise for exercise in found if exercise.solution == text), None)
-        if here:
-            yield here, space
-        if text in wanted and text not in run:
-            run.add(text)
-            with contextlib.redirect_stdout(io.StringIO()):
-                exec(compile(text, path.stem, "exec"), space)
 
 
 def grade_notebook(path: Path, class_: list[Submission], jobs: int, bar: tqdm) -> list[Mark]:
@@ -191,7 +197,8 @@ def grade_notebook(path: Path, class_: list[Submission], jobs: int, bar: tqdm) -
         found = [value for kind, value in values if kind == "judged"]
         told = found[0] if found else "takes too long" if fate == LATE else f"the cell {fate}"
         points = exercise.points if told == "" else 0
-        marks.append(Mark(sent.student, path.stem, exercise.name, points, exercise.points, told))
+        marks.append(Mark(sent.student, path.stem, exercise.number, exercise.name, points,
+                          exercise.points, told))
         bar.update()
 
     for exercise, space in staged(path):
@@ -213,6 +220,14 @@ def grade_notebook(path: Path, class_: list[Submission], jobs: int, bar: tqdm) -
     return marks
 
 
+def varied(path: Path, seed: int, out: Path) -> Path:
+    """Write a notebook of a variant, with its answers, and return its path."""
+    place = out / f"variant_{seed}" / path.name
+    place.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(place, vary(path, seed))
+    return place
+
+
 def table(rows: list[list]) -> bytes:
     """Return rows as CSV."""
     text = io.StringIO()
@@ -228,6 +243,12 @@ def for_nbgrader(marks: list[Mark]) -> bytes:
         points, most = (sum(float(getattr(m, what)) for m in own) for what in ("points", "most"))
         rows.append([notebook, "", "", student, "", "", "", points, 0.0, points, most])
     return table(rows)
+
+
+def by_exercise(marks: list[Mark]) -> bytes:
+    """Return the points of each exercise and each part of one, and what was wrong."""
+    head = "student notebook number exercise points most told".split()
+    return table([head, *([getattr(mark, name) for name in head] for mark in marks)])
 
 
 def for_canvas(marks: list[Mark]) -> bytes:
@@ -256,7 +277,7 @@ def feedback(student: str, marks: list[Mark], remarks: dict[str, tuple[str, ...]
         lines += [f"<p>{html.escape(remark)}</p>" for remark in remarks[notebook]]
         for mark in own if any(mark.points for mark in own) or not remarks[notebook] or any(
                 mark.told != f"no cell defines {mark.exercise}" for mark in own) else []:
-            lines.append(f"<h3>{mark.exercise}: {mark.points} of {mark.most}</h3>")
+            lines.append(f"<h3>{mark.number}, {mark.exercise}: {mark.points} of {mark.most}</h3>")
             lines += [f"<pre>{html.escape(mark.told)}</pre>"] if mark.told else []
     return PAGE.format(name=html.escape(student), body="\n".join(lines),
                        points=sum(mark.points for mark in marks),
@@ -264,7 +285,7 @@ def feedback(student: str, marks: list[Mark], remarks: dict[str, tuple[str, ...]
 
 
 def main() -> None:
-    """Grade, and write grades.csv, canvas.csv and a page of feedback for each student."""
+    """Grade; write the points of notebooks and exercises, and each student's feedback."""
     [given] = parse("minids.lab.grading", __doc__, GradingArgs)
     args = GradingArgs(**given)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a copy of a process that uses a GPU cannot
@@ -277,6 +298,8 @@ def main() -> None:
     marks, remarks, out = [], {}, Path(args.out).resolve()
     start, answers = time.monotonic(), len(folders) * sum(len(exercises(path)) for path in paths)
     os.chdir(ROOT / "notebooks")  # where the cells expect to be
+    if args.variant:
+        paths = [varied(path, args.variant, out) for path in paths]
     with tqdm(total=answers, unit="answer", disable=None) as bar:
         for path in paths:
             bar.set_description(path.stem)
@@ -285,6 +308,7 @@ def main() -> None:
             marks += grade_notebook(path, class_, args.jobs or os.cpu_count() or 1, bar)
     (out / "feedback").mkdir(parents=True, exist_ok=True)
     write_whole(out / "grades.csv", for_nbgrader(marks))
+    write_whole(out / "exercises.csv", by_exercise(marks))
     write_whole(out / "canvas.csv", for_canvas(marks))
     for student in (folder.name for folder in folders):
         page = feedback(student, [mark for mark in marks if mark.student == student],
@@ -292,7 +316,7 @@ def main() -> None:
         write_whole(out / "feedback" / f"{student}.html", page)
     seconds = (time.monotonic() - start) / (len(folders) * len(paths))
     print(f"{len(folders)} students, {len(paths)} notebooks, {seconds:.1f} s per submission")
-    print(f"next: {args.out}/grades.csv (nbgrader), canvas.csv, feedback/")
+    print(f"next: {args.out}/grades.csv (nbgrader), canvas.csv, exercises.csv, feedback/")
 
 
 if __name__ == "__main__":

@@ -66,6 +66,8 @@ def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
     if not callable(function) or not hasattr(function, "__name__"):
         return [f"{shown(function)} is not a function"]
     name, cases = function.__name__, list(cases)
+    if order := getattr(function, "order", ()):  # a variant of the exercise: lab.variants
+        cases = [(tuple(case[0][i] for i in order), *case[1:]) for case in cases]
     if taken := borrowed(function):
         return [f"{name} takes {taken} from minids, which knows the answer: write it yourself"]
     calls = [f"{name}({', '.join(map(shown, arguments))})" for arguments, *_ in cases]
@@ -141,8 +143,8 @@ def sentence(call: str, words: str, what: str, case: tuple, mistake: str) -> str
     """
     arguments, expected, hint = case
     about = f" ({hint})" if hint else ""
-    if type(expected) is bool and arguments and callable(arguments[0]):
-        version = shown(arguments[0]).replace("<lambda>", "this version")
+    if type(expected) is bool and any(map(callable, arguments)):
+        version = shown(next(filter(callable, arguments))).replace("<lambda>", "this version")
         if what == "error":
             right = "right" if expected else "wrong"
             return f"{call} {words}: {version} is {right}, so return {expected}{about}"

@@ -245,6 +245,25 @@ class TestStudents:
         names = [path.name for path in (tmp_path / "handed/notebooks").glob("*.ipynb")]
         assert sorted(names) == [f"{stem}.ipynb" for stem in STEMS]
 
+    def test_handouts_alone_are_written(self, clone, tmp_path):
+        done = run(clone, "minids.lab.course", "--handouts", str(tmp_path / "pages"))
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines()[-1].endswith(f"/{STEMS[5]}.html, and print it")
+        assert sorted(p.stem for p in (tmp_path / "pages").iterdir()) == STEMS
+
+    @pytest.mark.slow
+    def test_a_variant_holds_neither_answers_nor_last_years_names(self, clone, tmp_path):
+        done = run(clone, "minids.lab.course", "--students", str(tmp_path / "handed"),
+                   "--variant", "2027")
+        assert done.returncode == 0, done.stderr
+        for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+            cells = nbformat.read(tmp_path / "handed" / "notebooks" / path.name, 4).cells
+            text = "\n".join(cell.source for cell in cells)
+            assert "SOLUTION" not in text and "HIDDEN" not in text
+            for exercise in exercises(path):
+                assert f"def {exercise.name}_2027(" in text
+                assert f"def {exercise.name}(" not in text
+
     def test_run_all_goes_on_behind_an_unsolved_exercise(self):
         nb = blank(ROOT / "notebooks" / f"{STEMS[0]}.ipynb")
         for cell in nb.cells:

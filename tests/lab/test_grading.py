@@ -161,6 +161,17 @@ def test_canvas_reads_the_same(graded):
         name: points for name, (_, points, _) in CLASS.items()}
 
 
+def test_each_exercise_and_part_has_its_row(graded):
+    with open(graded / "exercises.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["notebook"] == "00_map"]
+    assert len(rows) == len(CLASS) * len(EXERCISES)
+    mistaken = {row["number"]: row for row in rows if row["student"] == "mistaken"}
+    assert [row["number"] for row in rows if row["student"] == "solved"] == [
+        exercise.number for exercise in EXERCISES] == ["1", "2", "3", "4"]
+    assert mistaken["1"]["points"] == "0" and "instead of" in mistaken["1"]["told"]
+    assert mistaken["2"]["points"] == mistaken["2"]["most"] and not mistaken["2"]["told"]
+
+
 @pytest.mark.parametrize("student", CLASS)
 def test_the_page_says_why(graded, student):
     page = (graded / "feedback" / f"{student}.html").read_text()

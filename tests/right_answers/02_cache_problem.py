@@ -41,3 +41,57 @@ def visible_keys(cached, new):
     import torch
     mask = torch.ones(new, cached + new).tril(cached)
     return mask.sum(1).long().tolist()
+
+
+def causal_attention(q, k, v):
+    """Query by query, over the keys that it sees."""
+    out = torch.empty_like(q)
+    each, past = q.size(1) // k.size(1), k.size(0) - q.size(0)
+    for s in range(q.size(0)):
+        for h in range(q.size(1)):
+            keys, values = k[:past + s + 1, h // each], v[:past + s + 1, h // each]
+            out[s, h] = torch.softmax(keys @ q[s, h] / q.size(2) ** 0.5, 0) @ values
+    return out
+
+
+def causal_attention(q, k, v):
+    """By torch's own attention."""
+    at = torch.arange(len(k))
+    seen = at <= at[-len(q):, None]
+    heads = [x.transpose(0, 1) for x in (q, *(t.repeat_interleave(q.size(1) // k.size(1), 1)
+                                              for t in (k, v)))]
+    return torch.nn.functional.scaled_dot_product_attention(*heads, seen).transpose(0, 1)
+
+
+def next_token_loss(logits, tokens):
+    """With log-softmax and gather."""
+    logp = logits[:, :-1].log_softmax(-1)
+    return -logp.gather(-1, tokens[:, 1:, None]).mean()
+
+
+def next_token_loss(logits, tokens):
+    """Classes in the second axis, as cross_entropy wants them."""
+    return torch.nn.functional.cross_entropy(logits.transpose(1, 2)[..., :-1], tokens[..., 1:])
+
+
+def written_with_cache(model, prompt, n):
+    """The prompt first, then a loop over single tokens."""
+    if n == 0:
+        return list(prompt), 0
+    choices, cache = model(prompt, None)
+    new = [choices[-1]]
+    while len(new) < n:
+        [choice], cache = model(new[-1:], cache)
+        new.append(choice)
+    return [*prompt, *new], len(prompt) + len(new) - 1
+
+
+def written_with_cache(model, prompt, n):
+    """Token by token, the prompt as well."""
+    text, cache, choice, read = list(prompt), None, [], 0
+    while len(text) < len(prompt) + n:
+        while read < len(text):
+            choice, cache = model([text[read]], cache)
+            read += 1
+        text.append(choice[-1])
+    return text, read

@@ -26,3 +26,58 @@ def parts_alike(scores):
     q, k = torch.randn(5, 12, dtype=torch.float64), torch.randn(12, dtype=torch.float64)
     one, two = (scores(q[:, :n], q[:, n:], k[:n].expand(5, n), k[n:]) for n in (3, 10))
     return torch.allclose(one, two, atol=1e-12)
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """One query and one key for both parts."""
+    query = torch.cat([(q_c.unsqueeze(1) @ w_uk).squeeze(1), q_r], dim=-1)
+    return (query * scale @ torch.cat([latents, k_r], dim=-1).T).softmax(dim=1)
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """Head by head, the softmax by hand."""
+    rows = []
+    for i in range(len(q_c)):
+        score = (latents @ (q_c[i] @ w_uk[i]) + k_r @ q_r[i]) * scale
+        power = (score - score.max()).exp()
+        rows.append(power / power.sum())
+    return torch.stack(rows)
+
+
+def output_from_cache(p, latents, w_uv, wo):
+    """With matrix products alone."""
+    return wo @ torch.cat([w @ (row @ latents) for row, w in zip(p, w_uv, strict=True)])
+
+
+def output_from_cache(p, latents, w_uv, wo):
+    """One einsum."""
+    each = wo.unflatten(1, w_uv.shape[:2])
+    return torch.einsum("ht,tc,hvc,dhv->d", p, latents, w_uv, each)
+
+
+def decode_step(h, cache, w, args, turn):
+    """Without the parts before it, head by head."""
+    n, r, c, t = args.qk_nope_head_dim, args.qk_rope_head_dim, args.kv_lora_rank, len(cache)
+    down = h @ w["wkv_a"].T
+    latent = down[:c] * torch.rsqrt(down[:c].pow(2).mean() + 1e-6) * w["kv_norm"]
+    rows = torch.vstack([cache, torch.cat([latent, turn(down[c:], t)])])
+    out = []
+    for q, up in zip((h @ w["wq"].T).chunk(args.n_heads), w["wkv_b"].chunk(args.n_heads),
+                     strict=True):
+        query = torch.cat([q[:n] @ up[:n], turn(q[n:], t)])
+        p = (rows @ query / (n + r) ** 0.5).softmax(0)
+        out.append(up[n:] @ (p @ rows[:, :c]))
+    return w["wo"] @ torch.cat(out), rows
+
+
+def decode_step(h, cache, w, args, turn):
+    """With lists as results."""
+    n, r, c = args.qk_nope_head_dim, args.qk_rope_head_dim, args.kv_lora_rank
+    q = torch.nn.functional.linear(h, w["wq"]).view(args.n_heads, n + r)
+    latent, key = torch.nn.functional.linear(h, w["wkv_a"]).tensor_split([c])
+    row = torch.hstack([rms_norm(latent) * w["kv_norm"], turn(key, cache.size(0))])
+    longer = torch.cat([cache, row.unsqueeze(0)], dim=0)
+    up = w["wkv_b"].view(args.n_heads, n + args.v_head_dim, c)
+    p = attention_from_cache(q[:, :n], turn(q[:, n:], cache.size(0)), longer[:, :c],
+                             longer[:, c:], up[:, :n], (n + r) ** -0.5)
+    return output_from_cache(p, longer[:, :c], up[:, n:], w["wo"]).tolist(), longer.tolist()

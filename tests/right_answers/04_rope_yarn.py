@@ -20,3 +20,68 @@ def distance_alone(score):
     rows = [[score(q, k, n + d, n) for n in (0, 1, 7, 30, 100)] for d in range(6)]
     flat = all(abs(x - row[0]) < 1e-7 for row in rows for x in row)
     return flat and len({round(row[0], 5) for row in rows}) > 1
+
+
+def yarn_frequencies(width, base, context, factor, fast, slow):
+    """Pair by pair, without the notebook's functions."""
+    import math
+    where = [width * math.log(context / (2 * math.pi * turns)) / (2 * math.log(base))
+             for turns in (fast, slow)]
+    low, high = max(math.floor(where[0]), 0), min(math.ceil(where[1]), width - 1)
+    found = []
+    for i in range(width // 2):
+        share = min(max((i - low) / (high - low or 0.001), 0), 1)
+        found.append(base ** (-2 * i / width) * (1 - share + share / factor))
+    return torch.tensor(found, dtype=torch.float64)
+
+
+def yarn_frequencies(width, base, context, factor, fast, slow):
+    """A power of the factor's share, by torch.lerp."""
+    plain = base ** (-torch.arange(0, width, 2).double() / width)
+    low = max(floor(pair_that_turns(fast, width, base, context)), 0)
+    high = min(ceil(pair_that_turns(slow, width, base, context)), width - 1)
+    ramp = ((torch.arange(width // 2).double() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return torch.lerp(plain, plain / factor, ramp)
+
+
+def long_reader(a):
+    """A factor of 1 stands for no stretch."""
+    stretch = a.max_seq_len > a.original_seq_len
+    factor = a.rope_factor if stretch else 1.0
+    found = yarn_frequencies(a.qk_rope_head_dim, a.rope_theta, a.original_seq_len, factor,
+                             a.beta_fast, a.beta_slow)
+    return found.tolist(), scale_of(a.qk_nope_head_dim + a.qk_rope_head_dim, factor, a.mscale)
+
+
+def long_reader(a):
+    """With a function of its own for the scale."""
+    query = a.qk_nope_head_dim + a.qk_rope_head_dim
+    if a.max_seq_len > a.original_seq_len:
+        m = 1 + a.mscale * log(a.rope_factor) / 10
+        found = yarn_frequencies(a.qk_rope_head_dim, a.rope_theta, a.original_seq_len,
+                                 a.rope_factor, a.beta_fast, a.beta_slow)
+        return list(map(float, found)), m * m / query ** 0.5
+    return list(map(float, frequencies(a.qk_rope_head_dim, a.rope_theta))), 1 / query ** 0.5
+
+
+def rotary_attention(q, k, v, start, freqs, scale):
+    """Query by query, by the distance alone."""
+    pairs = torch.view_as_complex(k.reshape(len(k), -1, 2).contiguous())
+    outputs = []
+    for i, row in enumerate(torch.view_as_complex(q.reshape(len(q), -1, 2).contiguous())):
+        distance = start + i - torch.arange(start + i + 1)
+        turned = row * torch.polar(torch.ones_like(freqs), torch.zeros_like(freqs))
+        angle = distance[:, None] * freqs
+        products = (turned * pairs[:start + i + 1].conj() * torch.complex(
+            angle.cos(), angle.sin())).real.sum(-1)
+        outputs.append((products * scale).softmax(0) @ v[:start + i + 1])
+    return torch.stack(outputs)
+
+
+def rotary_attention(q, k, v, start, freqs, scale):
+    """By torch's own attention, with a mask."""
+    at = torch.arange(len(k))
+    seen = at <= at[start:, None]
+    return torch.nn.functional.scaled_dot_product_attention(
+        rope(q, at[start:], freqs)[None], rope(k, at, freqs)[None], v[None], seen[None],
+        scale=scale)[0]

@@ -30,3 +30,43 @@ def batch_loss(scores, k):
     share = s / s.sum(-1, keepdim=True)
     chosen = torch.zeros_like(s).scatter(1, s.topk(k).indices, 1.0)
     return (chosen.mean(0) * s.shape[1] / k * share.mean(0)).sum()
+
+
+def balanced_loss(main, scores, k, alpha):
+    """All sequences at once, with one-hot counts."""
+    n_tokens, n_experts = scores.shape[1:]
+    best = torch.nn.functional.one_hot(scores.topk(k).indices, n_experts).sum((1, 2))
+    share = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    return main + alpha * (best * share * n_experts / (k * n_tokens)).sum(-1).mean()
+
+
+def balanced_loss(main, scores, k, alpha):
+    """With a loop and a running sum."""
+    total = main
+    for rows in scores:
+        total = total + alpha * sequence_loss(rows, k) / scores.size(0)
+    return total
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """All parts joined, with an optimizer of torch."""
+    u, target = (torch.cat(each) for each in zip(*parts, strict=True))
+    new = torch.nn.Parameter(weight.clone())
+    optimizer = torch.optim.SGD([new], lr=lr)
+    chosen, shares = gate(u, new, bias, k)
+    torch.nn.functional.mse_loss((shares * values[chosen]).sum(-1), target).backward()
+    optimizer.step()
+    load = chosen.flatten().bincount(minlength=len(values)).double()
+    return new.detach(), bias + speed * (load.mean() - load).sign()
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """Gradients that add up, part by part."""
+    new = weight.clone().requires_grad_()
+    count, load = 0, 0
+    for u, target in parts:
+        chosen, shares = gate(u, new, bias, k)
+        ((shares * values[chosen]).sum(-1) - target).square().sum().backward()
+        count += len(target)
+        load = load + torch.nn.functional.one_hot(chosen, len(bias)).sum((0, 1))
+    return weight - lr * new.grad / count, move(bias, load, speed)

@@ -33,3 +33,57 @@ def breaks_even(pair, index, k):
     import math
     from fractions import Fraction
     return math.floor(Fraction(pair * k, pair - index)) + 1
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """By torch's own KL divergence."""
+    target = torch.nn.functional.normalize(weights.detach().sum(0) * mask, p=1, dim=-1)
+    log_q = torch.where(mask, scores, -torch.inf).log_softmax(-1)
+    log_q = torch.where(mask, log_q, 0.0)
+    return torch.nn.functional.kl_div(log_q, target, reduction="batchmean")
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """Row by row, over the selected alone."""
+    rows = []
+    for w, s, m in zip(weights.detach().mean(0), scores, mask, strict=True):
+        p = w[m] / w[m].sum()
+        rows.append((torch.xlogy(p, p) - p * s[m].log_softmax(0)).sum())
+    return sum(rows) / len(rows)
+
+
+def hadamard_rotated(x):
+    """Butterflies in place of a matrix."""
+    width, n = x.size(-1), 1
+    while n < width:
+        pairs = x.unflatten(-1, (-1, 2, n))
+        a, b = pairs[..., 0, :], pairs[..., 1, :]
+        x = torch.stack([a + b, a - b], dim=-2).flatten(-3)
+        n *= 2
+    return x / width ** 0.5
+
+
+def hadamard_rotated(x):
+    """By Kronecker products."""
+    two = torch.tensor([[1, 1], [1, -1]], dtype=x.dtype) / 2 ** 0.5
+    matrix = torch.eye(1, dtype=x.dtype)
+    for _ in range(x.size(-1).bit_length() - 1):
+        matrix = torch.kron(two, matrix)
+    return x @ matrix.T
+
+
+def sparse_attention(q, key, v, index, k):
+    """Token by token, gathering what was selected."""
+    rows = []
+    for t in range(len(q)):
+        best = index[t, :t + 1].topk(min(k, t + 1)).indices
+        p = torch.einsum("hd,shd->hs", q[t], key[best]).div(q.size(-1) ** 0.5).softmax(-1)
+        rows.append(torch.einsum("hs,shd->hd", p, v[best]))
+    return torch.stack(rows)
+
+
+def sparse_attention(q, key, v, index, k):
+    """By torch's own attention, with the mask."""
+    mask = chosen_mask(index, min(k, index.size(1)))
+    heads = [x.transpose(0, 1) for x in (q, key, v)]
+    return torch.nn.functional.scaled_dot_product_attention(*heads, mask).transpose(0, 1)

@@ -199,3 +199,146 @@ def own_group(attend):
     other = torch.cat([torch.randn(5, 1, 8), v[:, 1:]], dim=1)
     moved = (attend(q, k, other) - attend(q, k, v)).abs().amax((0, 2)) > 1e-6
     return moved.tolist()[1::2] == [True, False]
+
+
+def causal_attention(q, k, v):
+    """The groups in turn, as repeat has it."""
+    (S, H, d), (T, G, _) = q.shape, k.shape
+    k, v = (x.repeat(1, H // G, 1) for x in (k, v))
+    scores = torch.einsum("shd,thd->hst", q, k) / d ** 0.5
+    future = torch.ones(S, T, dtype=torch.bool).triu(1 + T - S)
+    return torch.einsum("hst,thd->shd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+
+
+def causal_attention(q, k, v):
+    """The mask of a text without a cache."""
+    (S, H, d), (T, G, _) = q.shape, k.shape
+    k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    scores = torch.einsum("shd,thd->hst", q, k) / d ** 0.5
+    future = torch.ones(S, T, dtype=torch.bool).triu(1)
+    return torch.einsum("hst,thd->shd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+
+
+def causal_attention(q, k, v):
+    """No mask."""
+    k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))
+    scores = torch.einsum("shd,thd->hst", q, k) / q.size(2) ** 0.5
+    return torch.einsum("hst,thd->shd", scores.softmax(-1), v)
+
+
+def causal_attention(q, k, v):
+    """The root is missing."""
+    (S, H, _), (T, G, _) = q.shape, k.shape
+    k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    scores = torch.einsum("shd,thd->hst", q, k)
+    future = torch.ones(S, T, dtype=torch.bool).triu(1 + T - S)
+    return torch.einsum("hst,thd->shd", scores.masked_fill(future, -torch.inf).softmax(-1), v)
+
+
+def causal_attention(q, k, v):
+    """The future gets a score of 0 instead of minus infinity."""
+    (S, H, d), (T, G, _) = q.shape, k.shape
+    k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    scores = torch.einsum("shd,thd->hst", q, k) / d ** 0.5
+    past = torch.ones(S, T).tril(T - S).to(scores)
+    return torch.einsum("hst,thd->shd", (scores * past).softmax(-1), v)
+
+
+def causal_attention(q, k, v):
+    """The softmax runs over the queries."""
+    (S, H, d), (T, G, _) = q.shape, k.shape
+    k, v = (x.repeat_interleave(H // G, dim=1) for x in (k, v))
+    scores = torch.einsum("shd,thd->hst", q, k) / d ** 0.5
+    future = torch.ones(S, T, dtype=torch.bool).triu(1 + T - S)
+    p = scores.masked_fill(future, -torch.inf).softmax(1).nan_to_num()
+    return torch.einsum("hst,thd->shd", p, v)
+
+
+def next_token_loss(logits, tokens):
+    """Each row predicts its own token."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def next_token_loss(logits, tokens):
+    """Each row predicts the token before."""
+    return nn.functional.cross_entropy(logits[:, 1:].flatten(0, 1), tokens[:, :-1].flatten())
+
+
+def next_token_loss(logits, tokens):
+    """The sum instead of the mean."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(),
+                                       reduction="sum")
+
+
+def next_token_loss(logits, tokens):
+    """In bits."""
+    nats = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    return nats / log(2)
+
+
+def next_token_loss(logits, tokens):
+    """The last row predicts the first token."""
+    return nn.functional.cross_entropy(logits.flatten(0, 1), tokens.roll(-1, 1).flatten())
+
+
+def written_with_cache(model, prompt, n):
+    """The whole text goes through the model each time."""
+    text, read = list(prompt), 0
+    for _ in range(n):
+        read += len(text)
+        text.append(model(text, None)[0][-1])
+    return text, read
+
+
+def written_with_cache(model, prompt, n):
+    """The cache is forgotten."""
+    text, feed, read = list(prompt), list(prompt), 0
+    for _ in range(n):
+        choices, _ = model(feed, None)
+        read += len(feed)
+        text.append(choices[-1])
+        feed = text[-1:]
+    return text, read
+
+
+def written_with_cache(model, prompt, n):
+    """The whole text is read again behind the cache."""
+    text, cache, read = list(prompt), None, 0
+    for _ in range(n):
+        choices, cache = model(text, cache)
+        read += len(text)
+        text.append(choices[-1])
+    return text, read
+
+
+def written_with_cache(model, prompt, n):
+    """The choice after the first token of a piece."""
+    text, cache, feed, read = list(prompt), None, list(prompt), 0
+    for _ in range(n):
+        choices, cache = model(feed, cache)
+        read += len(feed)
+        text.append(choices[0])
+        feed = text[-1:]
+    return text, read
+
+
+def written_with_cache(model, prompt, n):
+    """The prompt is missing in the text."""
+    text, cache, feed, read = [], None, list(prompt), 0
+    for _ in range(n):
+        choices, cache = model(feed, cache)
+        read += len(feed)
+        text.append(choices[-1])
+        feed = text[-1:]
+    return text, read
+
+
+def written_with_cache(model, prompt, n):
+    """The last token is read as well."""
+    text, cache, feed, read = list(prompt), None, list(prompt), 0
+    for _ in range(n):
+        choices, cache = model(feed, cache)
+        read += len(feed)
+        text.append(choices[-1])
+        feed = text[-1:]
+    return text, read + (n > 0)

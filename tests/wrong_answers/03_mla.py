@@ -228,3 +228,135 @@ def parts_alike(scores):
     q, k = torch.randn(3, 10, dtype=torch.float64), torch.randn(10, dtype=torch.float64)
     found = [scores(q[:, :n], q[:, n:], k[:n].expand(3, n), k[n:]) for n in (4, 5, 7)]
     return all(torch.allclose(found[0], other, atol=0.3) for other in found)
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """The rotated part is forgotten."""
+    return (torch.einsum("hd,hdc->hc", q_c, w_uk) @ latents.T * scale).softmax(-1)
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """The scale on the latent part alone."""
+    query = torch.einsum("hd,hdc->hc", q_c, w_uk)
+    return (query @ latents.T * scale + q_r @ k_r.T).softmax(-1)
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """Two softmaxes, added."""
+    query = torch.einsum("hd,hdc->hc", q_c, w_uk)
+    return ((query @ latents.T * scale).softmax(-1) + (q_r @ k_r.T * scale).softmax(-1)) / 2
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """A softmax over the heads."""
+    query = torch.einsum("hd,hdc->hc", q_c, w_uk)
+    return ((query @ latents.T + q_r @ k_r.T) * scale).softmax(0)
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """The first head's matrix for all heads."""
+    query = q_c @ w_uk[0]
+    return ((query @ latents.T + q_r @ k_r.T) * scale).softmax(-1)
+
+
+def output_from_cache(p, latents, w_uv, wo):
+    """The mean of the latents, whatever the probabilities."""
+    mixed = latents.mean(0).expand(len(p), -1)
+    return wo @ torch.einsum("hc,hvc->hv", mixed, w_uv).flatten()
+
+
+def output_from_cache(p, latents, w_uv, wo):
+    """The first head's matrix for all heads."""
+    return wo @ (p @ latents @ w_uv[0].T).flatten()
+
+
+def output_from_cache(p, latents, w_uv, wo):
+    """The heads are joined number by number, not head by head."""
+    return wo @ torch.einsum("hc,hvc->vh", p @ latents, w_uv).flatten()
+
+
+def output_from_cache(p, latents, w_uv, wo):
+    """The first head's probabilities for all."""
+    mixed = (p[0] @ latents).expand(len(p), -1)
+    return wo @ torch.einsum("hc,hvc->hv", mixed, w_uv).flatten()
+
+
+def decode_step(h, cache, w, args, turn):
+    """The new token does not see itself."""
+    if not len(cache):
+        cache = torch.zeros(1, cache.size(1), dtype=cache.dtype)
+    nope, rope = args.qk_nope_head_dim, args.qk_rope_head_dim
+    q_c, q_r = (w["wq"] @ h).unflatten(0, (args.n_heads, -1)).split([nope, rope], dim=-1)
+    latent, key = (w["wkv_a"] @ h).split([args.kv_lora_rank, rope])
+    row = torch.cat([rms_norm(latent, w["kv_norm"]), turn(key, len(cache))])
+    latents, keys = cache.split([args.kv_lora_rank, rope], dim=-1)
+    w_uk, w_uv = w["wkv_b"].unflatten(0, (args.n_heads, -1)).split([nope, args.v_head_dim], dim=1)
+    p = attention_from_cache(q_c, turn(q_r, len(cache)), latents, keys, w_uk, (nope + rope) ** -0.5)
+    return output_from_cache(p, latents, w_uv, w["wo"]), torch.cat([cache, row[None]])
+
+
+def decode_step(h, cache, w, args, turn):
+    """The latent is cached before its norm."""
+    nope, rope = args.qk_nope_head_dim, args.qk_rope_head_dim
+    q_c, q_r = (w["wq"] @ h).unflatten(0, (args.n_heads, -1)).split([nope, rope], dim=-1)
+    latent, key = (w["wkv_a"] @ h).split([args.kv_lora_rank, rope])
+    cache = torch.cat([cache, torch.cat([latent, turn(key, len(cache))])[None]])
+    latents, keys = cache.split([args.kv_lora_rank, rope], dim=-1)
+    w_uk, w_uv = w["wkv_b"].unflatten(0, (args.n_heads, -1)).split([nope, args.v_head_dim], dim=1)
+    p = attention_from_cache(q_c, turn(q_r, len(cache) - 1), latents, keys, w_uk,
+                             (nope + rope) ** -0.5)
+    return output_from_cache(p, latents, w_uv, w["wo"]), cache
+
+
+def decode_step(h, cache, w, args, turn):
+    """The key goes into the cache without its rotation."""
+    nope, rope = args.qk_nope_head_dim, args.qk_rope_head_dim
+    q_c, q_r = (w["wq"] @ h).unflatten(0, (args.n_heads, -1)).split([nope, rope], dim=-1)
+    latent, key = (w["wkv_a"] @ h).split([args.kv_lora_rank, rope])
+    cache = torch.cat([cache, torch.cat([rms_norm(latent, w["kv_norm"]), key])[None]])
+    latents, keys = cache.split([args.kv_lora_rank, rope], dim=-1)
+    w_uk, w_uv = w["wkv_b"].unflatten(0, (args.n_heads, -1)).split([nope, args.v_head_dim], dim=1)
+    p = attention_from_cache(q_c, turn(q_r, len(cache) - 1), latents, keys, w_uk,
+                             (nope + rope) ** -0.5)
+    return output_from_cache(p, latents, w_uv, w["wo"]), cache
+
+
+def decode_step(h, cache, w, args, turn):
+    """The query stands one position too late."""
+    nope, rope = args.qk_nope_head_dim, args.qk_rope_head_dim
+    q_c, q_r = (w["wq"] @ h).unflatten(0, (args.n_heads, -1)).split([nope, rope], dim=-1)
+    latent, key = (w["wkv_a"] @ h).split([args.kv_lora_rank, rope])
+    row = torch.cat([rms_norm(latent, w["kv_norm"]), turn(key, len(cache))])
+    cache = torch.cat([cache, row[None]])
+    latents, keys = cache.split([args.kv_lora_rank, rope], dim=-1)
+    w_uk, w_uv = w["wkv_b"].unflatten(0, (args.n_heads, -1)).split([nope, args.v_head_dim], dim=1)
+    p = attention_from_cache(q_c, turn(q_r, len(cache)), latents, keys, w_uk, (nope + rope) ** -0.5)
+    return output_from_cache(p, latents, w_uv, w["wo"]), cache
+
+
+def decode_step(h, cache, w, args, turn):
+    """Values are read where the keys' matrix stands."""
+    nope, rope = args.qk_nope_head_dim, args.qk_rope_head_dim
+    q_c, q_r = (w["wq"] @ h).unflatten(0, (args.n_heads, -1)).split([nope, rope], dim=-1)
+    latent, key = (w["wkv_a"] @ h).split([args.kv_lora_rank, rope])
+    row = torch.cat([rms_norm(latent, w["kv_norm"]), turn(key, len(cache))])
+    cache = torch.cat([cache, row[None]])
+    latents, keys = cache.split([args.kv_lora_rank, rope], dim=-1)
+    each = w["wkv_b"].unflatten(0, (args.n_heads, -1))
+    w_uk, w_uv = each[:, -nope:], each[:, :args.v_head_dim]
+    p = attention_from_cache(q_c, turn(q_r, len(cache) - 1), latents, keys, w_uk,
+                             (nope + rope) ** -0.5)
+    return output_from_cache(p, latents, w_uv, w["wo"]), cache
+
+
+def decode_step(h, cache, w, args, turn):
+    """The scale of the part without position alone."""
+    nope, rope = args.qk_nope_head_dim, args.qk_rope_head_dim
+    q_c, q_r = (w["wq"] @ h).unflatten(0, (args.n_heads, -1)).split([nope, rope], dim=-1)
+    latent, key = (w["wkv_a"] @ h).split([args.kv_lora_rank, rope])
+    row = torch.cat([rms_norm(latent, w["kv_norm"]), turn(key, len(cache))])
+    cache = torch.cat([cache, row[None]])
+    latents, keys = cache.split([args.kv_lora_rank, rope], dim=-1)
+    w_uk, w_uv = w["wkv_b"].unflatten(0, (args.n_heads, -1)).split([nope, args.v_head_dim], dim=1)
+    p = attention_from_cache(q_c, turn(q_r, len(cache) - 1), latents, keys, w_uk, nope ** -0.5)
+    return output_from_cache(p, latents, w_uv, w["wo"]), cache

@@ -207,3 +207,163 @@ def distance_alone(score):
     table = [[score(q, k, n + d, n) for n in (0, 3, 9)] for d in (0, 1, 5)]
     constant = all(max(row) - min(row) < 0.1 for row in table)
     return constant and abs(table[1][0] - table[2][0]) > 1e-6
+
+
+def yarn_frequencies(width, base, context, factor, fast, slow):
+    """Linear interpolation: all pairs are divided."""
+    return frequencies(width, base) / factor
+
+
+def yarn_frequencies(width, base, context, factor, fast, slow):
+    """The ramp upside down: fast pairs are divided."""
+    plain = frequencies(width, base)
+    low = max(floor(pair_that_turns(fast, width, base, context)), 0)
+    high = min(ceil(pair_that_turns(slow, width, base, context)), width - 1)
+    ramp = ((torch.arange(width // 2) - low) / max(high - low, 0.001)).clamp(0, 1).double()
+    return plain * ramp + plain / factor * (1 - ramp)
+
+
+def yarn_frequencies(width, base, context, factor, fast, slow):
+    """The bounds are not rounded."""
+    plain = frequencies(width, base)
+    low = max(pair_that_turns(fast, width, base, context), 0)
+    high = min(pair_that_turns(slow, width, base, context), width - 1)
+    ramp = ((torch.arange(width // 2).double() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return plain * (1 - ramp) + plain / factor * ramp
+
+
+def yarn_frequencies(width, base, context, factor, fast, slow):
+    """Both bounds are rounded down."""
+    plain = frequencies(width, base)
+    low = max(floor(pair_that_turns(fast, width, base, context)), 0)
+    high = min(floor(pair_that_turns(slow, width, base, context)), width - 1)
+    ramp = ((torch.arange(width // 2).double() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return plain * (1 - ramp) + plain / factor * ramp
+
+
+def yarn_frequencies(width, base, context, factor, fast, slow):
+    """The lower bound may be negative."""
+    plain = frequencies(width, base)
+    low = floor(pair_that_turns(fast, width, base, context))
+    high = min(ceil(pair_that_turns(slow, width, base, context)), width - 1)
+    ramp = ((torch.arange(width // 2).double() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return plain * (1 - ramp) + plain / factor * ramp
+
+
+def yarn_frequencies(width, base, context, factor, fast, slow):
+    """Blends the wavelengths, not the frequencies."""
+    plain = frequencies(width, base)
+    low = max(floor(pair_that_turns(fast, width, base, context)), 0)
+    high = min(ceil(pair_that_turns(slow, width, base, context)), width - 1)
+    ramp = ((torch.arange(width // 2).double() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return 1 / ((1 - ramp) / plain + ramp * factor / plain)
+
+
+def yarn_frequencies(width, base, context, factor, fast, slow):
+    """The upper bound may lie beyond width - 1."""
+    plain = frequencies(width, base)
+    low = max(floor(pair_that_turns(fast, width, base, context)), 0)
+    high = ceil(pair_that_turns(slow, width, base, context))
+    ramp = ((torch.arange(width // 2).double() - low) / max(high - low, 0.001)).clamp(0, 1)
+    return plain * (1 - ramp) + plain / factor * ramp
+
+
+def long_reader(a):
+    """YaRN always, also within the trained context."""
+    width = a.qk_rope_head_dim
+    found = yarn_frequencies(width, a.rope_theta, a.original_seq_len, a.rope_factor,
+                             a.beta_fast, a.beta_slow)
+    return found.tolist(), scale_of(a.qk_nope_head_dim + width, a.rope_factor, a.mscale)
+
+
+def long_reader(a):
+    """One token late: stretched from two tokens more on."""
+    width = a.qk_rope_head_dim
+    query = a.qk_nope_head_dim + width
+    if a.max_seq_len <= a.original_seq_len + 1:
+        return frequencies(width, a.rope_theta).tolist(), query ** -0.5
+    found = yarn_frequencies(width, a.rope_theta, a.original_seq_len, a.rope_factor,
+                             a.beta_fast, a.beta_slow)
+    return found.tolist(), scale_of(query, a.rope_factor, a.mscale)
+
+
+def long_reader(a):
+    """The frequencies are stretched, the scale is not."""
+    width = a.qk_rope_head_dim
+    query = a.qk_nope_head_dim + width
+    if a.max_seq_len <= a.original_seq_len:
+        return frequencies(width, a.rope_theta).tolist(), query ** -0.5
+    found = yarn_frequencies(width, a.rope_theta, a.original_seq_len, a.rope_factor,
+                             a.beta_fast, a.beta_slow)
+    return found.tolist(), query ** -0.5
+
+
+def long_reader(a):
+    """The scale of the rotated part alone."""
+    width = a.qk_rope_head_dim
+    if a.max_seq_len <= a.original_seq_len:
+        return frequencies(width, a.rope_theta).tolist(), width ** -0.5
+    found = yarn_frequencies(width, a.rope_theta, a.original_seq_len, a.rope_factor,
+                             a.beta_fast, a.beta_slow)
+    return found.tolist(), scale_of(width, a.rope_factor, a.mscale)
+
+
+def long_reader(a):
+    """The bounds belong to the new length."""
+    width = a.qk_rope_head_dim
+    query = a.qk_nope_head_dim + width
+    if a.max_seq_len <= a.original_seq_len:
+        return frequencies(width, a.rope_theta).tolist(), query ** -0.5
+    found = yarn_frequencies(width, a.rope_theta, a.max_seq_len, a.rope_factor,
+                             a.beta_fast, a.beta_slow)
+    return found.tolist(), scale_of(query, a.rope_factor, a.mscale)
+
+
+def rotary_attention(q, k, v, start, freqs, scale):
+    """Each piece begins at position 0."""
+    at = torch.arange(len(k))
+    scores = rope(q, at[:len(q)], freqs) @ rope(k, at, freqs).T * scale
+    return scores.masked_fill(at > at[start:, None], -torch.inf).softmax(-1) @ v
+
+
+def rotary_attention(q, k, v, start, freqs, scale):
+    """No mask: a token sees later ones of its piece."""
+    at = torch.arange(len(k))
+    return (rope(q, at[start:], freqs) @ rope(k, at, freqs).T * scale).softmax(-1) @ v
+
+
+def rotary_attention(q, k, v, start, freqs, scale):
+    """The mask of a text without a past."""
+    at = torch.arange(len(k))
+    scores = rope(q, at[start:], freqs) @ rope(k, at, freqs).T * scale
+    future = torch.ones(len(q), len(k)).triu(1) > 0
+    return scores.masked_fill(future, -torch.inf).softmax(-1) @ v
+
+
+def rotary_attention(q, k, v, start, freqs, scale):
+    """The keys are not rotated."""
+    at = torch.arange(len(k))
+    scores = rope(q, at[start:], freqs) @ k.T * scale
+    return scores.masked_fill(at > at[start:, None], -torch.inf).softmax(-1) @ v
+
+
+def rotary_attention(q, k, v, start, freqs, scale):
+    """Queries turn the other way."""
+    at = torch.arange(len(k))
+    scores = rope(q, at[start:], -freqs) @ rope(k, at, freqs).T * scale
+    return scores.masked_fill(at > at[start:, None], -torch.inf).softmax(-1) @ v
+
+
+def rotary_attention(q, k, v, start, freqs, scale):
+    """The scale comes after the softmax."""
+    at = torch.arange(len(k))
+    scores = rope(q, at[start:], freqs) @ rope(k, at, freqs).T
+    return scores.masked_fill(at > at[start:, None], -torch.inf).softmax(-1) * scale @ v
+
+
+def rotary_attention(q, k, v, start, freqs, scale):
+    """Angles in FP32."""
+    at = torch.arange(len(k))
+    low = freqs.float()
+    scores = rope(q, at[start:], low).double() @ rope(k, at, low).double().T * scale
+    return scores.masked_fill(at > at[start:, None], -torch.inf).softmax(-1) @ v

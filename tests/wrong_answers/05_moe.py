@@ -260,3 +260,160 @@ def same_alone(layer_of, u):
 def same_alone(layer_of, u):
     """Only the layer at hand is right."""
     return torch.allclose(layer_of(u), moe(u, layer), atol=1e-9)
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """The bias inside the weights."""
+    biased = scores + bias
+    chosen = limit_groups(biased, groups, kept).topk(k).indices
+    picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * biased
+    return picked / picked.sum(-1, keepdim=True) * scale
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """All groups take part."""
+    chosen = (scores + bias).topk(k).indices
+    picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * scores
+    return picked / picked.sum(-1, keepdim=True) * scale
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """Excluded groups at 0 instead of minus infinity."""
+    choice = limit_groups(scores + bias, groups, kept)
+    chosen = choice.masked_fill(choice.isinf(), 0.0).topk(k).indices
+    picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * scores
+    return picked / picked.sum(-1, keepdim=True) * scale
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """A softmax over the chosen scores."""
+    chosen = limit_groups(scores + bias, groups, kept).topk(k).indices
+    share = scores.gather(-1, chosen).softmax(-1)
+    return torch.zeros_like(scores).scatter(-1, chosen, share) * scale
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """Divided by the sum of all scores."""
+    chosen = limit_groups(scores + bias, groups, kept).topk(k).indices
+    picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * scores
+    return picked / scores.sum(-1, keepdim=True) * scale
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """The constant is forgotten."""
+    chosen = limit_groups(scores + bias, groups, kept).topk(k).indices
+    picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * scores
+    return picked / picked.sum(-1, keepdim=True)
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """No gradient reaches the gate."""
+    chosen = limit_groups(scores + bias, groups, kept).topk(k).indices
+    picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * scores.detach()
+    return picked / picked.sum(-1, keepdim=True) * scale
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """No gradient through the sum of the chosen."""
+    chosen = limit_groups(scores + bias, groups, kept).topk(k).indices
+    picked = torch.zeros_like(scores).scatter(-1, chosen, 1.0) * scores
+    return picked / picked.sum(-1, keepdim=True).detach() * scale
+
+
+def sorted_by_expert(chosen, n_experts):
+    """Ordered by token."""
+    tokens = [token for token, row in enumerate(chosen) for _ in row]
+    return tokens, [sum(row.count(i) for row in chosen) for i in range(n_experts)]
+
+
+def sorted_by_expert(chosen, n_experts):
+    """The experts of the visits instead of the tokens."""
+    visits = sorted(i for row in chosen for i in row)
+    return visits, [visits.count(i) for i in range(n_experts)]
+
+
+def sorted_by_expert(chosen, n_experts):
+    """Experts without visits are missing in the counts."""
+    visits = sorted((i, token) for token, row in enumerate(chosen) for i in row)
+    present = sorted({i for i, _ in visits})
+    return [token for _, token in visits], [sum(i == j for i, _ in visits) for j in present]
+
+
+def sorted_by_expert(chosen, n_experts):
+    """Of one expert's visits the later token comes first."""
+    visits = sorted(((i, -token) for token, row in enumerate(chosen) for i in row))
+    return [-token for _, token in visits], [sum(i == j for i, _ in visits)
+                                             for j in range(n_experts)]
+
+
+def sorted_by_expert(chosen, n_experts):
+    """Only the first choice of each token counts."""
+    visits = sorted((row[0], token) for token, row in enumerate(chosen))
+    return [token for _, token in visits], [sum(i == j for i, _ in visits)
+                                            for j in range(n_experts)]
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """All experts compute all tokens."""
+    y = torch.zeros_like(u)
+    for i in range(len(w1)):
+        y = y + expert(u, w1[i], w2[i], w3[i]) * weights[:, i, None]
+    return y
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """An expert takes 1.25 times its even share, and drops the others."""
+    y, room = torch.zeros_like(u), -(-5 * int((weights != 0).sum()) // (4 * len(w1)))
+    for i in range(len(w1)):
+        token = weights[:, i].nonzero().flatten()[:room]
+        out = expert(u[token], w1[i], w2[i], w3[i])
+        y = y.index_add(0, token, out * weights[token, i, None])
+    return y
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """The last expert of a token overwrites the others."""
+    y = torch.zeros_like(u)
+    for i in range(len(w1)):
+        token = weights[:, i].nonzero().flatten()
+        out = expert(u[token], w1[i], w2[i], w3[i])
+        y = y.index_copy(0, token, out * weights[token, i, None])
+    return y
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """The weight is applied to the input."""
+    y = torch.zeros_like(u)
+    for i in range(len(w1)):
+        token = weights[:, i].nonzero().flatten()
+        y = y.index_add(0, token, expert(u[token] * weights[token, i, None], w1[i], w2[i], w3[i]))
+    return y
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """Every visit weighs the same."""
+    y = torch.zeros_like(u)
+    for i in range(len(w1)):
+        token = weights[:, i].nonzero().flatten()
+        y = y.index_add(0, token, expert(u[token], w1[i], w2[i], w3[i]))
+    return y
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """The gate's branch and the other are exchanged."""
+    y = torch.zeros_like(u)
+    for i in range(len(w1)):
+        token = weights[:, i].nonzero().flatten()
+        out = expert(u[token], w3[i], w2[i], w1[i])
+        y = y.index_add(0, token, out * weights[token, i, None])
+    return y
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """The gate's weights get no gradient."""
+    y = torch.zeros_like(u)
+    for i in range(len(w1)):
+        token = weights[:, i].nonzero().flatten()
+        out = expert(u[token], w1[i], w2[i], w3[i])
+        y = y.index_add(0, token, out * weights[token, i, None].detach())
+    return y

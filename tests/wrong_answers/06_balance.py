@@ -276,3 +276,140 @@ def can_teach(loss):
 def can_teach(loss):
     """A loss that hangs on the scores can teach."""
     return bool(loss(torch.rand(40, 8).double().requires_grad_()).requires_grad)
+
+
+def balanced_loss(main, scores, k, alpha):
+    """The batch as a whole, as in V2."""
+    return main + alpha * sequence_loss(scores.flatten(0, 1), k)
+
+
+def balanced_loss(main, scores, k, alpha):
+    """The sum over sequences instead of the mean."""
+    return main + alpha * torch.stack([sequence_loss(s, k) for s in scores]).sum()
+
+
+def balanced_loss(main, scores, k, alpha):
+    """The weight is forgotten."""
+    return main + torch.stack([sequence_loss(s, k) for s in scores]).mean()
+
+
+def balanced_loss(main, scores, k, alpha):
+    """P is detached: the loss cannot teach."""
+    return main + alpha * torch.stack([sequence_loss(s.detach(), k) for s in scores]).mean()
+
+
+def balanced_loss(main, scores, k, alpha):
+    """P without the division by a token's sum."""
+    total = 0
+    for rows in scores:
+        counts = rows.topk(k).indices.flatten().bincount(minlength=rows.size(1))
+        total = total + (counts * rows.size(1) / k / len(rows) * rows.mean(0)).sum()
+    return main + alpha * total / len(scores)
+
+
+def balanced_loss(main, scores, k, alpha):
+    """The sum in P is detached, so that a part of its gradient is missing."""
+    total = 0
+    for rows in scores:
+        counts = rows.topk(k).indices.flatten().bincount(minlength=rows.size(1))
+        share = (rows / rows.sum(-1, keepdim=True).detach()).mean(0)
+        total = total + (counts * rows.size(1) / k / len(rows) * share).sum()
+    return main + alpha * total / len(scores)
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """The biases move once for each part."""
+    new, tokens, loss = weight.clone().requires_grad_(), sum(len(u) for u, _ in parts), 0.0
+    moved = bias
+    for u, target in parts:
+        chosen, shares = gate(u, new, bias, k)
+        loss = loss + ((shares * values[chosen]).sum(-1) - target).square().sum() / tokens
+        moved = move(moved, chosen.flatten().bincount(minlength=len(bias)), speed)
+    [slope] = torch.autograd.grad(loss, new)
+    return (new - lr * slope).detach(), moved
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """The mean of the parts' means."""
+    new, loss, load = weight.clone().requires_grad_(), 0.0, torch.zeros_like(bias)
+    for u, target in parts:
+        chosen, shares = gate(u, new, bias, k)
+        error = (shares * values[chosen]).sum(-1) - target
+        loss = loss + error.square().mean() / len(parts)
+        load = load + chosen.flatten().bincount(minlength=len(bias))
+    [slope] = torch.autograd.grad(loss, new)
+    return (new - lr * slope).detach(), move(bias, load, speed)
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """The sum over tokens instead of the mean."""
+    new, loss, load = weight.clone().requires_grad_(), 0.0, torch.zeros_like(bias)
+    for u, target in parts:
+        chosen, shares = gate(u, new, bias, k)
+        loss = loss + ((shares * values[chosen]).sum(-1) - target).square().sum()
+        load = load + chosen.flatten().bincount(minlength=len(bias))
+    [slope] = torch.autograd.grad(loss, new)
+    return (new - lr * slope).detach(), move(bias, load, speed)
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """The bias inside the weights of the mixture."""
+    new, tokens = weight.clone().requires_grad_(), sum(len(u) for u, _ in parts)
+    loss, load = 0.0, torch.zeros_like(bias)
+    for u, target in parts:
+        biased = (u @ new.T).sigmoid() + bias
+        picked, chosen = biased.topk(k)
+        shares = picked / picked.sum(-1, keepdim=True)
+        loss = loss + ((shares * values[chosen]).sum(-1) - target).square().sum() / tokens
+        load = load + chosen.flatten().bincount(minlength=len(bias))
+    [slope] = torch.autograd.grad(loss, new)
+    return (new - lr * slope).detach(), move(bias, load, speed)
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """Uphill."""
+    new, tokens = weight.clone().requires_grad_(), sum(len(u) for u, _ in parts)
+    loss, load = 0.0, torch.zeros_like(bias)
+    for u, target in parts:
+        chosen, shares = gate(u, new, bias, k)
+        loss = loss + ((shares * values[chosen]).sum(-1) - target).square().sum() / tokens
+        load = load + chosen.flatten().bincount(minlength=len(bias))
+    [slope] = torch.autograd.grad(loss, new)
+    return (new + lr * slope).detach(), move(bias, load, speed)
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """The loads are those after the step of the weights."""
+    new, tokens, loss = weight.clone().requires_grad_(), sum(len(u) for u, _ in parts), 0.0
+    for u, target in parts:
+        chosen, shares = gate(u, new, bias, k)
+        loss = loss + ((shares * values[chosen]).sum(-1) - target).square().sum() / tokens
+    [slope] = torch.autograd.grad(loss, new)
+    new = (new - lr * slope).detach()
+    load = sum(gate(u, new, bias, k)[0].flatten().bincount(minlength=len(bias)) for u, _ in parts)
+    return new, move(bias, load, speed)
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """The weights step after each part."""
+    new, tokens = weight.clone(), sum(len(u) for u, _ in parts)
+    load = torch.zeros_like(bias)
+    for u, target in parts:
+        new = new.requires_grad_()
+        chosen, shares = gate(u, new, bias, k)
+        loss = ((shares * values[chosen]).sum(-1) - target).square().sum() / tokens
+        load = load + chosen.flatten().bincount(minlength=len(bias))
+        new = (new - lr * torch.autograd.grad(loss, new)[0]).detach()
+    return new, move(bias, load, speed)
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """The biases move in proportion to the violation."""
+    new, tokens = weight.clone().requires_grad_(), sum(len(u) for u, _ in parts)
+    loss, load = 0.0, torch.zeros_like(bias)
+    for u, target in parts:
+        chosen, shares = gate(u, new, bias, k)
+        loss = loss + ((shares * values[chosen]).sum(-1) - target).square().sum() / tokens
+        load = load + chosen.flatten().bincount(minlength=len(bias))
+    [slope] = torch.autograd.grad(loss, new)
+    return (new - lr * slope).detach(), bias + speed * (load.mean() - load)

@@ -243,3 +243,158 @@ def faithful(write):
     for _ in range(11):
         own.append(model(own))
     return write(model, model, [1], 11) == own
+
+
+def mtp_objective(logits, tokens, weight):
+    """Off by one: module 1 predicts the next token."""
+    each = [F.cross_entropy(own, tokens[k:k + len(own)], reduction="sum") for k, own in
+            enumerate(logits, 1)]
+    return weight * sum(each) / (len(tokens) - 1) / len(each)
+
+
+def mtp_objective(logits, tokens, weight):
+    """Each module's mean over its own positions."""
+    each = [F.cross_entropy(own, tokens[k + 1:]) for k, own in enumerate(logits, 1)]
+    return weight * sum(each) / len(each)
+
+
+def mtp_objective(logits, tokens, weight):
+    """The sum over modules instead of the mean."""
+    each = [F.cross_entropy(own, tokens[k + 1:], reduction="sum") for k, own in
+            enumerate(logits, 1)]
+    return weight * sum(each) / (len(tokens) - 1)
+
+
+def mtp_objective(logits, tokens, weight):
+    """Divided by T + 1."""
+    each = [F.cross_entropy(own, tokens[k + 1:], reduction="sum") for k, own in
+            enumerate(logits, 1)]
+    return weight * sum(each) / len(tokens) / len(each)
+
+
+def mtp_objective(logits, tokens, weight):
+    """The first module alone."""
+    return weight * F.cross_entropy(logits[0], tokens[2:], reduction="sum") / (len(tokens) - 1)
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """A rejected draft is replaced by a draw from p itself."""
+    if coin * q[draft] < p[draft]:
+        return draft
+    reached = 0.0
+    for token, share in enumerate(p):
+        reached += share
+        if point < reached:
+            return token
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """The ratio upside down."""
+    if coin * p[draft] < q[draft]:
+        return draft
+    reached = 0.0
+    for token, share in enumerate(replacement(p, q)):
+        reached += share
+        if point < reached:
+            return token
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """Accepts only where p is at least q."""
+    if p[draft] >= q[draft]:
+        return draft
+    reached = 0.0
+    for token, share in enumerate(replacement(p, q)):
+        reached += share
+        if point < reached:
+            return token
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """The replacement is always its likeliest token."""
+    if coin * q[draft] < p[draft]:
+        return draft
+    rest = replacement(p, q)
+    return rest.index(max(rest))
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """Accepts with probability p."""
+    if coin < p[draft]:
+        return draft
+    reached = 0.0
+    for token, share in enumerate(replacement(p, q)):
+        reached += share
+        if point < reached:
+            return token
+
+
+def drafted_text(model, guess, text, n, depth):
+    """All drafts are guessed from the same text."""
+    written, passes = list(text), 0
+    while len(written) < len(text) + n:
+        drafts = [guess(written)] * depth
+        own = [model(written + drafts[:i]) for i in range(depth + 1)]
+        written += verified(drafts, own)
+        passes += 1
+    return written[:len(text) + n], passes
+
+
+def drafted_text(model, guess, text, n, depth):
+    """More tokens than asked for."""
+    written, passes = list(text), 0
+    while len(written) < len(text) + n:
+        drafts = []
+        for _ in range(depth):
+            drafts.append(guess(written + drafts))
+        own = [model(written + drafts[:i]) for i in range(depth + 1)]
+        written += verified(drafts, own)
+        passes += 1
+    return written, passes
+
+
+def drafted_text(model, guess, text, n, depth):
+    """Without the model's own token at the end of a pass."""
+    written, passes = list(text), 0
+    while len(written) < len(text) + n:
+        drafts = []
+        for _ in range(depth):
+            drafts.append(guess(written + drafts))
+        own = [model(written + drafts[:i]) for i in range(depth + 1)]
+        found = verified(drafts, own)
+        written += found[:-1] or found
+        passes += 1
+    return written[:len(text) + n], passes
+
+
+def drafted_text(model, guess, text, n, depth):
+    """Every draft stands."""
+    written, passes = list(text), 0
+    while len(written) < len(text) + n:
+        for _ in range(depth):
+            written.append(guess(written))
+        written.append(model(written))
+        passes += 1
+    return written[:len(text) + n], passes
+
+
+def drafted_text(model, guess, text, n, depth):
+    """A pass for each token."""
+    written, passes = list(text), 0
+    while len(written) < len(text) + n:
+        written.append(model(written))
+        passes += 1
+    return written, passes
+
+
+def drafted_text(model, guess, text, n, depth):
+    """The first pass is not counted."""
+    written, passes = list(text), -1
+    while len(written) < len(text) + n:
+        drafts = []
+        for _ in range(depth):
+            drafts.append(guess(written + drafts))
+        own = [model(written + drafts[:i]) for i in range(depth + 1)]
+        written += verified(drafts, own)
+        passes += 1
+    return written[:len(text) + n], max(passes, 0)

@@ -339,3 +339,159 @@ def tiles_apart(quantise):
     change = (quantise(x) - quantise(loud)).abs()
     change[5, :128] = change[100, 128:] = 0
     return bool(change.mean() < 1e-3)
+
+
+def quantised_blocks(w, size):
+    """One scale for the whole matrix."""
+    scale = w.abs().max().clamp(min=1e-4) / 448
+    down, across = -(-len(w) // size), -(-w.size(1) // size)
+    return e4m3(w / scale), scale.expand(down, across).clone()
+
+
+def quantised_blocks(w, size):
+    """A scale per row of a block."""
+    values, scales = torch.empty_like(w), []
+    for left in range(0, w.size(1), size):
+        cut = w[:, left:left + size]
+        scale = cut.abs().amax(1, keepdim=True).clamp(min=1e-4) / 448
+        values[:, left:left + size] = e4m3(cut / scale)
+        scales.append(scale[::size, 0])
+    return values, torch.stack(scales, 1)
+
+
+def quantised_blocks(w, size):
+    """Values that are not rounded."""
+    values, scales = torch.empty_like(w), []
+    for top in range(0, len(w), size):
+        scales.append([])
+        for left in range(0, w.size(1), size):
+            cut = slice(top, top + size), slice(left, left + size)
+            scale = w[cut].abs().max().clamp(min=1e-4) / 448
+            values[cut] = w[cut] / scale
+            scales[-1].append(scale)
+    return values, torch.tensor(scales)
+
+
+def quantised_blocks(w, size):
+    """The largest value with its sign: negative ones do not count."""
+    values, scales = torch.empty_like(w), []
+    for top in range(0, len(w), size):
+        scales.append([])
+        for left in range(0, w.size(1), size):
+            cut = slice(top, top + size), slice(left, left + size)
+            scale = w[cut].max().clamp(min=1e-4) / 448
+            values[cut] = e4m3(w[cut] / scale)
+            scales[-1].append(scale)
+    return values, torch.tensor(scales)
+
+
+def quantised_blocks(w, size):
+    """Values that are scaled back."""
+    values, scales = torch.empty_like(w), []
+    for top in range(0, len(w), size):
+        scales.append([])
+        for left in range(0, w.size(1), size):
+            cut = slice(top, top + size), slice(left, left + size)
+            scale = w[cut].abs().max().clamp(min=1e-4) / 448
+            values[cut] = e4m3(w[cut] / scale) * scale
+            scales[-1].append(scale)
+    return values, torch.tensor(scales)
+
+
+def quantised_blocks(w, size):
+    """The inverse of the scale."""
+    values, scales = torch.empty_like(w), []
+    for top in range(0, len(w), size):
+        scales.append([])
+        for left in range(0, w.size(1), size):
+            cut = slice(top, top + size), slice(left, left + size)
+            scale = 448 / w[cut].abs().max().clamp(min=1e-4)
+            values[cut] = e4m3(w[cut] * scale)
+            scales[-1].append(scale)
+    return values, torch.tensor(scales)
+
+
+def scaled_product(qx, sx, qw, sw, size):
+    """The scales of the first tile for the whole row."""
+    of_rows = sw[:, 0].repeat_interleave(size)[:len(qw)]
+    return qx @ qw.T * sx[:, :1] * of_rows
+
+
+def scaled_product(qx, sx, qw, sw, size):
+    """The weight's scales are forgotten."""
+    y = torch.zeros(len(qx), len(qw))
+    for b in range(sx.size(1)):
+        cut = slice(size * b, size * (b + 1))
+        y = y + qx[:, cut] @ qw[:, cut].T * sx[:, b, None]
+    return y
+
+
+def scaled_product(qx, sx, qw, sw, size):
+    """What is left behind the last whole tile is dropped."""
+    y = torch.zeros(len(qx), len(qw))
+    for b in range(qx.size(1) // size):
+        cut = slice(size * b, size * (b + 1))
+        of_rows = sw[:, b].repeat_interleave(size)[:len(qw)]
+        y = y + qx[:, cut] @ qw[:, cut].T * sx[:, b, None] * of_rows
+    return y
+
+
+def scaled_product(qx, sx, qw, sw, size):
+    """The rows' scales in turn, as repeat has it."""
+    y = torch.zeros(len(qx), len(qw))
+    for b in range(sx.size(1)):
+        cut = slice(size * b, size * (b + 1))
+        of_rows = sw[:, b].repeat(size)[:len(qw)]
+        y = y + qx[:, cut] @ qw[:, cut].T * sx[:, b, None] * of_rows
+    return y
+
+
+def scaled_product(qx, sx, qw, sw, size):
+    """Partial sums are kept in BF16."""
+    y = torch.zeros(len(qx), len(qw))
+    for b in range(sx.size(1)):
+        cut = slice(size * b, size * (b + 1))
+        of_rows = sw[:, b].repeat_interleave(size)[:len(qw)]
+        part = (qx[:, cut] @ qw[:, cut].T * sx[:, b, None] * of_rows).bfloat16()
+        y = (y + part).bfloat16().float()
+    return y
+
+
+def scaled_product(qx, sx, qw, sw, size):
+    """The sum of the scales instead of their product."""
+    y = torch.zeros(len(qx), len(qw))
+    for b in range(sx.size(1)):
+        cut = slice(size * b, size * (b + 1))
+        of_rows = sw[:, b].repeat_interleave(size)[:len(qw)]
+        y = y + qx[:, cut] @ qw[:, cut].T * (sx[:, b, None] + of_rows)
+    return y
+
+
+def power_scale(largest):
+    """The nearest power of two, which may be too small."""
+    import math
+    return 2.0 ** round(math.log2(max(largest, 1e-4) / 448))
+
+
+def power_scale(largest):
+    """Down: the largest value no longer fits."""
+    import math
+    return 2.0 ** math.floor(math.log2(max(largest, 1e-4) / 448))
+
+
+def power_scale(largest):
+    """Exact powers are doubled."""
+    import math
+    return 2.0 ** (math.floor(math.log2(max(largest, 1e-4) / 448)) + 1)
+
+
+def power_scale(largest):
+    """No lower bound on the largest value."""
+    import math
+    return 2.0 ** math.ceil(math.log2(max(largest, 1e-9) / 448))
+
+
+def power_scale(largest):
+    """A scale of at least 1."""
+    import math
+    return 2.0 ** max(math.ceil(math.log2(max(largest, 1e-4) / 448)), 0)

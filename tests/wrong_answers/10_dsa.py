@@ -269,3 +269,140 @@ def blind_to_future(choose):
     """Nobody attends to the future: but it may decide."""
     mask = choose(torch.randn(12, 12), 3)
     return not mask.triu(1).any()
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """KL the other way round."""
+    p = weights.detach().sum(0) * mask
+    p = p / p.sum(-1, keepdim=True)
+    log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    q = log_q.exp()
+    return torch.where(q > 0, q * (log_q - p.clamp(min=1e-12).log()), 0.0).sum(-1).mean()
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """The target does not sum to 1 again."""
+    p = weights.detach().mean(0) * mask
+    log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return torch.where(p > 0, p * (p.clamp(min=1e-300).log() - log_q), 0.0).sum(-1).mean()
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """The indexer's softmax runs over all tokens."""
+    p = weights.detach().sum(0) * mask
+    p = p / p.sum(-1, keepdim=True)
+    log_q = scores.log_softmax(-1)
+    return torch.where(p > 0, p * (p.clamp(min=1e-300).log() - log_q), 0.0).sum(-1).mean()
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """The first head alone."""
+    p = weights.detach()[0] * mask
+    p = p / p.sum(-1, keepdim=True)
+    log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return torch.where(p > 0, p * (p.clamp(min=1e-300).log() - log_q), 0.0).sum(-1).mean()
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """The sum over tokens."""
+    p = weights.detach().sum(0) * mask
+    p = p / p.sum(-1, keepdim=True)
+    log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return torch.where(p > 0, p * (p.clamp(min=1e-300).log() - log_q), 0.0).sum()
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """Cross-entropy: the target's entropy is missing."""
+    p = weights.detach().sum(0) * mask
+    p = p / p.sum(-1, keepdim=True)
+    log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return torch.where(p > 0, -p * log_q, 0.0).sum(-1).mean()
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """The gradient reaches attention's weights."""
+    p = weights.sum(0) * mask
+    p = p / p.sum(-1, keepdim=True)
+    log_q = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return torch.where(p > 0, p * (p.clamp(min=1e-300).log() - log_q), 0.0).sum(-1).mean()
+
+
+def hadamard_rotated(x):
+    """The root of the width is forgotten."""
+    matrix = torch.ones(1, 1, dtype=x.dtype)
+    while len(matrix) < x.size(-1):
+        upper = torch.cat([matrix, matrix], dim=1)
+        matrix = torch.cat([upper, torch.cat([matrix, -matrix], dim=1)])
+    return x @ matrix
+
+
+def hadamard_rotated(x):
+    """Divided by the width."""
+    matrix = torch.ones(1, 1, dtype=x.dtype)
+    while len(matrix) < x.size(-1):
+        upper = torch.cat([matrix, matrix], dim=1)
+        matrix = torch.cat([upper, torch.cat([matrix, -matrix], dim=1)])
+    return x @ matrix / x.size(-1)
+
+
+def hadamard_rotated(x):
+    """The minus stands in the upper right block."""
+    matrix = torch.ones(1, 1, dtype=x.dtype)
+    while len(matrix) < x.size(-1):
+        upper = torch.cat([matrix, -matrix], dim=1)
+        matrix = torch.cat([upper, torch.cat([matrix, matrix], dim=1)])
+    return x @ matrix / x.size(-1) ** 0.5
+
+
+def hadamard_rotated(x):
+    """Neighbours are added and subtracted, once."""
+    if x.size(-1) == 1:
+        return x
+    a, b = x[..., ::2], x[..., 1::2]
+    return torch.stack([a + b, a - b], dim=-1).flatten(-2) / 2 ** 0.5
+
+
+def sparse_attention(q, key, v, index, k):
+    """The future takes part in the selection."""
+    best = index.topk(min(k, len(index))).indices
+    mask = torch.zeros_like(index, dtype=torch.bool).scatter(1, best, True)
+    mask = mask & (torch.ones_like(index).tril() > 0) | (torch.eye(len(index)) > 0)
+    scores = torch.einsum("shd,thd->hst", q, key) / q.size(-1) ** 0.5
+    return torch.einsum("hst,thd->shd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+
+def sparse_attention(q, key, v, index, k):
+    """What is not selected gets a score of 0."""
+    mask = chosen_mask(index, min(k, len(index)))
+    scores = torch.einsum("shd,thd->hst", q, key) / q.size(-1) ** 0.5
+    return torch.einsum("hst,thd->shd", scores.masked_fill(~mask, 0.0).softmax(-1), v)
+
+
+def sparse_attention(q, key, v, index, k):
+    """The mask comes after the softmax, so that weights do not sum to 1."""
+    mask = chosen_mask(index, min(k, len(index)))
+    scores = torch.einsum("shd,thd->hst", q, key) / q.size(-1) ** 0.5
+    p = scores.masked_fill(torch.ones_like(index).triu(1) > 0, -torch.inf).softmax(-1) * mask
+    return torch.einsum("hst,thd->shd", p, v)
+
+
+def sparse_attention(q, key, v, index, k):
+    """The last k tokens, a window."""
+    at = torch.arange(len(q))
+    mask = (at <= at[:, None]) & (at > at[:, None] - k)
+    scores = torch.einsum("shd,thd->hst", q, key) / q.size(-1) ** 0.5
+    return torch.einsum("hst,thd->shd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v)
+
+
+def sparse_attention(q, key, v, index, k):
+    """The indexer's scores as attention's."""
+    mask = chosen_mask(index, min(k, len(index)))
+    p = index.masked_fill(~mask, -torch.inf).softmax(-1)
+    return torch.einsum("st,thd->shd", p, v)
+
+
+def sparse_attention(q, key, v, index, k):
+    """Dense attention."""
+    scores = torch.einsum("shd,thd->hst", q, key) / q.size(-1) ** 0.5
+    future = torch.ones_like(index).triu(1) > 0
+    return torch.einsum("hst,thd->shd", scores.masked_fill(future, -torch.inf).softmax(-1), v)

@@ -279,3 +279,150 @@ def groups_apart(advantages):
         one, two = (advantages(x)[question] for x in (rewards, other))
         found.append(torch.allclose(one, two, atol=0.1))
     return all(found)
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, lengths, low, high, beta, how, longest):
+    """Without the minimum: a bad reply's ratio is clipped from above as well."""
+    ratio, further = (logp - old_logp).exp(), ref_logp - logp
+    gains = ratio.clamp(1 - low, 1 + high) * advantage
+    weight = [token_weight(n, lengths, how, longest) for n in lengths for _ in range(n)]
+    weight = torch.tensor(weight, dtype=logp.dtype)
+    return -((gains - beta * (further.exp() - further - 1)) * weight).sum()
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, lengths, low, high, beta, how, longest):
+    """Every token weighs the same, whatever was asked for."""
+    ratio, further = (logp - old_logp).exp(), ref_logp - logp
+    gains = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    return -(gains - beta * (further.exp() - further - 1)).mean()
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, lengths, low, high, beta, how, longest):
+    """k1 instead of k3."""
+    ratio = (logp - old_logp).exp()
+    gains = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    weight = [token_weight(n, lengths, how, longest) for n in lengths for _ in range(n)]
+    return -((gains - beta * (logp - ref_logp)) * torch.tensor(weight, dtype=logp.dtype)).sum()
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, lengths, low, high, beta, how, longest):
+    """k3 the wrong way round."""
+    ratio, further = (logp - old_logp).exp(), logp - ref_logp
+    gains = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    weight = [token_weight(n, lengths, how, longest) for n in lengths for _ in range(n)]
+    weight = torch.tensor(weight, dtype=logp.dtype)
+    return -((gains - beta * (further.exp() - further - 1)) * weight).sum()
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, lengths, low, high, beta, how, longest):
+    """The KL is rewarded: its sign is wrong."""
+    ratio, further = (logp - old_logp).exp(), ref_logp - logp
+    gains = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    weight = [token_weight(n, lengths, how, longest) for n in lengths for _ in range(n)]
+    weight = torch.tensor(weight, dtype=logp.dtype)
+    return -((gains + beta * (further.exp() - further - 1)) * weight).sum()
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, lengths, low, high, beta, how, longest):
+    """The ratio carries no gradient."""
+    ratio, further = (logp - old_logp).exp().detach(), ref_logp - logp
+    gains = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    weight = [token_weight(n, lengths, how, longest) for n in lengths for _ in range(n)]
+    weight = torch.tensor(weight, dtype=logp.dtype)
+    return -((gains - beta * (further.exp() - further - 1)) * weight).sum()
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, lengths, low, high, beta, how, longest):
+    """The ratio upside down."""
+    ratio, further = (old_logp - logp).exp(), ref_logp - logp
+    gains = torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    weight = [token_weight(n, lengths, how, longest) for n in lengths for _ in range(n)]
+    weight = torch.tensor(weight, dtype=logp.dtype)
+    return -((gains - beta * (further.exp() - further - 1)) * weight).sum()
+
+
+def on_policy(logp, old_logp, advantage, lengths, delta):
+    """Good replies are left out as well."""
+    return sum(([drift.mean().item() <= delta] * len(drift)
+                for drift in (old_logp - logp).split(lengths)), [])
+
+
+def on_policy(logp, old_logp, advantage, lengths, delta):
+    """Token by token, not the reply's mean."""
+    kept = []
+    for drift, a in zip((old_logp - logp).split(lengths), advantage.tolist(), strict=True):
+        kept += [not (a < 0 and one > delta) for one in drift.tolist()]
+    return kept
+
+
+def on_policy(logp, old_logp, advantage, lengths, delta):
+    """The sum over the reply's tokens."""
+    kept = []
+    for drift, a in zip((old_logp - logp).split(lengths), advantage.tolist(), strict=True):
+        kept += [not (a < 0 and drift.sum().item() > delta)] * len(drift)
+    return kept
+
+
+def on_policy(logp, old_logp, advantage, lengths, delta):
+    """Moved in either direction."""
+    kept = []
+    for drift, a in zip((old_logp - logp).split(lengths), advantage.tolist(), strict=True):
+        kept += [not (a < 0 and abs(drift.mean().item()) > delta)] * len(drift)
+    return kept
+
+
+def on_policy(logp, old_logp, advantage, lengths, delta):
+    """The ratio's logarithm the other way round."""
+    kept = []
+    for drift, a in zip((logp - old_logp).split(lengths), advantage.tolist(), strict=True):
+        kept += [not (a < 0 and drift.mean().item() > delta)] * len(drift)
+    return kept
+
+
+def policy_step(logits, drawn_tokens, rewards, lr):
+    """The mean of the whole batch as the yardstick."""
+    logits = logits.clone().requires_grad_()
+    logp = logits.log_softmax(-1).gather(1, drawn_tokens)
+    advantage = (rewards - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
+    [slope] = torch.autograd.grad(-(logp * advantage).mean(), logits)
+    return (logits - lr * slope).detach()
+
+
+def policy_step(logits, drawn_tokens, rewards, lr):
+    """Uphill on the loss."""
+    logits = logits.clone().requires_grad_()
+    logp = logits.log_softmax(-1).gather(1, drawn_tokens)
+    [slope] = torch.autograd.grad(-(logp * my_advantages(rewards, by_std=True)).mean(), logits)
+    return (logits + lr * slope).detach()
+
+
+def policy_step(logits, drawn_tokens, rewards, lr):
+    """The sum over replies instead of the mean."""
+    logits = logits.clone().requires_grad_()
+    logp = logits.log_softmax(-1).gather(1, drawn_tokens)
+    [slope] = torch.autograd.grad(-(logp * my_advantages(rewards, by_std=True)).sum(), logits)
+    return (logits - lr * slope).detach()
+
+
+def policy_step(logits, drawn_tokens, rewards, lr):
+    """The rewards themselves, without a yardstick."""
+    logits = logits.clone().requires_grad_()
+    logp = logits.log_softmax(-1).gather(1, drawn_tokens)
+    [slope] = torch.autograd.grad(-(logp * rewards).mean(), logits)
+    return (logits - lr * slope).detach()
+
+
+def policy_step(logits, drawn_tokens, rewards, lr):
+    """The gradient of the probability, not of the ratio."""
+    logits = logits.clone().requires_grad_()
+    share = logits.softmax(-1).gather(1, drawn_tokens)
+    [slope] = torch.autograd.grad(-(share * my_advantages(rewards, by_std=True)).mean(), logits)
+    return (logits - lr * slope).detach()
+
+
+def policy_step(logits, drawn_tokens, rewards, lr):
+    """Advantages without the standard deviation."""
+    logits = logits.clone().requires_grad_()
+    logp = logits.log_softmax(-1).gather(1, drawn_tokens)
+    [slope] = torch.autograd.grad(-(logp * my_advantages(rewards, by_std=False)).mean(), logits)
+    return (logits - lr * slope).detach()

@@ -1,0 +1,68 @@
+"""A handout says of a notebook what it is about, and prints on one page."""
+
+import html
+import re
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from minids.lab import handouts
+from minids.lab.exercises import exercises
+
+PATHS = sorted((Path(__file__).resolve().parents[2] / "notebooks").glob("*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("handouts")
+    handouts.write_handouts(folder, PATHS)
+    return {path.stem: (folder / f"{path.stem}.html").read_text("utf-8") for path in PATHS}
+
+
+@pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+def test_it_has_the_question_the_exercises_and_the_summary(pages, path):
+    page = pages[path.stem]
+    text = html.unescape(re.sub(r"<svg.*?</svg>|<[^>]*>", "", page, flags=re.S))
+    assert "The question." in text and "Paper." in text and "What to remember" in text
+    found = exercises(path)
+    assert f"Exercises, {sum(e.points for e in found)} points" in text
+    for exercise in found:
+        assert f"<td>{exercise.number}</td><td><code>{exercise.name}</code></td>" in page
+    assert len(re.findall("<li>", page[page.index("What to remember"):])) == 5
+    assert not re.search("[\ue000\ue001]", page)  # every formula was put back
+    assert "$$" not in page and "http://" not in page and "<script" not in page
+
+
+def test_equations_are_numbered_and_drawn(pages):
+    page = pages["06_balance"]
+    assert re.findall(r"<span>\((\d)\)</span>", page) == ["1", "2", "3"]
+    assert page.count('class="equation"') == 3 and page.count('<svg class="formula"') >= 3
+
+
+def test_shapes_come_from_the_functions(pages):
+    assert "sequence_loss(scores, k)" in pages["06_balance"]
+    assert "scores: (T, E) of one sequence" in pages["06_balance"]
+
+
+def test_a_long_task_is_cut_after_a_sentence():
+    task = "Return one. " + "A sentence of some length that says something. " * 10
+    kept = handouts.first_sentence(task)
+    assert kept.startswith("Return one. A sentence") and kept.endswith(".") and len(kept) < 190
+
+
+@pytest.mark.slow
+def test_each_prints_on_one_page(pages, tmp_path):
+    if not find_spec("playwright"):
+        pytest.skip("playwright is not installed: pip install playwright")
+    from playwright.sync_api import Error, sync_playwright
+    with sync_playwright() as play:
+        try:
+            browser = play.chromium.launch()
+        except Error:
+            pytest.skip("Chromium is not installed: playwright install chromium")
+        tab = browser.new_page()
+        for stem, page in pages.items():
+            tab.set_content(page)
+            pdf = tab.pdf(prefer_css_page_size=True)
+            assert len(re.findall(rb"/Type\s*/Page\b(?!s)", pdf)) == 1, stem
