@@ -108,8 +108,9 @@ class Stream(Response):
         """Send all chunks."""
         async def body(data: bytes, more: bool = True) -> None:
             message = dict(type="http.response.body", body=data, more_body=more)
-            try:
-                await asyncio.wait_for(send(message), self.limits.slow)
+            try:  # Python 3.11's `wait_for` forgets that it was cancelled, if `send` is just done
+                async with asyncio.timeout(self.limits.slow):
+                    await send(message)
             except TimeoutError:
                 raise ClientDisconnect from None
 

@@ -10,7 +10,7 @@ from test_bench import a_run, run
 
 from minids.infer.engine import Engine
 from minids.lab import bench_serving
-from minids.lab.bench_serving import REPLY, Served, arrivals, by_engine, coming, static
+from minids.lab.bench_serving import REPLY, Served, arrivals, as_late, by_engine, coming, static
 
 SHORT = [a._replace(prompt=2 + i, reply=1 + 5 * i % 7) for i, a in enumerate(arrivals(20))]
 PROMPTS = [list(range(a.prompt)) for a in SHORT]
@@ -61,13 +61,23 @@ def test_every_request_gets_its_tokens(how, gap):
         assert all(max(ends[i:i + 4]) <= min(served.tokens[i + 4]) for i in range(0, 16, 4))
 
 
+def test_the_rate_at_which_first_tokens_come_as_late():
+    def run(gap: float) -> Served:  # the longest wait is 1 s at a gap of 1 s, 4 s at a quarter
+        return Served([0.0] * 100, [[1 / gap]] * 100)
+
+    assert as_late(run, 1.0, 4.0) == 0.25
+    assert 1 / as_late(run, 1.0, 5.0) == pytest.approx(5, rel=0.2)  # sixteenth root of 16
+    assert as_late(run, 1.0, 0.5) == 1.0  # it is later at any rate
+
+
 @pytest.mark.parametrize("rotated", [8, 16])
 def test_the_table_of_batching(settings, monkeypatch, capsys, rotated):
     """Transformers' cache takes two tensors of equal width only: it has a row, or its reason."""
     monkeypatch.setattr(bench_serving, "arrivals", lambda count: SHORT)
     flags = "--rows=4", "--kv-lora-rank=16", f"--qk-rope-head-dim={rotated}"
     head, *body = run(settings, "batching", capsys, *flags)
-    names = ["static", "static, by the engine", "continuous", "continuous, twice the rate"]
+    names = ["static", "static, by the engine", "continuous", "continuous, twice the rate",
+             "continuous, as late as static"]
     theirs = ["continuous, by transformers"] if rotated == 16 else []
     assert [row[0] for row in body] == names + theirs
     assert all(len(row) == len(head) for row in body)

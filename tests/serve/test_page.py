@@ -183,6 +183,74 @@ def test_a_phone_shows_it_all(page, scheme):
     assert dark == (scheme == "dark")
 
 
+def test_who_reads_further_up_is_left_there(page, server):
+    page.set_viewport_size(dict(width=500, height=420))
+    for _ in range(3):
+        ask(page, thinking="none")
+    top = "document.querySelector('main').scrollTop"
+    assert page.evaluate(top) > 0  # the newest is in view
+    server.still.clear()
+    try:
+        ask(page, wait=False, thinking="high")
+        until(lambda: page.evaluate("abort !== null && reply.tokens === 0"))
+        assert page.get_attribute("#messages", "aria-busy") == "true"
+        page.evaluate("document.querySelector('main').scrollTop = 0")
+    finally:
+        server.still.set()
+    until(lambda: page.evaluate("reply.done === true"))
+    assert page.evaluate(top) == 0
+    assert page.get_attribute("#messages", "aria-busy") == "false"
+
+
+def test_a_thought_is_folded_by_keyboard_while_it_grows(page, server):
+    server.still.clear()
+    step, left = server.engine.batch.step, [3]
+
+    def some() -> None:
+        step()
+        left[0] -= bool(server.engine.batch.log[-1].wrote)
+        if left[0] == 0:
+            server.still.clear()
+
+    server.engine.batch.step = some
+    try:
+        ask(page, wait=False, thinking="high")
+        server.still.set()
+        until(lambda: page.evaluate("reply?.tokens === 3"))
+        page.locator("details.thought summary").last.focus()
+        page.keyboard.press("Enter")
+        server.still.set()
+        until(lambda: page.evaluate("reply.done === true"))
+        assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
+        assert not page.locator("details.thought").last.evaluate("fold => fold.open")
+    finally:
+        server.engine.batch.step = step
+        server.still.set()
+
+
+def test_a_stream_that_breaks_off_is_told(page):
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(
+        content_type="text/event-stream",
+        body='data: {"choices": [{"index": 0, "delta": {"content": "4"}}]}\n\n'))
+    ask(page)
+    assert "broke off" in page.locator(".error").inner_text()
+    assert page.locator(".message.assistant > .text").inner_text() == "4"
+
+
+def test_a_key_is_asked_for_where_a_phone_shows_it(browser):
+    with running(limits=dict(key="secret"), rows=1) as server:
+        made = browser.new_page(viewport=dict(width=360, height=640))
+        made.goto(server.url)
+        until(lambda: made.locator("#key").is_visible())
+        assert "API key" in made.locator("#hint").inner_text()
+        assert made.evaluate("document.activeElement.id") == "key"
+        made.keyboard.type("secret")
+        made.keyboard.press("Tab")
+        until(lambda: made.evaluate("model !== null"))
+        assert made.locator("#hint").inner_text() == ""
+        made.close()
+
+
 def test_a_base_model_has_a_box(browser):
     with running("data/r1/base", rows=1) as server:
         made = browser.new_page()
@@ -191,7 +259,8 @@ def test_a_base_model_has_a_box(browser):
         assert not made.locator("#question").is_visible()
         made.fill("#box", "3*7")
         made.press("#box", "Control+Enter")
-        until(lambda: made.evaluate("reply?.done === true"))
+        until(lambda: made.evaluate("reply?.done === true && !abort"))
+        assert made.evaluate("document.getElementById('box').readOnly") is False
         text = made.evaluate("reply.content")
         assert text and made.input_value("#box") == "3*7" + text
         made.close()

@@ -1,5 +1,6 @@
 """The server's addresses, shapes and streams, and clients that leave, over a real connection."""
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
-from running import ROOT, running, until
+from running import LONGEST, ROOT, running, until
 
 from minids.generate import generate
 from minids.infer.batch import Batch
@@ -331,6 +332,40 @@ def test_a_worker_that_fails_on_one_goes_on_with_the_others(client, server, monk
     with client.stream("POST", "/v1/chat/completions", json=bad | dict(stream=True)) as answer:
         last = [line for line in answer.iter_lines() if line][-1]
     assert json.loads(last[6:])["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("moment", ["in the body", "after the body", "in the reply"])
+def test_at_no_moment_is_leaving_an_error(server, moment, stream):
+    """The application itself: what it raises would be a traceback in the server's log."""
+    from minids.serve.app import Limits, make_app
+
+    app, sent, body = make_app(server.served, Limits()), [], json.dumps(ASK | dict(stream=stream))
+    part = dict(type="http.request", body=body.encode(), more_body=moment == "in the body")
+    asked = [part | (dict(body=part["body"][:9]) if part["more_body"] else {})]
+
+    async def receive() -> dict:
+        if asked:
+            return asked.pop()
+        while moment == "in the reply" and len(sent) < 2 and stream:
+            await asyncio.sleep(0.001)
+        return dict(type="http.disconnect")
+
+    async def send(message: dict) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = dict(type="http", method="POST", path="/v1/chat/completions", headers=headers,
+                 query_string=b"", root_path="")
+    async def leave() -> None:
+        async with asyncio.timeout(LONGEST):
+            await app(scope, receive, send)
+
+    with standing(server):  # which waits at its end until nobody is served
+        asyncio.run(leave())
+    if moment == "in the reply" and stream:
+        assert sent[0]["status"] == 200 and b"assistant" in sent[1]["body"]
+    assert not any(b"[DONE]" in message.get("body", b"") for message in sent)
 
 
 def test_a_connection_goes_on_after_each_refusal(server, client):
