@@ -1,10 +1,8 @@
 """What four ranks go through; started by test_four_ranks.py."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import torch
 from comparing import (
     ARGS,
     WEIGHTS,
@@ -16,13 +14,11 @@ from comparing import (
 )
 from launching import run_checks
 
-from minids.apply.compile import compile_blocks
 from minids.apply.recompute import recompute_blocks
 from minids.parallel.layout import V_SHAPED, torch_version
 
 FEW_EXPERTS = replace(ARGS, n_routed_experts=2, n_activated_experts=1, n_expert_groups=1,
                       n_limited_groups=1)  # fewer than ranks: each has rows of their matrices
-SHORT = replace(ARGS, n_layers=2)
 INDEXED = replace(ARGS, index_n_heads=4, index_head_dim=16, index_topk=4)
 
 
@@ -57,28 +53,6 @@ def check_pipeline_fsdp_experts_and_recompute():
         if schedule not in V_SHAPED or torch_version() >= (2, 13):
             compare_step(ranks_of(pipeline=2, expert_parallel=2, schedule=schedule,
                                   micro_batches=4), prepare=recompute_blocks)
-
-
-def check_compiled_blocks():
-    """Traced, cut at the exchange, and their backward passes split off; without code generation,
-    which takes a minute."""
-    compiler = torch.compile
-    torch.compile = partial(compiler, backend="aot_eager")
-    try:
-        compare_step(ranks_of(), args=SHORT, prepare=compiled)
-        compare_step(ranks_of(expert_parallel=2), args=SHORT, parts=2,
-                     prepare=lambda part: compiled(part, "blocks"))
-    finally:
-        torch.compile = compiler
-    assert torch._dynamo.utils.counters["frames"]["ok"] > 5
-
-
-def compiled(part, recompute: str = "none"):
-    """Compile a part's blocks; fail where the compiler does."""
-    recompute_blocks(part, recompute)
-    compile_blocks(part, torch.float64)
-    for unit in [*part.layers, *part.mtp]:
-        unit.forward.__func__.failure = ()  # which no error is
 
 
 def check_longer_pipeline():
