@@ -123,7 +123,8 @@ class Measured(dict):
     From FEW equal layers on, each adds the same to every number except the peak. So stages are run
     with FEW of them, and the share of one more is measured once, in a stage without embedding and
     head if there is one. The peak falls at first, while layers free more than an embedding's
-    gradient needs, and is followed until that ends.
+    gradient needs, or rises, while fewer are there than FSDP has at hand; it is followed until that
+    ends.
     """
 
     def __init__(self, args: ModelArgs, load: Load):
@@ -143,11 +144,11 @@ class Measured(dict):
         return Footprint(*grown)._replace(peak=self.peak(ranks, kind, count))
 
     def peak(self, ranks: Ranks, kind: Kind, count: int) -> int:
-        """Return the peak with `count` equal layers: it is run until one more lowers it by no more
+        """Return the peak with `count` equal layers: it is run until one more moves it by no more
         than SETTLED, and extended along a line from there."""
         before, last = (self.run(ranks, kind.with_layers(n)).peak for n in (FEW, FEW + 1))
         layers = FEW + 1
-        while last < before * (1 - SETTLED) and layers < count:
+        while abs(last - before) > before * SETTLED and layers < count:
             layers += 1
             before, last = last, self.run(ranks, kind.with_layers(layers)).peak
         return last + (count - layers) * (last - before)
