@@ -21,24 +21,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 128  # channels in a tile, rows and columns in a block
+from minids.kernels import fp8 as kernels
+from minids.kernels.fp8_layout import BLOCK, LEAST, LEAST_GRADIENT
+from minids.kernels.precision import compute_dtype, without_autocast
+from minids.kernels.registry import bodies
+
 BAND = 8 * BLOCK  # rows of a matrix that are dequantized at a time
 STEP = 32  # numbers that Hopper's FP8 units multiply and add at once
 E4M3_MAX = 448.0
-LEAST = 1e-4  # floor on a block's absolute maximum, so that an all-zero block gets a finite scale
 
 
-def quantize_activation(x: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
+@bodies(kernels.tiles_in_one_pass)
+def quantize_activation(x: Tensor, ue8m0: bool = False,
+                        least: float = LEAST) -> tuple[Tensor, Tensor]:
     """Round to E4M3 with a scale for every 128 numbers of the last dimension.
 
     x: (.., n) -> (.., n) float8_e4m3fn, and the scales (.., ceil(n / 128)) FP32
     ue8m0: round the scales up to powers of two
+    least: floor on a tile's largest absolute value; of gradients LEAST_GRADIENT
     """
     tiles = padded(x.float(), x.size(-1)).unflatten(-1, (-1, BLOCK))  # (.., blocks, 128)
-    scale = block_scale(tiles.abs().amax(-1), ue8m0)  # (.., blocks)
+    scale = block_scale(tiles.abs().amax(-1), ue8m0, least)  # (.., blocks)
     return to_e4m3(tiles / scale.unsqueeze(-1)).flatten(-2)[..., :x.size(-1)], scale
 
 
+@bodies(kernels.blocks_in_one_pass)
 def quantize_weight(w: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """Round to E4M3 with a scale for every block of 128 rows and 128 columns.
 
@@ -47,7 +54,7 @@ def quantize_weight(w: Tensor, ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """
     wide = padded(w.float(), *w.shape)
     blocks = wide.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # (R, 128, C, 128)
-    scale = block_scale(blocks.abs().amax((1, 3)), ue8m0)  # (R, C)
+    scale = block_scale(blocks.abs().amax((1, 3)), ue8m0, LEAST)  # (R, C)
     q = to_e4m3(blocks / scale[:, None, :, None]).flatten(2).flatten(0, 1)
     return q[:w.size(0), :w.size(1)], scale
 
@@ -86,10 +93,10 @@ def padded(x: Tensor, *sizes: int) -> Tensor:
     return F.pad(x, [n for pad in pads for n in pad])
 
 
-def block_scale(largest: Tensor, ue8m0: bool) -> Tensor:
+def block_scale(largest: Tensor, ue8m0: bool, least: float) -> Tensor:
     """Return the scale that brings a block's largest value to 448, or to 224 at least if UE8M0."""
     # Divide by a tensor: a GPU would multiply by a rounded reciprocal of a plain number.
-    scale = largest.clamp(min=LEAST) / largest.new_tensor(E4M3_MAX)
+    scale = largest.clamp(min=least) / largest.new_tensor(E4M3_MAX)
     return next_power_of_two(scale) if ue8m0 else scale
 
 
@@ -114,7 +121,8 @@ def fp8_gemm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor) -> Tensor:
     """
     if has_fp8_units(a.device):
         return gemm_on_hopper(a, a_scale, b, b_scale)
-    return dequantize(a, a_scale) @ dequantize(b, b_scale).T
+    with without_autocast(a):
+        return dequantize(a, a_scale) @ dequantize(b, b_scale).T
 
 
 @functools.cache
@@ -179,16 +187,20 @@ class FP8Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, x_scale, w, w_scale = ctx.saved_tensors
-        dy = grad.flatten(0, -2)
-        dx = fp8_gemm(*quantize_activation(dy), w.T, w_scale.T)
+        dy, least = grad.flatten(0, -2), LEAST_GRADIENT
+        dx = fp8_gemm(*quantize_activation(dy, least=least), w.T, w_scale.T)
         along_tokens = quantize_activation(dequantize(x, x_scale).T)
-        dw = fp8_gemm(*quantize_activation(dy.T), *along_tokens)
+        dw = fp8_gemm(*quantize_activation(dy.T, least=least), *along_tokens)
         return dx.to(ctx.dtypes[0]).view(*grad.shape[:-1], w.size(1)), dw.to(ctx.dtypes[1])
 
 
+@bodies(kernels.linear_in_kernels)
 def fp8_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return x W^T in FP8, forward and backward. x: (.., k), weight: (m, k) -> (.., m)"""
-    return FP8Linear.apply(x, weight)
+    """Return x W^T in FP8, forward and backward. x: (.., k), weight: (m, k) -> (.., m)
+
+    Under autocast x comes in its type and y goes out in it, as with any product.
+    """
+    return FP8Linear.apply(x.to(compute_dtype(x)), weight)
 
 
 def rounded_to_fp8(x: Tensor) -> Tensor:

@@ -51,6 +51,7 @@ from minids.costs.cards import PEAK_FLOPS
 from minids.costs.flops import flops_per_token
 from minids.infer.generation import generate
 from minids.infer.validation import Evaluation, evaluate, parse_share, windows
+from minids.kernels import fp8 as fp8_kernels
 from minids.model.moe import max_violation
 from minids.model.objective import Packed
 from minids.model.sparse_attention import freeze_all_but_indexers
@@ -110,8 +111,11 @@ class Trainer(Learner):
             require(args, "fp8", self.dtype != torch.float16,
                     "false where products are in FP16, or with --dtype fp32")
             use_fp8(model)
+            lacking = fp8_kernels.missing(self.device)
+            if lacking and self.device.type == "cuda":
+                tqdm.write(f"fp8: {lacking}; products are simulated, far slower than in BF16")
         self.speed_up(model, args.compile, args.batch_size // args.grad_accum,
-                      args.fp8 or bool(args.dsa))
+                      args.fp8, bool(args.dsa))
 
     def open_data(self, **shared) -> Data:
         """Return training batches and validation text; shared: how ranks share, of `open_data`"""

@@ -342,3 +342,30 @@ def test_hopper_multiplies_the_same_numbers(shape):
     for a, b in pairs:
         # 14 bits of a sum within 128 numbers: 2^-13 at each of four steps, of the largest sum.
         assert gap(gemm_on_hopper(*a, *b), dequantize(*a) @ dequantize(*b).T) < 4 * 2 ** -12
+
+
+@pytest.mark.parametrize("size", [2.0 ** -27, 2.0 ** -60])
+def test_small_gradients_lose_no_more_than_large_ones(size, monkeypatch):
+    """Of a mean over many tokens they are far below the floor of activations, 1e-4."""
+    x, w, dy = factors(outliers=False)
+
+    def alike():
+        large, small = (products(fp8_linear, x, w, t) for t in (dy, size * dy))
+        return [torch.equal(small[name], size * large[name]) for name in ("dx", "dw")]
+
+    assert all(alike())  # a power of two changes no digit
+    monkeypatch.setattr(fp8, "LEAST_GRADIENT", fp8.LEAST)
+    assert not any(alike())
+
+
+def test_under_autocast_inputs_and_results_are_in_its_type_and_sums_are_not():
+    x, w, dy = factors(outliers=False)
+    exact = products(fp8_linear, x.bfloat16(), w, dy.bfloat16())
+    factors_in_fp8 = quantize_activation(x), quantize_weight(w)
+    plain = fp8_gemm(*factors_in_fp8[0], *factors_in_fp8[1])
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = products(fp8_linear, x, w, dy.bfloat16())
+        assert torch.equal(fp8_gemm(*factors_in_fp8[0], *factors_in_fp8[1]), plain)
+    assert mine["y"].dtype == torch.bfloat16 and mine["dw"].dtype == torch.float32
+    for name in exact:
+        assert torch.equal(mine[name].float(), exact[name].float()), name

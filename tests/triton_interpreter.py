@@ -30,7 +30,32 @@ def running() -> bool:
 
         patched.before = patch
         interpreter._patch_lang_tensor = patched
+        interpreter._convert_float = cast
+        interpreter.InterpreterBuilder.create_fma = multiply_and_add
     return True
+
+
+def cast(numbers, before, after, rounding):
+    """Cast as torch and a GPU do (`cvt.rn`): to the nearest number, and of two to the even one.
+
+    Triton 3.6's own moves a half away from zero, loses the carry of a mantissa that it rounds up,
+    truncates to subnormal numbers of E4M3, and truncates FP32 to BF16.
+    """
+    import torch
+
+    types = dict(fp8e4nv=torch.float8_e4m3fn, fp8e5=torch.float8_e5m2, bf16=torch.bfloat16,
+                 fp16=torch.float16, fp32=torch.float32, fp64=torch.float64)
+    bits = {8: torch.uint8, 16: torch.int16, 32: torch.int32, 64: torch.int64}
+    size = before.primitive_bitwidth, after.primitive_bitwidth
+    source = torch.from_numpy(numbers.copy().reshape(-1).view(f"i{size[0] // 8}"))
+    done = source.view(types[str(before)]).to(types[str(after)]).view(bits[size[1]])
+    return done.numpy().view(f"u{size[1] // 8}").reshape(numbers.shape)
+
+
+def multiply_and_add(builder, x, y, z):
+    """Round x y + z once, as a GPU does; Triton's own rounds the product, too."""
+    return builder.ternary_op(x, y, z, lambda a, b, c: (
+        a.astype("f8") * b.astype("f8") + c.astype("f8")).astype(a.dtype))
 
 
 def run(file: str, *arguments: str) -> None:

@@ -1,8 +1,16 @@
 """FP8 training from outside: other products in the blocks' layers, no other weights."""
 
-from functools import partial
+import types
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from minids.fp8 import fp8_linear
+from minids.kernels import fp8 as kernels
+from minids.kernels.fp8_layout import BLOCK, group_tiles
+from minids.kernels.registry import bodies
 from minids.model.layers import Linear
 from minids.model.moe import Experts, each_expert
 from minids.model.transformer import Transformer
@@ -15,8 +23,84 @@ def use_fp8(model: Transformer) -> None:
     core stay as they are.
     """
     for block in model.blocks():
-        for name, module in block.named_modules():
-            if isinstance(module, Linear) and not name.endswith("weights_proj"):
-                module.product = fp8_linear
-            elif isinstance(module, Experts):
-                module.product = partial(each_expert, product=fp8_linear)
+        use_fp8_within(block)
+
+
+def use_fp8_within(part: nn.Module) -> None:
+    """Do this to a part of a block."""
+    for name, module in part.named_modules():
+        if isinstance(module, Linear) and not name.endswith("weights_proj"):
+            module.product = fp8_linear
+        elif isinstance(module, Experts):
+            module.product = fp8_grouped_linear
+            module.forward = types.MethodType(experts_in_fp8, module)
+
+
+class StepRounding:
+    """FP8 copies of the matrices in parts of a model, made once per optimizer step.
+
+    As `minids.apply.precision.StepCopies` for BF16: `refresh` has to come before a step, and the
+    copies serve passes with gradients only. For the kernels; one byte per parameter and layout.
+    """
+
+    def __init__(self, parts: Iterable[nn.Module]):
+        self.pairs: list[tuple[tuple[nn.Parameter, ...], kernels.Rounded]] = []
+        for module in (m for part in parts for m in part.modules()):
+            if isinstance(module, Linear) and vars(module).get("product") is fp8_linear:
+                module.product = RoundedProduct(self.copy(module.weight))
+            elif isinstance(module, Experts) and module.w1.size(1) % BLOCK == 0:
+                module.rounded = self.copy(module.w1, module.w3), self.copy(module.w2)
+
+    def copy(self, *weights: nn.Parameter) -> kernels.Rounded:
+        """Return a matrix, or stacks of them side by side, rounded."""
+        rounded = kernels.Rounded(*kernels.round_weights(stacks(weights), True, False))
+        self.pairs.append((weights, rounded))
+        return rounded
+
+    def refresh(self) -> None:
+        """Round all weights anew, where the copies lie."""
+        from minids.kernels.triton_fp8 import round_blocks
+        for weights, rounded in self.pairs:
+            round_blocks(stacks(weights), columns=True, out=rounded)
+
+
+def stacks(weights: Iterable[Tensor]) -> list[Tensor]:
+    """Return matrices as stacks (E, r, c), without gradients."""
+    return [w.detach() if w.dim() == 3 else w.detach().unsqueeze(0) for w in weights]
+
+
+class RoundedProduct:
+    """x W^T with the copy of W where gradients are wanted, and with W itself elsewhere."""
+
+    def __init__(self, rounded: kernels.Rounded):
+        self.rounded = rounded
+
+    def __call__(self, x: Tensor, weight: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return fp8_linear(x, weight)
+        y = kernels.multiplied(x.flatten(0, -2), [weight.unsqueeze(0)], (), self.rounded)
+        return y.view(*x.shape[:-1], len(weight))
+
+
+def experts_in_fp8(experts: Experts, x: Tensor, counts: Tensor) -> Tensor:
+    """Run `Experts.forward`, with w1 and w3 side by side."""
+    rounded = getattr(experts, "rounded", None)
+    if rounded is None or not torch.is_grad_enabled():
+        x1, x3 = fp8_grouped_pair(x, experts.w1, experts.w3, counts).chunk(2, dim=-1)
+        return experts.product(F.silu(x1) * x3, experts.w2, counts)
+    groups, (w13, w2) = group_tiles(counts, len(x)), rounded
+    y = kernels.multiplied(x, [experts.w1, experts.w3], groups, w13)
+    x1, x3 = y.chunk(2, dim=-1)
+    return kernels.multiplied(F.silu(x1) * x3, [experts.w2], groups, w2)
+
+
+@bodies(kernels.grouped_in_kernels)
+def fp8_grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Run `minids.model.moe.grouped_linear` in FP8, one product per expert."""
+    return each_expert(x, weight, counts, fp8_linear)
+
+
+@bodies(kernels.pair_in_kernels)
+def fp8_grouped_pair(x: Tensor, first: Tensor, second: Tensor, counts: Tensor) -> Tensor:
+    """Return the results of two matrices per expert side by side: (M, out) each -> (M, 2 out)"""
+    return torch.cat([fp8_grouped_linear(x, w, counts) for w in (first, second)], dim=-1)

@@ -11,7 +11,6 @@ Attention looks at the slots that are filled and no others, whatever the cache h
 read each weight once, and only those that somebody chose.
 """
 
-import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -19,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.kernels.precision import TRITON
+from minids.kernels.precision import INTERPRETED, TRITON
 from minids.kernels.registry import body
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a CPU, for tests
 KINDS = torch.bfloat16, torch.float16, torch.float32
 MANY = 1024  # tokens of a step; with more the plain definition's products are as quick
 PROGRAMS = 264  # that attention is cut into: two for each multiprocessor of a large GPU

@@ -1,12 +1,14 @@
 """In which precision a product runs. Only bodies ask: plain definitions follow their inputs."""
 
 import contextlib
+import os
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 TRITON = find_spec("triton") is not None  # comes with torch's CUDA build; imported where it runs
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a CPU, for tests
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

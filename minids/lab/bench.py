@@ -4,6 +4,7 @@
     python -m minids.lab.bench --what decode --dtype fp32 --pairs 15
     python -m minids.lab.bench --what moe-vs-dense --seeds 3 --steps 500
     python -m minids.lab.bench --what sparse --context 32768 --pairs 3
+    python -m minids.lab.bench --what fp8 --preset v3 --batch-size 16 --seq-len 1024 --device cuda
     python -m minids.lab.bench --what speculative --run runs/deep
     python -m minids.lab.bench --what serve,batching --run data/r1/base --pairs 3 --dtype fp32
     python -m minids.lab.bench --device cuda --what train,roofline --preset small --batch-size 16
@@ -29,6 +30,7 @@ The tables:
                   torchrun over its ranks, and --command names their layout too
     step          a decoding step of minids beside the time that reading its weights takes
     prompt        `generate` up to the first token of prompts of up to --context tokens
+    fp8           rounding, a linear layer and a layer of experts of the preset in FP8 beside BF16
     roofline      the machine's measured peaks, and each kernel body's share of them
     profile       where the time of a training step (--command) and a decoding step goes; with
                   --label it is measured and kept in --record, without it is drawn from there
@@ -66,6 +68,7 @@ from minids.hf import config_from_args
 from minids.kernels.registry import recorded
 from minids.lab.bench_alone import program_table, prompt_table, step_table
 from minids.lab.bench_decoding import sparse_table, speculative_table
+from minids.lab.bench_fp8 import fp8_table, one_layer
 from minids.lab.bench_serving import batching_table, clients_table
 from minids.lab.bench_setup import ALONE, Bench, BenchArgs, Stepper, minids_loss
 from minids.lab.bench_transformers import decode_table, memory_table, rollout_table, train_table
@@ -154,7 +157,8 @@ MAKERS = {"train": train_table, "decode": decode_table, "memory": memory_table,
           "dense": dense_table, "moe-vs-dense": quality_table, "sparse": sparse_table,
           "speculative": speculative_table, "rollout": rollout_table, "serve": clients_table,
           "batching": batching_table, "program": program_table, "step": step_table,
-          "prompt": prompt_table, "roofline": roofline_table, "profile": profile_table}
+          "prompt": prompt_table, "roofline": roofline_table, "profile": profile_table,
+          "fp8": fp8_table}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -175,7 +179,10 @@ def print_tables(s: BenchArgs, changes: dict, team: Team | None) -> None:
     """Make the tables; changes: fields of `ModelArgs` that differ from the preset's"""
     args = replace(ModelArgs.preset(s.preset), **changes)
     each = s.one_dtype.itemsize if set(s.tables) <= set(ALONE) else 16
-    check_memory(args, pick_device(s.device), each)  # refuses a GPU that is not there, too
+    held = args
+    if s.tables == ["fp8"]:  # weights and gradients of one layer in BF16, and both copies in FP8
+        held, each = one_layer(args), 6
+    check_memory(held, pick_device(s.device), each)  # refuses a GPU that is not there, too
     if set(s.tables) & set(BESIDE_TRANSFORMERS):
         config_from_args(args)  # refuses a model that transformers has no class for
     bench = Bench(s, args, team)

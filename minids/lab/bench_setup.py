@@ -23,7 +23,7 @@ DTYPES = {"bf16-weights": torch.bfloat16, "bf16": torch.bfloat16, "fp32": torch.
 BOTH = {"cpu": ("bf16", "fp32"), "cuda": ("bf16-weights", "bf16")}  # what --dtype both means
 DEFAULT_TABLES = ("train", "decode", "memory", "dense")  # what "all" means
 TABLES = (*DEFAULT_TABLES, "moe-vs-dense", "sparse", "speculative", "rollout", "serve", "batching",
-          "program", "step", "prompt", "roofline", "profile")
+          "program", "step", "prompt", "roofline", "profile", "fp8")
 ALONE = ("serve", "batching", "step", "prompt", "roofline")  # decode only: no gradients to store
 WARM_UP = 2           # training steps before the timings; the first ones compile kernels
 LEARNING_RATE = 1e-3  # of the timed steps

@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 from minids import __version__
 from minids.apply.compile import compile_blocks
+from minids.apply.fp8 import StepRounding
 from minids.apply.precision import StepCopies
 from minids.base.command_line import Stopped, no_memory
 from minids.base.fields import require
 from minids.base.files import sealed, write_whole
 from minids.config import ModelArgs
+from minids.kernels import fp8 as fp8_kernels
 from minids.model.sparse_attention import load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.parallel.parts import Parts
@@ -66,7 +68,7 @@ class Learner:
         self.mirror = Mirror(args.log if self.team.first else "", run)
         for set_seed in (random.seed, np.random.seed, torch.manual_seed):
             set_seed(args.seed)  # all the generators that a checkpoint holds
-        self.copies: StepCopies | None = None
+        self.copies: StepCopies | StepRounding | None = None
         self.model = self.build(model_args)
         self.optimizers = optimizers.build_optimizers(self.model, args, self.dtype)
         # FP16 has no number below 6e-8: there the loss is scaled, or small gradients would vanish.
@@ -153,17 +155,19 @@ class Learner:
         return torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32,
                               cache_enabled=self.team.world == 1)
 
-    def speed_up(self, model: Transformer, compile: str, sequences: int,
+    def speed_up(self, model: Transformer, compile: str, sequences: int, fp8: bool = False,
                  plain: bool = False) -> None:
         """Set up what makes steps faster, on a GPU and where it is asked for: for `prepare`.
 
         compile: "true", "false", or "auto": on a GPU in BF16, unless `plain`
         sequences: of a micro-batch, once it has grown
-        plain: whether products are not the usual ones, as with FP8 or indexers that learn
+        fp8: whether products are in FP8; its kernels compile, the simulation does not
+        plain: whether there are other unusual products, as of indexers that learn
         """
         usual = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not plain
+        usual = usual and (not fp8 or fp8_kernels.run_on(self.device))
         if usual and self.team.world == 1:  # over ranks weights are gathered anew, and cast then
-            self.copies = StepCopies(model)
+            self.copies = StepRounding(model.blocks()) if fp8 else StepCopies(model)
         if compile == "true" or compile == "auto" and usual:
             compile_blocks(model, self.dtype, sequences, tqdm.write)
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minids.kernels import muon
+from minids.kernels.precision import TRITON
 from minids.model.sparse_attention import in_indexer
 from minids.parallel.matrices import of_whole, sharing_rows
 from minids.parallel.shards import is_sharded, local
@@ -69,9 +70,29 @@ class AdamWInBF16(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure=None) -> None:
         """Move every parameter that has a gradient."""
+        learning = [p for group in self.param_groups for p in group["params"]
+                    if p.grad is not None]
+        if TRITON and all(p.is_cuda for p in learning):
+            return self.in_one_pass()
         self._moments_to(torch.float32)
         super().step()
         self._moments_to(torch.bfloat16)
+
+    def in_one_pass(self) -> None:
+        """Take a step by a kernel that reads and writes each number once."""
+        from minids.kernels import triton_adamw
+        self._moments_to(torch.bfloat16)  # a loaded state has the parameters' type
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = torch.zeros((), device=p.device)
+                    for name in ("exp_avg", "exp_avg_sq"):
+                        state[name] = torch.zeros_like(p, dtype=torch.bfloat16)
+                state["step"] += 1
+                triton_adamw.move(p, p.grad, state, group)
 
     def _moments_to(self, dtype: torch.dtype) -> None:
         for state in self.state.values():

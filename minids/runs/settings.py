@@ -60,7 +60,7 @@ class EvenArgs(LearnArgs):
     """The settings of a run whose batches keep their shape, so that compiling them pays."""
 
     compile: str = option("auto", "compile the blocks: half a minute at the start, faster steps"
-                          " after; auto: on a GPU, in BF16, without --fp8 and --dsa",
+                          " after; auto: on a GPU, in BF16 or FP8, without --dsa",
                           ("auto", "true", "false"), switch=("false", "true"))
 
     may_change: ClassVar[set[str]] = LearnArgs.may_change | {"compile"}

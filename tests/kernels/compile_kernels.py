@@ -18,7 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import minids.kernels
-from minids.kernels import few_tokens_gpu, triton_experts, triton_muon
+from minids.kernels import few_tokens_gpu, fp8, triton_adamw, triton_experts, triton_muon
 from minids.kernels.cross_entropy import chunked_on_gpu
 from minids.kernels.routing import balance_in_one_pass, choose_in_one_kernel
 from minids.model.transformer import Block
@@ -42,12 +42,32 @@ class Absent:
         return 0
 
 
-def kernels() -> set[str]:
-    """The names of all kernels of the package."""
+def has_fp8(capability: int) -> bool:
+    """Return whether a card multiplies in FP8, and has the memory of Hopper, as is taken here."""
+    return capability >= 90
+
+
+def kernels(capability: int) -> set[str]:
+    """The names of all kernels of the package, and those of FP8 for cards that have units."""
     modules = [importlib.import_module(f"minids.kernels.{found.name}") for found in
-               pkgutil.iter_modules(minids.kernels.__path__) if found.name.startswith("triton_")]
+               pkgutil.iter_modules(minids.kernels.__path__) if found.name.startswith("triton_")
+               and (has_fp8(capability) or not found.name.startswith("triton_fp8"))]
     return {name for module in modules for name, value in vars(module).items()
             if isinstance(value, JITFunction) and name.endswith("_kernel")}
+
+
+def launch_fp8() -> None:
+    """Call what rounds to E4M3 and multiplies: one matrix and several, and each layout."""
+    counts = torch.tensor([130, 0, 126])
+    for dtype in (F32, BF16):
+        x = torch.randn(256, 384, dtype=dtype)
+        fp8.round_activation(x, True, 1e-4)
+        for weight, groups in ((torch.randn(1, 256, 384), []),
+                               (torch.randn(3, 256, 384), fp8.group_tiles(counts, 256))):
+            w, scale, *turned = fp8.round_weights([weight.to(dtype)], True, True)
+            _, *kept = fp8.forward(x, w, scale, 256, True, list(groups))
+            fp8.backward(torch.randn(256, 256, dtype=dtype), *kept, *turned, 1, 384, dtype, True,
+                         True, list(groups))
 
 
 def launch_all() -> None:
@@ -63,6 +83,10 @@ def launch_all() -> None:
         weights = [torch.randn(1, 3000) for _ in range(3)]
         triton_muon.look_ahead(*weights[:2], 0.95, torch.empty(1, 1, 3000, dtype=step))
         triton_muon.move(weights[2], torch.randn(1, 3000, dtype=step), 0.9, 0.02)
+    moments = [torch.randn(3000, dtype=BF16) for _ in range(2)]
+    triton_adamw.move(torch.randn(3000), torch.randn(3000), dict(
+        zip(("exp_avg", "exp_avg_sq", "step"), (*moments, torch.ones(())), strict=True)),
+        dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
     joined = next(body for body in Block.forward.bodies if body.__name__ == "joined_block")
     with torch.inference_mode():
         for count, shape in (
@@ -88,7 +112,10 @@ def main(capability: int) -> None:
     JITFunction.run = only_compile
     few_tokens_gpu.INTERPRETED = True  # it then takes tensors on a CPU
     launch_all()
-    assert compiled.keys() == kernels(), compiled.keys() ^ kernels()
+    if has_fp8(capability):
+        launch_fp8()
+    wanted = kernels(capability)
+    assert compiled.keys() == wanted, compiled.keys() ^ wanted
     for name, shared in sorted(compiled.items()):
         print(name, shared)
 

@@ -14,6 +14,7 @@ import torch
 import triton_interpreter
 from gpu_cases import CASES as ELSEWHERE  # those that a GPU or a compiler chooses
 from small_models import LITTLE, scrambled
+from test_fp8_kernels import ROUNDING
 from torch import Tensor
 
 from minids import ModelArgs, Transformer
@@ -173,6 +174,22 @@ def moe_case(tokens: int, skewed: bool = False) -> Case:
     return Case(call, learns=False)
 
 
+def fp8_case(dtype: torch.dtype, tokens: int = 130, width: int = 140) -> Case:
+    """Ragged in all directions, more than one tile in each; both sides round to the same E4M3."""
+    return Case(lambda: (drawn(tokens, width, dtype=dtype), drawn(136, width, dtype=dtype)),
+                dtype=dtype, triton=True)
+
+
+def fp8_experts_case(dtype: torch.dtype, counts: tuple = (130, 0, 7),
+                     stacks: int = 1, height: int = 24) -> Case:
+    """Rows of several experts in what would be one tile, and an expert without any."""
+    def call() -> tuple:
+        rows = sum(counts)
+        weights = [drawn(len(counts), height, 140, dtype=dtype) for _ in range(stacks)]
+        return drawn(rows, 140, dtype=dtype), *weights, torch.tensor(counts)
+    return Case(call, dtype=dtype, triton=True)
+
+
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 CASES: dict[tuple[str, str], list[Case]] = {
     ("layers.linear", "linear"): [few_rows_case(1, BF16), few_rows_case(7, BF16)],
@@ -202,6 +219,12 @@ CASES: dict[tuple[str, str], list[Case]] = {
     ("moe.dispatch", "dispatch_by_slot"): [Case(dispatch_case)],
     ("moe.combine", "combine_in_one_pass"): [Case(combine_case)],
     ("moe.grouped_linear", "grouped_fused"): [grouped_case(F32), grouped_case(BF16)],
+    ("fp8.fp8_linear", "linear_in_kernels"): [fp8_case(F32), fp8_case(BF16), fp8_case(F32, 1, 1)],
+    ("fp8.fp8_grouped_linear", "grouped_in_kernels"): [
+        fp8_experts_case(F32), fp8_experts_case(BF16), fp8_experts_case(F32, (1, 1, 0, 0, 0))],
+    ("fp8.fp8_grouped_pair", "pair_in_kernels"): [
+        fp8_experts_case(F32, stacks=2, height=128),
+        fp8_experts_case(BF16, (0, 3, 129), 2, 256)],
     ("objective.linear_cross_entropy", "chunked"): [
         Case(lambda: (drawn(2, 300, 8), drawn(11, 8), torch.randint(11, (2, 300)), 321))],
     ("sparse_attention.index_scores", "scores_in_pieces"): [Case(lambda: index_case(2, 9, 11))],
@@ -246,7 +269,7 @@ def check(function: Callable, name: str, chosen: str, case: Case) -> None:
 def test_every_body_has_examples():
     registered = {(name, b.__name__) for name, function in REGISTRY.items()
                   for b in function.bodies}
-    assert registered == CASES.keys() | ELSEWHERE.keys()
+    assert registered == CASES.keys() | ELSEWHERE.keys() | ROUNDING.keys()
 
 
 @pytest.mark.parametrize(("key", "case"), [

@@ -10,8 +10,8 @@ import pytest
 
 from minids.kernels import few_tokens_gpu
 
-OF_TRAINING = {"look_ahead_kernel", "move_kernel", "loss_and_gradient_kernel", "sum_slots_kernel",
-               "sums_kernel", "gradient_kernel", "choose_kernel"}
+OF_TRAINING = {"look_ahead_kernel", "move_kernel", "adamw_kernel", "loss_and_gradient_kernel",
+               "sum_slots_kernel", "sums_kernel", "gradient_kernel", "choose_kernel"}
 ROOT = Path(__file__).resolve().parents[2]
 # A block's shared memory, bytes at most (CUDA C++ Programming Guide, table of capabilities).
 SHARED = {75: 64 << 10, 86: 99 << 10, 90: 227 << 10}

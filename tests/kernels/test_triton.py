@@ -56,6 +56,31 @@ for size in (1, 2048, 3000):  # a masked block, a whole one, and one and a half
     triton_muon.move(other, step, 0.9, 0.03)
     assert not torch.allclose(other, found[0][1], rtol=1e-3), size
 """
+ADAMW = """
+import torch
+from minids.runs.optimizers import AdamWInBF16
+for size in (1, 2048, 3000):  # a masked block, a whole one, and one and a half
+    torch.manual_seed(0)
+    start, grads, found = torch.randn(size), torch.randn(3, size), []
+    for how, beta in (("step", 0.999), ("in_one_pass", 0.999), ("in_one_pass", 0.9)):
+        p = torch.nn.Parameter(start.clone())
+        own = AdamWInBF16([p], lr=0.1, betas=(0.9, beta), weight_decay=0.2)
+        before = p._version
+        for grad in grads:
+            p.grad = grad.clone()
+            with torch.no_grad():
+                getattr(own, how)()
+            own.load_state_dict(own.state_dict())  # which widens the moments
+        assert p._version > before  # copies of the weight notice
+        moments = (own.state[p][name].float() for name in ("exp_avg", "exp_avg_sq"))
+        found.append((p.detach(), *moments))
+    plain, mine, other = found
+    for a, b in zip(plain[1:], mine[1:]):
+        assert torch.allclose(a, b, rtol=2 ** -7, atol=1e-6), size  # BF16: the other neighbour
+    # Such a neighbour in the moments moves the next step, of length 0.1, by 2^-9 of it.
+    assert torch.allclose(plain[0], mine[0], rtol=0, atol=0.1 * 2 ** -7), size
+    assert not torch.allclose(plain[2], other[2], rtol=0.1), size
+"""
 GATE = """
 from dataclasses import replace
 import torch
@@ -84,8 +109,8 @@ for E, K, G, L, bias, S in (
 """
 
 
-@pytest.mark.parametrize("source", [SUMS, ENTROPY, MUON, GATE],
-                         ids=["sum_slots", "cross_entropy", "muon", "gate"])
+@pytest.mark.parametrize("source", [SUMS, ENTROPY, MUON, ADAMW, GATE],
+                         ids=["sum_slots", "cross_entropy", "muon", "adamw", "gate"])
 def test_by_the_interpreter(source):
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True,
                           env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=300)

@@ -9,7 +9,7 @@ from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.costs.flops import forward_flops_per_token
 from minids.kernels.registry import using
-from minids.lab import bench_alone
+from minids.lab import bench_alone, bench_fp8
 from minids.lab.bench_alone import prompt_flops, seconds_per_step, trainer
 from minids.lab.bench_decoding import count_flops
 from minids.lab.bench_setup import Bench
@@ -111,3 +111,23 @@ def test_the_flops_of_a_prompt_are_those_that_are_counted(settings):
     assert prompt_flops(model.args, 40) + hidden == pytest.approx(counted, rel=0.02)
     every = 40 * forward_flops_per_token(model.args, 40)  # the head on all tokens
     assert every + hidden != pytest.approx(counted, rel=0.02)
+
+
+def test_fp8_table(settings, peaks, monkeypatch):
+    monkeypatch.setattr(bench_fp8, "measure_peaks", bench_alone.measure_peaks)
+    bench = Bench(replace(settings, what="fp8"), replace(NANO, dim=128, moe_inter_dim=128))
+    rounding, *pairs = rows(bench_fp8.fp8_table, bench)
+    assert rounding["FP8"] == "rounding 64 x 128" and rounding["results apart"] == "0"
+    assert [pair["FP8"] for pair in pairs] == ["linear 64 x 128 x 128"] * 2 + ["experts, 64 tokens"]
+    for pair in pairs:  # rounding errs by 2.6 % in each factor; a layer of experts has two in a row
+        assert 0.02 < float(pair["results apart"].rstrip("%")) / 100 < 0.15
+        assert float(pair["FP8 ms"]) > 0 and float(pair["times as fast"]) > 0
+
+
+def test_the_two_layers_of_the_fp8_table_share_their_weights():
+    """A layer of V3 would not fit twice."""
+    args = replace(NANO, dim=128, moe_inter_dim=128)
+    layers, leaves = bench_fp8.expert_layers(args, "cpu")
+    plain, rounded = (dict(layer.named_parameters()) for layer in layers)
+    assert all(p.data_ptr() == rounded[name].data_ptr() for name, p in plain.items())
+    assert [len({id(p) for p in own}) for own in leaves] == [len(plain)] * 2

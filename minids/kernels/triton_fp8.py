@@ -1,0 +1,176 @@
+"""Rounding to E4M3 in one pass over memory, in Triton: tiles of 1 x 128 and blocks of 128 x 128.
+
+A program holds 128 x 128 numbers in registers. From there it can round them along their rows and,
+transposed, along their columns, as the weight gradient needs them; in PyTorch operations a matrix
+is read or written some twenty times for that. Neither absolute values, nor quotients, nor the
+rounded numbers in FP32, nor a transposed copy in BF16 are written to memory.
+
+What is written is laid out as products read it, in whole tiles filled up with zeros: numbers row by
+row, and scales tile by tile, one for each row of a tile side by side.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minids.kernels.fp8_layout import BLOCK, LEAST, Groups, in_fours, whole
+
+NOT, OF_X, OF_ROUNDED = 0, 1, 2  # what the columns are rounded from
+WARPS = 8
+
+
+@triton.jit
+def scale_of(largest, least, UE8M0: tl.constexpr):
+    """Return the factor that restores a tile's numbers. `/` would not be exact here."""
+    scale = tl.div_rn(tl.maximum(largest, least, propagate_nan=tl.PropagateNan.ALL), 448.0)
+    if UE8M0:  # the next power of two: one in the exponent, unless the mantissa is 0
+        bits = scale.to(tl.int32, bitcast=True)
+        scale = ((bits + 0x7FFFFF) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def to_e4m3(x, scale):
+    """Return x / scale as the nearest E4M3 numbers, ties to even. NaN stays NaN, and so does a tile
+    with an infinite number in it.
+
+    The quotient is the exact one, rounded to FP32 as division does it: from a correctly rounded
+    reciprocal, one per scale, and two corrections by what is left (Markstein, IBM Journal of
+    Research and Development 34, 1990). That takes half the instructions of a division, which would
+    last longer than reading the numbers does. No quotient is above 448, but for its rounding.
+    """
+    inverse = tl.div_rn(1.0, scale)
+    quotient = x * inverse
+    for _ in tl.static_range(2):
+        left = tl.fma(quotient, tl.broadcast_to(scale, x.shape), -x)
+        quotient = tl.fma(left, tl.broadcast_to(-inverse, x.shape), quotient)  # -0 stays
+    return quotient.to(tl.float8e4nv)
+
+
+@triton.jit
+def tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tokens,
+                 least, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UE8M0: tl.constexpr,
+                 GROUPED: tl.constexpr, BLOCK: tl.constexpr):
+    """Round 128 x 128 numbers along the rows, along the columns, or both; columns go transposed.
+
+    q_rows: rows of q and of a tile's scales; tokens: columns of q_t, whole tiles
+    """
+    tile, column = tl.program_id(1).to(tl.int64), tl.program_id(0)
+    last = rows
+    start = tile * BLOCK
+    if GROUPED:
+        start, last = tl.load(first + tile).to(tl.int64), tl.load(end + tile)
+        if start >= last:
+            return
+    at = start + tl.arange(0, BLOCK)
+    along = column * BLOCK + tl.arange(0, BLOCK)
+    padded = tl.num_programs(0) * BLOCK
+    inside = (at < last)[:, None] & (along < width)[None, :]
+    value = tl.load(x + at[:, None] * width + along[None, :], mask=inside, other=0.0)
+    value = value.to(tl.float32)
+    if ROWS or COLUMNS == 2:
+        own = scale_of(tl.max(tl.abs(value), 1), least, UE8M0)  # (BLOCK,)
+        rounded = to_e4m3(value, own[:, None])
+        if ROWS:
+            here = at < (last if GROUPED else q_rows)  # else the next expert's rows
+            tl.store(q + at[:, None] * padded + along[None, :], rounded, mask=here[:, None])
+            tl.store(scale + column.to(tl.int64) * q_rows + at, own, mask=here)
+        if COLUMNS == 2:
+            value = rounded.to(tl.float32) * own[:, None]
+    if COLUMNS > 0:
+        own = scale_of(tl.max(tl.abs(value), 0), least, UE8M0)
+        rounded = to_e4m3(value, own[None, :])
+        across = tile * BLOCK + tl.arange(0, BLOCK)
+        tl.store(q_t + along.to(tl.int64)[:, None] * tokens + across[None, :], tl.trans(rounded))
+        tl.store(scale_t + tile * padded + along, own)
+
+
+@triton.jit
+def blocks_kernel(w, q, scale, q_t, scale_t, height, width, stride, first, high, scale_width,
+                  scale_height, least, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+                  UE8M0: tl.constexpr, BLOCK: tl.constexpr):
+    """Round a block of 128 x 128 numbers with one scale, and store it as it is, transposed, or
+    both: a block's scale serves its rows and its columns alike.
+
+    stride: numbers from a matrix of w to the next; first, high: rows of q before these, and of all,
+    in blocks; scale_width, scale_height: numbers in a row of scale and of scale_t
+    """
+    column, row, matrix = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    at = row * BLOCK + tl.arange(0, BLOCK)
+    along = column * BLOCK + tl.arange(0, BLOCK)
+    wide = tl.num_programs(0)  # in blocks
+    inside = (at < height)[:, None] & (along < width)[None, :]
+    value = tl.load(w + matrix * stride + at.to(tl.int64)[:, None] * width + along[None, :],
+                    mask=inside, other=0.0).to(tl.float32)
+    own = scale_of(tl.max(tl.max(tl.abs(value), 1), 0), least, UE8M0)
+    rounded = to_e4m3(value, own)
+    numbers = matrix * wide * high * BLOCK * BLOCK
+    row += first
+    at += first * BLOCK
+    if ROWS:
+        tl.store(q + numbers + at.to(tl.int64)[:, None] * (wide * BLOCK) + along[None, :], rounded)
+        tl.store(scale + (matrix * high + row) * scale_width + column, own)
+    if COLUMNS:
+        tl.store(q_t + numbers + along.to(tl.int64)[:, None] * (high * BLOCK) + at[None, :],
+                 tl.trans(rounded))
+        tl.store(scale_t + (matrix * wide + column) * scale_height + row, own)
+
+
+def round_tiles(x: Tensor, rows: bool, columns: int = NOT, ue8m0: bool = False,
+                least: float = LEAST, groups: Groups | None = None
+                ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Round x (N, D) to tiles along its rows, along its columns, or both.
+
+    rows: whether to round along rows; columns: of `NOT`, `OF_X`, `OF_ROUNDED`
+    groups: columns' tiles are those of each expert, the first of which starts at its first row
+
+    Returns, with all sizes in whole tiles except N if there are groups, and empty if not asked for,
+        q: (N, D), scale: (D / 128, N);    q_t: (D, 128 T), scale_t: (T, D)
+    """
+    (n, d), x = x.shape, x.contiguous()
+    wide = whole(d)
+    tiles = whole(n) // BLOCK if groups is None else len(groups.first)
+    q_rows = whole(n) if groups is None else n
+    e4m3, fp32 = (dict(device=x.device, dtype=t) for t in (torch.float8_e4m3fn, torch.float32))
+    high, across = q_rows * rows, tiles * (columns != NOT)
+    q, scale = torch.empty(high, wide, **e4m3), torch.empty(wide // BLOCK, high, **fp32)
+    q_t, scale_t = torch.empty(wide, across * BLOCK, **e4m3), torch.empty(across, wide, **fp32)
+    first, end = (x, x) if groups is None else (groups.first, groups.end)
+    if n:
+        tiles_kernel[wide // BLOCK, tiles](
+            x, q, scale, q_t, scale_t, first, end, n, d, q_rows, tiles * BLOCK, least, ROWS=rows,
+            COLUMNS=columns, UE8M0=ue8m0, GROUPED=groups is not None, BLOCK=BLOCK, num_warps=WARPS)
+    return q, scale, q_t, scale_t
+
+
+def round_blocks(weights: Sequence[Tensor], rows: bool = True, columns: bool = False,
+                 ue8m0: bool = False, out: Sequence[Tensor] = ()
+                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Round stacks of matrices (E, R, C), side by side, to blocks; several have R in whole blocks.
+
+    rows: as they are; columns: transposed; out: where to, if it is there already
+    Returns, R and C in whole blocks, rows of scales in fours, and empty if not asked for,
+        q: (E, R, C), scale: (E, R / 128, C / 128)
+        q_t: (E, C, R), scale_t: (E, C / 128, R / 128)
+    """
+    e, _, c = weights[0].shape
+    blocks = [whole(w.size(1)) // BLOCK for w in weights]
+    wide, high, like = whole(c), sum(blocks) * BLOCK, weights[0]
+    row, row_t = in_fours(wide), in_fours(high)
+    e4m3, fp32 = (dict(device=like.device, dtype=t) for t in (torch.float8_e4m3fn, torch.float32))
+    q, scale, q_t, scale_t = out or (
+        torch.empty(e * rows, high, wide, **e4m3),
+        torch.zeros(e * rows, high // BLOCK, row, **fp32),
+        torch.empty(e * columns, wide, high, **e4m3),
+        torch.zeros(e * columns, wide // BLOCK, row_t, **fp32))
+    first = 0
+    for w, count in zip(weights, blocks, strict=True):
+        w = w if w.stride()[1:] == (c, 1) else w.contiguous()
+        blocks_kernel[wide // BLOCK, count, e](
+            w, q, scale, q_t, scale_t, w.size(1), c, w.stride(0), first, high // BLOCK, row, row_t,
+            LEAST, ROWS=rows, COLUMNS=columns, UE8M0=ue8m0, BLOCK=BLOCK, num_warps=WARPS)
+        first += count
+    return q, scale, q_t, scale_t
