@@ -24,6 +24,7 @@ from minids.base.fields import require
 from minids.base.files import sealed, write_whole
 from minids.config import ModelArgs
 from minids.kernels import fp8 as fp8_kernels
+from minids.kernels.registry import current_setting
 from minids.model.sparse_attention import load_weights_without_indexer
 from minids.model.transformer import Transformer
 from minids.parallel.parts import Parts
@@ -165,7 +166,8 @@ class Learner:
         plain: whether there are other unusual products, as of indexers that learn
         """
         usual = self.device.type == "cuda" and self.dtype == torch.bfloat16 and not plain
-        usual = usual and (not fp8 or fp8_kernels.run_on(self.device))
+        in_kernels = fp8_kernels.run_on(self.device) and current_setting() == "auto"
+        usual = usual and (not fp8 or in_kernels)
         if usual and self.team.world == 1:  # over ranks weights are gathered anew, and cast then
             self.copies = StepRounding(model.blocks()) if fp8 else StepCopies(model)
         if compile == "true" or compile == "auto" and usual:

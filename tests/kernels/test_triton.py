@@ -58,6 +58,8 @@ for size in (1, 2048, 3000):  # a masked block, a whole one, and one and a half
 """
 ADAMW = """
 import torch
+import triton_interpreter
+assert triton_interpreter.running()  # which then rounds to BF16 as a GPU does
 from minids.runs.optimizers import AdamWInBF16
 for size in (1, 2048, 3000):  # a masked block, a whole one, and one and a half
     torch.manual_seed(0)
@@ -113,5 +115,6 @@ for E, K, G, L, bias, S in (
                          ids=["sum_slots", "cross_entropy", "muon", "adamw", "gate"])
 def test_by_the_interpreter(source):
     done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True,
-                          env=os.environ | {"TRITON_INTERPRET": "1"}, timeout=300)
+                          timeout=300, env=os.environ | {
+                              "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)})
     assert done.returncode == 0, done.stderr[-2000:]
