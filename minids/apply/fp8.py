@@ -1,6 +1,5 @@
 """FP8 training from outside: other products in the blocks' layers, no other weights."""
 
-import types
 from collections.abc import Iterable
 
 import torch
@@ -33,7 +32,8 @@ def use_fp8_within(part: nn.Module) -> None:
             module.product = fp8_linear
         elif isinstance(module, Experts):
             module.product = fp8_grouped_linear
-            module.forward = types.MethodType(experts_in_fp8, module)
+            if type(module) is Experts:  # ranks and stored weights have forms of their own
+                module.__class__ = ExpertsInFP8
 
 
 class StepRounding:
@@ -48,7 +48,7 @@ class StepRounding:
         for module in (m for part in parts for m in part.modules()):
             if isinstance(module, Linear) and vars(module).get("product") is fp8_linear:
                 module.product = RoundedProduct(self.copy(module.weight))
-            elif isinstance(module, Experts) and module.w1.size(1) % BLOCK == 0:
+            elif isinstance(module, ExpertsInFP8) and module.w1.size(1) % BLOCK == 0:
                 module.rounded = self.copy(module.w1, module.w3), self.copy(module.w2)
 
     def copy(self, *weights: nn.Parameter) -> kernels.Rounded:
@@ -82,16 +82,22 @@ class RoundedProduct:
         return y.view(*x.shape[:-1], len(weight))
 
 
-def experts_in_fp8(experts: Experts, x: Tensor, counts: Tensor) -> Tensor:
-    """Run `Experts.forward`, with w1 and w3 side by side."""
-    rounded = getattr(experts, "rounded", None)
-    if rounded is None or not torch.is_grad_enabled():
-        x1, x3 = fp8_grouped_pair(x, experts.w1, experts.w3, counts).chunk(2, dim=-1)
-        return experts.product(F.silu(x1) * x3, experts.w2, counts)
-    groups, (w13, w2) = group_tiles(counts, len(x)), rounded
-    y = kernels.multiplied(x, [experts.w1, experts.w3], groups, w13)
-    x1, x3 = y.chunk(2, dim=-1)
-    return kernels.multiplied(F.silu(x1) * x3, [experts.w2], groups, w2)
+class ExpertsInFP8(Experts):
+    """The experts of one layer, with w1 and w3 side by side.
+
+    rounded: copies of [w1; w3] and of w2 that belong to the optimizer's step, of `StepRounding`
+    """
+
+    rounded: tuple[kernels.Rounded, kernels.Rounded] | None = None
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """As `Experts.forward`."""
+        if self.rounded is None or not torch.is_grad_enabled():
+            x1, x3 = fp8_grouped_pair(x, self.w1, self.w3, counts).chunk(2, dim=-1)
+            return self.product(F.silu(x1) * x3, self.w2, counts)
+        groups, (w13, w2) = group_tiles(counts, len(x)), self.rounded
+        x1, x3 = kernels.multiplied(x, [self.w1, self.w3], groups, w13).chunk(2, dim=-1)
+        return kernels.multiplied(F.silu(x1) * x3, [self.w2], groups, w2)
 
 
 @bodies(kernels.grouped_in_kernels)

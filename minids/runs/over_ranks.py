@@ -67,7 +67,7 @@ class OverRanks:
         """Yield the model gathered on each rank, where it stays no longer than needed."""
         yield self.model.whole()
 
-    def speed_up(self, model: Transformer, compile: str, sequences: int,
+    def speed_up(self, model: Transformer, compile: str, sequences: int, fp8: bool = False,
                  plain: bool = False) -> None:
         layout = self.team.ranks.layout
         if layout.splits_backward:
@@ -75,7 +75,7 @@ class OverRanks:
                     f"{layout.schedule}, which takes compiled backward passes apart")
             compile = "false"
         rows = sequences // (layout.data_ranks * layout.micro_batches)
-        super().speed_up(model, compile, rows, plain)
+        super().speed_up(model, compile, rows, fp8, plain)
 
     def gradient_norms(self) -> dict[str, Tensor]:
         return {name: self.model.norm(parameters)
