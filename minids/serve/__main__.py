@@ -46,7 +46,7 @@ class ServeArgs(Machine):
     context: int = option(0, "tokens of a sequence, prompt and reply; 0: the model's max_seq_len",
                           low=0)
     drafts: int = option(0, "tokens that the model's MTP module drafts before each step: 1 pays "
-                         "while few rows are in use", low=0, high=1)
+                         "in a deep model while few rows are in use", low=0, high=1)
     queue: int = option(64, "requests that may wait for a row; more are told to come back", low=0)
     api_key: str = option("", "key that clients must send; none: no key is asked for")
     cors: str = option("", "other pages that may ask: their origins, with commas; none: none may")
