@@ -8,6 +8,7 @@ run once, and every submission is a forked copy of that. Needs Linux.
 """
 
 import ast
+import builtins
 import contextlib
 import csv
 import html
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +28,7 @@ from minids.base.fields import Settings, demand, option
 from minids.base.files import write_whole
 from minids.lab import lesson
 from minids.lab.checker import LATE, Copy
-from minids.lab.exercises import Exercise, code_cells, exercises, needed, staged
+from minids.lab.exercises import Exercise, code_cells, exercises, names, needed, staged
 from minids.lab.variants import vary
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,10 +167,30 @@ def other_variant(name: str, answer: str) -> str:
     return f"; its cell defines {found[1]}, of another variant" if found else ""
 
 
-def judge(exercise: Exercise, answer: str, before: list[str], space: dict) -> str:
+def lend(earlier: list[str], cells: list[str], space: dict) -> None:
+    """Add what an answer uses of the notebook and the exercise does not, such as an import.
+
+    earlier: the notebook's cells before the exercise; names that are there stay as they are
+    """
+    used = set()
+    for cell in cells:
+        with contextlib.suppress(SyntaxError, ValueError):
+            used |= names(cell)[1]
+    missing = sorted(used - space.keys() - set(dir(builtins)))
+    found = dict(space)
+    for text in needed(earlier, ["\n".join(missing)]):
+        with contextlib.suppress(Exception):  # the answer will say what it lacks
+            exec(compile(text, "notebook", "exec"), found)
+    space |= {name: found[name] for name in missing if name in found}
+
+
+def judge(exercise: Exercise, answer: str, before: list[str], space: dict,
+          earlier: Sequence[str] = ()) -> str:
     """Return what is wrong with an answer, "" if it gets its points; in a copy of the process."""
     if not answer.strip():
         return f"no cell defines {exercise.name}{other_variant(exercise.name, answer)}"
+    with contextlib.redirect_stdout(io.StringIO()):
+        lend(list(earlier), [*before, answer], space)
     for text in [*before, answer]:
         try:
             exec(compile(text, "answer", "exec"), space)
@@ -189,8 +211,8 @@ def judge(exercise: Exercise, answer: str, before: list[str], space: dict) -> st
 
 def grade_notebook(path: Path, class_: list[Submission], jobs: int, bar: tqdm) -> list[Mark]:
     """Grade all submissions of one notebook, `jobs` copies at a time; bar: moves by one each."""
-    given = {text for _, text in code_cells(json.loads(path.read_bytes()))}
-    marks = []
+    cells = code_cells(json.loads(path.read_bytes()))
+    given, marks = {text for _, text in cells}, []
 
     def finish(copy: Copy, sent: Submission) -> None:
         values, fate = copy.close()
@@ -202,6 +224,8 @@ def grade_notebook(path: Path, class_: list[Submission], jobs: int, bar: tqdm) -
         bar.update()
 
     for exercise, space in staged(path):
+        place = [text for _, text in cells].index(exercise.solution)
+        earlier = [text for meta, text in cells[:place] if not meta.get("grade")]
         running: list[tuple[Copy, Submission]] = []
         for sent in class_:
             while len(running) >= jobs:
@@ -210,7 +234,7 @@ def grade_notebook(path: Path, class_: list[Submission], jobs: int, bar: tqdm) -
                     running.remove(one)
                     finish(*one)
             answer = answer_to(exercise, sent)
-            what = exercise, answer, helpers(exercise, answer, sent, given), space
+            what = exercise, answer, helpers(exercise, answer, sent, given), space, earlier
             copy = Copy(lambda tell, what=what: tell("judged", judge(*what)), LONGEST)
             running.append((copy, sent))
         for copy, sent in running:

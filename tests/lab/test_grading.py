@@ -85,6 +85,12 @@ def with_a_helper() -> nbformat.NotebookNode:
     return nb
 
 
+def with_an_import() -> nbformat.NotebookNode:
+    """A right answer with modules that the notebook imports and the exercise does not use."""
+    line = "    ### BEGIN SOLUTION\n"
+    return answered(FIRST.solution.replace(line, f"{line}    re.compile(str(torch.ones(1)))\n"))
+
+
 def stripped() -> nbformat.NotebookNode:
     """All metadata is lost."""
     nb = notebook()
@@ -120,7 +126,8 @@ CLASS = {
     "no_cells": ('{"worksheets": []}', 0, "is not a notebook"),
     "odd_cells": ('{"cells": [1, {"cell_type": "code", "source": 3}]}', 0, "is not a notebook"),
     "nothing": (None, 0, "00_map.ipynb was not handed in"),
-    **{f"solved_{i}": (notebook, MOST, "") for i in range(10)}}
+    "with_an_import": (with_an_import, MOST, ""),
+    **{f"solved_{i}": (notebook, MOST, "") for i in range(9)}}
 
 
 @pytest.fixture(scope="module")
