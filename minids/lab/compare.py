@@ -31,8 +31,8 @@ def difference(answer, expected) -> tuple[str, str]:
     if same(answer, expected):
         return "", ""
     answer = answer.tolist() if hasattr(answer, "tolist") else answer
-    if alike(answer, expected):
-        where, one, other = first(answer, expected)
+    where, one, other = first(answer, expected)
+    if alike(answer, expected) and kind(one) != kind(other):  # large whole numbers may look alike
         return (f"gives {shown(answer)}: only the type is wrong, {kind(one)} instead of "
                 f"{kind(other)}{where}", "type")
     one, other = shown(answer), shown(expected)

@@ -204,6 +204,13 @@ def test_only_a_type_is_wrong(answer, expected, told):
     assert problems(lambda: answer, [((), expected, "the idea")]) == [f"<lambda>() gives {told}"]
 
 
+def test_large_whole_numbers_must_be_equal():
+    """Not as floats, which are equal in six digits: no type is to blame."""
+    assert problems(lambda: 10 ** 12 + 1, [((), 10 ** 12, "exactly")]) == [
+        "<lambda>() gives 1_000_000_000_001 instead of 1_000_000_000_000. This case is about: "
+        "exactly"]
+
+
 def test_the_first_difference_of_long_lists_is_named():
     wanted = [False] * 4 + [True] * 30
     assert problems(lambda: [True] * 34, [((), wanted, "hint")]) == [
