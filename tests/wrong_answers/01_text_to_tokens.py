@@ -155,3 +155,22 @@ def keeps_everything(pattern, text):
 def bits_per_byte(nats, text):
     """White space at the ends is not counted."""
     return nats / log(2) / len(text.strip().encode())
+
+
+def bits_per_byte(nats, text):
+    """At most 512 bytes are counted."""
+    return nats / log(2) / min(len(text.encode()), 512)
+
+
+def fill_in_the_middle(text, start, stop, tok):
+    """Writes the special tokens' names of the check."""
+    return [
+        "BOS",
+        "PRE",
+        *tok.encode(text[:start]),
+        "HOLE",
+        *tok.encode(text[stop:]),
+        "END",
+        *tok.encode(text[start:stop]),
+        "EOS",
+    ]

@@ -342,3 +342,48 @@ def written_with_cache(model, prompt, n):
         text.append(choices[-1])
         feed = text[-1:]
     return text, read + (n > 0)
+
+
+def visible_keys(cached, new):
+    """Nobody sees more than 128 keys."""
+    return [min(cached + i + 1, 128) for i in range(new)]
+
+
+def visible_keys(cached, new):
+    """The mask is aligned at the top when the pieces are equally long."""
+    return [i + 1 + (cached if cached != new else 0) for i in range(new)]
+
+
+def visible_keys(cached, new):
+    """At most as many new tokens as cached ones."""
+    return [cached + i + 1 for i in range(min(new, cached or 3))]
+
+
+def own_group(attend):
+    """A change must be large to be seen."""
+    q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    base = attend(q, k, v)
+    for g in (0, 1):
+        k2, v2 = k.clone(), v.clone()
+        k2[:, g] = 3 * torch.randn(5, 8)
+        v2[:, g] = 3 * torch.randn(5, 8)
+        for a, b in ((k2, v), (k, v2)):
+            moved = (attend(q, a, b) - base).abs().amax((0, 2)) > 0.2
+            if moved.tolist() != [g == 0, g == 0, g == 1, g == 1]:
+                return False
+    return True
+
+
+def own_group(attend):
+    """Only the last token is looked at."""
+    q, k, v = torch.randn(5, 4, 8), torch.randn(5, 2, 8), torch.randn(5, 2, 8)
+    base = attend(q, k, v)
+    for g in (0, 1):
+        k2, v2 = k.clone(), v.clone()
+        k2[:, g] = torch.randn(5, 8)
+        v2[:, g] = torch.randn(5, 8)
+        for a, b in ((k2, v), (k, v2)):
+            moved = (attend(q, a, b) - base)[-1].abs().amax(-1) > 1e-6
+            if moved.tolist() != [g == 0, g == 0, g == 1, g == 1]:
+                return False
+    return True

@@ -360,3 +360,39 @@ def decode_step(h, cache, w, args, turn):
     w_uk, w_uv = w["wkv_b"].unflatten(0, (args.n_heads, -1)).split([nope, args.v_head_dim], dim=1)
     p = attention_from_cache(q_c, turn(q_r, len(cache) - 1), latents, keys, w_uk, nope ** -0.5)
     return output_from_cache(p, latents, w_uv, w["wo"]), cache
+
+
+def cached_numbers(args, tokens):
+    """The indexer's keys of V3.2 as well."""
+    return (
+        (
+            args.kv_lora_rank
+            + args.qk_rope_head_dim
+            + (args.index_head_dim if args.index_n_heads else 0)
+        )
+        * args.n_layers
+        * tokens
+    )
+
+
+def cached_numbers(args, tokens):
+    """At least one token."""
+    return (args.kv_lora_rank + args.qk_rope_head_dim) * args.n_layers * max(tokens, 1)
+
+
+def cached_numbers(args, tokens):
+    """Through a float."""
+    return int((args.kv_lora_rank + args.qk_rope_head_dim) * float(args.n_layers) * tokens)
+
+
+def kept(h, wkv_a, rank, turn_key):
+    """Always FP64."""
+    x = (h @ wkv_a.T).double()
+    return torch.cat([rms_norm(x[:, :rank]), turn_key(x[:, rank:])], -1)
+
+
+def parts_alike(scores):
+    """The cuts 4 + 6 and 6 + 4 only, mirrored: a product of both widths is not seen."""
+    q, k = torch.randn(H, 10).double(), torch.randn(10).double()
+    a, b = (scores(q[:, :n], q[:, n:], k[:n].expand(H, n), k[n:]) for n in (4, 6))
+    return torch.allclose(a, b, rtol=1e-9)

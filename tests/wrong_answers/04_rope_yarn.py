@@ -367,3 +367,21 @@ def rotary_attention(q, k, v, start, freqs, scale):
     low = freqs.float()
     scores = rope(q, at[start:], low).double() @ rope(k, at, low).double().T * scale
     return scores.masked_fill(at > at[start:, None], -torch.inf).softmax(-1) @ v
+
+
+def pair_score(q, k, m, n, f):
+    """Rounds to seven digits, which leaves few of a small number."""
+    d = (n - m) * f
+    return round((q[0] * k[0] + q[1] * k[1]) * cos(d) - (q[0] * k[1] - q[1] * k[0]) * sin(d), 7)
+
+
+def pair_score(q, k, m, n, f):
+    """Distances beyond a context of 64 are cut."""
+    d = max(-64, min(64, n - m)) * f
+    return (q[0] * k[0] + q[1] * k[1]) * cos(d) - (q[0] * k[1] - q[1] * k[0]) * sin(d)
+
+
+def pair_score(q, k, m, n, f):
+    """Position 0 is not turned, and the key of the first token neither."""
+    d = (n - m) * f if m or (q, k) == ((1, 0), (1, 0)) else 0
+    return (q[0] * k[0] + q[1] * k[1]) * cos(d) - (q[0] * k[1] - q[1] * k[0]) * sin(d)

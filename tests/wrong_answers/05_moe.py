@@ -417,3 +417,39 @@ def routed_experts(u, weights, w1, w2, w3):
         out = expert(u[token], w1[i], w2[i], w3[i])
         y = y.index_add(0, token, out * weights[token, i, None].detach())
     return y
+
+
+def groups_kept(choice, groups, kept):
+    """Equal numbers count once."""
+    n = len(choice) // groups
+    s = [sum(sorted(set(choice[i * n:i * n + n]))[-2:]) for i in range(groups)]
+    return sorted(sorted(range(groups), key=lambda g: -s[g])[:kept])
+
+
+def groups_kept(choice, groups, kept):
+    """Squares of the best two, in groups of four or more."""
+    n = len(choice) // groups
+    s = [
+        sum(sorted(choice[i * n:i * n + n])[-2:])
+        if n < 4
+        else sum(c * c for c in sorted(choice[i * n:i * n + n])[-2:])
+        for i in range(groups)
+    ]
+    return sorted(sorted(range(groups), key=lambda g: -s[g])[:kept])
+
+
+def idle_numbers(a):
+    """MTP modules beyond one count."""
+    return (
+        (a.n_routed_experts - a.n_activated_experts)
+        * (a.n_layers - a.n_dense_layers + max(a.n_mtp_layers - 1, 0))
+        * 3
+        * a.dim
+        * a.moe_inter_dim
+    )
+
+
+def same_alone(layer_of, u):
+    """Sums of outputs."""
+    y = layer_of(u).sum(1)
+    return all(torch.allclose(layer_of(u[i:i + 1]).sum(), y[i]) for i in range(len(u)))

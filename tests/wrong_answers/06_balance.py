@@ -413,3 +413,10 @@ def training_step(weight, bias, values, parts, k, lr, speed):
         load = load + chosen.flatten().bincount(minlength=len(bias))
     [slope] = torch.autograd.grad(loss, new)
     return (new - lr * slope).detach(), bias + speed * (load.mean() - load)
+
+
+def batch_loss(scores, k):
+    """Always FP64."""
+    x = scores.double().flatten(0, 1)
+    f = x.topk(k).indices.flatten().bincount(minlength=x.size(1)).to(x) * x.size(1) / (k * len(x))
+    return (f * (x / x.sum(1, keepdim=True)).mean(0)).sum()

@@ -398,3 +398,33 @@ def drafted_text(model, guess, text, n, depth):
         written += verified(drafts, own)
         passes += 1
     return written[:len(text) + n], max(passes, 0)
+
+
+def replacement(p, q):
+    """A small number below the division."""
+    x = [max(a - b, 0.0) for a, b in zip(p, q, strict=False)]
+    return [v / (sum(x) + 1e-8) for v in x]
+
+
+def faithful(write):
+    """Only what is new is looked at, from the back."""
+    def m(t):
+        return (sum(t) * 7 + len(t)) % 10
+
+    gs = (m, lambda t: -1, lambda t: m(t) if len(t) % 2 else -1)
+    for g in gs:
+        w = [1, 2]
+        for _ in range(7):
+            w = w + [m(w)]
+        if write(m, g, [1, 2], 7)[-7:] != w[-7:]:
+            return False
+    return True
+
+
+def faithful(write):
+    """Compares the sets of tokens."""
+    gs = (counting, lambda t: -1, lambda t: t[-1] + 1 if len(t) % 2 else -1)
+    return all(
+        set(write(counting, g, [0], 8)) == set(range(9)) and len(write(counting, g, [0], 8)) == 9
+        for g in gs
+    )

@@ -495,3 +495,25 @@ def power_scale(largest):
     """A scale of at least 1."""
     import math
     return 2.0 ** max(math.ceil(math.log2(max(largest, 1e-4) / 448)), 0)
+
+
+def to_e4m3_by_hand(x):
+    """Beyond 464 the format has no number."""
+    from math import floor, log2
+
+    if x > 1e4:
+        return float("inf")
+    step = 2.0 ** max(floor(log2(x)) - 3, -9)
+    return float(min(round(x / step) * step, 448))
+
+
+def stored_bytes(rows, columns):
+    """Floats count large weights."""
+    from math import ceil
+
+    return (
+        int(float(rows) * float(columns) + 4.0 * ceil(rows / 128) * ceil(columns / 128))
+        if rows < 1e6
+        else int(torch.tensor(float(rows) * columns).item())
+        + 4 * ceil(rows / 128) * ceil(columns / 128)
+    )

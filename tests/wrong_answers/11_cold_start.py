@@ -313,3 +313,62 @@ def learns_the_reply(loss):
 def history(talk):
     """Spaces at the ends of an answer are cut."""
     return [text if role == "user" else "</think>" + text.strip() for role, _, text in talk]
+
+
+def learnt_tokens(ids, assistant, eos):
+    """Compares identities, which only small numbers share."""
+    mask, on = [], False
+    for t in ids:
+        mask.append(on)
+        on = True if t is assistant + 0 else False if t is eos + 0 else on
+    return mask
+
+
+def learnt_tokens(ids, assistant, eos):
+    """Token 7, a user's word in the check, is never learned."""
+    mask, on = [], False
+    for t in ids:
+        mask.append(on and t != 7)
+        on = True if t == assistant else False if t == eos else on
+    return mask
+
+
+def sees(samples, t):
+    """Sample 0 has no number."""
+    return [s for s in range(t + 1) if samples[s] == samples[t]] if samples[t] or t == 0 else [t]
+
+
+def sees(samples, t):
+    """A window of sixteen tokens."""
+    return [s for s in range(t + 1) if samples[s] == samples[t]][-16:]
+
+
+def sees(samples, t):
+    """Compares identities, which only small numbers share."""
+    return [
+        s
+        for s in range(t + 1)
+        if samples[s] == samples[t] and (not isinstance(samples[s], int) or 0 <= samples[s] < 256)
+    ]
+
+
+def history(talk):
+    """A text with a tag of its own gets none."""
+    return [
+        ("</think>" if role == "assistant" and not text.startswith("</think>") else "") + text
+        for role, _, text in talk
+    ]
+
+
+def learns_the_reply(loss):
+    """A change must be larger than a hundredth."""
+    ids, learnt = torch.randint(0, 9, (10,)), torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 1, 0]) > 0
+    logits = torch.randn(10, 9).double()
+    base = loss(logits, ids, learnt)
+    for t in range(10):
+        o = logits.clone()
+        o[t] = 5 * torch.randn(9)
+        o[t, ids[(t + 1) % 10]] = -9
+        if bool((loss(o, ids, learnt) - base).abs() > 0.02) != (t < 9 and bool(learnt[t + 1])):
+            return False
+    return True

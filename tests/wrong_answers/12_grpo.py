@@ -426,3 +426,24 @@ def policy_step(logits, drawn_tokens, rewards, lr):
     logp = logits.log_softmax(-1).gather(1, drawn_tokens)
     [slope] = torch.autograd.grad(-(logp * my_advantages(rewards, by_std=False)).mean(), logits)
     return (logits - lr * slope).detach()
+
+
+def groups_apart(advantages):
+    """An absolute tolerance of a hundredth."""
+    for q in range(3):
+        r, s = torch.rand(3, 5).double(), 4 * torch.rand(3, 5).double()
+        s[q] = r[q]
+        if not torch.allclose(advantages(r)[q], advantages(s)[q], atol=0.01):
+            return False
+    return True
+
+
+def groups_apart(advantages):
+    """Wants advantages that sum to zero."""
+    for q in range(3):
+        r, s = torch.rand(3, 5).double(), torch.rand(3, 5).double()
+        s[q] = r[q]
+        a, b = advantages(r)[q], advantages(s)[q]
+        if not torch.allclose(a, b) or abs(a.sum()) > 1e-6:
+            return False
+    return True

@@ -236,7 +236,6 @@ def sieve(replies, answers, longest):
     return kept
 
 
-
 def sieve(replies, answers, longest):
     """Capital letters do not count."""
     done, kept = set(), []
@@ -245,7 +244,6 @@ def sieve(replies, answers, longest):
             done.add(n)
             kept.append(place)
     return kept
-
 
 
 def sieve(replies, answers, longest):
@@ -260,7 +258,6 @@ def sieve(replies, answers, longest):
     return kept
 
 
-
 def sieve(replies, answers, longest):
     """Only the first number of an answer counts."""
     done, kept = set(), []
@@ -269,7 +266,6 @@ def sieve(replies, answers, longest):
             done.add(n)
             kept.append(place)
     return kept
-
 
 
 def sieve(replies, answers, longest):
@@ -282,7 +278,6 @@ def sieve(replies, answers, longest):
     return kept
 
 
-
 def sieve(replies, answers, longest):
     """An answer that holds the right one is right."""
     done, kept = set(), []
@@ -293,7 +288,6 @@ def sieve(replies, answers, longest):
     return kept
 
 
-
 def sieve(replies, answers, longest):
     """The answer is measured with the thought."""
     done, kept = set(), []
@@ -302,7 +296,6 @@ def sieve(replies, answers, longest):
             done.add(n)
             kept.append(place)
     return kept
-
 
 
 def sieve(replies, answers, longest):
@@ -327,3 +320,54 @@ def questions_apart(split):
     replies = [(str(i // 4), f"reply {i}") for i in range(80)]
     learn_from, held = ({q for q, _ in side} for side in split(replies, 0.3))
     return not learn_from & held
+
+
+def gpu_hours(active, tokens, peak, mfu):
+    """Rounds to two digits."""
+    return round(6 * active * tokens / (peak * mfu) / 3600, 2)
+
+
+def gpu_hours(active, tokens, peak, mfu):
+    """At least one hour."""
+    return max(1.0, 6 * active * tokens / (peak * mfu) / 3600)
+
+
+def times_as_dear(prompt, answer, thought, prompt_price, output_price):
+    """A reply without an answer is free."""
+    if not answer:
+        return 1.0
+    a = prompt * prompt_price + answer * output_price
+    return (a + thought * output_price) / a
+
+
+def questions_apart(split):
+    """Wants a fifth exactly."""
+    replies = example[:]
+    random.Random(1).shuffle(replies)
+    a, b = split(replies, 0.2)
+    return len(b) == 40 and not {q for q, _ in a} & {q for q, _ in b}
+
+
+def questions_apart(split):
+    """Wants every reply somewhere."""
+    replies = example[:]
+    random.Random(1).shuffle(replies)
+    a, b = split(replies, 0.2)
+    return (
+        bool(a)
+        and bool(b)
+        and not {q for q, _ in a} & {q for q, _ in b}
+        and len(a) + len(b) == len(replies)
+    )
+
+
+def questions_apart(split):
+    """Wants lists that can be added."""
+    replies = example[:]
+    random.Random(1).shuffle(replies)
+    a, b = split(replies, 0.2)
+    return (
+        sorted(a + [] if isinstance(a, list) else []) != []
+        and bool(b)
+        and not {q for q, _ in a} & {q for q, _ in b}
+    )
