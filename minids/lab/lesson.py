@@ -11,7 +11,7 @@ import copy
 import random
 from collections.abc import Callable, Iterable
 
-from minids.lab.checker import LARGE, Late, Tell, borrowed, run
+from minids.lab.checker import LARGE, Late, Tell, borrowed, peeping, run
 from minids.lab.compare import altered, difference, known, mark, shown
 
 MOST = 6  # sentences of one check: the first cases that fail
@@ -70,6 +70,8 @@ def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:
         cases = [(tuple(case[0][i] for i in order), *case[1:]) for case in cases]
     if taken := borrowed(function):
         return [f"{name} takes {taken} from minids, which knows the answer: write it yourself"]
+    if taken := peeping(function):
+        return [f"{name} looks at its caller by {taken}: it may use its arguments alone"]
     calls = [f"{name}({', '.join(map(shown, arguments))})" for arguments, *_ in cases]
     told, fate = run(lambda tell: judge(function, cases, tell))
     print("".join(text for kind, text in told if kind == "printed"), end="")

@@ -204,6 +204,28 @@ def test_only_a_type_is_wrong(answer, expected, told):
     assert problems(lambda: answer, [((), expected, "the idea")]) == [f"<lambda>() gives {told}"]
 
 
+def test_an_answer_that_looks_at_its_caller_gets_none():
+    """The caller holds the expected result in a variable."""
+    def frames(x):
+        import sys
+        return sys._getframe(1).f_locals["expected"]
+
+    def nested(x):
+        def caller():
+            import inspect
+            return inspect.stack()[2].frame.f_locals
+        return caller()["expected"]
+
+    def memory(x):
+        import gc
+        return next(each[1] for each in gc.get_objects() if type(each) is tuple and x in each)
+
+    for answer, means in (frames, "_getframe"), (nested, "inspect"), (memory, "gc"):
+        [told] = problems(answer, [((3,), 9, "square it")])
+        assert told.startswith(f"{answer.__name__} looks at its caller by ") and (
+            means in told or "f_locals" in told)
+
+
 def test_large_whole_numbers_must_be_equal():
     """Not as floats, which are equal in six digits: no type is to blame."""
     assert problems(lambda: 10 ** 12 + 1, [((), 10 ** 12, "exactly")]) == [
