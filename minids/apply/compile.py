@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from minids.model.mla import MLA
 from minids.model.moe import Experts
 from minids.model.transformer import Transformer
 
@@ -66,6 +67,9 @@ def compile_blocks(model: Transformer, dtype: torch.dtype = torch.bfloat16, sequ
     for module in model.modules() if dtype != torch.bfloat16 else ():
         if isinstance(module, Experts):
             module.product = torch.compiler.disable(module.product)
+    for module in model.modules():  # kernels that fetch what an indexer selects stay as they are
+        if isinstance(module, MLA) and module.indexer is not None:
+            module.forward = torch.compiler.disable(module.forward)
     for module in [*model.layers, *model.mtp]:
         module.uncompiled = module.forward
         module.forward = types.MethodType(shared, module)

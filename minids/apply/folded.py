@@ -19,9 +19,11 @@ from minids.model.cache import LatentCache
 from minids.model.layers import MLP, Linear, RMSNorm
 from minids.model.mla import MLA
 from minids.model.moe import Experts, Gate, MoE, Routing
+from minids.model.sparse_attention import Indexer
 from minids.model.transformer import Block, Transformer
 
-PARTS = {Block, MLA, MLP, MoE, Gate, Experts, Linear, RMSNorm}  # of blocks that can be folded
+# Of blocks that can be folded:
+PARTS = {Block, MLA, Indexer, nn.LayerNorm, MLP, MoE, Gate, Experts, Linear, RMSNorm}
 
 
 def other_weights(model: Transformer) -> Iterator[tuple[nn.Module, str, Tensor]]:
@@ -78,7 +80,8 @@ def fold(model: Transformer, cache: LatentCache) -> None:
     """
     args, weight = model.args, model.head.weight
     pays = (weight.device.type == "cpu" and compute_dtype(weight) == weight.dtype
-            and args.kv_lora_rank % 2 == 0 and args.n_heads * args.kv_lora_rank <= 2 * args.dim)
+            and not args.has_indexer and args.kv_lora_rank % 2 == 0
+            and args.n_heads * args.kv_lora_rank <= 2 * args.dim)
     served = range(cache.first_layer, cache.first_layer + len(cache.latents))
     blocks = [block for block in model.blocks() if block.layer in served]
     known = all(type(part) in PARTS and not is_replaced(part)

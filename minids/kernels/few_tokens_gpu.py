@@ -18,15 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.kernels.precision import INTERPRETED, TRITON
-from minids.kernels.registry import body
+from minids.kernels.precision import INTERPRETED, LOG2_E, TRITON, in_triton
+from minids.kernels.registry import REGISTRY, body
 
 KINDS = torch.bfloat16, torch.float16, torch.float32
 MANY = 1024  # tokens of a step; with more the plain definition's products are as quick
 PROGRAMS = 264  # that attention is cut into: two for each multiprocessor of a large GPU
 MOST_PIECES = 64  # more take longer to add up than they save
 OLDEST = 8, 0  # compute capability; before, V3's widths need more shared memory than a block has
-LOG2_E = 1.4426950408889634
 
 
 class Joined(NamedTuple):
@@ -45,7 +44,7 @@ def takes(args, weight: Tensor, dtype: torch.dtype) -> bool:
     powers = (args.qk_nope_head_dim, args.v_head_dim, args.kv_lora_rank, args.qk_rope_head_dim)
     known = INTERPRETED or (weight.device.type == "cuda" and dtype in KINDS
                             and torch.cuda.get_device_capability(weight.device) >= OLDEST)
-    return (TRITON and known and weight.dtype == dtype and not args.has_indexer
+    return (TRITON and known and weight.dtype == dtype
             and all(width >= 16 and width & (width - 1) == 0 for width in powers))
 
 
@@ -73,11 +72,6 @@ def joined_block(block, x: Tensor, context) -> tuple:
     return out.view_as(x), found, None
 
 
-def precision(x: Tensor) -> str:
-    """Return how products of x are computed: FP32 as it is, without rounding to TF32."""
-    return "ieee" if x.dtype == torch.float32 else "tf32"
-
-
 def normalise(x: Tensor, norm, kind: torch.dtype, more: Tensor | None = None
               ) -> tuple[Tensor, Tensor]:
     """Return the RMSNorm of x (N, D), or of x + more, and that sum, in x's type."""
@@ -99,37 +93,50 @@ def attention(attn, own: Joined, x: Tensor, context) -> Tensor:
     widths = dict(H=heads, NOPE=args.qk_nope_head_dim, V=args.v_head_dim, R=rank)
     latents = cache.latents[attn.layer - cache.first_layer]  # (B, slots, W)
     batch, count = len(latents), context.rotation.size(1)
-    new, how = dict(dtype=x.dtype, device=x.device), precision(x)
     q, kv = F.linear(x, own.down).split([own.down.size(0) - rank - rope, rank + rope], dim=1)
-    if args.q_lora_rank:
-        q = F.linear(normalise(q, attn.q_norm, x.dtype)[0], attn.wq_b.weight)
+    c_q = normalise(q, attn.q_norm, x.dtype)[0] if args.q_lora_rank else x
+    q = F.linear(c_q, attn.wq_b.weight) if args.q_lora_rank else q
     turn = torch.view_as_real(context.rotation)  # (B or 1, S, rope / 2, 2)
-    folded = torch.empty(len(x), heads, rank + rope, **new)
+    folded = x.new_empty(len(x), heads, rank + rope)
     tokens, block = 16, min(rank, 64)
     kernels.prepare_kernel[(-(-len(x) // tokens), heads + 1, rank // block)](
         q, kv, attn.wkv_b.weight, attn.kv_norm.weight, turn, slots, folded, latents, len(x), count,
         q.stride(0), kv.stride(0), turn.stride(0) if len(turn) > 1 else 0,
         slots.stride(0) if len(slots) > 1 else 0, latents.stride(0), attn.kv_norm.eps, P=rope,
-        TOKENS=tokens, BLOCK=block, PRECISION=how, **widths)
-    rows, keys = count * heads, 32
-    together = max(16, min(kernels.power(rows), 32))
+        TOKENS=tokens, BLOCK=block, PRECISION=in_triton(x), **widths)
     end = cache.length + count
+    chosen = attn.selection(*(t.view(batch, count, -1) for t in (x, c_q)), context)
+    if chosen is not None:
+        z = REGISTRY["mla.selected_attention"](folded.view(batch, count, heads, -1),
+                                               latents[:, :end], rank, *chosen, attn.scale)
+        return F.linear(attn.unfold(z).flatten(2).flatten(0, 1), attn.wo.weight)
+    return F.linear(attend(attn, folded, latents, slots, end), attn.wo.weight)
+
+
+def attend(attn, folded: Tensor, latents: Tensor, slots: Tensor, end: int) -> Tensor:
+    """Attend to the latents of slots before `end`: (N, H, W) -> (N, H * v_head_dim)"""
+    from minids.kernels import triton_decode as kernels
+    args, batch, how = attn.args, len(latents), in_triton(folded)
+    (total, heads, _), rank, tokens = folded.shape, args.kv_lora_rank, 16
+    widths = dict(H=heads, NOPE=args.qk_nope_head_dim, V=args.v_head_dim, R=rank)
+    rows, keys = total // batch * heads, 32
+    together = max(16, min(kernels.power(rows), 32))
     pieces = min(PROGRAMS // (batch * -(-rows // together)), -(-end // (2 * keys)), MOST_PIECES)
     pieces = max(pieces, 1)
     piece = -(-end // pieces // keys) * keys
     pieces = -(-end // piece)
-    parts = torch.empty(pieces, len(x), heads, rank, dtype=torch.float32, device=x.device)
-    best, total = parts.new_empty(2, pieces, len(x), heads).unbind()
+    parts = torch.empty(pieces, total, heads, rank, dtype=torch.float32, device=folded.device)
+    best, mass = parts.new_empty(2, pieces, total, heads).unbind()
     kernels.attend_kernel[(batch, -(-rows // together), pieces)](
-        folded, latents, slots, parts, best, total, slots.stride(0) if len(slots) > 1 else 0,
-        latents.stride(0), attn.scale * LOG2_E, rows, piece, H=heads, R=rank, P=rope,
-        HEADS=together, KEYS=keys, PRECISION=how, num_warps=4 if together == 16 else 8,
-        num_stages=2)
-    out, block = torch.empty(len(x), heads * args.v_head_dim, **new), min(args.v_head_dim, 32)
-    kernels.merge_kernel[(-(-len(x) // tokens), heads, args.v_head_dim // block)](
-        parts, best, total, attn.wkv_b.weight, out, len(x), pieces, TOKENS=tokens, BLOCK=block,
+        folded, latents, slots, parts, best, mass, slots.stride(0) if len(slots) > 1 else 0,
+        latents.stride(0), attn.scale * LOG2_E, rows, piece, H=heads, R=rank,
+        P=args.qk_rope_head_dim, HEADS=together, KEYS=keys, PRECISION=how, num_stages=2,
+        num_warps=4 if together == 16 else 8)
+    out, block = folded.new_empty(total, heads * args.v_head_dim), min(args.v_head_dim, 32)
+    kernels.merge_kernel[(-(-total // tokens), heads, args.v_head_dim // block)](
+        parts, best, mass, attn.wkv_b.weight, out, total, pieces, TOKENS=tokens, BLOCK=block,
         ALL=kernels.power(pieces), PRECISION=how, **widths)
-    return F.linear(out, attn.wo.weight)
+    return out
 
 
 def choose(gate, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -168,7 +175,7 @@ def experts(moe, x: Tensor, n: Tensor, weights: Tensor, indices: Tensor) -> Tens
     rows = max(16, min(kernels.power(2 * tokens * k // number), 64 if half else 16))
     sizes = tokens, k, width, inner, number
     hidden = torch.empty(tokens * (k + shared), inner, dtype=n.dtype, device=x.device)
-    how = dict(ROWS=rows, BLOCK=128 if half else 32, PRECISION=precision(n),
+    how = dict(ROWS=rows, BLOCK=128 if half else 32, PRECISION=in_triton(n),
                num_stages=4 if half else 2)
     cols = 32 if rows == 16 else 64
     kernels.up_kernel[(-(-inner // cols), number + shared)](

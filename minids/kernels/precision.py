@@ -9,12 +9,26 @@ from torch import Tensor
 
 TRITON = find_spec("triton") is not None  # comes with torch's CUDA build; imported where it runs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a CPU, for tests
+HOPPER = 9, 0  # compute capability
+LOG2_E = 1.4426950408889634  # kernels have exp2
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """Return the type of a product with x: autocast's where it is on, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def on_hopper(*tensors: Tensor) -> bool:
+    """Return whether kernels in Triton that fill a Hopper's shared memory take these tensors."""
+    kinds, first = (torch.bfloat16, torch.float16, torch.float32), tensors[0]
+    return TRITON and all(compute_dtype(t) in kinds for t in tensors) and (INTERPRETED or (
+        first.device.type == "cuda" and torch.cuda.get_device_capability(first.device) >= HOPPER))
+
+
+def in_triton(x: Tensor) -> str:
+    """Return how a kernel computes products of x: FP32 as it is, without rounding to TF32."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
 
 
 def wide(x: Tensor) -> torch.dtype:

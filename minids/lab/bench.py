@@ -17,7 +17,8 @@ The tables:
     memory        peak memory of both, each measured in its own process
     dense         training with experts beside a dense model with as many active parameters
     moe-vs-dense  both of these trained: validation bits per byte at equal tokens and equal time
-    sparse        prefill and decoding against context length, dense and sparse: time and FLOPs
+    sparse        prefill and decoding against context length, dense and sparse: time and FLOPs; on
+                  a GPU one attention layer of V3.2, its training too
     speculative   greedy decoding of a trained run with and without drafts of its MTP modules,
                   beside the predictions of the cost model in `minids.costs`, also at other depths
     rollout       sampling for reinforcement learning: `minids.rl.rollout`, which also returns
@@ -66,8 +67,9 @@ from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.hf import config_from_args
 from minids.kernels.registry import recorded
+from minids.lab import bench_sparse
 from minids.lab.bench_alone import program_table, prompt_table, step_table
-from minids.lab.bench_decoding import sparse_table, speculative_table
+from minids.lab.bench_decoding import speculative_table
 from minids.lab.bench_fp8 import fp8_table, one_layer
 from minids.lab.bench_serving import batching_table, clients_table
 from minids.lab.bench_setup import ALONE, Bench, BenchArgs, Stepper, minids_loss
@@ -154,7 +156,7 @@ def quality_cells(bits: list[float]) -> list[str]:
 
 # Each yields the row of titles, then row by row.
 MAKERS = {"train": train_table, "decode": decode_table, "memory": memory_table,
-          "dense": dense_table, "moe-vs-dense": quality_table, "sparse": sparse_table,
+          "dense": dense_table, "moe-vs-dense": quality_table, "sparse": bench_sparse.table,
           "speculative": speculative_table, "rollout": rollout_table, "serve": clients_table,
           "batching": batching_table, "program": program_table, "step": step_table,
           "prompt": prompt_table, "roofline": roofline_table, "profile": profile_table,

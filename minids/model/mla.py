@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from minids.config import ModelArgs
 from minids.kernels import attention as kernels
+from minids.kernels import selected
 from minids.kernels.attention import causal
 from minids.kernels.registry import bodies
 from minids.model.cache import LatentCache
 from minids.model.layers import Linear, RMSNorm
 from minids.model.rope import apply_rotary_emb, softmax_scale
-from minids.model.sparse_attention import Indexer, Selection, indexer_loss, select
+from minids.model.sparse_attention import Indexer, Selection, indexer_loss, selected_indexer_loss
 
 LATENT_EPS = 1e-6  # of the norms on the latents, whatever norm_eps is, as in the official code
 
@@ -82,13 +83,12 @@ class MLA(nn.Module):
         chosen, loss = self.selection(x, c_q, context), None
         if context.indexer_stage:
             loss = self.indexer_loss(x, c_q, (q_nope, q_pe), latent, chosen, context)
-        if not context.absorbed:
-            visible = context.visible if chosen is None else chosen.mask(latent.size(1))
-            heads = self.naive(q_nope, q_pe, latent, visible)  # (B, S, H, v_head_dim)
-        elif chosen is None:
-            heads = self.absorbed(q_nope, q_pe, latent, context.visible)
+        if chosen is None:
+            attend = self.absorbed if context.absorbed else self.naive
+            heads = attend(q_nope, q_pe, latent, context.visible)  # (B, S, H, v_head_dim)
         else:
-            heads = self.absorbed_sparse(q_nope, q_pe, latent, chosen)
+            attend = self.absorbed_sparse if context.absorbed else self.naive_sparse
+            heads = attend(q_nope, q_pe, latent, chosen)
         return self.wo(heads.flatten(2)), loss
 
     def query_latent(self, x: Tensor) -> Tensor:
@@ -115,6 +115,12 @@ class MLA(nn.Module):
         k, v = self.expand(latent)
         return attention(torch.cat([q_nope, q_pe], dim=-1), k, v, visible, self.scale)
 
+    @bodies(selected.absorbed_for_naive)
+    def naive_sparse(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor,
+                     chosen: Selection) -> Tensor:
+        """Run `naive` with a mask: all pairs are computed, and most of them thrown away."""
+        return self.naive(q_nope, q_pe, latent, chosen.mask(latent.size(1)))
+
     def expand(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Return each head's keys, (B, T, H, qk_head_dim), and values, (B, T, H, v_head_dim)"""
         args = self.args
@@ -127,21 +133,29 @@ class MLA(nn.Module):
     def absorbed(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor,
                  visible: Tensor | None) -> Tensor:
         """Attend to the latents as to one shared key and value -> (B, S, H, v_head_dim)"""
-        args = self.args
-        wkv_b = self.wkv_b.weight.to(q_nope.dtype).unflatten(0, (args.n_heads, -1))
-        w_uk, w_uv = wkv_b.split([args.qk_nope_head_dim, args.v_head_dim], dim=1)
-        q = torch.einsum("bshd,hdc->bshc", q_nope, w_uk)  # (B, S, H, kv_lora_rank)
-        z = latent_attention(torch.cat([q, q_pe], dim=-1), latent, args.kv_lora_rank, visible,
-                             self.scale)  # (B, S, H, kv_lora_rank)
-        return torch.einsum("bshc,hdc->bshd", z, w_uv)
+        q = self.fold(q_nope, q_pe)
+        return self.unfold(latent_attention(q, latent, self.args.kv_lora_rank, visible, self.scale))
 
     def absorbed_sparse(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor,
                         chosen: Selection) -> Tensor:
-        """Run `absorbed`, each query alone with the latents that were chosen for it."""
-        alone = (t.flatten(0, 1).unsqueeze(1) for t in (q_nope, q_pe))  # (B*S, 1, H, ..)
-        own = chosen.gather(latent).flatten(0, 1)  # (B*S, k, kv_lora_rank + qk_rope_head_dim)
-        heads = self.absorbed(*alone, own, chosen.seen.flatten(0, 1).unsqueeze(1))
-        return heads.view(*q_nope.shape[:3], -1)
+        """Run `absorbed`, each query with the latents that were chosen for it and no others."""
+        q = self.fold(q_nope, q_pe)
+        return self.unfold(selected_attention(q, latent, self.args.kv_lora_rank, *chosen,
+                                              self.scale))
+
+    def expansions(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return W_UK (H, qk_nope_head_dim, kv_lora_rank), W_UV (H, v_head_dim, ..), x's type."""
+        wkv_b = self.wkv_b.weight.to(x.dtype).unflatten(0, (self.args.n_heads, -1))
+        return wkv_b.split([self.args.qk_nope_head_dim, self.args.v_head_dim], dim=1)
+
+    def fold(self, q_nope: Tensor, q_pe: Tensor) -> Tensor:
+        """Multiply W_UK into the queries -> (B, S, H, kv_lora_rank + qk_rope_head_dim)"""
+        q = torch.einsum("bshd,hdc->bshc", q_nope, self.expansions(q_nope)[0])
+        return torch.cat([q, q_pe], dim=-1)
+
+    def unfold(self, z: Tensor) -> Tensor:
+        """Multiply W_UV with what was attended to, (B, S, H, kv_lora_rank) -> (.., v_head_dim)"""
+        return torch.einsum("bshc,hdc->bshd", z, self.expansions(z)[1])
 
     @torch.no_grad()
     def selection(self, x: Tensor, c_q: Tensor, context: Context) -> Selection | None:
@@ -153,8 +167,8 @@ class MLA(nn.Module):
             keys = context.cache.append_index_keys(self.layer, keys)  # (B, T, index_head_dim)
         if keys.size(1) <= self.args.index_topk:
             return None
-        scores = self.indexer.scores(x, c_q, keys, context.rotation)  # (B, S, T)
-        return select(scores, seen_by(context, x, scores.size(2)), self.args.index_topk)
+        return Selection(*self.indexer.select(x, c_q, keys, context.rotation, context.visible,
+                                              self.args.index_topk))
 
     def indexer_loss(self, x: Tensor, c_q: Tensor, queries: tuple[Tensor, Tensor], latent: Tensor,
                      chosen: Selection | None, context: Context) -> Tensor:
@@ -164,11 +178,16 @@ class MLA(nn.Module):
         Returns a scalar, nats per query, whose gradient reaches the indexer alone.
         """
         x, c_q, rotation = x.detach(), c_q.detach(), context.rotation
+        own = (self.indexer.queries(c_q, rotation), self.indexer.weights(x),
+               self.indexer.keys(x, rotation))
         with torch.no_grad():
-            q, k = torch.cat(queries, dim=-1), self.expand(latent)[0]
-        seen = chosen.mask(k.size(1)) if chosen else seen_by(context, x, k.size(1))
-        return indexer_loss(self.indexer.queries(c_q, rotation), self.indexer.weights(x),
-                            self.indexer.keys(x, rotation), q, k, seen, self.scale)
+            if chosen:
+                q = self.fold(*queries)
+            else:
+                q, k = torch.cat(queries, dim=-1), self.expand(latent)[0]
+        if chosen:
+            return selected_indexer_loss(*own, q, latent.detach(), *chosen, self.scale)
+        return indexer_loss(*own, q, k, context.visible, self.scale)
 
 
 def seen_by(context: Context, x: Tensor, keys: int) -> Tensor:
@@ -202,3 +221,16 @@ def latent_attention(q: Tensor, latent: Tensor, rank: int, visible: Tensor | Non
     scores = scores.masked_fill(~visible.unsqueeze(2), float("-inf"))
     probs = scores.softmax(dim=-1, dtype=torch.promote_types(q.dtype, torch.float32)).to(q.dtype)
     return torch.einsum("bsht,btc->bshc", probs, latent[..., :rank])
+
+
+@bodies(selected.attend_selected)
+def selected_attention(q: Tensor, latent: Tensor, rank: int, indices: Tensor, seen: Tensor,
+                       scale: float) -> Tensor:
+    """Run `latent_attention`, each query alone with its own latents; indices, seen: a `Selection`
+
+    q: (B, S, H, width), with W_UK folded in; latent: (B, T, width) -> (B, S, H, kv_lora_rank)
+    """
+    own = Selection(indices, seen).gather(latent).flatten(0, 1)  # (B*S, k, width)
+    z = latent_attention(q.flatten(0, 1).unsqueeze(1), own, rank, seen.flatten(0, 1).unsqueeze(1),
+                         scale)
+    return z.reshape(*q.shape[:3], rank)

@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from minids.config import ModelArgs
 from minids.fp8 import rounded_to_fp8
 from minids.kernels import indexer
+from minids.kernels.attention import causal
 from minids.kernels.precision import without_autocast
 from minids.kernels.registry import bodies
 from minids.model.layers import Linear
@@ -89,6 +90,14 @@ class Indexer(nn.Module):
         """
         return index_scores(self.queries(c_q, rotation), self.weights(x), keys)
 
+    @bodies(indexer.select_in_pieces)
+    def select(self, x: Tensor, c_q: Tensor, keys: Tensor, rotation: Tensor,
+               visible: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+        """Return the `Selection` of k of T keys for each query; visible: as in `Context`"""
+        scores = self.scores(x, c_q, keys, rotation)  # (B, S, T)
+        visible = causal(*scores.shape[1:], x.device) if visible is None else visible
+        return select(scores, visible, k)
+
     def weights(self, x: Tensor) -> Tensor:
         """Weigh the heads, both scale factors included: (B, S, D) -> (B, S, index_n_heads) FP32"""
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -110,7 +119,7 @@ class Indexer(nn.Module):
         return rounded_to_fp8(x) if args.index_fp8 else x
 
 
-@bodies(indexer.scores_in_pieces)
+@bodies(indexer.scores_in_one_kernel, indexer.scores_in_pieces)
 def index_scores(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """Return V3.2's equation 1, FP32 or wider: (B, S, H, d), (B, S, H), (B, T, d) -> (B, S, T)"""
     with without_autocast(q):
@@ -135,19 +144,33 @@ def attention_mass(q: Tensor, k: Tensor, seen: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(~seen.unsqueeze(2), float("-inf")).softmax(-1).mean(2)
 
 
-@bodies(indexer.loss_in_pieces)
+@bodies(indexer.loss_over_all, indexer.loss_in_pieces)
 def indexer_loss(index_q: Tensor, weights: Tensor, index_k: Tensor, q: Tensor, k: Tensor,
-                 seen: Tensor, scale: float) -> Tensor:
+                 seen: Tensor | None, scale: float) -> Tensor:
     """Return the mean over queries of KL(p || softmax(I)), nats, in FP32 or wider (section 2.1.1).
 
     index_q: (B, S, H, d), weights: (B, S, H), index_k: (B, T, d), the indexer's, which learn
-    q, k, seen, scale: attention's, as for `attention_mass`; constants
+    q, k, seen, scale: attention's, as for `attention_mass`; constants. seen: None is causal
     """
+    seen = causal(q.size(1), k.size(1), q.device) if seen is None else seen
     with torch.no_grad():
         p = attention_mass(q, k, seen, scale)  # (B, S, T)
     scores = index_scores(index_q, weights, index_k).masked_fill(~seen, float("-inf"))
     log_probs = scores.log_softmax(-1).masked_fill(~seen, 0.0)  # no 0 times infinity
     return (torch.xlogy(p, p) - p * log_probs).sum(-1).mean()
+
+
+@bodies(indexer.loss_over_selection)
+def selected_indexer_loss(index_q: Tensor, weights: Tensor, index_k: Tensor, q: Tensor,
+                          latent: Tensor, indices: Tensor, seen: Tensor, scale: float) -> Tensor:
+    """Return the same loss over the tokens that each query attends to, attention absorbed.
+
+    q: (B, S, H, width), folded; latent: (B, T, width), one key for all heads; indices, seen:
+    a `Selection`
+    """
+    k = latent.unsqueeze(2).expand(-1, -1, q.size(2), -1)  # (B, T, H, width)
+    seen = Selection(indices, seen).mask(latent.size(1))
+    return indexer_loss(index_q, weights, index_k, q, k, seen, scale)
 
 
 def in_indexer(name: str) -> bool:

@@ -11,18 +11,44 @@ import pkgutil
 import sys
 
 import torch
-from gpu_cases import BF16, F32, entropy, gate, routed
-from test_bodies import joined_case
+from gpu_cases import (
+    BF16,
+    F32,
+    entropy,
+    gate,
+    index_scores,
+    loss_over_all,
+    loss_over_selection,
+    routed,
+    selected,
+)
+from test_bodies import (
+    all_loss_case,
+    joined_case,
+    scores_case,
+    selected_case,
+    selected_loss_case,
+)
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import minids.kernels
-from minids.kernels import few_tokens_gpu, fp8, triton_adamw, triton_experts, triton_muon
+from minids.kernels import (
+    few_tokens_gpu,
+    fp8,
+    indexer,
+    precision,
+    triton_adamw,
+    triton_experts,
+    triton_muon,
+)
 from minids.kernels.cross_entropy import chunked_on_gpu
+from minids.kernels.registry import REGISTRY
 from minids.kernels.routing import balance_in_one_pass, choose_in_one_kernel
 from minids.model.transformer import Block
 
+SPARSE = {"triton_selected", "triton_indexer", "triton_choice", "triton_index_loss"}
 V3_WIDTHS = dict(kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128)
 
 
@@ -42,16 +68,17 @@ class Absent:
         return 0
 
 
-def has_fp8(capability: int) -> bool:
-    """Return whether a card multiplies in FP8, and has the memory of Hopper, as is taken here."""
+def is_hopper(capability: int) -> bool:
+    """Return whether a card multiplies in FP8, and has the shared memory that is taken here."""
     return capability >= 90
 
 
 def kernels(capability: int) -> set[str]:
-    """The names of all kernels of the package, and those of FP8 for cards that have units."""
+    """The names of all kernels of the package, for Hopper those of FP8 and sparse attention too."""
     modules = [importlib.import_module(f"minids.kernels.{found.name}") for found in
                pkgutil.iter_modules(minids.kernels.__path__) if found.name.startswith("triton_")
-               and (has_fp8(capability) or not found.name.startswith("triton_fp8"))]
+               and (is_hopper(capability) or not (found.name.startswith("triton_fp8")
+                                                  or found.name in SPARSE))]
     return {name for module in modules for name, value in vars(module).items()
             if isinstance(value, JITFunction) and name.endswith("_kernel")}
 
@@ -98,6 +125,29 @@ def launch_all() -> None:
             joined(*joined_case(count, dtype=BF16, **V3_WIDTHS).call())
 
 
+def launch_sparse() -> None:
+    """The same for sparse attention: FP32 in small widths, BF16 in V3.2's."""
+    cases = {"sparse_attention.index_scores": (scores_case(F32, 2, 9, 40), index_scores),
+             "mla.selected_attention": (selected_case(5, 19, 7), selected),
+             "sparse_attention.indexer_loss": (all_loss_case(7), loss_over_all),
+             "sparse_attention.selected_indexer_loss": (selected_loss_case(5, 19, 7),
+                                                        loss_over_selection)}
+    for name, (small, wide) in cases.items():
+        for arguments in (small.call(), wide(BF16, "cpu")):
+            learns = any(isinstance(a, torch.Tensor) and a.requires_grad for a in arguments)
+            with torch.set_grad_enabled(learns):
+                out = REGISTRY[name].bodies[0](*arguments)
+            if learns:
+                out.backward(torch.ones_like(out))
+    with torch.inference_mode():
+        numbers = index_scores(BF16, "cpu")
+        for visible in (None, torch.ones(1, 700, 700, dtype=torch.bool)):
+            indexer.best_in_pieces(*numbers, visible, 200)
+        q, latent, rank, *chosen, scale = selected(BF16, "cpu")
+        attend = REGISTRY["mla.selected_attention"].bodies[0]
+        attend(q[:, :1], latent, rank, *(t[:, :1] for t in chosen), scale)
+
+
 def main(capability: int) -> None:
     """Compile; print a line for each kernel: its name, bytes of shared memory at most."""
     driver.set_active(Absent(capability))
@@ -110,10 +160,11 @@ def main(capability: int) -> None:
         return found
 
     JITFunction.run = only_compile
-    few_tokens_gpu.INTERPRETED = True  # it then takes tensors on a CPU
+    few_tokens_gpu.INTERPRETED = precision.INTERPRETED = True  # then they take a CPU's tensors
     launch_all()
-    if has_fp8(capability):
+    if is_hopper(capability):
         launch_fp8()
+        launch_sparse()
     wanted = kernels(capability)
     assert compiled.keys() == wanted, compiled.keys() ^ wanted
     for name, shared in sorted(compiled.items()):

@@ -26,10 +26,12 @@ from minids.model.cache import LatentCache
 from minids.model.layers import linear
 from minids.model.mla import attention, causal
 from minids.model.moe import sort_by_expert
+from minids.model.sparse_attention import Selection, select
 
 # Largest difference, relative to the largest value. FP64, FP32: sums in another order. BF16: both
-# sides round to 8 bits.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2}
+# sides round to 8 bits. FP16, which stands for it under Triton's interpreter: to 11 bits.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 
 
 @dataclass
@@ -125,6 +127,64 @@ def index_loss_case() -> tuple:
     return *own, q, k, causal(7, 7), 0.3
 
 
+def selection(batch: int, queries: int, keys: int, k: int) -> tuple[Tensor, Tensor]:
+    """Choose k keys for each query; early ones see fewer, and of a later sequence not all."""
+    visible = causal(queries, keys).repeat(batch, 1, 1)
+    visible[1:, :, ::3] = False
+    visible[:, torch.arange(queries), torch.arange(keys - queries, keys)] = True
+    return select(torch.randn(batch, queries, keys), visible, k)
+
+
+def own_numbers(dtype: torch.dtype, batch: int, queries: int, keys: int, heads: int = 3,
+                width: int = 24, learns: bool = True) -> tuple[Tensor, ...]:
+    """Return an indexer's queries, weights and keys, parts of a batch with gaps in memory."""
+    found = []
+    for count, shape, kind in ((queries, (heads, width), dtype), (queries, (heads,), F32),
+                               (keys, (width,), dtype)):
+        whole = drawn(batch, count + 2, *shape, dtype=kind, learns=False)
+        found.append(whole[:, 2:].requires_grad_(learns))
+    return tuple(found)
+
+
+def scores_case(dtype: torch.dtype, *shape: int) -> Case:
+    return Case(lambda: own_numbers(dtype, *shape, learns=False), False, dtype, triton=True)
+
+
+def selected_case(queries: int, keys: int, k: int, learns: bool = True, batch: int = 2,
+                  heads: int = 3, dtype: torch.dtype = F32) -> Case:
+    def call() -> tuple:
+        return (drawn(batch, queries, heads, 48, dtype=dtype, learns=learns),
+                drawn(batch, keys, 48, dtype=dtype, learns=learns), 32,
+                *selection(batch, queries, keys, k), 0.2)
+    return Case(call, learns, dtype, triton=True)
+
+
+def naive_sparse_case(queries: int, keys: int, k: int) -> Case:
+    def call() -> tuple:
+        args = replace(LITTLE, kv_lora_rank=32, qk_rope_head_dim=16)
+        attn = scrambled(args, dtype=F32).layers[0].attn.requires_grad_(False)
+        q_nope, q_pe = (drawn(2, queries, args.n_heads, width, dtype=F32)
+                        for width in (args.qk_nope_head_dim, 16))
+        return (attn, q_nope, q_pe, drawn(2, keys, 48, dtype=F32),
+                Selection(*selection(2, queries, keys, k)))
+    return Case(call, True, F32, triton=True)
+
+
+def all_loss_case(tokens: int, dtype: torch.dtype = F32, width: int = 24) -> Case:
+    def call() -> tuple:
+        q, k = (drawn(2, tokens, 3, width, dtype=dtype, learns=False) for _ in range(2))
+        return *own_numbers(dtype, 2, tokens, tokens), q, k, None, 0.3
+    return Case(call, True, dtype, triton=True)
+
+
+def selected_loss_case(queries: int, keys: int, k: int, dtype: torch.dtype = F32) -> Case:
+    def call() -> tuple:
+        return (*own_numbers(dtype, 2, queries, keys),
+                drawn(2, queries, 3, 48, dtype=dtype, learns=False),
+                drawn(2, keys, 48, dtype=dtype, learns=False), *selection(2, queries, keys, k), 0.2)
+    return Case(call, True, dtype, triton=True)
+
+
 def little_layer(seed_shape: dict) -> Transformer:
     torch.manual_seed(1)
     model = Transformer(replace(LITTLE, **seed_shape)).double()
@@ -146,6 +206,9 @@ def folded_case(count: int, uneven: bool, batch: int = 3, layer: int = 1, **shap
         x = drawn(batch, count, model.args.dim, learns=False)
         return model.layers[layer], x, context
     return Case(call, learns=False)
+
+
+INDEXER = dict(index_n_heads=16, index_head_dim=16, index_topk=6)  # no score is zero
 
 
 def joined_case(count: int, batch: int = 3, layer: int = 1, dtype: torch.dtype = torch.float32,
@@ -190,7 +253,6 @@ def fp8_experts_case(dtype: torch.dtype, counts: tuple = (130, 0, 7),
     return Case(call, dtype=dtype, triton=True)
 
 
-F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 CASES: dict[tuple[str, str], list[Case]] = {
     ("layers.linear", "linear"): [few_rows_case(1, BF16), few_rows_case(7, BF16)],
     ("layers.rms_norm", "fused"): [norm_case(F64, False), norm_case(F32, False)],
@@ -213,7 +275,8 @@ CASES: dict[tuple[str, str], list[Case]] = {
         joined_case(2, q_lora_rank=0), joined_case(1, batch=18, n_shared_experts=2),
         joined_case(3, score_func="softmax", gate_bias=False, n_shared_experts=0),
         joined_case(3, n_routed_experts=6, n_expert_groups=1, n_limited_groups=1),
-        joined_case(3, n_routed_experts=12, n_expert_groups=3, n_limited_groups=2)],
+        joined_case(3, n_routed_experts=12, n_expert_groups=3, n_limited_groups=2),
+        joined_case(1, **INDEXER), joined_case(2, q_lora_rank=0, **INDEXER)],
     ("moe.MoE.routed", "routed"): [moe_case(1), moe_case(4), moe_case(30),
                                    moe_case(30, skewed=True)],
     ("moe.dispatch", "dispatch_by_slot"): [Case(dispatch_case)],
@@ -227,6 +290,19 @@ CASES: dict[tuple[str, str], list[Case]] = {
         fp8_experts_case(BF16, (0, 3, 129), 2, 256)],
     ("objective.linear_cross_entropy", "chunked"): [
         Case(lambda: (drawn(2, 300, 8), drawn(11, 8), torch.randint(11, (2, 300)), 321))],
+    ("mla.selected_attention", "attend_selected"): [
+        selected_case(5, 19, 7), selected_case(1, 1, 1, learns=False),
+        selected_case(9, 9, 9, batch=1), selected_case(1, 80, 70, learns=False),
+        selected_case(3, 50, 40, heads=17), selected_case(5, 19, 7, dtype=F16)],
+    ("mla.MLA.naive_sparse", "absorbed_for_naive"): [naive_sparse_case(7, 12, 5)],
+    ("sparse_attention.index_scores", "scores_in_one_kernel"): [
+        scores_case(F32, 2, 9, 40), scores_case(F32, 1, 1, 7, 16, 16),
+        scores_case(F32, 2, 20, 70, 4, 16), scores_case(F16, 2, 9, 40)],
+    ("sparse_attention.indexer_loss", "loss_over_all"): [
+        all_loss_case(7), all_loss_case(2), all_loss_case(18, width=16), all_loss_case(7, F16)],
+    ("sparse_attention.selected_indexer_loss", "loss_over_selection"): [
+        selected_loss_case(5, 19, 7), selected_loss_case(9, 9, 9), selected_loss_case(1, 30, 20),
+        selected_loss_case(5, 19, 7, F16)],
     ("sparse_attention.index_scores", "scores_in_pieces"): [Case(lambda: index_case(2, 9, 11))],
     ("sparse_attention.indexer_loss", "loss_in_pieces"): [Case(index_loss_case)],
 }
@@ -236,6 +312,7 @@ CASES: dict[tuple[str, str], list[Case]] = {
 def small_pieces(monkeypatch):
     """Let few numbers be many, so that chunks end in the middle of these examples."""
     monkeypatch.setattr(indexer, "SCORES", 100)
+    monkeypatch.setattr(indexer, "PIECE", 100)
     monkeypatch.setattr("minids.kernels.cross_entropy.LOGITS", {"cpu": 1000})
 
 
@@ -269,7 +346,9 @@ def check(function: Callable, name: str, chosen: str, case: Case) -> None:
 def test_every_body_has_examples():
     registered = {(name, b.__name__) for name, function in REGISTRY.items()
                   for b in function.bodies}
-    assert registered == CASES.keys() | ELSEWHERE.keys() | ROUNDING.keys()
+    # A choice, in no order, has tests of its own (`test_triton_sparse.py`).
+    choice = {("sparse_attention.Indexer.select", "select_in_pieces")}
+    assert registered == CASES.keys() | ELSEWHERE.keys() | ROUNDING.keys() | choice
 
 
 @pytest.mark.parametrize(("key", "case"), [

@@ -36,7 +36,8 @@ def results(function, arguments: tuple) -> list[Tensor]:
     if not out.is_floating_point():  # experts chosen, in no order
         return [out.sort(-1).values.float()]
     weigh = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
-    grads = torch.autograd.grad((out * weigh).sum(), leaves(arguments))
+    learning = leaves(arguments)
+    grads = torch.autograd.grad((out * weigh).sum(), learning) if learning else []
     return [t.detach().float() for t in (out, *grads)]
 
 

@@ -103,6 +103,7 @@ def not_normalised(q, k, seen, scale):
 
 def turned_round(index_q, weights, index_k, q, k, seen, scale):
     """KL(softmax(I) || p)"""
+    seen = mla.causal(q.size(1), k.size(1)) if seen is None else seen
     p = MASS(q, k, seen, scale)
     scores = sparse_attention.index_scores(index_q, weights, index_k)
     q = scores.masked_fill(~seen, float("-inf")).softmax(-1)
@@ -112,6 +113,7 @@ def turned_round(index_q, weights, index_k, q, k, seen, scale):
 
 def cross_entropy(index_q, weights, index_k, q, k, seen, scale):
     """Its gradient is the same, its value is above by the entropy of p."""
+    seen = mla.causal(q.size(1), k.size(1)) if seen is None else seen
     p = MASS(q, k, seen, scale)
     loss = LOSS(index_q, weights, index_k, q, k, seen, scale)
     return loss - torch.xlogy(p, p).sum(-1).mean()
@@ -126,13 +128,15 @@ WRONG_LOSSES = {(sparse_attention, "attention_mass"): (first_head, summed_scores
 @pytest.mark.parametrize("where, wrong", [(n, w) for n, ws in WRONG_LOSSES.items() for w in ws])
 def test_a_wrong_loss_is_caught(where, wrong, stage, monkeypatch):
     monkeypatch.setattr(*where, wrong)
+    if where == (mla, "indexer_loss"):
+        monkeypatch.setattr(sparse_attention, "indexer_loss", wrong)  # over a selection
     assert max(loss_gaps(SPARSE, stage)) > 1e-2
 
 
 def test_a_loss_that_sees_the_future_is_caught(monkeypatch):
     monkeypatch.setattr(kernel, "few_queries", lambda queries, *_: [slice(0, queries)])
-    monkeypatch.setattr(mla, "seen_by", lambda context, x, keys: torch.ones(
-        1, x.size(1), keys, dtype=torch.bool))
+    monkeypatch.setattr(kernel, "causal", lambda queries, keys, device: torch.ones(
+        1, queries, keys, dtype=torch.bool))
     assert loss_gaps(SPARSE, "warmup")[0] > 1e-2
 
 

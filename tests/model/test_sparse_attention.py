@@ -167,7 +167,7 @@ def test_a_future_token_never_moves_a_past_logit(monkeypatch):
     model = scrambled(SPARSE)
     for name, forward in every_path(model).items():
         assert leak(forward, SPARSE) < EXACT, name
-    monkeypatch.setattr(mla, "select", sees_the_future)
+    monkeypatch.setattr(sparse_attention, "select", sees_the_future)
     for name, forward in every_path(model).items():
         assert leak(forward, SPARSE) > 1e-3, name
 
@@ -263,7 +263,8 @@ def test_choosing_all_tokens_is_dense_attention(monkeypatch):
     """The selecting path itself, with nothing left out."""
     model = scrambled(SPARSE)
     tokens = random_tokens(SPARSE, 2, 12)
-    monkeypatch.setattr(mla, "select", lambda scores, visible, k: select(scores, visible, 12))
+    monkeypatch.setattr(sparse_attention, "select",
+                        lambda scores, visible, k: select(scores, visible, 12))
     assert torch.equal(model(tokens), dense_twin(model)(tokens))
     assert gap(model(tokens, absorbed=True), dense_twin(model)(tokens)) < EXACT
 

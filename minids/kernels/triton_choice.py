@@ -1,0 +1,182 @@
+"""The k best scores of each query, in Triton, without sorting a row.
+
+Most of a row is out of the question: of 131,072 scores 2,048 are wanted. A sample of the row tells
+a bound that a few more than k scores reach; those are listed, and the k-th best is looked for among
+them only, in registers. Where the sample misled, or many scores are equal, the row itself is
+searched: slower, and as exact.
+
+Scores become integers of the same order. The k-th largest is found bit by bit: the largest bound
+that k numbers or more reach. Letters: query s sees the keys t <= first + s, or those of its mask.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 132  # multiprocessors of a large GPU; fewer rows than these are listed in pieces
+MOST_PIECES = 16
+HIDDEN = tl.constexpr(-2147483648)  # the number of a score that its query does not see
+
+
+@triton.jit
+def numbers_at(row, own, t, there, MASK: tl.constexpr):
+    """Return int32 numbers in the order of the scores at positions t, HIDDEN where not seen."""
+    if MASK:
+        there = there & (tl.load(own + t, mask=there, other=0) != 0)
+    bits = tl.load(row + t, mask=there, other=0.0).to(tl.int32, bitcast=True)
+    return tl.where(there, bits ^ ((bits >> 31) & 2147483647), HIDDEN)
+
+
+@triton.jit
+def kth(numbers, k):
+    """Return the largest bound that k of the numbers or more reach; HIDDEN if fewer are seen."""
+    many = tl.sum((numbers >= 0).to(tl.int32), axis=0) >= k
+    bound = tl.where(many, 0, HIDDEN)
+    step = tl.full((), 1073741824, tl.int32)
+    for _ in range(31):
+        guess = bound + step
+        reach = tl.sum((numbers >= guess).to(tl.int32), axis=0)
+        bound = tl.where(reach >= k, guess, bound)
+        step = step >> 1
+    return bound
+
+
+@triton.jit
+def reaching(row, own, stop, guess, MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """Count the scores of a row that reach a bound."""
+    counts = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, stop, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        counts += (numbers_at(row, own, t, t < stop, MASK) >= guess).to(tl.int32)
+    return tl.sum(counts, axis=0)
+
+
+@triton.jit
+def search_row(row, own, indices, seen, T, stop, k, MASK: tl.constexpr, BLOCK: tl.constexpr):
+    """Do what `best_kernel` does without a list: pass over the row again and again."""
+    total = reaching(row, own, stop, HIDDEN + 1, MASK, BLOCK)
+    bound = tl.full((), HIDDEN, tl.int32)
+    if total > k:
+        bound = tl.where(reaching(row, own, stop, 0, MASK, BLOCK) >= k, 0, HIDDEN)
+        step = tl.full((), 1073741824, tl.int32)
+        for _ in range(31):
+            guess = bound + step
+            reach = reaching(row, own, stop, guess, MASK, BLOCK)
+            bound = tl.where(reach >= k, guess, bound)
+            step = step >> 1
+    missing = k - reaching(row, own, stop, bound + 1, MASK, BLOCK)
+    taken = tl.full((), 0, tl.int32)
+    equals = tl.full((), 0, tl.int32)
+    hidden = tl.full((), 0, tl.int32)
+    for start in range(0, tl.maximum(stop, k), BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        number = numbers_at(row, own, t, t < stop, MASK)
+        there = number != HIDDEN
+        equal = (there & (number == bound)).to(tl.int32)
+        unseen = ((t < T) & ~there).to(tl.int32)
+        best = there & ((number > bound)
+                        | ((equal > 0) & (equals + tl.cumsum(equal, axis=0) <= missing)))
+        fills = (unseen > 0) & (hidden + tl.cumsum(unseen, axis=0) <= k - total)
+        chosen = (best | fills).to(tl.int32)
+        at = taken + tl.cumsum(chosen, axis=0) - 1
+        tl.store(indices + at, t.to(tl.int64), mask=chosen > 0)
+        tl.store(seen + at, best.to(tl.uint8), mask=chosen > 0)
+        taken += tl.sum(chosen, axis=0)
+        equals += tl.sum(equal, axis=0)
+        hidden += tl.sum(unseen, axis=0)
+
+
+@triton.jit
+def candidates_kernel(scores, visible, numbers, positions, counts, S, T, first, visible_batch,
+                      visible_row, piece, k, MASK: tl.constexpr, SAMPLE: tl.constexpr,
+                      MOST: tl.constexpr, BLOCK: tl.constexpr):
+    """List what may be among the k best in one piece of one row of scores (B, S, T).
+
+    numbers, positions: (B, S, pieces, MOST) int32; counts: (B, S, pieces) int32, above MOST where
+    the list has no room. All pieces of a row look at the same sample, and so have the same bound.
+    """
+    s, b, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
+    row, own = scores + (b * S + s) * T, visible + b * visible_batch + s * visible_row
+    stop = T if MASK else tl.minimum(T, first + s + 1)
+    stride = tl.cdiv(stop, SAMPLE)
+    at = tl.arange(0, SAMPLE) * stride
+    few = k // stride  # of the sample are expected among the k best; three deviations more are safe
+    wanted = few + (3.0 * tl.sqrt(few.to(tl.float32))).to(tl.int32) + 1
+    bound = tl.maximum(kth(numbers_at(row, own, at, at < stop, MASK), wanted), HIDDEN + 1)
+    place = (b * S + s) * tl.num_programs(2) + part
+    found = tl.full((), 0, tl.int32)
+    end = tl.minimum(stop, (part + 1) * piece)
+    for start in range(part * piece, end, BLOCK):
+        t = start + tl.arange(0, BLOCK)
+        number = numbers_at(row, own, t, t < end, MASK)
+        take = number >= bound
+        to = found + tl.cumsum(take.to(tl.int32), axis=0) - 1
+        keep = take & (to < MOST)
+        tl.store(numbers + place * MOST + to, number, mask=keep)
+        tl.store(positions + place * MOST + to, t, mask=keep)
+        found += tl.sum(take.to(tl.int32), axis=0)
+    tl.store(counts + place, found)
+
+
+@triton.jit
+def best_kernel(scores, visible, numbers, positions, counts, indices, seen, S, T, first,
+                visible_batch, visible_row, place_batch, pieces, k, MASK: tl.constexpr,
+                MOST: tl.constexpr, BLOCK: tl.constexpr):
+    """Write the k best of one row, by position: indices, seen (B, S, k)
+
+    Of equal scores the earliest are best. Where fewer than k are visible, positions that are not
+    follow with seen = False, so that no position stands twice.
+    """
+    s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    row, own = scores + (b * S + s) * T, visible + b * visible_batch + s * visible_row
+    i = tl.arange(0, MOST)
+    number, t = tl.full((MOST,), HIDDEN, tl.int32), tl.zeros((MOST,), tl.int32)
+    total = tl.full((), 0, tl.int32)
+    for part in range(pieces):
+        listed = (b * S + s) * pieces + part
+        count = tl.load(counts + listed)
+        inside = (i >= total) & (i < total + count)
+        source = listed * MOST + i - total
+        number = tl.where(inside, tl.load(numbers + source, mask=inside, other=0), number)
+        t = tl.where(inside, tl.load(positions + source, mask=inside, other=0), t)
+        total += count
+    to = b * place_batch + s * k
+    if (total >= k) & (total <= MOST):
+        bound = kth(number, k)
+        missing = k - tl.sum((number > bound).to(tl.int32), axis=0)
+        equal = (number == bound).to(tl.int32)
+        best = (number > bound) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= missing))
+        at = to + tl.cumsum(best.to(tl.int32), axis=0) - 1
+        tl.store(indices + at, t.to(tl.int64), mask=best)
+        tl.store(seen + at, tl.full((MOST,), 1, tl.uint8), mask=best)
+    else:
+        stop = T if MASK else tl.minimum(T, first + s + 1)
+        search_row(row, own, indices + to, seen + to, T, stop, k, MASK, BLOCK)
+
+
+def select(scores: Tensor, visible: Tensor | None, first: int, indices: Tensor, seen: Tensor
+           ) -> None:
+    """Write the k best of each row of scores (B, S, T) FP32 to indices and seen, (B, S, k)
+
+    visible: (B or 1, S, T) bool; None: query s sees the positions up to first + s
+    """
+    (batch, count, total), k = scores.shape, indices.size(2)
+    mask = scores if visible is None else visible.expand(batch, count, total)
+    if mask.stride(2) != 1:
+        mask = mask.contiguous()
+    mask = mask if visible is None else mask.view(torch.uint8)
+    most, block = max(16, triton.next_power_of_2(2 * k)), min(4096, triton.next_power_of_2(total))
+    pieces = max(1, min(PROGRAMS // (batch * count), MOST_PIECES, triton.cdiv(total, block)))
+    piece = triton.cdiv(triton.cdiv(total, pieces), block) * block
+    pieces = triton.cdiv(total, piece)
+    numbers, positions = torch.empty(2, batch, count, pieces, most, dtype=torch.int32,
+                                     device=scores.device)
+    counts = numbers.new_empty(batch, count, pieces)
+    given, edges = (scores, mask, numbers, positions, counts), (count, total, first)
+    strides, how = (mask.stride(0), mask.stride(1)), dict(
+        MASK=visible is not None, MOST=most, num_warps=8 if most >= 1024 else 4)
+    candidates_kernel[(count, batch, pieces)](*given, *edges, *strides, piece, k, SAMPLE=2 * most,
+                                              BLOCK=block, **how)
+    best_kernel[(count, batch)](*given, indices, seen.view(torch.uint8), *edges, *strides,
+                                indices.stride(0), pieces, k, BLOCK=min(block, 2048), **how)

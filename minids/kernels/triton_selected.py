@@ -1,0 +1,246 @@
+"""Attention over the latents that each query selected, in Triton: forward and backward.
+
+In MLA's absorbed form all heads of a query share one key per token, its latent. Those that a query
+selected are one matrix for all its heads: (HEADS, W) x (W, KEYS), a product for tensor cores,
+although no two queries select the same. In PyTorch operations a query's selection is first copied
+together, k x W numbers per query, 309 GB for 131,072 queries of V3.2; here the gather goes straight
+into shared memory, and neither the copy, nor scores, nor probabilities are written.
+
+Letters: N = B*S queries, H heads, R = kv_lora_rank, P = qk_rope_head_dim, W = R + P, K selected.
+Scores are in units of log 2: `scale` has log2(e) in it. Sums are kept in FP32.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from minids.kernels.precision import LOG2_E, in_triton
+
+PROGRAMS = 264  # two for each multiprocessor of a large GPU; for fewer, selections are cut up
+
+
+@triton.jit
+def attend_selected_kernel(q, latents, indices, seen, out, sums, S, K, piece, latent_batch,
+                           scale, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
+                           HEADS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr):
+    """Attend with HEADS heads of one query to one piece of its selection.
+
+    q: (N, H, W); latents: (B, T, W); indices, seen: (N, K)
+    out: (pieces, N, H, R), the piece's own softmax average; sums: (pieces, N, H) FP32, log2 of the
+        sum of its exp2(score)
+
+    Not written: the gathered latents (N, K, W) and the scores (N, H, K). A tile of latents is
+    fetched once for both of its uses, as keys and as values.
+    """
+    # A query's groups of heads run at once, and share what the cache holds of its latents.
+    GROUPS: tl.constexpr = (H + HEADS - 1) // HEADS
+    n, part = (tl.program_id(0) // GROUPS).to(tl.int64), tl.program_id(1).to(tl.int64)
+    h = tl.program_id(0) % GROUPS * HEADS + tl.arange(0, HEADS)
+    r, p = tl.arange(0, R), tl.arange(0, P)
+    heads = (h < H)[:, None]
+    row = q + (n * H + h)[:, None] * (R + P)
+    q_c = tl.load(row + r[None, :], mask=heads, other=0.0)
+    q_p = tl.load(row + R + p[None, :], mask=heads, other=0.0)
+    own = latents + n // S * latent_batch
+    high = tl.full((HEADS,), float("-inf"), tl.float32)
+    mass = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, R), tl.float32)
+    begin = tl.program_id(1) * piece
+    for start in range(begin, tl.minimum(begin + piece, K), KEYS):
+        j = start + tl.arange(0, KEYS)
+        there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
+        t = tl.load(indices + n * K + j, mask=j < K, other=0)
+        key = own + t[:, None] * (R + P)
+        k_c = tl.load(key + r[None, :], mask=there[:, None], other=0.0)
+        k_p = tl.load(key + R + p[None, :], mask=there[:, None], other=0.0)
+        score = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
+        score = tl.dot(q_p, tl.trans(k_p), score, input_precision=PRECISION)
+        score = tl.where(there[None, :], score * scale, float("-inf"))  # (HEADS, KEYS)
+        higher = tl.maximum(high, tl.max(score, axis=1))
+        finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+        weight = tl.exp2(score - finite[:, None])
+        shrink = tl.exp2(high - finite)
+        mass = mass * shrink + tl.sum(weight, axis=1)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(k_c.dtype), k_c, acc, input_precision=PRECISION)
+        high = higher
+    place = (part * (tl.num_programs(0) // GROUPS) + n) * H + h
+    acc = acc / tl.where(mass == 0.0, 1.0, mass)[:, None]
+    tl.store(out + place[:, None] * R + r[None, :], acc.to(out.dtype.element_ty), mask=heads)
+    tl.store(sums + place, tl.where(mass == 0.0, float("-inf"), high + tl.log2(mass)), mask=h < H)
+
+
+@triton.jit
+def join_pieces_kernel(parts, sums, out, rows, pieces, R: tl.constexpr, ALL: tl.constexpr):
+    """Average one head's pieces by their sums: (pieces, rows, R) -> (rows, R)
+
+    ALL: a power of two not below the number of pieces
+    """
+    row, r, i = tl.program_id(0).to(tl.int64), tl.arange(0, R), tl.arange(0, ALL)
+    total = tl.load(sums + i * rows + row, mask=i < pieces, other=float("-inf"))
+    high = tl.max(total, axis=0)
+    weight = tl.exp2(total - tl.where(high == float("-inf"), 0.0, high))
+    mass = tl.sum(weight, axis=0)
+    tile = tl.load(parts + (i[:, None] * rows + row) * R + r[None, :], mask=(i < pieces)[:, None],
+                   other=0.0)
+    joined = tl.sum(tile * weight[:, None], axis=0) / tl.where(mass == 0.0, 1.0, mass)
+    tl.store(out + row * R + r, joined.to(out.dtype.element_ty))
+
+
+@triton.jit
+def selected_query_grad_kernel(q, latents, indices, seen, grad, sums, delta, average, dq, S, K,
+                               latent_batch, scale, back, H: tl.constexpr, R: tl.constexpr,
+                               P: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+                               PRECISION: tl.constexpr):
+    """Gradient of HEADS heads' queries: grad (N, H, R) -> dq (N, H, W)
+
+    delta: (N, H) FP32, the inner product of the output, `average`, and its gradient, stored for the
+    keys; back: the scale without log2(e). Not written: probabilities, which are computed again from
+    the sums, and their gradients, both (N, H, K).
+    """
+    GROUPS: tl.constexpr = (H + HEADS - 1) // HEADS
+    n = (tl.program_id(0) // GROUPS).to(tl.int64)
+    h = tl.program_id(0) % GROUPS * HEADS + tl.arange(0, HEADS)
+    r, p = tl.arange(0, R), tl.arange(0, P)
+    heads = (h < H)[:, None]
+    head = n * H + h
+    row = head[:, None] * (R + P)
+    q_c = tl.load(q + row + r[None, :], mask=heads, other=0.0)
+    q_p = tl.load(q + row + R + p[None, :], mask=heads, other=0.0)
+    out = tl.load(grad + head[:, None] * R + r[None, :], mask=heads, other=0.0)
+    total = tl.load(sums + head, mask=h < H, other=float("inf"))
+    inner = tl.load(average + head[:, None] * R + r[None, :], mask=heads, other=0.0).to(tl.float32)
+    inner = tl.sum(inner * out.to(tl.float32), axis=1)
+    tl.store(delta + head, inner, mask=h < H)
+    own = latents + n // S * latent_batch
+    d_c, d_p = tl.zeros((HEADS, R), tl.float32), tl.zeros((HEADS, P), tl.float32)
+    for start in range(0, K, KEYS):
+        j = start + tl.arange(0, KEYS)
+        there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
+        t = tl.load(indices + n * K + j, mask=j < K, other=0)
+        key = own + t[:, None] * (R + P)
+        k_c = tl.load(key + r[None, :], mask=there[:, None], other=0.0)
+        k_p = tl.load(key + R + p[None, :], mask=there[:, None], other=0.0)
+        score = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
+        score = tl.dot(q_p, tl.trans(k_p), score, input_precision=PRECISION)
+        prob = tl.where(there[None, :], tl.exp2(score * scale - total[:, None]), 0.0)
+        towards = tl.dot(out, tl.trans(k_c), input_precision=PRECISION)
+        d_score = (prob * (towards - inner[:, None])).to(k_c.dtype)  # (HEADS, KEYS)
+        d_c = tl.dot(d_score, k_c, d_c, input_precision=PRECISION)
+        d_p = tl.dot(d_score, k_p, d_p, input_precision=PRECISION)
+    tl.store(dq + row + r[None, :], (d_c * back).to(dq.dtype.element_ty), mask=heads)
+    tl.store(dq + row + R + p[None, :], (d_p * back).to(dq.dtype.element_ty), mask=heads)
+
+
+@triton.jit
+def selected_key_grad_kernel(q, latents, indices, seen, grad, sums, delta, dlatents, S, K, T,
+                             tiles, latent_batch, scale, back, H: tl.constexpr, R: tl.constexpr,
+                             P: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+                             PRECISION: tl.constexpr):
+    """Add what one query's heads together ask of KEYS latents: dlatents (B, T, W) FP32
+
+    Heads are summed in registers, so that memory sees one addition per query and selected latent.
+    Queries select in any order: additions are atomic, and the last bits differ from run to run.
+    Not written: gradients of the gathered latents, (N, K, W), and anything of H x K numbers.
+    """
+    n = (tl.program_id(0) // tiles).to(tl.int64)
+    j, r, p = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS), tl.arange(0, R), tl.arange(0, P)
+    there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
+    t = tl.load(indices + n * K + j, mask=j < K, other=0)
+    key = latents + n // S * latent_batch + t[:, None] * (R + P)
+    k_c = tl.load(key + r[None, :], mask=there[:, None], other=0.0)
+    k_p = tl.load(key + R + p[None, :], mask=there[:, None], other=0.0)
+    d_c, d_p = tl.zeros((KEYS, R), tl.float32), tl.zeros((KEYS, P), tl.float32)
+    for start in range(0, H, HEADS):
+        h = start + tl.arange(0, HEADS)
+        heads = (h < H)[:, None]
+        head = n * H + h
+        row = q + head[:, None] * (R + P)
+        q_c = tl.load(row + r[None, :], mask=heads, other=0.0)
+        q_p = tl.load(row + R + p[None, :], mask=heads, other=0.0)
+        out = tl.load(grad + head[:, None] * R + r[None, :], mask=heads, other=0.0)
+        total = tl.load(sums + head, mask=h < H, other=float("inf"))
+        inner = tl.load(delta + head, mask=h < H, other=0.0)
+        score = tl.dot(k_c, tl.trans(q_c), input_precision=PRECISION)  # (KEYS, HEADS)
+        score = tl.dot(k_p, tl.trans(q_p), score, input_precision=PRECISION)
+        prob = tl.where(there[:, None], tl.exp2(score * scale - total[None, :]), 0.0)
+        towards = tl.dot(k_c, tl.trans(out), input_precision=PRECISION)
+        d_score = (prob * (towards - inner[None, :]) * back).to(q_c.dtype)
+        d_c = tl.dot(prob.to(out.dtype), out, d_c, input_precision=PRECISION)
+        d_c = tl.dot(d_score, q_c, d_c, input_precision=PRECISION)
+        d_p = tl.dot(d_score, q_p, d_p, input_precision=PRECISION)
+    place = dlatents + (n // S * T + t)[:, None] * (R + P)
+    tl.atomic_add(place + r[None, :], d_c, mask=there[:, None], sem="relaxed")
+    tl.atomic_add(place + R + p[None, :], d_p, mask=there[:, None], sem="relaxed")
+
+
+def tile(heads: int, half: bool) -> int:
+    """Return the heads of a program: 64 fill a tensor core's tile; FP32 has none to fill."""
+    return max(16, min(triton.next_power_of_2(heads), 64 if half else 16))
+
+
+def attend(q: Tensor, latent: Tensor, indices: Tensor, seen: Tensor, rank: int, scale: float,
+           in_pieces: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the average of the selected latents, (B, S, H, R), and its sums, (B, S, H)
+
+    in_pieces: cut the selections of few queries, so that all of a GPU works; sums are then parts'
+    """
+    (batch, count, heads, width), k = q.shape, indices.size(2)
+    half, rows = q.element_size() == 2, batch * count
+    together, keys = tile(heads, half), 64 if half else 32
+    groups = triton.cdiv(heads, together)
+    pieces = min(PROGRAMS // (rows * groups), triton.cdiv(k, keys)) if in_pieces else 1
+    piece = triton.cdiv(triton.cdiv(k, max(pieces, 1)), keys) * keys
+    pieces = triton.cdiv(k, piece)
+    sums = torch.empty(pieces, rows, heads, dtype=torch.float32, device=q.device)
+    out = q.new_empty(batch, count, heads, rank)
+    parts = out if pieces == 1 else sums.new_empty(pieces, rows, heads, rank)
+    attend_selected_kernel[(rows * groups, pieces)](
+        q, latent, indices, seen, parts, sums, count, k, piece, latent.stride(0), scale * LOG2_E,
+        H=heads, R=rank, P=width - rank, HEADS=together, KEYS=keys, num_stages=2,
+        num_warps=8 if together == 64 else 4, PRECISION=in_triton(q))
+    if pieces > 1:
+        join_pieces_kernel[(rows * heads,)](parts, sums, out, rows * heads, pieces, R=rank,
+                                            ALL=triton.next_power_of_2(pieces))
+    return out, sums
+
+
+class Selected(torch.autograd.Function):
+    """Attention over selected latents; keeps its inputs, its output and (B, S, H) sums."""
+
+    @staticmethod
+    def forward(ctx, q: Tensor, latent: Tensor, indices: Tensor, seen: Tensor, rank: int,
+                scale: float) -> Tensor:
+        q = q.contiguous()
+        latent = latent if latent[0].is_contiguous() else latent.contiguous()
+        indices, seen = indices.contiguous(), seen.contiguous().view(torch.uint8)
+        learns = any(ctx.needs_input_grad)
+        out, sums = attend(q, latent, indices, seen, rank, scale, in_pieces=not learns)
+        if learns:
+            ctx.save_for_backward(q, latent, indices, seen, out, sums)
+            ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple:
+        q, latent, indices, seen, out, sums = ctx.saved_tensors
+        (batch, count, heads, width), rank, total = q.shape, out.size(3), latent.size(1)
+        grad = grad.contiguous()
+        delta = torch.empty_like(sums)
+        half, rows, k = q.element_size() == 2, batch * count, indices.size(2)
+        dq, dlatent = torch.empty_like(q), latent.new_zeros(latent.shape, dtype=torch.float32)
+        given = q, latent, indices, seen, grad, sums, delta
+        widths = dict(H=heads, R=rank, P=width - rank, PRECISION=in_triton(q))
+        scales = latent.stride(0), ctx.scale * LOG2_E, ctx.scale
+        together, keys = tile(heads, half), 32
+        groups = triton.cdiv(heads, together)
+        selected_query_grad_kernel[(rows * groups,)](
+            *given, out, dq, count, k, *scales, HEADS=together, KEYS=keys, num_stages=2,
+            num_warps=8 if together == 64 else 4, **widths)
+        keys, together = 64 if half else 16, max(16, min(triton.next_power_of_2(heads), 32))
+        tiles = triton.cdiv(k, keys)
+        selected_key_grad_kernel[(rows * tiles,)](
+            *given, dlatent, count, k, total, tiles, *scales, HEADS=together, KEYS=keys,
+            num_stages=2, num_warps=8 if keys == 64 else 4, **widths)
+        return dq, dlatent.to(latent.dtype), None, None, None, None
