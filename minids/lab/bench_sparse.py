@@ -20,11 +20,12 @@ from torch import Tensor
 
 from minids.apply.folded import joined
 from minids.config import ModelArgs
+from minids.costs.flops import pair_flops
 from minids.kernels import few_tokens_gpu
 from minids.kernels.indexer import best_in_pieces, pieces
 from minids.lab.bench_decoding import sparse_table
 from minids.lab.bench_setup import Bench
-from minids.lab.roofline import measure_peaks
+from minids.lab.roofline import Peaks, measure_peaks
 from minids.lab.timing import in_turn, watch_memory
 from minids.model.cache import LatentCache
 from minids.model.mla import MLA, Context, attention, selected_attention
@@ -35,77 +36,85 @@ SHORTEST, STEP = 8192, 4  # tokens of the shortest context; each is four times t
 BATCH = 8                 # sequences decoded together
 STEPS = 16                # decoding steps in one timing
 LONGEST_TRAINED = 32768   # tokens of a training sequence
-KIND = torch.bfloat16
 
 
 class Layer:
-    """One attention layer with random weights, and its settings."""
+    """One attention layer: its settings, where it runs and in which type, how often it is timed."""
 
-    def __init__(self, args: ModelArgs):
+    def __init__(self, args: ModelArgs, device: str, dtype: torch.dtype, rounds: int):
         self.args = replace(args, n_layers=1, n_dense_layers=1)
+        self.kind, self.rounds = dict(device=device, dtype=dtype), rounds
+        self.latent = args.kv_lora_rank + args.qk_rope_head_dim
+        self.pair = pair_flops(self.args)
+
+    @property
+    def device(self) -> str:
+        """Where it runs."""
+        return self.kind["device"]
+
+    @property
+    def peaks(self) -> Peaks:
+        """The measured peaks of that device."""
+        return measure_peaks(self.device)
+
+    @property
+    def peak(self) -> float:
+        """Return the FLOP/s of a large product in the layer's type."""
+        return self.peaks.flops[self.kind["dtype"]]
 
     def module(self, **changes) -> MLA:
-        """Return a new module on the GPU in BF16; changes: of settings."""
+        """Return a new module with random weights; changes: of settings."""
         torch.manual_seed(0)
-        with torch.device("cuda"):
-            attn = MLA(replace(self.args, **changes), 0).to(KIND)
+        with torch.device(self.device):
+            attn = MLA(replace(self.args, **changes), 0).to(self.kind["dtype"])
         for parameter in attn.parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5)
         return attn
 
-    def pairs(self, length: int) -> int:
-        """Return the pairs of a query and a key that it sees."""
-        return length * (length + 1) // 2
+    def drawn(self, *shape: int) -> Tensor:
+        """Return standard normal numbers."""
+        return torch.randn(shape, **self.kind)
 
-    def selected_pairs(self, length: int) -> int:
-        """Return the pairs that are left when each query attends to k tokens."""
-        k = min(self.args.index_topk, length)
-        return self.pairs(k) + (length - k) * k
+    def index(self, batch: int, queries: int, keys: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return an indexer's queries, head weights (FP32) and keys."""
+        heads, width = self.args.index_n_heads, self.args.index_head_dim
+        return (self.drawn(batch, queries, heads, width),
+                torch.randn(batch, queries, heads, device=self.device),
+                self.drawn(batch, keys, width))
 
-    @property
-    def absorbed_flops(self) -> int:
-        """FLOPs of one pair in the absorbed form: 2 x 128 x (576 + 512) in V3.2"""
-        args = self.args
-        return 2 * args.n_heads * (2 * args.kv_lora_rank + args.qk_rope_head_dim)
-
-
-def drawn(*shape: int) -> Tensor:
-    """Return random numbers on the GPU."""
-    return torch.randn(shape, device="cuda", dtype=KIND)
+    def seconds(self, works: list[Callable], times: int = 1) -> list[float]:
+        """Return the median seconds of each work, timed in turn after a first call."""
+        for work in works:
+            work()
+        return [statistics.median(t) for t in in_turn(works, self.rounds, self.device, times)]
 
 
-def seconds(works: list[Callable], bench: Bench, times: int = 1) -> list[float]:
-    """Return the median seconds of each work, timed in turn after a first call."""
-    for work in works:
-        work()
-    return [statistics.median(t) for t in in_turn(works, bench.settings.pairs, "cuda", times)]
+def sides(dense: float, sparse: float) -> list[str]:
+    """Return table cells: milliseconds of both, and how many times the dense side takes."""
+    return [f"{1e3 * dense:.3f}", f"{1e3 * sparse:.3f}", f"{dense / sparse:.2f}"]
 
 
 @torch.inference_mode()
-def prefill_row(layer: Layer, length: int, bench: Bench) -> list[str]:
+def prefill_row(layer: Layer, length: int) -> list[str]:
     """Return the table's cells for attention over one prompt."""
-    args, peak = layer.args, measure_peaks("cuda").flops[KIND]
+    args, k = layer.args, min(layer.args.index_topk, length)
     scale, shape = args.qk_head_dim ** -0.5, (1, length, args.n_heads)
-    own = [drawn(*shape, width) for width in (args.qk_head_dim, args.qk_head_dim, args.v_head_dim)]
-    [dense] = seconds([lambda: attention(*own, None, scale)], bench)
+    own = [layer.drawn(*shape, n) for n in (args.qk_head_dim, args.qk_head_dim, args.v_head_dim)]
+    [dense] = layer.seconds([lambda: attention(*own, None, scale)])
     own.clear()
-    index = (drawn(1, length, args.index_n_heads, args.index_head_dim),
-             torch.randn(1, length, args.index_n_heads, device="cuda"),
-             drawn(1, length, args.index_head_dim))
-    top = min(args.index_topk, length)
-    absorbed = drawn(1, length, args.n_heads, args.kv_lora_rank + args.qk_rope_head_dim)
-    latent = drawn(1, length, args.kv_lora_rank + args.qk_rope_head_dim)
-    chosen = best_in_pieces(*index, None, top)
-    works = [lambda: all_scores(*index), lambda: best_in_pieces(*index, None, top),
-             lambda: selected_attention(absorbed, latent, args.kv_lora_rank, *chosen, scale)]
-    scores, choice, attended = seconds(works, bench)
-    scored = 2 * args.index_n_heads * args.index_head_dim * layer.pairs(length)
-    work = layer.absorbed_flops * layer.selected_pairs(length)
+    index, q, latent = (layer.index(1, length, length), layer.drawn(*shape, layer.latent),
+                        layer.drawn(1, length, layer.latent))
+    chosen = best_in_pieces(*index, None, k)
+    scores, choice, attended = layer.seconds([
+        lambda: all_scores(*index), lambda: best_in_pieces(*index, None, k),
+        lambda: selected_attention(q, latent, args.kv_lora_rank, *chosen, scale)])
+    scored = layer.pair["indexer"] * length * (length + 1) / 2
+    work = layer.pair["mqa"] * (k * (k + 1) / 2 + (length - k) * k)
     return [f"prefill, {length:,} tokens", *sides(dense, choice + attended),
-            f"scores {1e3 * scores:.2f} ({scored / scores / peak:.0%} of the peak), choice "
+            f"scores {1e3 * scores:.2f} ({scored / scores / layer.peak:.0%} of the peak), choice "
             f"{1e3 * (choice - scores):.2f}, attention {1e3 * attended:.2f} "
-            f"({work / attended / peak:.0%})"]
+            f"({work / attended / layer.peak:.0%})"]
 
 
 def all_scores(q: Tensor, weights: Tensor, keys: Tensor) -> None:
@@ -115,13 +124,10 @@ def all_scores(q: Tensor, weights: Tensor, keys: Tensor) -> None:
         scores(q[:, part], weights[:, part], keys[:, :part.stop], part.start)
 
 
-def sides(dense: float, sparse: float) -> list[str]:
-    """Return table cells: milliseconds of both, and how many times the dense side takes."""
-    return [f"{1e3 * dense:.3f}", f"{1e3 * sparse:.3f}", f"{dense / sparse:.2f}"]
-
-
-def graphed(work: Callable[[], Tensor]) -> Callable[[], None]:
-    """Return a call that repeats `work` as one CUDA graph."""
+def graphed(work: Callable[[], Tensor]) -> Callable[[], object]:
+    """Return a call that repeats `work` as one CUDA graph; without CUDA, as it is."""
+    if not torch.cuda.is_available():
+        return work
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         work()
@@ -133,86 +139,75 @@ def graphed(work: Callable[[], Tensor]) -> Callable[[], None]:
 
 
 @torch.inference_mode()
-def decode_rows(layer: Layer, length: int, bench: Bench) -> Iterator[list[str]]:
+def decode_rows(layer: Layer, length: int) -> Iterator[list[str]]:
     """Yield the table's cells for one token of each sequence: the whole layer, attention alone."""
-    args, peaks, works = layer.args, measure_peaks("cuda"), []
-    x, alone = drawn(BATCH, args.dim), []
-    for module in (layer.module(index_n_heads=0), layer.module()):
-        cache = LatentCache(module.args, BATCH, length + 1, "cuda", KIND)
+    args, device, steps, x = layer.args, layer.device, [], layer.drawn(BATCH, layer.args.dim)
+    for attn in (layer.module(index_n_heads=0), layer.module()):
+        cache = LatentCache(attn.args, BATCH, length + 1, **layer.kind)
         cache.latents.normal_()
-        if cache.index_keys is not None:
+        cache.length, cache.lengths = length, torch.full((BATCH,), length, device=device)
+        context = Context(*cache.look(1), cache, absorbed=True)
+        if attn.indexer is not None:
             cache.index_keys.normal_()
-        cache.length, cache.lengths = length, torch.full((BATCH,), length, device="cuda")
-        rotation, visible = cache.look(1)
-        context = Context(rotation, visible, cache, absorbed=True)
-        works.append(functools.partial(few_tokens_gpu.attention, module, joined(module), x,
-                                       context))
-        alone.append((module, cache))
-    size = sum(p.nbytes for p in works[0].args[0].parameters())
-    latents = alone[0][1].latents.nbytes
-    floor = max((size + latents) / peaks.bytes_per_second,
-                BATCH * length * layer.absorbed_flops / peaks.flops[KIND])
-    dense, sparse = seconds([graphed(work) for work in works], bench, STEPS)
+        steps.append(functools.partial(few_tokens_gpu.attention, attn, joined(attn), x, context))
+    attn, cache = steps[0].args[0], steps[0].args[3].cache
+    reading, work = cache.latents.nbytes, BATCH * length * layer.pair["mqa"] / layer.peak
+    floors = [max(size / layer.peaks.bytes_per_second, work) for size in
+              (reading + sum(p.nbytes for p in attn.parameters()), reading)]
+    dense, sparse = layer.seconds([graphed(step) for step in steps], STEPS)
     yield [f"decode, {length:,} tokens, the layer", *sides(dense, sparse),
-           f"dense at {floor / dense:.0%} of its floor"]
-    (module, cache), (indexed, cache_too) = alone
-    folded = drawn(BATCH, 1, args.n_heads, args.kv_lora_rank + args.qk_rope_head_dim)
-    top = min(args.index_topk, length)
-    index = (drawn(BATCH, 1, args.index_n_heads, args.index_head_dim),
-             torch.randn(BATCH, 1, args.index_n_heads, device="cuda"), cache_too.index_keys[0],
-             torch.ones(BATCH, 1, length + 1, dtype=torch.bool, device="cuda"), top)
-    chosen = best_in_pieces(*index)
-    everything = (torch.arange(length + 1, device="cuda").expand(BATCH, 1, -1).contiguous(),
-                  index[3])
-    rest = args.kv_lora_rank, *chosen, indexed.scale
-    named = {
-        "dense": lambda: few_tokens_gpu.attend(module, folded.flatten(0, 1), cache.latents[0],
-                                               cache.at, length + 1),
-        "dense, by the sparse kernel": lambda: module.unfold(selected_attention(
-            folded, cache.latents[0], args.kv_lora_rank, *everything, module.scale)),
-        "sparse": lambda: indexed.unfold(selected_attention(folded, cache_too.latents[0], *rest)),
-        "choice": lambda: best_in_pieces(*index)}
-    taken = dict(zip(named, seconds([graphed(work) for work in named.values()], bench, STEPS),
+           f"dense at {floors[0] / dense:.0%} of its floor"]
+    q, latents = layer.drawn(BATCH, 1, args.n_heads, layer.latent), cache.latents[0]
+    every = torch.ones(BATCH, 1, length + 1, dtype=torch.bool, device=device)
+    index = *layer.index(BATCH, 1, length + 1), every, min(args.index_topk, length)
+    positions = torch.arange(length + 1, device=device).expand(BATCH, 1, -1).contiguous()
+
+    def attended(indices: Tensor, seen: Tensor) -> Tensor:
+        return attn.unfold(selected_attention(q, latents, args.kv_lora_rank, indices, seen,
+                                              attn.scale))
+    works = {"dense": functools.partial(few_tokens_gpu.attend, attn, q.flatten(0, 1), latents,
+                                        cache.at, length + 1),
+             "dense, by the sparse kernel": functools.partial(attended, positions, every),
+             "sparse": functools.partial(attended, *best_in_pieces(*index)),
+             "choice": functools.partial(best_in_pieces, *index)}
+    taken = dict(zip(works, layer.seconds([graphed(work) for work in works.values()], STEPS),
                      strict=True))
-    floor = max(latents / peaks.bytes_per_second,
-                BATCH * length * layer.absorbed_flops / peaks.flops[KIND])
     best = min(taken["dense"], taken["dense, by the sparse kernel"])
     yield [f"decode, {length:,} tokens, attention alone", *sides(best, taken["sparse"]),
            "; ".join(f"{name} {1e3 * t:.3f}" for name, t in taken.items())
-           + f"; dense floor {1e3 * floor:.3f}"]
+           + f"; dense at {floors[1] / best:.0%} of its floor"]
 
 
 def training_works(layer: Layer, length: int) -> dict[str, Callable[[], None]]:
     """Return forward and backward of the layer by stage."""
-    x = drawn(1, length, layer.args.dim)
-    rotation = rotations(torch.arange(length, device="cuda"), layer.args)[None]
-    works = {}
-    for stage, heads in (("dense", 0), ("warmup", None), ("sparse", None)):
-        module = layer.module(**{} if heads is None else dict(index_n_heads=heads))
+    x, works = layer.drawn(1, length, layer.args.dim), {}
+    rotation = rotations(torch.arange(length, device=layer.device), layer.args)[None]
+    for stage in ("dense", "warmup", "sparse"):
+        attn = layer.module(**dict(index_n_heads=0) if stage == "dense" else {})
         if stage == "warmup":
-            freeze_all_but_indexers(torch.nn.ModuleDict(dict(attn=module)))
+            freeze_all_but_indexers(torch.nn.ModuleDict(dict(attn=attn)))
         context = Context(rotation, indexer_stage="" if stage == "dense" else stage)
-        works[stage] = functools.partial(learn, module, x, context)
+        works[stage] = functools.partial(learn, attn, x, context)
     return works
 
 
-def learn(module: MLA, x: Tensor, context: Context) -> None:
-    """Run the layer forward and backward, its input's gradient included."""
+def learn(attn: MLA, x: Tensor, context: Context) -> None:
+    """Run the layer forward and backward, its input's gradient included where it learns."""
     frozen = context.indexer_stage == "warmup"
-    out, loss = module(x.detach().requires_grad_(not frozen), context)
-    total = out.float().square().mean() if not frozen else 0.0
-    (total if loss is None else total + loss).backward()
-    module.zero_grad()
+    out, loss = attn(x.detach().requires_grad_(not frozen), context)
+    losses = ([] if frozen else [out.float().square().mean()]) + ([] if loss is None else [loss])
+    sum(losses).backward()
+    attn.zero_grad()
 
 
-def training_rows(layer: Layer, length: int, bench: Bench) -> Iterator[list[str]]:
+def training_rows(layer: Layer, length: int) -> Iterator[list[str]]:
     """Yield the table's cells for the stages of training, beside dense training."""
     works, memory = training_works(layer, length), {}
     for stage, work in works.items():
         work()
-        before, most = watch_memory(work, "cuda")
+        before, most = watch_memory(work, layer.device)
         memory[stage] = (most - before) / 2 ** 30
-    taken = dict(zip(works, seconds(list(works.values()), bench), strict=True))
+    taken = dict(zip(works, layer.seconds(list(works.values())), strict=True))
     for stage in ("warmup", "sparse"):
         yield [f"train, {length:,} tokens, {stage}", *sides(taken["dense"], taken[stage]),
                f"GiB: dense {memory['dense']:.1f}, {stage} {memory[stage]:.1f}"]
@@ -224,20 +219,20 @@ def table(bench: Bench) -> Iterator[list[str]]:
 
 
 def layer_table(bench: Bench) -> Iterator[list[str]]:
-    """Compare one layer's dense and sparse attention at each length up to --context."""
-    args = bench.args if bench.args.has_indexer else ModelArgs.preset("v3.2")
-    layer, lengths = Layer(args), [bench.settings.context]
+    """Compare one layer's dense and sparse attention at each length up to --context, in BF16."""
+    args, s = bench.args if bench.args.has_indexer else ModelArgs.preset("v3.2"), bench.settings
+    layer, lengths = Layer(args, s.device, torch.bfloat16, s.pairs), [s.context]
     while lengths[0] > SHORTEST:
         lengths.insert(0, max(lengths[0] // STEP, SHORTEST))
     yield [f"{args.n_heads} heads, {args.index_n_heads} of the indexer, k = {args.index_topk:,}",
            "dense ms", "sparse ms", "ratio", "of that"]
     for length in lengths:
-        yield prefill_row(layer, length, bench)
+        yield prefill_row(layer, length)
         torch.cuda.empty_cache()
     for length in lengths:
-        yield from decode_rows(layer, length, bench)
+        yield from decode_rows(layer, length)
         torch.cuda.empty_cache()
     for length in lengths:
         if length <= LONGEST_TRAINED:
-            yield from training_rows(layer, length, bench)
+            yield from training_rows(layer, length)
             torch.cuda.empty_cache()
