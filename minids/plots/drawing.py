@@ -139,17 +139,6 @@ class Drawing:
                      va="center_baseline")
         return Box(x, y, 16, 16)
 
-    def clock(self, x: float, y: float, radius: float, angle: float, colour: str) -> None:
-        """Draw a clock face and one hand; angle: radians, clockwise from twelve."""
-        from math import cos, sin
-
-        from matplotlib.patches import Circle
-        self.ax.add_patch(Circle((x, y), radius, facecolor=mix(colour, self.page, 0.08),
-                                 edgecolor=self.line, linewidth=0.9))
-        end = x + radius * 0.86 * sin(angle), y - radius * 0.86 * cos(angle)
-        self.ax.plot((x, end[0]), (y, end[1]), color=colour, linewidth=2.2,
-                     solid_capstyle="round")
-
     def grid(self, x: float, y: float, colours: list[list[str]], cell: tuple[float, float],
              gap: float = 1) -> Box:
         """Draw rows of small cells, one colour each, with (x, y) as their upper left corner."""

@@ -124,42 +124,6 @@ def mla_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
 
 
 @style.house_style()
-def rope_drawing(args: ModelArgs, positions: tuple = (0, 1, 8, 64, 512, 4096), dark: bool = False,
-                 path: style.File = None):
-    """Draw rotary pairs as clock hands, a column per pair and a row per position.
-
-    positions: of the rows, tokens. Hands start at twelve and run clockwise.
-    """
-    from math import pi
-
-    from minids.model.rope import rotary_frequencies
-    speeds = rotary_frequencies(args).tolist()  # radians per position
-    shown = min(len(speeds), 8)
-    pairs = [round(i * (len(speeds) - 1) / max(1, shown - 1)) for i in range(shown)]
-    left, pitch, radius = 104, 680 / shown, 22
-    page = Drawing(146 + 58 * len(positions), "Fast hands tell neighbours apart, slow hands far "
-                   "positions", dark)
-    bottom = 106 + 58 * len(positions)
-    for column, pair in enumerate(pairs):
-        x = left + pitch * (column + 0.5)
-        page.text(x, 56, f"pair {pair}")
-        for row, position in enumerate(positions):
-            page.clock(x, 104 + 58 * row, radius, position * speeds[pair] % (2 * pi), ACTIVE)
-        page.label(x, bottom, f"{2 * pi / speeds[pair]:,.3g}" if speeds[pair] > 0.0063 else
-                   f"{2 * pi / speeds[pair]:,.0f}")
-    for row, position in enumerate(positions):
-        page.text(92, 104 + 58 * row, f"{position:,}", ha="right")
-    page.text(92, 56, "position", ha="right")
-    page.label(92, bottom, "wavelength", ha="right")
-    page.label(left + 340, bottom + 20, "tokens in which the hand goes round once"
-               + (", stretched by YaRN" if args.yarn else ""))
-    return page.done(
-        f"{shown} of {len(speeds)} rotary pairs as clock hands at positions "
-        f"{', '.join(map(str, positions))}: the first goes round in "
-        f"{2 * pi / speeds[0]:.1f} tokens, the last in {2 * pi / speeds[-1]:,.0f}.", path)
-
-
-@style.house_style()
 def dsa_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
     """Draw V3.2's indexer, its selection, attention over it, and what learns from what."""
     from random import Random

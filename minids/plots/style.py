@@ -102,14 +102,6 @@ def series(ax, steps: list, values: list[float], colour, name: str) -> None:
     ax.plot([steps[i] for i in middles], means, color=colour, label=name)
 
 
-def training_losses(ax, tokens: list[int], losses: dict[str, list], colours: tuple) -> None:
-    """Draw training losses over the tokens seen after each step."""
-    for (name, row), colour in zip(losses.items(), colours, strict=True):
-        series(ax, tokens, row, colour, name)
-    ax.set(xlabel="tokens seen (count)", ylabel="training loss\n(nats per token)")
-    ax.legend()
-
-
 def heat_map(ax, rows: list[list], first: float = 0, cmap: str = "viridis", norm=None):
     """Draw a number per cell as a colour, return the picture; first: number of the first column."""
     ax.grid(visible=False)

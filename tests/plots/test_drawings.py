@@ -23,7 +23,7 @@ from minids.plots import (
 MODELS = {name: ModelArgs.preset(name) for name in ("tiny", "v2-lite", "v3", "v3.2")}
 DRAWINGS = {
     "model": drawn_model.model_drawing, "attention": drawn_attention.attention_drawing,
-    "mla": drawn_attention.mla_drawing, "rope": drawn_attention.rope_drawing,
+    "mla": drawn_attention.mla_drawing,
     "dsa": drawn_attention.dsa_drawing, "moe": drawn_experts.moe_drawing,
     "mtp": drawn_work.mtp_drawing, "fp8": drawn_work.fp8_drawing,
     "tokens": drawn_work.tokens_drawing, "training": drawn_training.training_drawing,
@@ -202,7 +202,6 @@ NUMBERS = {  # drawing -> for V3, texts that stand in it; for tiny, texts that s
     "attention": (["16,384", "128 × 128"], ["128", "4 × 32"]),
     "mla": (["7,168", "1,536", "512", "64", "128 × (128 + 64)", "16,384 → 7,168"],
             ["256", "64", "16", "4 × (32 + 16)", "128 → 256"]),
-    "rope": (["pair 31", "1,884,690"], ["pair 7", "19,869"]),
     "dsa": (["128 × 192", "cached latents, 512 + 64 each"],
             ["4 × 48", "cached latents, 64 + 16 each"]),
     "mtp": (["61 blocks", "2 × 7,168 → 7,168"], ["4 blocks", "2 × 256 → 256"]),
