@@ -114,8 +114,8 @@ def curves(panels: list[dict], x: list[float], xlabel: str, path: style.File = N
     return style.finish(figure, path)
 
 
-def name_lines(ax, gap: float = 0.07) -> None:
-    """Write each line's label at its right end; gap: between two, as a share of the height."""
+def name_lines(ax) -> None:
+    """Write each line's label at its right end."""
     to_panel = ax.transData + ax.transAxes.inverted()
     ends = {line: to_panel.transform((line.get_xdata()[-1], line.get_ydata()[-1]))[1]
             for line in ax.lines if not line.get_label().startswith("_")}
@@ -124,7 +124,7 @@ def name_lines(ax, gap: float = 0.07) -> None:
         lowest = max(height, lowest)
         ax.annotate(line.get_label(), (1.01, lowest), xycoords="axes fraction", va="center",
                     fontsize=9, color=line.get_color())
-        lowest += gap
+        lowest += 0.07  # of the panel's height, room for a label
 
 
 @style.house_style()

@@ -103,13 +103,13 @@ class Drawing:
         return Box(x, y, width, height)
 
     def frame(self, x: float, y: float, width: float, height: float, name: str = "",
-              colour: str = "", strong: bool = False) -> Box:
+              colour: str = "") -> Box:
         """Draw an empty frame around other things; its name stands in its upper left corner."""
         from matplotlib.patches import FancyBboxPatch
         self.ax.add_patch(FancyBboxPatch(
             (x - width / 2, y - height / 2), width, height, zorder=0,
             boxstyle="round,pad=0,rounding_size=8", edgecolor=colour or self.line,
-            facecolor=mix(colour or self.line, self.page, 0.07), linewidth=2 if strong else 0.9))
+            facecolor=mix(colour or self.line, self.page, 0.07), linewidth=0.9))
         if name:
             self.text(x - width / 2 + 9, y - height / 2 + 12, name, NAME, ha="left")
         return Box(x, y, width, height)
@@ -130,12 +130,12 @@ class Drawing:
             else:
                 self.label(max(x0, x1) + 5, (y0 + y1) / 2, label, ha="left")
 
-    def plus(self, x: float, y: float, sign: str = "+") -> Box:
-        """Draw a small circle with a sign in it: a sum, or another operation."""
+    def plus(self, x: float, y: float) -> Box:
+        """Draw a small circle with a plus in it: a sum."""
         from matplotlib.patches import Circle
         self.ax.add_patch(Circle((x, y), 8, facecolor=self.page, edgecolor=self.ink, zorder=4,
                                  linewidth=1.1))
-        self.ax.text(x, y, sign, fontsize=NAME, color=self.ink, ha="center", zorder=5,
+        self.ax.text(x, y, "+", fontsize=NAME, color=self.ink, ha="center", zorder=5,
                      va="center_baseline")
         return Box(x, y, 16, 16)
 

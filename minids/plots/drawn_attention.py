@@ -28,8 +28,7 @@ def look_back(page: Drawing, x: float, y: float, height: float, heads: int) -> B
 
 
 @style.house_style()
-def attention_drawing(args: ModelArgs, n_kv_heads: int = 0, dark: bool = False,
-                      path: style.File = None):
+def attention_drawing(args: ModelArgs, n_kv_heads: int = 0):
     """Draw multi-head attention with its cache: keys and values of every key/value head.
 
     n_kv_heads: key/value heads, fewer than heads if they are shared; 0: as many as heads
@@ -39,7 +38,7 @@ def attention_drawing(args: ModelArgs, n_kv_heads: int = 0, dark: bool = False,
     cached, middle = kv * (q_width + v_width), 155
     name = "MHA" if kv == heads else "GQA" if kv > 1 else "MQA"
     shared = f" with {kv:,} key/value head{'s' if kv > 1 else ''}" if kv != heads else ""
-    page = Drawing(306, f"{name}{shared} caches {cached:,} numbers per token per layer", dark)
+    page = Drawing(306, f"{name}{shared} caches {cached:,} numbers per token per layer")
     h = page.box(48, middle, 60, 44, "h", ACTIVE, f"{args.dim:,}")
     attend = look_back(page, 560, middle, 206, heads)
     for symbol, y, name, count, width, colour in [
@@ -59,16 +58,16 @@ def attention_drawing(args: ModelArgs, n_kv_heads: int = 0, dark: bool = False,
     return page.done(
         f"{name} from left to right: the hidden state h of {args.dim:,} numbers becomes "
         f"queries of {heads} heads, and keys and values of {kv} heads; keys and values, {cached:,} "
-        f"numbers, are cached; heads attend, and W^O brings the result back to {args.dim:,}.", path)
+        f"numbers, are cached; heads attend, and W^O brings the result back to {args.dim:,}.")
 
 
 @style.house_style()
-def mla_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
+def mla_drawing(args: ModelArgs):
     """Draw MLA's flow from the hidden state to the output, with widths (V3 equations 1 to 11)."""
     heads, nope, rope, v = (args.n_heads, args.qk_nope_head_dim, args.qk_rope_head_dim,
                             args.v_head_dim)
     cached, mha = args.kv_lora_rank + rope, heads * (nope + v)
-    page = Drawing(390, f"MLA caches {cached:,} numbers per token per layer, MHA {mha:,}", dark)
+    page = Drawing(390, f"MLA caches {cached:,} numbers per token per layer, MHA {mha:,}")
     q_row, k_row, v_row, rope_row = 75, 155, 225, 305
     middle = (k_row + v_row) / 2
     h = page.box(44, middle, 56, 44, "h", ACTIVE, f"{args.dim:,}")
@@ -120,18 +119,18 @@ def mla_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
         f"MLA from left to right: the hidden state h of {args.dim:,} numbers gives queries through "
         f"{queries}; a latent of {args.kv_lora_rank} numbers, cached, which two matrices expand to "
         f"keys and values of {heads} heads; and one rotated key of {rope} numbers, cached, for all "
-        f"heads. The heads attend, and W^O brings the result back to {args.dim:,}.", path)
+        f"heads. The heads attend, and W^O brings the result back to {args.dim:,}.")
 
 
 @style.house_style()
-def dsa_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
+def dsa_drawing(args: ModelArgs):
     """Draw V3.2's indexer, its selection, attention over it, and what learns from what."""
     from random import Random
     if not args.has_indexer:
         raise ValueError("index_n_heads = 0: the model has no indexer to draw")
     gate, cells, keep = ROLES["gate"], 24, 5
     page = Drawing(430, f"The indexer picks {args.index_topk:,} tokens for each query; attention "
-                        "reads only those", dark)
+                        "reads only those")
     random = Random(5)
     scores = [random.random() ** 2 for _ in range(cells)]
     best = sorted(range(cells), key=lambda i: -scores[i])[:keep]
@@ -176,5 +175,4 @@ def dsa_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
         f"V3.2's sparse attention: {args.index_n_heads} small index heads score every earlier "
         f"token by its cached key of {args.index_head_dim} numbers; the best {args.index_topk:,} "
         f"are chosen; the {args.n_heads} attention heads read only their latents. The indexer "
-        "learns from the KL divergence to attention's weights, the rest from the model's loss.",
-        path)
+        "learns from the KL divergence to attention's weights, the rest from the model's loss.")

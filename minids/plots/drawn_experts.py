@@ -36,14 +36,14 @@ def route(args: ModelArgs) -> tuple[list, list, dict[int, float]]:
 
 
 @style.house_style()
-def moe_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
+def moe_drawing(args: ModelArgs):
     """Draw one token through a MoE layer: scores, choice, its experts, and the sum (V3 eq. 12)."""
     if not args.has_moe:
         raise ValueError("n_routed_experts = 0: the model has no MoE layer to draw")
     scores, choice, weights = route(args)
     experts, active = args.n_routed_experts, args.n_activated_experts
     page = Drawing(452, f"The token visits {active} of {experts} experts; their outputs are "
-                        "weighted by score and added", dark)
+                        "weighted by score and added")
     token = page.box(50, 236, 60, 44, "token", detail=f"{args.dim:,}")
     gates(page, args, token, scores, choice, weights)
 
@@ -72,7 +72,7 @@ def moe_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
     return page.done(
         f"A token of {args.dim:,} numbers on its way through a MoE layer: a gate scores "
         f"{experts} experts and keeps {active}, here {chosen}; the token is copied to them and to "
-        f"{args.n_shared_experts} shared experts; the outputs are weighted and added.", path)
+        f"{args.n_shared_experts} shared experts; the outputs are weighted and added.")
 
 
 def gates(page: Drawing, args: ModelArgs, token: Box, scores: list, choice: list,

@@ -8,7 +8,7 @@ ACTIVE, GATE, PLAIN, CACHED = (ROLES[role] for role in ("attention", "gate", "pl
 
 
 @style.house_style()
-def training_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
+def training_drawing(args: ModelArgs):
     """Draw one training step as a loop: batch, model, losses, gradients, optimizer, gate bias."""
     bias = args.has_moe and args.gate_bias
     losses = [("next token", "main loss", ACTIVE)]
@@ -18,7 +18,7 @@ def training_drawing(args: ModelArgs, dark: bool = False, path: style.File = Non
         losses.append(("even load", "balance loss", GATE))
     counted = {1: "one loss moves", 2: "two losses move", 3: "three losses move"}[len(losses)]
     page = Drawing(372, f"In a step {counted} the weights" +
-                   ("; loads move the gate's bias" if bias else ""), dark)
+                   ("; loads move the gate's bias" if bias else ""))
     y = 170
     corpus = page.box(62, y, 84, 44, "corpus", PLAIN, "text")
     tokens = page.box(178, y, 84, 44, "tokenizer", PLAIN, f"{args.vocab_size:,}")
@@ -50,12 +50,12 @@ def training_drawing(args: ModelArgs, dark: bool = False, path: style.File = Non
     return page.done(
         f"A training step as a loop: corpus, tokenizer, batch, a model of {args.n_layers} blocks, "
         f"its losses ({names}), their sum, clipped gradients, the optimizer and new weights"
-        + ("; the experts' loads move the gate's bias by a fixed step." if bias else "."), path)
+        + ("; the experts' loads move the gate's bias by a fixed step." if bias else "."))
 
 
 @style.house_style()
 def ranks_drawing(args: ModelArgs, stages: list[range] | int = 0, expert_parallel: int = 0,
-                  replicas: int = 2, dark: bool = False, path: style.File = None):
+                  replicas: int = 2):
     """Draw who holds what on many GPUs: stages of layers, ranks with their experts, replicas.
 
     stages: the layers of each pipeline stage, counted from 0, or how many equal stages; 0: at most
@@ -75,7 +75,7 @@ def ranks_drawing(args: ModelArgs, stages: list[range] | int = 0, expert_paralle
     times = {1: "", 2: ", twice"}.get(replicas, f", {replicas} times")
     count = f"{len(stages)} stages of layers" if len(stages) > 1 else "one stage"
     page = Drawing(446, f"{len(stages) * ranks * replicas:,} GPUs: {count}, experts over {ranks} "
-                        f"ranks{times}", dark)
+                        f"ranks{times}")
     shown = [0, 1, len(stages) - 1] if len(stages) > 2 else [*range(len(stages))]
     rows = [0, 1, ranks - 1] if ranks > 3 else [*range(ranks)]
     centres, before = {1: [400], 2: [275, 525], 3: [150, 400, 650]}[len(shown)], None
@@ -113,4 +113,4 @@ def ranks_drawing(args: ModelArgs, stages: list[range] | int = 0, expert_paralle
     return page.done(
         f"{args.n_layers} layers in {len(stages)} pipeline stages, each on {ranks * replicas} "
         f"GPUs: {ranks} ranks with {own} experts of each MoE layer, {replicas} times. Stages pass "
-        "on activations and return gradients; within a stage tokens travel to their experts.", path)
+        "on activations and return gradients; within a stage tokens travel to their experts.")

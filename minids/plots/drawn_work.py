@@ -20,7 +20,7 @@ def row(page: Drawing, x: float, y: float, words: list[str], colour: str,
 
 
 @style.house_style()
-def mtp_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
+def mtp_drawing(args: ModelArgs):
     """Draw the chain of MTP modules beside the model, and what each predicts (V3 eq. 21 to 25).
 
     At most two modules are drawn; thick edges follow the first position.
@@ -29,7 +29,7 @@ def mtp_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
     titles = {0: "Without an MTP module each position predicts one token, the next",
               1: "The model predicts the next token, its MTP module the one after"}
     page = Drawing(494, titles.get(args.n_mtp_layers, "Each MTP module looks one token further "
-                                   "than the one before"), dark)
+                                   "than the one before"))
     columns = {0: [400], 1: [200, 540], 2: [112, 376, 648]}[modules]
     hidden = None
     for k, x in enumerate(columns):
@@ -70,13 +70,13 @@ def mtp_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
         f"The model reads tokens 1 to 4 through {args.n_layers} blocks and predicts tokens 2 to 5. "
         f"{modules} norms the hidden state before it and the embedding of one token further, "
         f"projects both to {args.dim:,} numbers, runs one block and the shared head, and predicts "
-        f"one token further.{more}", path)
+        f"one token further.{more}")
 
 
 @style.house_style()
-def fp8_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
+def fp8_drawing(args: ModelArgs):
     """Draw a product in FP8: tiles, blocks, their scales, and the sum in FP32 (V3 section 3.3)."""
-    page = Drawing(486, "Every 128 products the FP8 sum is scaled and joins a sum in FP32", dark)
+    page = Drawing(486, "Every 128 products the FP8 sum is scaled and joins a sum in FP32")
     inner, out = -(-args.dim // 128), -(-args.moe_inter_dim // 128)
     across, down, tokens, token = min(inner, 4), min(out, 3), 5, 2
     column, tints = min(1, down - 1), [0.85, 0.6, 0.42, 0.28]
@@ -123,12 +123,11 @@ def fp8_drawing(args: ModelArgs, dark: bool = False, path: style.File = None):
         f"A product of activations, tokens by {args.dim:,}, and weights, {args.dim:,} by "
         f"{args.moe_inter_dim:,}, in FP8. A token's row has {inner} tiles of 1 by 128 with a scale "
         f"each, the weights {inner * out:,} blocks of 128 by 128. A tile times a block is summed "
-        "in the FP8 units, multiplied by both scales, and added to a sum in FP32.", path)
+        "in the FP8 units, multiplied by both scales, and added to a sum in FP32.")
 
 
 @style.house_style()
-def tokens_drawing(args: ModelArgs, text: str = "the other theme", merges: int = 4,
-                   dark: bool = False, path: style.File = None):
+def tokens_drawing(args: ModelArgs, text: str = "the other theme", merges: int = 4):
     """Draw a text as bytes, and how merges of the most frequent pair make longer tokens.
 
     text: short and ASCII, learned from and encoded; merges: pairs to join
@@ -144,7 +143,7 @@ def tokens_drawing(args: ModelArgs, text: str = "the other theme", merges: int =
         pieces = joined(pieces, best)
         rows.append((f"merge {len(learned)}", pieces))
     page = Drawing(134 + 50 * len(rows), f"{len(learned)} merges turn {len(rows[0][1])} bytes into "
-                   f"{len(pieces)} tokens", dark)
+                   f"{len(pieces)} tokens")
     unit = min(40, 600 / len(text))
     for n, (name, parts) in enumerate(rows):
         page.text(110, 70 + 50 * n, name, ha="right")
@@ -169,7 +168,7 @@ def tokens_drawing(args: ModelArgs, text: str = "the other theme", merges: int =
                f"{args.vocab_size:,} rows", ha="left")
     return page.done(
         f"The text '{text}' as {len(rows[0][1])} bytes, one box each; row by row the most frequent "
-        f"pair of neighbours becomes one token, until {len(pieces)} tokens are left.", path)
+        f"pair of neighbours becomes one token, until {len(pieces)} tokens are left.")
 
 
 def joined(pieces: list[bytes], pair: tuple[bytes, bytes]) -> list[bytes]:
@@ -194,7 +193,7 @@ R1 = {  # stage -> the title of a drawing that highlights it
 
 
 @style.house_style()
-def r1_drawing(where: str = "", dark: bool = False, path: style.File = None):
+def r1_drawing(where: str = ""):
     """Draw the stages of DeepSeek-R1 (arXiv 2501.12948, section 2).
 
     where: the stage to highlight, a key of R1; "" colours all of them
@@ -202,7 +201,7 @@ def r1_drawing(where: str = "", dark: bool = False, path: style.File = None):
     if where not in R1:
         raise ValueError(f"where = {where!r} is no stage: valid are "
                          f"{', '.join(filter(None, R1))}")
-    page = Drawing(426, R1[where], dark)
+    page = Drawing(426, R1[where])
 
     def stage(parts: str, x: float, y: float, name: str, role: str, detail: str) -> Box:
         strong = bool(where) and where in parts.split(", ")
@@ -233,4 +232,4 @@ def r1_drawing(where: str = "", dark: bool = False, path: style.File = None):
         "The stages of DeepSeek-R1. From the base model: RL alone gives R1-Zero; a cold start, "
         "then reasoning RL, whose right replies become 800,000 samples; on these the base model "
         "is fine-tuned again and a final RL gives R1. The samples also teach small models."
-        + (f" Highlighted: {where}." if where else ""), path)
+        + (f" Highlighted: {where}." if where else ""))
