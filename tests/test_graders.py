@@ -2,7 +2,8 @@
 those that real projects have shipped (tests/wrong_answers/); and that right ones in other styles
 do (tests/right_answers/).
 
-An exercise is graded as in the notebook, with the cells that it needs, and no others.
+An exercise is graded as in the notebook, with the cells that it needs, and no others. Solutions and
+stubs are graded at each run, all other answers with `-m slow`.
 """
 
 import ast
@@ -94,6 +95,7 @@ def test_the_untouched_stub_gets_none(exercise):
     assert grade(exercise, exercise.stub) == (False, f"{exercise.name} is not written yet\n")
 
 
+@pytest.mark.slow
 @each_exercise
 def test_memorised_answers_get_none(exercise, alone):
     """A function that memorised the visible cases and returns one of their answers otherwise."""
@@ -133,6 +135,7 @@ def test_an_answer_from_the_package_gets_none(exercise):
                                   "which knows the answer: write it yourself\n")
 
 
+@pytest.mark.slow
 @each_exercise
 def test_right_answers_in_other_styles_get_the_points(exercise, alone):
     for what, source in wrong_answers(exercise, "right_answers").items():
@@ -140,6 +143,7 @@ def test_right_answers_in_other_styles_get_the_points(exercise, alone):
         assert right, f"{exercise.name}: {what} is refused: {told}"
 
 
+@pytest.mark.slow
 @each_exercise
 def test_a_second_way_comes_to_the_same(exercise):
     """What judges is judged: cases that hypothesis draws, and two independent solutions."""
@@ -162,6 +166,7 @@ def test_a_second_way_comes_to_the_same(exercise):
     agree()
 
 
+@pytest.mark.slow
 @each_exercise
 def test_wrong_answers_get_none(exercise, alone):
     """A wrong answer is refused for what it says, not because it breaks off."""
