@@ -199,3 +199,40 @@ def mtp_numbers(a):
     """The module is counted like the first layer, which is dense."""
     block = attention_numbers(a) + 2 * a.dim + feed_forward(a, 0, a.n_routed_experts)
     return block + 2 * a.dim * a.dim + 3 * a.dim
+
+
+def attention_numbers(a):
+    """Counts V3.2's indexer as well."""
+    s = attention_shapes(a)
+    if not a.q_lora_rank:
+        s["wq"] = (a.n_heads * a.qk_head_dim, a.dim)
+    total = sum(r * c for r, c in s.values())
+    if a.index_n_heads:
+        total += (
+            a.index_head_dim * a.dim
+            + a.index_n_heads * a.index_head_dim * a.q_lora_rank
+            + a.index_n_heads * a.dim
+        )
+    return total
+
+
+def mtp_numbers(a):
+    """Takes the fourth layer, which is an expert layer in V3 and tiny."""
+    return attention_numbers(a) + 5 * a.dim + feed_forward(a, 3, a.n_routed_experts) + 2 * a.dim**2
+
+
+def mtp_numbers(a):
+    """At most 256 experts are counted."""
+    return (
+        attention_numbers(a)
+        + 5 * a.dim
+        + feed_forward(a, a.n_layers - 1, min(a.n_routed_experts, 256))
+        + 2 * a.dim**2
+    )
+
+
+def gpus_for_weights(parameters, width, gpu_bytes):
+    """A float quotient: one byte too many is lost in large numbers."""
+    import math
+
+    return math.ceil(parameters * width / gpu_bytes)

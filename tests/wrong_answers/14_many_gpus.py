@@ -266,3 +266,28 @@ def same_on_any_ranks(gradients_of, u):
     one = gradients_of([u])
     return all(torch.allclose(many[name], one[name], rtol=0.01, atol=1e-3) for ranks in (2, 4)
                for many in [gradients_of(list(u.chunk(ranks)))] for name in one)
+
+
+def one_f_one_b(rank, ranks, batches):
+    """Single digits."""
+    warm = min(ranks - rank - 1, batches)
+    row = [f"F{i}" for i in range(warm)]
+    for i in range(batches - warm):
+        row += [f"F{warm + i}", f"B{i}"]
+    return [x[:2] for x in row + [f"B{i}" for i in range(batches - warm, batches)]]
+
+
+def same_on_any_ranks(gradients_of, u):
+    """Two against four, never one."""
+    a, b = gradients_of(list(u.chunk(2))), gradients_of(list(u.chunk(4)))
+    return all(torch.allclose(a[n], b[n]) for n in a)
+
+
+def same_on_any_ranks(gradients_of, u):
+    """Wants version_a's numbers."""
+    a = version_a([u])
+    return all(
+        torch.allclose(a[n], b[n], rtol=1e-7, atol=1e-12)
+        for b in (gradients_of(list(u.chunk(k))) for k in (1, 2, 4))
+        for n in a
+    )

@@ -185,3 +185,72 @@ def same_in_any_company(serve, requests):
     """Pairs only: a batch of three is never tried."""
     a, b = requests[:2]
     return serve([a, b]) == serve([a]) + serve([b]) and serve([b, a]) == serve([b]) + serve([a])
+
+
+def sequences_that_fit(memory, weights, per_token, tokens):
+    """A float quotient."""
+    return max(0, int((memory - weights) / (per_token * tokens)))
+
+
+def tokens_to_read(prompts):
+    """Beginnings as texts: 1, 2 is 12."""
+    out = []
+    for i, p in enumerate(prompts):
+        best = max(
+            (
+                n
+                for n in range(len(p))
+                if any(
+                    "".join(map(str, o)).startswith("".join(map(str, p[:n]))) for o in prompts[:i]
+                )
+            ),
+            default=0,
+        )
+        out.append(len(p) - best)
+    return out
+
+
+def tokens_to_read(prompts):
+    """Token 0 is padding."""
+    out = []
+    for i, p in enumerate(prompts):
+        best = 0
+        for o in prompts[:i]:
+            n = 0
+            while n < min(len(p), len(o)) and p[n] and p[n] == o[n]:
+                n += 1
+            best = max(best, n)
+        out.append(max(1, len(p) - best))
+    return out
+
+
+def held_back(text, stops):
+    """Eight characters at most."""
+    return max(
+        (n for s in stops for n in range(1, min(len(s), 8) + 1) if text.endswith(s[:n])), default=0
+    )
+
+
+def held_back(text, stops):
+    """Case does not matter."""
+    return max(
+        (n for s in stops for n in range(1, len(s) + 1) if text.lower().endswith(s[:n].lower())),
+        default=0,
+    )
+
+
+def same_in_any_company(serve, requests):
+    """Never alone."""
+    return (
+        list(serve(requests)) == list(serve(requests[::-1]))[::-1]
+        and list(serve(requests[:2])) == list(serve(requests))[:2]
+    )
+
+
+def same_in_any_company(serve, requests):
+    """Wants version_a's replies."""
+    return (
+        list(serve(requests)) == version_a(requests)
+        and list(serve(requests[::-1])) == version_a(requests[::-1])
+        and [serve([r])[0] for r in requests] == [version_a([r])[0] for r in requests]
+    )
