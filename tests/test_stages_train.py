@@ -31,7 +31,6 @@ from minids.runs.checkpoints import load_weights, newest_checkpoint
 from minids.runs.settings import TrainArgs
 
 home, flags, unbroken = training_runs.home, training_runs.flags, training_runs.unbroken
-forks = training_runs.forks
 
 DSA_STEPS = 9
 
@@ -128,8 +127,7 @@ def test_a_resumed_stage_equals_an_unbroken_one(stage, step, tmp_path, request, 
     assert json.loads((run / "config.json").read_text())["source"] == config["source"]
 
 
-def test_killed_and_resumed_stage_equals_an_unbroken_one(home, warm, sparse, forks, monkeypatch):
-    monkeypatch.setattr("kill_and_resume.start", forks.start)
+def test_killed_and_resumed_stage_equals_an_unbroken_one(home, warm, sparse):
     seconds = read_records(sparse)[-1]["seconds"]
     flags = ["--from", str(warm), "--dsa", "sparse", "--steps", str(DSA_STEPS)]
     kill_and_resume(flags, sparse, seconds + 1, home / "killed-sparse", kills=1)

@@ -16,8 +16,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from forks import Server
-from kill_and_resume import leaves
+from kill_and_resume import (
+    leaves,
+)
 
 from minids import ModelArgs, train
 from minids.base.command_line import run_program
@@ -104,14 +105,6 @@ def unbroken(home, flags) -> Path:
         said = run_train(*flags, "--out", str(run))
         assert (said.status, said.err) == (0, "")
     return run
-
-
-@pytest.fixture(scope="module")
-def forks() -> Server:
-    """A process that starts runs as processes of their own."""
-    server = Server()
-    yield server
-    server.close()
 
 
 def cut_back(unbroken: Path, run: Path, step: int) -> Path:

@@ -25,6 +25,7 @@ from kill_and_resume import (
     differences,
     kill_and_resume,
     newest_step,
+    start,
     wait_until_it_works,
 )
 from training_runs import (
@@ -43,7 +44,6 @@ from minids.text.loaders import PackedLoader
 from minids.train import Trainer
 
 home, flags, unbroken = training_runs.home, training_runs.flags, training_runs.unbroken
-forks = training_runs.forks
 
 
 # The same bytes.
@@ -63,9 +63,8 @@ def test_seed_decides_the_first_weights(home, tmp_path):
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
-def test_killed_and_resumed_run_equals_an_unbroken_one(home, flags, unbroken, forks, monkeypatch):
+def test_killed_and_resumed_run_equals_an_unbroken_one(home, flags, unbroken):
     """Four kills; `python tests/kill_and_resume.py` has twenty, of the default nano run."""
-    monkeypatch.setattr("kill_and_resume.start", forks.start)
     seconds = json.loads((unbroken / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
     kill_and_resume(flags, unbroken, seconds + 1, home / "killed", kills=4)
 
@@ -236,9 +235,9 @@ def test_the_next_command_is_quoted(tmp_path, flags):
     assert words == ["python", "-m", "minids.generate", "--run", str(run), "--prompt", "def read_"]
 
 
-def test_a_reader_that_leaves_does_not_stop_a_run(tmp_path, flags, unbroken, forks):
+def test_a_reader_that_leaves_does_not_stop_a_run(tmp_path, flags, unbroken):
     """`python -m minids.train | head -1`."""
-    process = forks.start(flags, tmp_path / "run")
+    process = start(flags, tmp_path / "run")
     assert process.stdout.readline()
     process.stdout.close()
     [line] = process.stderr.read().splitlines()
@@ -289,12 +288,12 @@ def wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
         time.sleep(0.002)
 
 
-def test_signals_to_a_process_of_its_own(tmp_path, flags, forks):
+def test_signals_to_a_process_of_its_own(tmp_path, flags):
     """SIGTERM to a run that would take long, SIGINT when it is resumed."""
     run = tmp_path / "run"
     for number, status in [(signal.SIGTERM, 143), (signal.SIGINT, 130)]:
         before = newest_step(run)
-        process = forks.start([*flags, "--steps", "100000"], run)
+        process = start([*flags, "--steps", "100000"], run)
         with ended(process):
             wait_until_it_works(process)
             wait_for_steps(process, run, before + 2)
