@@ -31,7 +31,7 @@ from minids.kernels.fp8_layout import (
     in_fours,
     whole,
 )
-from minids.kernels.precision import INTERPRETED, TRITON, compute_dtype
+from minids.kernels.precision import INTERPRETED, TRITON, UNTRIED, compute_dtype
 from minids.kernels.registry import body
 
 OLDEST = 8, 9  # compute capability: Ada, the first with FP8 units
@@ -55,6 +55,8 @@ def missing(device: torch.device) -> str:
         return ""
     if device.type != "cuda":
         return "only a GPU has units for it"
+    if not UNTRIED:
+        return "no card has run them yet, and MINIDS_UNTRIED=1 is not set"
     found = capability(device.index or 0)
     if found >= OLDEST:
         return ""

@@ -9,6 +9,9 @@ from torch import Tensor
 
 TRITON = find_spec("triton") is not None  # comes with torch's CUDA build; imported where it runs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a CPU, for tests
+# Kernels that no card has run yet stay off on a GPU, unless this is set: an interpreter shows
+# neither a race nor how a product rounds.
+UNTRIED = os.environ.get("MINIDS_UNTRIED") == "1"
 HOPPER = 9, 0  # compute capability
 LOG2_E = 1.4426950408889634  # kernels have exp2
 
@@ -23,7 +26,8 @@ def on_hopper(*tensors: Tensor) -> bool:
     """Return whether kernels in Triton that fill a Hopper's shared memory take these tensors."""
     kinds, first = (torch.bfloat16, torch.float16, torch.float32), tensors[0]
     return TRITON and all(compute_dtype(t) in kinds for t in tensors) and (INTERPRETED or (
-        first.device.type == "cuda" and torch.cuda.get_device_capability(first.device) >= HOPPER))
+        UNTRIED and first.device.type == "cuda"
+        and torch.cuda.get_device_capability(first.device) >= HOPPER))
 
 
 def in_triton(x: Tensor) -> str:
