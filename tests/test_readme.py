@@ -52,6 +52,7 @@ SMALL = {
     "python -m minids.lab.bench": f"{BENCH} --what train",
     "python -m minids.lab.bench --what sparse": f"{BENCH} --context 96 --index-n-heads 2 "
                                             "--index-head-dim 16 --index-topk 16",
+    "python -m minids.lab.bench --what fp8": f"{BENCH} --device cpu",
     "python -m minids.lab.bench --what speculative":
         "--pairs 1 --prompt 8 --new-tokens 4 --threads 1",
     "python -m minids.lab.bench --what moe-vs-dense": f"{BENCH} --seeds 1 --steps 2",

@@ -95,13 +95,13 @@ def evaluate(model, tokens: Tensor, n_bytes: Tensor, seq_len: int, batch_size: i
 
 
 def counted(args: ModelArgs, batches: Iterable[tuple[Tensor, int]], run: Callable, n_bytes: Tensor,
-            begin_id: int | None, summed: Callable[[Tensor], Tensor] = lambda t: t) -> Evaluation:
+            begin_id: int | None, summed: Callable[[Tensor], Tensor] | None = None) -> Evaluation:
     """Run batches of windows and add up what `Evaluation` holds, over ranks too.
 
     batches: windows (B, S + 1), and how many of them count
     run: of tokens and samples, (B, S) each; returns the head, None on a rank without it, its states
         (B, S, D), and pairs of a MoE layer's number and its routing
-    summed: the sum of a tensor over ranks
+    summed: the sum of a tensor over ranks, if there are several
     """
     layers = sum(map(args.is_moe_layer, range(args.n_layers)))
     loads = torch.zeros(layers, args.n_routed_experts, dtype=torch.int64)
@@ -118,8 +118,10 @@ def counted(args: ModelArgs, batches: Iterable[tuple[Tensor, int]], run: Callabl
             logits = head(states[:count]).float()
             nats += F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum").item()
             size += int(n_bytes[targets.cpu()].sum())
-    nats, size = summed(torch.tensor([nats, size], dtype=torch.float64)).tolist()
-    return Evaluation(nats / math.log(2) / size, summed(loads))
+    if summed:
+        nats, size = summed(torch.tensor([nats, size], dtype=torch.float64)).tolist()
+        loads = summed(loads)
+    return Evaluation(nats / math.log(2) / size, loads)
 
 
 def parse_share(text: str) -> tuple[int, int]:

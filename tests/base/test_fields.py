@@ -155,7 +155,8 @@ def test_a_field_that_is_declared_again_keeps_its_bounds():
 def test_a_folder_to_write_is_no_file_and_lies_in_none(tmp_path, capsys):
     (file := tmp_path / "file").write_text("x", "utf-8")
     outs = [(cls, f) for cls in CLASSES for f in fields(cls) if f.metadata.get("folder")]
-    assert len(outs) >= 8 and {f.name for _, f in outs} == {"out", "folder", "students"}
+    assert len(outs) >= 8 and {f.name for _, f in outs} == {"out", "folder", "students",
+                                                           "handouts"}
     assert all(f.metadata.get("folder") for cls in CLASSES for f in fields(cls) if f.name == "out")
     for cls, f in outs:
         for value in (tmp_path / "file", tmp_path / "file" / "run", tmp_path / "file" / "a" / "b"):
