@@ -28,11 +28,12 @@ def calls(name: str) -> str:
 
 
 def order_of(exercise: Exercise, cells: list[str], dice: random.Random) -> list[int]:
-    """Return another order of the arguments; [] if other cells call the function, or it has one."""
+    """Return another order of the arguments; [] if it has one, or others use it."""
     head = re.search(HEAD.format(exercise.name), exercise.solution, re.M)
     count = len(head[1].split(", ")) if head else 0
-    calling = sum(len(re.findall(calls(exercise.name), text)) for text in cells)
-    if count < 2 or calling > 1:
+    name = exercise.name
+    others = (re.sub(rf"\b(def|review|grade)[ (]{name}\b", "", text) for text in cells)
+    if count < 2 or any(re.search(rf"(?<![\w.]){name}(?![\w.])(?!\s*=[^=])", t) for t in others):
         return []
     order = [*range(count)]
     while order == sorted(order):
@@ -90,8 +91,9 @@ def judged(text: str, name: str, new: str, order: list[int], more: list[str], se
     text = re.sub(rf"(?<![\w.]){name}(?![\w.])(?!\s*=[^=])", new, text)
     if more:
         added = "".join(f"    {case},\n" for case in more)
-        text = re.sub(rf"^review\({new}, (\w+)\)", rf"\1 = [\n    *\1,\n{added}]\n\g<0>", text,
-                      flags=re.M)
+        text = re.sub(rf"^review\({new}, (\w+)\)",  # a function: a case may hold a backslash
+                      lambda found: f"{found[1]} = [\n    *{found[1]},\n{added}]\n{found[0]}",
+                      text, flags=re.M)
     text = text.replace("### BEGIN HIDDEN TESTS\n", "### BEGIN HIDDEN TESTS\nfrom functools import "
                         f"partial\n\ndrawn = partial(drawn, seed={seed})\n\n"
                         if "drawn(" in text else "### BEGIN HIDDEN TESTS\n")

@@ -145,7 +145,7 @@ def launch_sparse() -> None:
             indexer.best_in_pieces(*numbers, visible, 200)
         q, latent, rank, *chosen, scale = selected(BF16, "cpu")
         attend = REGISTRY["mla.selected_attention"].bodies[0]
-        attend(q[:, :1], latent, rank, *(t[:, :1] for t in chosen), scale)
+        attend(q[:, :1].detach(), latent.detach(), rank, *(t[:, :1] for t in chosen), scale)
 
 
 def main(capability: int) -> None:
