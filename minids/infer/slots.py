@@ -25,6 +25,7 @@ from torch import Tensor
 from minids.apply.folded import fold
 from minids.apply.graphs import Steps
 from minids.infer.decoding import Session, new_cache
+from minids.kernels.precision import UNTRIED
 from minids.model.cache import LatentCache
 from minids.model.transformer import Hidden, Transformer
 
@@ -56,7 +57,8 @@ class Slots:
         self.logits = new(rows, width, args.vocab_size)
         self.visited = self.end.new_zeros(rows, width, layers, args.n_activated_experts)
         self.graphs: dict[tuple, Steps] = {}
-        if self.static:
+        self.at_desk = self.static and (UNTRIED or self.end.device.type == "cpu")
+        if self.at_desk:
             self.desk = new_cache(self.model, 1, max_len + WIDTHS[-1])
             self.desk.folded, self.desk.joined = self.cache.folded, self.cache.joined
             self.prompt = self.end.new_zeros(1, WIDTHS[-1])
@@ -109,7 +111,7 @@ class Slots:
         for stored in self.stores():
             stored[:, row] = 0
         self.held[row], self.behind[row] = [], 0
-        for stored in tensors(self.desk) if self.static else []:
+        for stored in tensors(self.desk) if self.at_desk else []:
             stored.zero_()
         if self.drafts:
             self.states[row] = 0
@@ -139,7 +141,7 @@ class Slots:
         Returns the model's states, (1, S, D), and the experts that the last token visited, by
         layer, (1, 1, layers, K); the next pass overwrites both.
         """
-        if self.static and len(tokens) <= WIDTHS[-1]:
+        if self.at_desk and len(tokens) <= WIDTHS[-1]:
             states, visited = self.read_at_desk(row, tokens)
         else:
             part = view(self.cache, row, row + 1)
