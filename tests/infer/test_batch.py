@@ -94,9 +94,10 @@ def test_alone_and_in_a_batch_the_same_text(args, static, monkeypatch):
 @pytest.mark.parametrize("args", [*MODELS.values(), POWERS], ids=[*MODELS, "Triton"])
 def test_on_a_gpu_alone_and_in_a_batch_the_same_text(args, monkeypatch, capsys):
     monkeypatch.setattr(graphs, "SMALLEST", 8)
-    model, replies = scrambled(args, dtype=torch.float32).cuda(), some(12)
+    model, replies = scrambled(args, dtype=torch.float32).cuda(), some(12, 26)  # 26 to 4 tokens
     batch = Batch(model, 3, args.max_seq_len, chunk=4)
-    serve(batch, replies)
+    serve(batch, replies, steps=400)
+    assert {reply.reason for reply in replies} == {"length"}
     assert [reply.ids for reply in replies] == alone(model, replies)
     assert batch.slots.captured >= 4  # of prompts and of steps, of some sizes
     assert not capsys.readouterr().err
