@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from minids.kernels.precision import TRITON, compute_dtype, wide
+from minids.kernels.precision import compute_dtype, in_fp32, wide
 from minids.kernels.registry import REGISTRY, body
 
 
@@ -76,7 +76,7 @@ def sum_slots(rows: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tens
     """Sum each token's rows, weighted or not: rows (M, D), slot and weights (N, K) -> (N, D)"""
     if rows.device.type == "cpu":  # one pass, measured five times as fast as gather and sum
         return F.embedding_bag(slot, rows, mode="sum", per_sample_weights=weights)
-    if TRITON and rows.is_cuda and not is_compiling():  # a compiler makes such a kernel itself
+    if in_fp32(rows) and not is_compiling():  # a compiler makes such a kernel itself
         from minids.kernels import triton_experts
         return triton_experts.sum_slots(rows, slot, weights)
     out = rows[slot]  # (N, K, D)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from minids.kernels.precision import TRITON
+from minids.kernels.precision import in_fp32
 
 
 def look_ahead(grad: Tensor, mean: Tensor, momentum: float, out: Tensor) -> None:
@@ -11,7 +11,7 @@ def look_ahead(grad: Tensor, mean: Tensor, momentum: float, out: Tensor) -> None
 
     grad, mean: of one shape; out: as many numbers, of the type in which the step is orthogonalised
     """
-    if TRITON and grad.is_cuda:
+    if in_fp32(grad, out):
         from minids.kernels import triton_muon
         return triton_muon.look_ahead(grad, mean, momentum, out)
     mean.lerp_(grad, 1 - momentum)
@@ -31,7 +31,7 @@ def times_and_more(x: Tensor, poly: Tensor, a: float) -> Tensor:
 
 def move(weight: Tensor, step: Tensor, decay: float, length: float) -> None:
     """Multiply a weight by `decay` and subtract `length` times the step."""
-    if TRITON and weight.is_cuda:
+    if in_fp32(weight):
         from minids.kernels import triton_muon
         return triton_muon.move(weight, step, decay, length)
     weight.mul_(decay)

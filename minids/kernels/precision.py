@@ -30,6 +30,11 @@ def on_hopper(*tensors: Tensor) -> bool:
         and torch.cuda.get_device_capability(first.device) >= HOPPER))
 
 
+def in_fp32(*tensors: Tensor) -> bool:
+    """Return whether kernels in Triton that compute in FP32 take tensors: on a GPU, none wider."""
+    return TRITON and all(t.is_cuda and t.dtype != torch.float64 for t in tensors)
+
+
 def in_triton(x: Tensor) -> str:
     """Return how a kernel computes products of x: FP32 as it is, without rounding to TF32."""
     return "ieee" if x.dtype == torch.float32 else "tf32"

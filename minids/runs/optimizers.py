@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minids.kernels import muon
-from minids.kernels.precision import TRITON, UNTRIED
+from minids.kernels.precision import UNTRIED, in_fp32
 from minids.model.sparse_attention import in_indexer
 from minids.parallel.matrices import of_whole, sharing_rows
 from minids.parallel.shards import is_sharded, local
@@ -72,7 +72,7 @@ class AdamWInBF16(torch.optim.AdamW):
         """Move every parameter that has a gradient."""
         learning = [p for group in self.param_groups for p in group["params"]
                     if p.grad is not None]
-        if TRITON and UNTRIED and all(p.is_cuda for p in learning):
+        if UNTRIED and in_fp32(*learning):
             return self.in_one_pass()
         self._moments_to(torch.float32)
         super().step()

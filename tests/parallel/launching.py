@@ -5,6 +5,7 @@ A file of checks ends with `run_checks(globals())`. Each function `check_NAME(la
 that all ranks go through together; the test that starts them reads one result per check.
 """
 
+import contextlib
 import json
 import os
 import subprocess
@@ -37,27 +38,37 @@ class Said(NamedTuple):
 
 
 def launch(checks: str, world: int, folder: Path, limit: float,
-           device: str = "cpu") -> dict[str, list[str]]:
+           device: str = "cpu", patience: int = 30) -> dict[str, list[str]]:
     """Run a file of checks on `world` ranks; return what each rank says to each: "" is right.
 
     limit: seconds until ranks that hang are ended; device: cpu or cuda
+    patience: seconds that a rank waits for the others after a check
     """
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE)])
     environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1", WORLD_SIZE=str(world),
-                                    DEVICE_OF_RANKS=device)
-    ranks = [subprocess.Popen([sys.executable, HERE / checks, folder], cwd=folder, text=True,
-                              stderr=subprocess.PIPE, env=environment | dict(RANK=str(rank)))
-             for rank in range(world)]
-    try:
-        errors = [rank.communicate(timeout=limit)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+                                    DEVICE_OF_RANKS=device, PATIENCE=str(patience))
+    ranks = []
+    for number in range(world):
+        with open(folder / f"errors-{number}.txt", "w") as errors:
+            ranks.append(subprocess.Popen(
+                [sys.executable, HERE / checks, folder], cwd=folder, stderr=errors,
+                env=environment | dict(RANK=str(number))))
+    end = time.monotonic() + limit
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # then a check has said "did not end"
+            rank.wait(max(end - time.monotonic(), 0))
+    hung = [rank.poll() is None for rank in ranks]
+    for rank in ranks:
+        rank.kill()
     said = {}
-    for number, (rank, error) in enumerate(zip(ranks, errors, strict=True)):
-        assert rank.returncode == 0, f"rank {number} ended with {rank.returncode}: {error}"
-        for name, fault in json.loads((folder / f"said-{number}.json").read_text()).items():
+    for number, (rank, hangs) in enumerate(zip(ranks, hung, strict=True)):
+        rank.wait()
+        error = (folder / f"errors-{number}.txt").read_text()
+        assert hangs or rank.returncode == 0, (
+            f"rank {number} ended with {rank.returncode}: {error}")
+        found = folder / f"said-{number}.json"
+        assert found.exists(), f"rank {number} has not begun after {limit} seconds: {error}"
+        for name, fault in json.loads(found.read_text()).items():
             said.setdefault(name, []).append(fault)
     return said
 
@@ -97,25 +108,49 @@ def wait_for_steps(run: Path, count: int, process: subprocess.Popen) -> None:
 
 
 def run_checks(names: dict) -> None:
-    """Go through the checks among `names`, in order; the first that fails is the last one."""
+    """Go through the checks among `names`, in order; one that fails is the last one only where
+    some rank still waits for another."""
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     world, said = int(os.environ["WORLD_SIZE"]), {}
     torch.set_num_threads(1)
-    store, limit, device = f"file://{folder / 'store'}", timedelta(seconds=120), device_of_rank()
+    limit, device = timedelta(seconds=120), device_of_rank()
+    store = dist.FileStore(str(folder / "store"), world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", store, limit,
-                            world, rank)
-    try:
-        for name, check in names.items():
-            if name.startswith("check_"):
-                said[name] = "did not end"
-                begin = time.perf_counter()
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",
+                            timeout=limit, world_size=world, rank=rank,
+                            store=dist.PrefixStore("group", store))
+
+    def say(fault: str) -> None:
+        said[name] = fault
+        (folder / f"said-{rank}.json").write_text(json.dumps(said))
+
+    for name, check in names.items():
+        if name.startswith("check_"):
+            say("did not end")
+            begin = time.perf_counter()
+            try:
                 check()
-                said[name] = ""
-                if os.environ.get("TIMES") and not rank:
-                    print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
-    except Exception:
-        said[name] = traceback.format_exc()
-    (folder / f"said-{rank}.json").write_text(json.dumps(said))
+                say("")
+            except Exception:
+                say(traceback.format_exc())
+            if os.environ.get("TIMES") and not rank:
+                print(f"{name}: {time.perf_counter() - begin:.1f} s", flush=True)
+            if not all_have_ended(name, store, rank, world):
+                break
     os._exit(0)  # a rank that waits for another one is not waited for
+
+
+def all_have_ended(name: str, store: dist.Store, rank: int, world: int) -> bool:
+    """Return whether every rank is through with a check: nobody waits in an exchange that others,
+    who failed before it, will not join."""
+    if torch.cuda.is_available() and dist.get_backend(dist.group.WORLD) != "gloo":
+        torch.cuda.synchronize()
+    store.set(f"{name} {rank}", "")
+    try:
+        store.wait([f"{name} {other}" for other in range(world)],
+                   timedelta(seconds=int(os.environ["PATIENCE"])))
+        return not store.check(["over"])
+    except RuntimeError:
+        store.set("over", "")
+        return False
