@@ -9,6 +9,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,9 +32,9 @@ needs_two = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs; here: {GPUS}")
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """What the GPUs said, in one launch for each number of them."""
-    return {(n, check): faults for n in FILES if n <= GPUS for check, faults in launch(
-        FILES[n], n, tmp_path_factory.mktemp("gpus"), limit=120, device="cuda").items()}
+    """What a number of GPUs said, in one launch for each number."""
+    return cache(lambda n: launch(FILES[n], n, tmp_path_factory.mktemp("gpus"), limit=180,
+                                  device="cuda"))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +48,7 @@ def trained(tmp_path_factory):
 def test_gpus_equal_one_gpu(said, gpus, check):
     if GPUS < gpus:
         pytest.skip(f"needs {gpus} GPUs; here: {GPUS}")
-    faults = said.get((gpus, check), ["not reached: an earlier check failed"])
+    faults = said(gpus).get(check, ["not reached: an earlier check failed"])
     assert "".join(faults) == "", "\n".join(faults)
 
 
@@ -92,7 +93,7 @@ def test_a_run_killed_on_two_gpus_goes_on_on_one_and_on_two_again(tmp_path):
         assert 0 < at <= done and at % 20 == 0 or more == 2 and at == done, (at, done)
     records = read_records(run)
     assert [r["step"] for r in records] == [*range(1, len(records) + 1)]
-    losses = [r["loss"] for r in records]
+    losses = [r["main"] for r in records]  # the weight of the MTP loss depends on --steps
     for a, b in zip(losses[60:], losses[61:], strict=False):
         assert abs(a - b) < 0.7, losses
     assert losses[-1] < losses[0] - 1
