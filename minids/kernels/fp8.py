@@ -44,7 +44,12 @@ def capability(device: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
-capability._dynamo_marked_constant = True
+def is_older(device: int) -> bool:
+    """Return whether a GPU is older than the first with FP8 units; a compiler asks once."""
+    return capability(device) < OLDEST
+
+
+capability._dynamo_marked_constant = is_older._dynamo_marked_constant = True
 
 
 def missing(device: torch.device) -> str:
@@ -57,11 +62,10 @@ def missing(device: torch.device) -> str:
         return "only a GPU has units for it"
     if not UNTRIED:
         return "no card has run them yet, and MINIDS_UNTRIED=1 is not set"
-    found = capability(device.index or 0)
-    if found >= OLDEST:
-        return ""
-    return ("the card has compute capability {}.{}, and units for it come with {}.{}"
-            .format(*found, *OLDEST))
+    if is_older(device.index or 0):
+        return ("the card has compute capability {}.{}, and units for it come with {}.{}"
+                .format(*capability(device.index or 0), *OLDEST))
+    return ""
 
 
 def run_on(device: torch.device) -> bool:

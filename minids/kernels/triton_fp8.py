@@ -114,8 +114,12 @@ def blocks_kernel(w, q, scale, q_t, scale_t, height, width, stride, first, high,
         tl.store(q + numbers + at.to(tl.int64)[:, None] * (wide * BLOCK) + along[None, :], rounded)
         tl.store(scale + (matrix * high + row) * scale_width + column, own)
     if COLUMNS:
+        # Not `rounded` transposed: where the same numbers are packed in two ways, ptxas 12.8 loses
+        # some. The scale is the same, but a compiler does not know that.
+        value = tl.trans(value)
+        own = scale_of(tl.max(tl.max(tl.abs(value), 1), 0), least, UE8M0)
         tl.store(q_t + numbers + along.to(tl.int64)[:, None] * (high * BLOCK) + at[None, :],
-                 tl.trans(rounded))
+                 to_e4m3(value, own))
         tl.store(scale_t + (matrix * wide + column) * scale_height + row, own)
 
 
