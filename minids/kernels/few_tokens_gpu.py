@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.kernels.precision import INTERPRETED, LOG2_E, TRITON, UNTRIED, in_triton
+from minids.kernels.precision import HOPPER, INTERPRETED, LOG2_E, TRITON, UNTRIED, in_triton
 from minids.kernels.registry import REGISTRY, body
 
 KINDS = torch.bfloat16, torch.float16, torch.float32
@@ -114,14 +114,21 @@ def attention(attn, own: Joined, x: Tensor, context) -> Tensor:
     return F.linear(attend(attn, folded, latents, slots, end), attn.wo.weight)
 
 
+def fills_hopper(x: Tensor) -> bool:
+    """Return whether products of x are Hopper's, which take 64 rows, or no faster than half."""
+    return (x.device.type == "cuda" and x.element_size() == 2
+            and torch.cuda.get_device_capability(x.device) >= HOPPER)
+
+
 def attend(attn, folded: Tensor, latents: Tensor, slots: Tensor, end: int) -> Tensor:
     """Attend to the latents of slots before `end`: (N, H, W) -> (N, H * v_head_dim)"""
     from minids.kernels import triton_decode as kernels
     args, batch, how = attn.args, len(latents), in_triton(folded)
     (total, heads, _), rank, tokens = folded.shape, args.kv_lora_rank, 16
     widths = dict(H=heads, NOPE=args.qk_nope_head_dim, V=args.v_head_dim, R=rank)
-    rows, keys = total // batch * heads, 32
-    together = max(16, min(kernels.power(rows), 32))
+    rows = total // batch * heads
+    together = max(16, min(kernels.power(rows), 64 if fills_hopper(folded) else 32))
+    keys = 64 if together == 64 else 32
     pieces = min(PROGRAMS // (batch * -(-rows // together)), -(-end // (2 * keys)), MOST_PIECES)
     pieces = max(pieces, 1)
     piece = -(-end // pieces // keys) * keys

@@ -12,7 +12,7 @@ from minids.kernels.precision import compute_dtype, on_hopper
 from minids.kernels.registry import REGISTRY, body
 
 SCORES = 2 ** 24  # numbers that all heads together may hold at a time
-PIECE = 2 ** 25  # scores in memory at a time, where heads are summed before they are stored
+PIECE = 2 ** 27  # scores in memory at a time, where heads are summed before they are stored
 WIDEST = 128  # heads of a query, and numbers of a key, that a tile holds: V3.2 has 64 and 128
 
 
@@ -33,7 +33,12 @@ def fits(heads: int, width: int) -> bool:
     return heads <= WIDEST and width <= WIDEST
 
 
-@body(lambda q, weights, keys: not torch.is_grad_enabled() and on_hopper(q, keys)
+def learns(*tensors: Tensor) -> bool:
+    """Return whether a gradient may be asked of any of these."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+@body(lambda q, weights, keys: not learns(q, weights, keys) and on_hopper(q, keys)
       and q.dtype == keys.dtype and weights.dtype == torch.float32 and fits(*q.shape[2:]))
 def scores_in_one_kernel(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
     """Score with products, ReLU and the heads' sum in one kernel."""

@@ -101,8 +101,10 @@ def candidates_kernel(scores, visible, numbers, positions, counts, S, T, first, 
     stop = T if MASK else tl.minimum(T, first + s + 1)
     stride = tl.cdiv(stop, SAMPLE)
     at = tl.arange(0, SAMPLE) * stride
-    few = k // stride  # of the sample are expected among the k best; three deviations more are safe
-    wanted = few + (3.0 * tl.sqrt(few.to(tl.float32))).to(tl.int32) + 1
+    # Of the sample `few` are expected among the k best. One row in a thousand has three deviations
+    # more, and all others would wait for its search; five happen to nobody, and the list has room.
+    few = k // stride
+    wanted = few + (5.0 * tl.sqrt(few.to(tl.float32))).to(tl.int32) + 1
     bound = tl.maximum(kth(numbers_at(row, own, at, at < stop, MASK), wanted), HIDDEN + 1)
     place = (b * S + s) * tl.num_programs(2) + part
     found = tl.full((), 0, tl.int32)

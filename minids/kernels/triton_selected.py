@@ -152,24 +152,26 @@ def selected_key_grad_kernel(q, latents, indices, seen, grad, sums, delta, dlate
     k_c = tl.load(key + r[None, :], mask=there[:, None], other=0.0)
     k_p = tl.load(key + R + p[None, :], mask=there[:, None], other=0.0)
     d_c, d_p = tl.zeros((KEYS, R), tl.float32), tl.zeros((KEYS, P), tl.float32)
+    i = tl.arange(0, 2 * HEADS)
     for start in range(0, H, HEADS):
         h = start + tl.arange(0, HEADS)
-        heads = (h < H)[:, None]
         head = n * H + h
-        row = q + head[:, None] * (R + P)
-        q_c = tl.load(row + r[None, :], mask=heads, other=0.0)
-        q_p = tl.load(row + R + p[None, :], mask=heads, other=0.0)
-        out = tl.load(grad + head[:, None] * R + r[None, :], mask=heads, other=0.0)
+        q_p = tl.load(q + head[:, None] * (R + P) + R + p[None, :], mask=(h < H)[:, None],
+                      other=0.0)
         total = tl.load(sums + head, mask=h < H, other=float("inf"))
         inner = tl.load(delta + head, mask=h < H, other=0.0)
-        score = tl.dot(k_c, tl.trans(q_c), input_precision=PRECISION)  # (KEYS, HEADS)
-        score = tl.dot(k_p, tl.trans(q_p), score, input_precision=PRECISION)
+        # A head's gradient and its query, row by row: one tile for two products, each of both.
+        own = n * H + start + i // 2
+        row = tl.where(i % 2 == 0, grad + own * R, q + own * (R + P))
+        both = tl.load(row[:, None] + r[None, :], mask=(start + i // 2 < H)[:, None], other=0.0)
+        product = tl.dot(k_c, tl.trans(both), input_precision=PRECISION)  # (KEYS, 2 HEADS)
+        towards, score = tl.split(tl.reshape(product, (KEYS, HEADS, 2)))
+        score += tl.dot(k_p, tl.trans(q_p), input_precision=PRECISION)
         prob = tl.where(there[:, None], tl.exp2(score * scale - total[None, :]), 0.0)
-        towards = tl.dot(k_c, tl.trans(out), input_precision=PRECISION)
-        d_score = (prob * (towards - inner[None, :]) * back).to(q_c.dtype)
-        d_c = tl.dot(prob.to(out.dtype), out, d_c, input_precision=PRECISION)
-        d_c = tl.dot(d_score, q_c, d_c, input_precision=PRECISION)
-        d_p = tl.dot(d_score, q_p, d_p, input_precision=PRECISION)
+        d_score = prob * (towards - inner[None, :]) * back
+        shares = tl.reshape(tl.join(prob, d_score), (KEYS, 2 * HEADS)).to(both.dtype)
+        d_c = tl.dot(shares, both, d_c, input_precision=PRECISION)
+        d_p = tl.dot(d_score.to(q_p.dtype), q_p, d_p, input_precision=PRECISION)
     place = dlatents + (n // S * T + t)[:, None] * (R + P)
     tl.atomic_add(place + r[None, :], d_c, mask=there[:, None], sem="relaxed")
     tl.atomic_add(place + R + p[None, :], d_p, mask=there[:, None], sem="relaxed")
