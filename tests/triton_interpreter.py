@@ -63,7 +63,7 @@ def run(file: str, *arguments: str) -> None:
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m", "not slow and not exhaustive",
-         "-p", "no:cacheprovider", file, *arguments], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"TRITON_INTERPRET": "1"})
+        [sys.executable, "-m", "pytest", "-q", "-o", "addopts=",
+         "-m", "not slow and not exhaustive", "-p", "no:cacheprovider", file, *arguments],
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
