@@ -4,12 +4,18 @@ On a CPU those that are made of torch's operations run here too; the rest is ski
 and kernels in Triton run by its interpreter (`test_triton.py`).
 """
 
+import sys
+from contextlib import suppress
+from types import SimpleNamespace
+
 import pytest
 import torch
 from gpu_cases import BF16, BY_A_COMPILER, CASES, F32, GPU_ONLY
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from minids.kernels import experts
+from minids import kernels
+from minids.kernels import experts, muon, precision
 from minids.kernels.registry import REGISTRY, recorded, using
 from minids.model import moe as plain
 from minids.runs.optimizers import Muon
@@ -31,14 +37,14 @@ def leaves(arguments: tuple) -> list[Tensor]:
 
 
 def results(function, arguments: tuple) -> list[Tensor]:
-    """Return a function's output and the gradients of what learns, in FP32."""
+    """Return a function's output and the gradients of what learns, in FP64."""
     out = function(*arguments)
     if not out.is_floating_point():  # experts chosen, in no order
-        return [out.sort(-1).values.float()]
+        return [out.sort(-1).values.double()]
     weigh = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(out)
     learning = leaves(arguments)
     grads = torch.autograd.grad((out * weigh).sum(), learning) if learning else []
-    return [t.detach().float() for t in (out, *grads)]
+    return [t.detach().double() for t in (out, *grads)]
 
 
 def widened(arguments: tuple) -> tuple:
@@ -46,6 +52,17 @@ def widened(arguments: tuple) -> tuple:
     return tuple(a.float() if isinstance(a, torch.nn.Module) else
                  a.detach().float().requires_grad_() if isinstance(a, Tensor) and a.requires_grad
                  else a for a in arguments)
+
+
+def in_fp64(argument):
+    """Return an argument with all its numbers in FP64; a layer is changed in place."""
+    if isinstance(argument, torch.nn.Module):
+        return argument.double()
+    if isinstance(argument, plain.Routing):
+        return plain.Routing(in_fp64(argument.scores), argument.indices)
+    if isinstance(argument, Tensor) and argument.is_floating_point():
+        return argument.detach().double().requires_grad_(argument.requires_grad)
+    return argument
 
 
 def largest_gap(function, body, arguments: tuple) -> float:
@@ -87,6 +104,38 @@ def test_on_a_gpu_the_body_runs_and_equals_the_plain_definition(key):
     with recorded() as record:
         gap = largest_gap(function, call, arguments)
     assert record[key] == 1 and gap < TOLERANCE[BF16], (gap, dict(record))
+
+
+@needs_gpu
+@pytest.mark.parametrize("key", [k for k in CASES if k[1] not in BY_A_COMPILER], ids="-".join)
+def test_on_a_gpu_fp64_stays_fp64(key):
+    """Layouts of ranks are held to one GPU by 1e-12, which a body that adds up in FP32 is not."""
+    torch.manual_seed(0)
+    function, arguments = REGISTRY[key[0]], tuple(map(in_fp64, CASES[key](F32, "cuda")))
+    mine = results(function, arguments)
+    with using("off"):
+        exact = results(function, arguments)
+    for a, b in zip(mine, exact, strict=True):
+        assert (a - b).norm() <= 1e-13 * b.norm(), key
+
+
+def test_kernels_that_compute_in_fp32_take_no_fp64(monkeypatch):
+    """The numbers are fake: a CPU decides as a GPU would, and runs no kernel."""
+    monkeypatch.setattr(precision, "TRITON", True)
+    taken = []
+    for name in ("triton_experts", "triton_muon"):
+        stub = SimpleNamespace(**dict.fromkeys(("sum_slots", "look_ahead", "move"),
+                                               lambda x, *rest: taken.append(x.dtype)))
+        monkeypatch.setitem(sys.modules, f"minids.kernels.{name}", stub)
+        monkeypatch.setattr(kernels, name, stub, raising=False)
+    for dtype in (F32, BF16, torch.float64):
+        with FakeTensorMode(), torch.device("cuda"):
+            rows = torch.empty(6, 4, dtype=dtype)
+            with suppress(RuntimeError):  # what is left is indexing, which needs a GPU
+                experts.sum_slots(rows, torch.empty(3, 2, dtype=torch.int64))
+            muon.look_ahead(rows, rows, 0.9, rows)
+            muon.move(rows, rows, 0.9, 0.1)
+    assert taken == 3 * [F32] + 3 * [BF16]
 
 
 @needs_gpu
