@@ -97,13 +97,17 @@ def mend_compiler() -> None:
     """Make compiled gradients those of the code as it is written, where torch up to 2.13 does not.
 
     It runs the backward pass under the forward's autocast too, and so the gate's, whose products
-    are in FP32, in BF16. And see `wait_for_stores`.
+    are in FP32, in BF16. It pads strides, and reads by padded ones what a reduction stored by those
+    that it was told not to pad (as in pytorch pull request 180197): where MTP leaves an odd number
+    of tokens, a rotated key's gradient was read from memory that nobody had written. And see
+    `wait_for_stores`.
     """
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
     from torch._inductor.codegen.triton import TritonKernel
 
     functorch.backward_pass_autocast = "off"
+    inductor.comprehensive_padding = False
     if not hasattr(TritonKernel, "mended"):
         wait_for_stores(TritonKernel)
         inductor.kernel_name_max_ops += 1  # a setting that its cache's keys hold: no kernel of old
