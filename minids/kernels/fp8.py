@@ -14,7 +14,10 @@ the device. w1 and w3 are one matrix to them: x is rounded once, and dx is one s
 is one operation for a compiler, which then compiles around it.
 """
 
+import importlib
 from collections.abc import Sequence
+from importlib.util import find_spec
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -214,8 +217,7 @@ def multiply(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, rows: int, 
     if groups is None and on_hopper(a):
         return scaled_mm(a, a_scale, b[0], b_scale[0], F.ScalingType.BlockWise128x128, rows, width,
                          dtype)
-    from minids.kernels.triton_fp8_products import product
-    return product(a, a_scale, b, b_scale, rows, width, dtype, groups)
+    return products(a).product(a, a_scale, b, b_scale, rows, width, dtype, groups)
 
 
 def multiply_over_tokens(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, height: int,
@@ -224,13 +226,18 @@ def multiply_over_tokens(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor,
     if groups is None and on_hopper(a):
         kind = F.ScalingType.BlockWise1x128
         return scaled_mm(a, a_scale, b, b_scale, kind, height, width, dtype).unsqueeze(0)
-    from minids.kernels.triton_fp8_products import over_tokens
-    return over_tokens(a, a_scale, b, b_scale, height, width, dtype, groups)
+    return products(a).over_tokens(a, a_scale, b, b_scale, height, width, dtype, groups)
 
 
 def on_hopper(x: Tensor) -> bool:
     """Return whether torch multiplies with these scales."""
     return x.device.type == "cuda" and capability(x.device.index) == HOPPER
+
+
+def products(x: Tensor) -> ModuleType:
+    """Return the kernels that multiply on a tensor's device."""
+    own = on_hopper(x) and find_spec("triton.experimental.gluon")  # which an old Triton lacks
+    return importlib.import_module(f"minids.kernels.triton_fp8_{'hopper' if own else 'products'}")
 
 
 def scaled_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, kind: "F.ScalingType",

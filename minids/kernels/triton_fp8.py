@@ -45,7 +45,7 @@ def to_e4m3(x, scale):
     inverse = tl.div_rn(1.0, scale)
     quotient = x * inverse
     for _ in tl.static_range(2):
-        left = tl.fma(quotient, tl.broadcast_to(scale, x.shape), -x)
+        left = tl.fma(quotient, tl.broadcast_to(scale, x.shape), x * -1.0)
         quotient = tl.fma(left, tl.broadcast_to(-inverse, x.shape), quotient)  # -0 stays
     return quotient.to(tl.float8e4nv)
 
@@ -70,21 +70,23 @@ def tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tok
     padded = tl.num_programs(0) * BLOCK
     inside = (at < last)[:, None] & (along < width)[None, :]
     value = tl.load(x + at[:, None] * width + along[None, :], mask=inside, other=0.0)
-    value = value.to(tl.float32)
+    turned = tl.trans(value)  # 16 bits per number cross shared memory faster than 8 or 32
     if ROWS or COLUMNS == 2:
+        value = value.to(tl.float32)
         own = scale_of(tl.max(tl.abs(value), 1), least, UE8M0)  # (BLOCK,)
         rounded = to_e4m3(value, own[:, None])
         if ROWS:
             here = at < (last if GROUPED else q_rows)  # else the next expert's rows
             tl.store(q + at[:, None] * padded + along[None, :], rounded, mask=here[:, None])
             tl.store(scale + column.to(tl.int64) * q_rows + at, own, mask=here)
-        if COLUMNS == 2:
-            value = rounded.to(tl.float32) * own[:, None]
+        if COLUMNS == 2:  # FP16 holds what E4M3 does
+            turned = tl.trans(rounded.to(tl.float16)).to(tl.float32) * own[None, :]
     if COLUMNS > 0:
-        own = scale_of(tl.max(tl.abs(value), 0), least, UE8M0)
-        rounded = to_e4m3(value, own[None, :])
+        turned = turned.to(tl.float32)
+        own = scale_of(tl.max(tl.abs(turned), 1), least, UE8M0)
         across = tile * BLOCK + tl.arange(0, BLOCK)
-        tl.store(q_t + along.to(tl.int64)[:, None] * tokens + across[None, :], tl.trans(rounded))
+        tl.store(q_t + along.to(tl.int64)[:, None] * tokens + across[None, :],
+                 to_e4m3(turned, own[:, None]))
         tl.store(scale_t + tile * padded + along, own)
 
 

@@ -78,7 +78,8 @@ def kernels(capability: int) -> set[str]:
     modules = [importlib.import_module(f"minids.kernels.{found.name}") for found in
                pkgutil.iter_modules(minids.kernels.__path__) if found.name.startswith("triton_")
                and (is_hopper(capability) or not (found.name.startswith("triton_fp8")
-                                                  or found.name in SPARSE))]
+                                                  or found.name in SPARSE))
+               and (capability == 90 or found.name != "triton_fp8_hopper")]
     return {name for module in modules for name, value in vars(module).items()
             if isinstance(value, JITFunction) and name.endswith("_kernel")}
 
@@ -95,6 +96,18 @@ def launch_fp8() -> None:
             _, *kept = fp8.forward(x, w, scale, 256, True, list(groups))
             fp8.backward(torch.randn(256, 256, dtype=dtype), *kept, *turned, 1, 384, dtype, True,
                          True, list(groups))
+
+
+def launch_hopper() -> None:
+    """Call the products that only compute capability 9.0 runs."""
+    from minids.kernels import triton_fp8, triton_fp8_hopper
+    x, counts = torch.randn(256, 384, dtype=BF16), torch.tensor([130, 0, 126])
+    groups = fp8.group_tiles(counts, 256)
+    q, scale, *turned = triton_fp8.round_tiles(x, True, triton_fp8.OF_X, groups=groups)
+    w, w_scale, *_ = triton_fp8.round_blocks([torch.randn(3, 256, 384, dtype=BF16)])
+    for dtype in (F32, BF16):
+        triton_fp8_hopper.product(q, scale, w, w_scale, 256, 256, dtype, groups)
+        triton_fp8_hopper.over_tokens(*turned, *turned, 384, 384, dtype, groups)
 
 
 def launch_all() -> None:
@@ -165,6 +178,8 @@ def main(capability: int) -> None:
     if is_hopper(capability):
         launch_fp8()
         launch_sparse()
+    if capability == 90:
+        launch_hopper()
     wanted = kernels(capability)
     assert compiled.keys() == wanted, compiled.keys() ^ wanted
     for name, shared in sorted(compiled.items()):

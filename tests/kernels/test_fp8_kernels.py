@@ -313,6 +313,28 @@ def test_layers_of_random_shapes_equal_the_simulation(seed, dtype):
             assert apart(wrong, plain) > 10 * TOLERANCE[dtype] or counts.equal(counts.flip(0))
 
 
+@pytest.mark.skipif(DEVICE == "cpu" or not kernels.on_hopper(torch.empty(0, device=DEVICE)),
+                    reason="Hopper alone has products of its own")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hoppers_own_products_have_the_same_bits(dtype):
+    """The tensor cores add up the same 128 products, and FP32 adds these sums in the same order."""
+    from minids.kernels import triton_fp8 as triton
+    from minids.kernels import triton_fp8_hopper, triton_fp8_products
+    for counts, height, width in (((130, 0, 7, 128, 1), 200, 300), ((70, 900), 384, 128),
+                                  ((1,), 1, 1)):
+        n, experts = sum(counts), len(counts)
+        groups = kernels.group_tiles(torch.tensor(counts), n)
+        x, dy = sample(n, width, dtype=dtype), sample(n, height, dtype=dtype)
+        q, scale, q_t, scale_t = triton.round_tiles(x, True, triton.OF_ROUNDED, groups=groups)
+        _, _, dy_t, dy_scale = triton.round_tiles(dy, True, triton.OF_X, groups=groups)
+        w, w_scale, *_ = triton.round_blocks([sample(experts, height, width, dtype=dtype)])
+        found = [[part.product(q, scale, w, w_scale, n, height, dtype, groups),
+                  part.over_tokens(dy_t, dy_scale, q_t, scale_t, height, width, dtype, groups)]
+                 for part in (triton_fp8_hopper, triton_fp8_products)]
+        assert all(map(torch.equal, *found)), (counts, height, width)
+        assert all(t.any() for t in found[0])
+
+
 @inside
 def test_weights_rounded_once_per_step_give_the_same_gradients():
     args = replace(LITTLE, n_layers=2, n_mtp_layers=0, dim=128, inter_dim=128, moe_inter_dim=128)
