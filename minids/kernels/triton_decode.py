@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from minids.kernels.triton_routing import in_best_groups
+from minids.kernels.triton_selected import scaled
 
 power = triton.next_power_of_2
 
@@ -113,16 +114,17 @@ def attend_kernel(q, latents, slots, out, best, total, slot_stride, latent_strid
         key = own + t[:, None] * (R + P)
         k_c = tl.load(key + r[None, :], mask=(t < end)[:, None], other=0.0)
         k_p = tl.load(key + R + p[None, :], mask=(t < end)[:, None], other=0.0)
-        score = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
-        score += tl.dot(q_p, tl.trans(k_p), input_precision=PRECISION)
+        score = scaled(tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION), scale, start, end)
+        score += scaled(tl.dot(q_p, tl.trans(k_p), input_precision=PRECISION), scale, start, end)
         seen = (t[None, :] <= slot[:, None]) & (t < end)[None, :]
-        score = tl.where(seen, score * scale, float("-inf"))
+        score = tl.where(seen, score, float("-inf"))
         higher = tl.maximum(high, tl.max(score, axis=1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)
         weight = tl.exp2(score - finite[:, None])
         shrink = tl.exp2(high - finite)
         mass = mass * shrink + tl.sum(weight, axis=1)
-        acc = acc * shrink[:, None] + tl.dot(weight.to(k_c.dtype), k_c, input_precision=PRECISION)
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weight.to(k_c.dtype), k_c, acc, input_precision=PRECISION)
         high = higher
     place = (part * tl.num_programs(0) + b) * ROWS + row
     tl.store(out + place[:, None] * R + r[None, :], acc, mask=there[:, None])

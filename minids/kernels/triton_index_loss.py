@@ -92,52 +92,41 @@ def attention_mass_kernel(q, keys, sums, out, S, T, first, q_batch, keys_batch, 
 
 
 @triton.jit
-def selected_sums_kernel(q, latents, indices, seen, sums, S, K, latent_batch, scale,
+def selected_mass_kernel(q, latents, indices, seen, out, S, K, latent_batch, scale,
                          H: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
                          HEADS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr):
-    """The same over each query's own latents, one key for all heads: sums (N, H)
+    """p over one query's own latents, one key for all heads, the heads' mean: out (N, K) FP32
 
-    q: (N, H, D); latents: (B, T, D); indices, seen: (N, K). Not written: scores, (N, H, K), and
-    the latents fetched, (N, K, D).
+    q: (N, H, D); latents: (B, T, D); indices, seen: (N, K). The queries of HEADS heads stay where
+    they are while the latents pass twice. Not written: scores, (N, H, K), and the latents fetched.
     """
-    GROUPS: tl.constexpr = (H + HEADS - 1) // HEADS
-    n = (tl.program_id(0) // GROUPS).to(tl.int64)
-    h = tl.program_id(0) % GROUPS * HEADS + tl.arange(0, HEADS)
-    row, own = q + (n * H + h) * D, latents + n // S * latent_batch
-    wide, rest = part(row, h < H, D, 0, WIDE), part(row, h < H, D, WIDE, REST)
-    high = tl.full((HEADS,), float("-inf"), tl.float32)
-    mass = tl.zeros((HEADS,), tl.float32)
-    for start in range(0, K, KEYS):
-        j = start + tl.arange(0, KEYS)
-        there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
-        t = tl.load(indices + n * K + j, mask=j < K, other=0)
-        score = products(wide, rest, own + t * D, there, D, WIDE, REST, PRECISION) * scale
-        score = tl.where(there[None, :], score, float("-inf"))
-        higher = tl.maximum(high, tl.max(score, axis=1))
-        finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
-        mass = mass * tl.exp2(high - finite) + tl.sum(tl.exp2(score - finite[:, None]), axis=1)
-        high = higher
-    tl.store(sums + n * H + h, high + tl.log2(mass), mask=h < H)
-
-
-@triton.jit
-def selected_mass_kernel(q, latents, indices, seen, sums, out, S, K, tiles, latent_batch, scale,
-                         H: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-                         HEADS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr):
-    """p of KEYS of one query's own tokens, the heads' mean: out (N, K) FP32"""
-    n = (tl.program_id(0) // tiles).to(tl.int64)
-    j = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS)
-    there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
-    t = tl.load(indices + n * K + j, mask=j < K, other=0)
-    column = latents + n // S * latent_batch + t * D
-    wide, rest = part(column, there, D, 0, WIDE), part(column, there, D, WIDE, REST)
-    acc = tl.zeros((KEYS,), tl.float32)
-    for start in range(0, H, HEADS):
-        h = start + tl.arange(0, HEADS)
-        total = tl.load(sums + n * H + h, mask=h < H, other=float("inf"))
-        score = products(wide, rest, q + (n * H + h) * D, h < H, D, WIDE, REST, PRECISION)
-        acc += tl.sum(tl.exp2(score * scale - total[None, :]), axis=1)  # 0 for a head too many
-    tl.store(out + n * K + j, tl.where(there, acc / H, 0.0), mask=j < K)
+    n = tl.program_id(0).to(tl.int64)
+    own = latents + n // S * latent_batch
+    for first in range(0, H, HEADS):
+        h = first + tl.arange(0, HEADS)
+        row = q + (n * H + h) * D
+        wide, rest = part(row, h < H, D, 0, WIDE), part(row, h < H, D, WIDE, REST)
+        high = tl.full((HEADS,), float("-inf"), tl.float32)
+        mass = tl.zeros((HEADS,), tl.float32)
+        for start in range(0, K, KEYS):
+            j = start + tl.arange(0, KEYS)
+            there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
+            t = tl.load(indices + n * K + j, mask=j < K, other=0)
+            score = products(wide, rest, own + t * D, there, D, WIDE, REST, PRECISION) * scale
+            score = tl.where(there[None, :], score, float("-inf"))
+            higher = tl.maximum(high, tl.max(score, axis=1))
+            finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
+            mass = mass * tl.exp2(high - finite) + tl.sum(tl.exp2(score - finite[:, None]), axis=1)
+            high = higher
+        total = tl.where(h < H, high + tl.log2(mass), float("inf"))  # 0 for a head too many
+        for start in range(0, K, KEYS):
+            j = start + tl.arange(0, KEYS)
+            there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
+            t = tl.load(indices + n * K + j, mask=j < K, other=0)
+            score = products(wide, rest, own + t * D, there, D, WIDE, REST, PRECISION) * scale
+            share = tl.where(there, tl.sum(tl.exp2(score - total[:, None]), axis=0) / H, 0.0)
+            share += tl.load(out + n * K + j, mask=(j < K) & (first > 0), other=0.0)
+            tl.store(out + n * K + j, share, mask=j < K)
 
 
 @triton.jit
@@ -264,17 +253,11 @@ def selected_mass(q: Tensor, latent: Tensor, indices: Tensor, seen: Tensor, scal
     """Return p over each query's own latents: q (B, S, H, D), latent (B, T, D) -> (B, S, K) FP32"""
     (batch, count, heads, width), k = q.shape, indices.size(2)
     half, n = q.element_size() == 2, batch * count
-    sums = torch.empty(batch, count, heads, dtype=torch.float32, device=q.device)
-    out = sums.new_empty(batch, count, k)
-    together = max(16, min(power(heads), 64 if half else 16))
-    how = dict(H=heads, HEADS=together, KEYS=64 if half else 16, PRECISION=in_triton(q),
-               num_warps=4, num_stages=2, **widths(width))
-    given = q, latent, indices, seen, sums
-    selected_sums_kernel[(n * triton.cdiv(heads, together),)](
-        *given, count, k, latent.stride(0), scale * LOG2_E, **how)
-    tiles = triton.cdiv(k, how["KEYS"])
-    selected_mass_kernel[(n * tiles,)](
-        *given, out, count, k, tiles, latent.stride(0), scale * LOG2_E, **how)
+    out = torch.empty(batch, count, k, dtype=torch.float32, device=q.device)
+    selected_mass_kernel[(n,)](
+        q, latent, indices, seen, out, count, k, latent.stride(0), scale * LOG2_E, H=heads,
+        HEADS=max(16, min(power(heads), 128 if half else 16)), KEYS=32 if half else 16,
+        PRECISION=in_triton(q), num_warps=8 if half else 4, num_stages=2, **widths(width))
     return out
 
 

@@ -21,6 +21,19 @@ PROGRAMS = 264  # two for each multiprocessor of a large GPU; for fewer, selecti
 
 
 @triton.jit
+def scaled(product, scale, start, stop):
+    """Scale a product within a branch that is always taken, start < stop, so that it stands alone.
+
+    Triton lays a product out for the one that its result enters: then both halves of eight warps
+    compute all of 64 rows. It does not look through a branch, and each half computes one part.
+    """
+    out = product
+    if start < stop:
+        out = product * scale
+    return out
+
+
+@triton.jit
 def attend_selected_kernel(q, latents, indices, seen, out, sums, S, K, piece, latent_batch,
                            scale, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
                            HEADS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr):
@@ -47,16 +60,17 @@ def attend_selected_kernel(q, latents, indices, seen, out, sums, S, K, piece, la
     mass = tl.zeros((HEADS,), tl.float32)
     acc = tl.zeros((HEADS, R), tl.float32)
     begin = tl.program_id(1) * piece
-    for start in range(begin, tl.minimum(begin + piece, K), KEYS):
+    stop = tl.minimum(begin + piece, K)
+    for start in range(begin, stop, KEYS):
         j = start + tl.arange(0, KEYS)
         there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
         t = tl.load(indices + n * K + j, mask=j < K, other=0)
         key = own + t[:, None] * (R + P)
         k_c = tl.load(key + r[None, :], mask=there[:, None], other=0.0)
         k_p = tl.load(key + R + p[None, :], mask=there[:, None], other=0.0)
-        score = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
-        score = tl.dot(q_p, tl.trans(k_p), score, input_precision=PRECISION)
-        score = tl.where(there[None, :], score * scale, float("-inf"))  # (HEADS, KEYS)
+        score = scaled(tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION), scale, start, stop)
+        score += scaled(tl.dot(q_p, tl.trans(k_p), input_precision=PRECISION), scale, start, stop)
+        score = tl.where(there[None, :], score, float("-inf"))  # (HEADS, KEYS)
         higher = tl.maximum(high, tl.max(score, axis=1))
         finite = tl.where(higher == float("-inf"), 0.0, higher)  # nothing seen yet
         weight = tl.exp2(score - finite[:, None])
@@ -95,9 +109,9 @@ def selected_query_grad_kernel(q, latents, indices, seen, grad, sums, delta, ave
                                PRECISION: tl.constexpr):
     """Gradient of HEADS heads' queries: grad (N, H, R) -> dq (N, H, W)
 
-    delta: (N, H) FP32, the inner product of the output, `average`, and its gradient, stored for the
-    keys; back: the scale without log2(e). Not written: probabilities, which are computed again from
-    the sums, and their gradients, both (N, H, K).
+    delta: (N, H) FP32, the inner product of the output, `average`, and its gradient, times `back`,
+    the scale without log2(e); stored for the keys. Not written: probabilities, which are computed
+    again from the sums, and their gradients, both (N, H, K).
     """
     GROUPS: tl.constexpr = (H + HEADS - 1) // HEADS
     n = (tl.program_id(0) // GROUPS).to(tl.int64)
@@ -111,7 +125,7 @@ def selected_query_grad_kernel(q, latents, indices, seen, grad, sums, delta, ave
     out = tl.load(grad + head[:, None] * R + r[None, :], mask=heads, other=0.0)
     total = tl.load(sums + head, mask=h < H, other=float("inf"))
     inner = tl.load(average + head[:, None] * R + r[None, :], mask=heads, other=0.0).to(tl.float32)
-    inner = tl.sum(inner * out.to(tl.float32), axis=1)
+    inner = tl.sum(inner * out.to(tl.float32), axis=1) * back
     tl.store(delta + head, inner, mask=h < H)
     own = latents + n // S * latent_batch
     d_c, d_p = tl.zeros((HEADS, R), tl.float32), tl.zeros((HEADS, P), tl.float32)
@@ -122,15 +136,15 @@ def selected_query_grad_kernel(q, latents, indices, seen, grad, sums, delta, ave
         key = own + t[:, None] * (R + P)
         k_c = tl.load(key + r[None, :], mask=there[:, None], other=0.0)
         k_p = tl.load(key + R + p[None, :], mask=there[:, None], other=0.0)
-        score = tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION)
-        score = tl.dot(q_p, tl.trans(k_p), score, input_precision=PRECISION)
-        prob = tl.where(there[None, :], tl.exp2(score * scale - total[:, None]), 0.0)
-        towards = tl.dot(out, tl.trans(k_c), input_precision=PRECISION)
+        score = scaled(tl.dot(q_c, tl.trans(k_c), input_precision=PRECISION), scale, start, K)
+        score += scaled(tl.dot(q_p, tl.trans(k_p), input_precision=PRECISION), scale, start, K)
+        prob = tl.where(there[None, :], tl.exp2(score - total[:, None]), 0.0)
+        towards = scaled(tl.dot(out, tl.trans(k_c), input_precision=PRECISION), back, start, K)
         d_score = (prob * (towards - inner[:, None])).to(k_c.dtype)  # (HEADS, KEYS)
         d_c = tl.dot(d_score, k_c, d_c, input_precision=PRECISION)
         d_p = tl.dot(d_score, k_p, d_p, input_precision=PRECISION)
-    tl.store(dq + row + r[None, :], (d_c * back).to(dq.dtype.element_ty), mask=heads)
-    tl.store(dq + row + R + p[None, :], (d_p * back).to(dq.dtype.element_ty), mask=heads)
+    tl.store(dq + row + r[None, :], d_c.to(dq.dtype.element_ty), mask=heads)
+    tl.store(dq + row + R + p[None, :], d_p.to(dq.dtype.element_ty), mask=heads)
 
 
 @triton.jit
@@ -165,10 +179,12 @@ def selected_key_grad_kernel(q, latents, indices, seen, grad, sums, delta, dlate
         row = tl.where(i % 2 == 0, grad + own * R, q + own * (R + P))
         both = tl.load(row[:, None] + r[None, :], mask=(start + i // 2 < H)[:, None], other=0.0)
         product = tl.dot(k_c, tl.trans(both), input_precision=PRECISION)  # (KEYS, 2 HEADS)
+        product = scaled(product, back, start, H)
         towards, score = tl.split(tl.reshape(product, (KEYS, HEADS, 2)))
-        score += tl.dot(k_p, tl.trans(q_p), input_precision=PRECISION)
-        prob = tl.where(there[:, None], tl.exp2(score * scale - total[None, :]), 0.0)
-        d_score = prob * (towards - inner[None, :]) * back
+        rest = scaled(tl.dot(k_p, tl.trans(q_p), input_precision=PRECISION), back, start, H)
+        prob = tl.exp2((score + rest) * (scale / back) - total[None, :])
+        prob = tl.where(there[:, None], prob, 0.0)
+        d_score = prob * (towards - inner[None, :])
         shares = tl.reshape(tl.join(prob, d_score), (KEYS, 2 * HEADS)).to(both.dtype)
         d_c = tl.dot(shares, both, d_c, input_precision=PRECISION)
         d_p = tl.dot(d_score.to(q_p.dtype), q_p, d_p, input_precision=PRECISION)
@@ -235,12 +251,12 @@ class Selected(torch.autograd.Function):
         given = q, latent, indices, seen, grad, sums, delta
         widths = dict(H=heads, R=rank, P=width - rank, PRECISION=in_triton(q))
         scales = latent.stride(0), ctx.scale * LOG2_E, ctx.scale
-        together, keys = tile(heads, half), 32
+        together, keys = tile(heads, half), 64 if half else 32
         groups = triton.cdiv(heads, together)
         selected_query_grad_kernel[(rows * groups,)](
-            *given, out, dq, count, k, *scales, HEADS=together, KEYS=keys, num_stages=2,
+            *given, out, dq, count, k, *scales, HEADS=together, KEYS=keys, num_stages=1,
             num_warps=8 if together == 64 else 4, **widths)
-        keys, together = 64 if half else 16, max(16, min(triton.next_power_of_2(heads), 32))
+        keys, together = 64 if half else 16, 16
         tiles = triton.cdiv(k, keys)
         selected_key_grad_kernel[(rows * tiles,)](
             *given, dlatent, count, k, total, tiles, *scales, HEADS=together, KEYS=keys,
