@@ -146,7 +146,8 @@ def as_hopper_wants(q: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, F.Scaling
     q = padded(q.contiguous().view(torch.uint8), *q.shape).view(q.dtype)  # byte 0 is the number 0
     if is_tiles:
         scale = F.pad(scale, (0, 0, 0, len(q) - len(scale)))
-        return q, scale.t().contiguous().t(), F.ScalingType.BlockWise1x128
+        columns = scale.new_empty(scale.size(1), len(q)).copy_(scale.t())  # also of one tile
+        return q, columns.t(), F.ScalingType.BlockWise1x128
     return q, F.pad(scale, (0, -scale.size(1) % 4)).contiguous().t(), F.ScalingType.BlockWise128x128
 
 

@@ -14,6 +14,7 @@ from small_models import gap
 from minids import fp8
 from minids.fp8 import (
     E4M3_MAX,
+    as_hopper_wants,
     dequantize,
     fp8_gemm,
     fp8_linear,
@@ -331,7 +332,8 @@ def test_a_gpu_without_the_units_simulates():
 
 @pytest.mark.skipif(not (torch.cuda.is_available() and has_fp8_units(torch.device("cuda"))),
                     reason="no Hopper GPU")
-@pytest.mark.parametrize("shape", [(200, 300, 150), (1, 128, 128), (576, 640, 512)], ids=str)
+@pytest.mark.parametrize("shape", [(200, 300, 150), (1, 128, 128), (96, 128, 128), (576, 640, 512)],
+                         ids=str)
 def test_hopper_multiplies_the_same_numbers(shape):
     torch.manual_seed(0)
     n, k, m = shape
@@ -342,6 +344,13 @@ def test_hopper_multiplies_the_same_numbers(shape):
     for a, b in pairs:
         # 14 bits of a sum within 128 numbers: 2^-13 at each of four steps, of the largest sum.
         assert gap(gemm_on_hopper(*a, *b), dequantize(*a) @ dequantize(*b).T) < 4 * 2 ** -12
+
+
+@pytest.mark.parametrize("shape", [(128, 96), (5, 100), (300, 500)])
+def test_scales_stand_by_columns_for_hopper_also_where_a_row_has_one(shape):
+    q, scale, _ = as_hopper_wants(*quantize_activation(torch.randn(shape)))
+    assert scale.shape == (len(q), math.ceil(shape[1] / 128))
+    assert scale.stride() == (1, len(q))
 
 
 @pytest.mark.parametrize("size", [2.0 ** -27, 2.0 ** -60])

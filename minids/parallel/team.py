@@ -215,15 +215,20 @@ class Team(Alone):
         except Exception as error:
             if getattr(error, "for_all", False):  # torchrun soon ends this rank too
                 raise
-            with contextlib.suppress(RuntimeError):  # the store is gone, or rank 0 has no error
+            with contextlib.suppress(RuntimeError):  # the store is gone, or nobody else tells it
                 if self.first:
                     self.store.set("failed", "1")
                 else:
                     self.store.wait(["failed"], SILENCE)
                     raise SystemExit(2) from None
             if is_lost(error):
+                with contextlib.suppress(RuntimeError):
+                    if self.store.check(["told"]):  # by the rank that was lost
+                        raise SystemExit(2) from None
                 raise ValueError("another process of this run was lost, or does not answer; "
                                  f"{after_loss} ({error})") from error
+            with contextlib.suppress(RuntimeError):
+                self.store.set("told", "1")
             raise
 
     def in_turn(self, act: Callable):

@@ -284,6 +284,20 @@ def test_bench_times_the_steps_of_every_layout(flags, alone):
 
 
 @pytest.mark.slow
+def test_a_rank_without_memory_ends_all_ranks_with_one_line(flags, tmp_path):
+    run = tmp_path / "run"
+    said = run_ranks(*flags, "--out", str(run), "--save-every", "1",
+                     program="tests.parallel.short_of_memory")
+    lines = [line for line in said.err.splitlines() if line.startswith("python -m minids.train: ")]
+    good = checkpoints.resolve(run)
+    assert said.status != 0 and len(lines) == 1, said.err
+    assert f"step 3: not enough memory for 2.50 GiB; the last good checkpoint is {good}" in lines[0]
+    assert checkpoints.verify(good)["step"] == 2
+    said = torchrun("--resume", "--out", str(run), "--recompute")
+    assert said.status == 0 and "resumed at step 2 of 6" in said.out, said.err
+
+
+@pytest.mark.slow
 def test_a_full_disk_ends_all_ranks_with_one_line(flags, small_disk, tmp_path):
     """It is found by the ranks' writers, while training goes on; the first checkpoint is whole."""
     run = small_disk(2) / "run"  # room for one checkpoint of the two
