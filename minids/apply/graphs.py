@@ -11,7 +11,9 @@ The first step of each size runs without a graph. It compiles what has to be com
 runs nothing, so the text goes on as if there were none.
 """
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -24,6 +26,18 @@ SMALLEST = 256  # slots; below it a step takes no longer than for fewer
 def graphed(device: torch.device) -> bool:
     """Return whether decoding steps on this device become graphs: on a GPU, with bodies on."""
     return device.type == "cuda" and current_setting() == "auto"
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Leave garbage where it is: to destroy an old graph in it would spoil the one being made."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 class Steps:
@@ -67,7 +81,8 @@ class Steps:
             graph = torch.cuda.CUDAGraph()
             if self.generator is not None:
                 graph.register_generator_state(self.generator)
-            with torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local"):
+            with (uncollected(),
+                  torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local")):
                 self.step(bound)
         except Exception as error:  # whatever a body or a driver refuses: the step itself works
             self.captures = False

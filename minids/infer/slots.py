@@ -59,7 +59,7 @@ class Slots:
         self.graphs: dict[tuple, Steps] = {}
         self.at_desk = self.static and (UNTRIED or self.end.device.type == "cpu")
         if self.at_desk:
-            self.desk = new_cache(self.model, 1, max_len + WIDTHS[-1])
+            self.desk = new_cache(self.model, 1, max_len)
             self.desk.folded, self.desk.joined = self.cache.folded, self.cache.joined
             self.prompt = self.end.new_zeros(1, WIDTHS[-1])
             self.filled = self.end.new_zeros(1)  # slots of the desk
@@ -141,8 +141,8 @@ class Slots:
         Returns the model's states, (1, S, D), and the experts that the last token visited, by
         layer, (1, 1, layers, K); the next pass overwrites both.
         """
-        if self.at_desk and len(tokens) <= WIDTHS[-1]:
-            states, visited = self.read_at_desk(row, tokens)
+        if width := self.width(row, tokens):
+            states, visited = self.read_at_desk(row, tokens, width)
         else:
             part = view(self.cache, row, row + 1)
             part.length, part.lengths = len(self.held[row]), None
@@ -153,10 +153,16 @@ class Slots:
             self.follow(row, states)
         return states, visited[:, -1:]
 
-    def read_at_desk(self, row: int, tokens: list[int]) -> tuple[Tensor, Tensor]:
+    def width(self, row: int, tokens: list[int]) -> int:
+        """Return how many tokens a graph reads for these and has room for; 0: none does."""
+        room = self.max_len - len(self.held[row])
+        fits = (width for width in WIDTHS if len(tokens) <= width <= room)
+        return next(fits, 0) if self.at_desk else 0
+
+    def read_at_desk(self, row: int, tokens: list[int], width: int) -> tuple[Tensor, Tensor]:
         """Read tokens by a graph, in the absorbed form; nothing sees the padding behind them."""
         start, count = len(self.held[row]), len(tokens)
-        end, width = start + count, next(width for width in WIDTHS if width >= count)
+        end = start + count
         pairs = [(desk[:, 0], rows[:, row])
                  for desk, rows in zip(tensors(self.desk), tensors(self.cache), strict=True)]
         for desk, own in pairs:
@@ -164,8 +170,8 @@ class Slots:
         self.prompt[0, :count] = torch.tensor(tokens, device=self.end.device)
         self.filled.fill_(start)
         if (key := ("read", width)) not in self.graphs:
-            self.graphs[key] = Steps(functools.partial(self.compute_read, width), self.max_len,
-                                     self.end.device)
+            self.graphs[key] = Steps(functools.partial(self.compute_read, width),
+                                     self.max_len - width, self.end.device)
         self.graphs[key](start)
         for desk, own in pairs:
             own[:, start:end] = desk[:, start:end]
