@@ -23,7 +23,7 @@ from minids.kernels.registry import REGISTRY, body
 
 KINDS = torch.bfloat16, torch.float16, torch.float32
 MANY = 1024  # tokens of a step; with more the plain definition's products are as quick
-PROGRAMS = 264  # that attention is cut into: two for each multiprocessor of a large GPU
+MULTIPROCESSORS = 132  # of a large GPU; attention is cut into so many programs, or twice as many
 MOST_PIECES = 64  # more take longer to add up than they save
 OLDEST = 8, 0  # compute capability; before, V3's widths need more shared memory than a block has
 
@@ -129,7 +129,8 @@ def attend(attn, folded: Tensor, latents: Tensor, slots: Tensor, end: int) -> Te
     rows = total // batch * heads
     together = max(16, min(kernels.power(rows), 64 if fills_hopper(folded) else 32))
     keys = 64 if together == 64 else 32
-    pieces = min(PROGRAMS // (batch * -(-rows // together)), -(-end // (2 * keys)), MOST_PIECES)
+    at_once = MULTIPROCESSORS if together == 64 else 2 * MULTIPROCESSORS
+    pieces = min(at_once // (batch * -(-rows // together)), -(-end // (2 * keys)), MOST_PIECES)
     pieces = max(pieces, 1)
     piece = -(-end // pieces // keys) * keys
     pieces = -(-end // piece)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from minids.kernels.precision import LOG2_E, in_triton
 
-PROGRAMS = 264  # two for each multiprocessor of a large GPU; for fewer, selections are cut up
+MULTIPROCESSORS = 132  # of a large GPU, a program for each; with fewer, selections are cut up
 
 
 @triton.jit
@@ -208,7 +208,7 @@ def attend(q: Tensor, latent: Tensor, indices: Tensor, seen: Tensor, rank: int, 
     half, rows = q.element_size() == 2, batch * count
     together, keys = tile(heads, half), 64 if half else 32
     groups = triton.cdiv(heads, together)
-    pieces = min(PROGRAMS // (rows * groups), triton.cdiv(k, keys)) if in_pieces else 1
+    pieces = min(MULTIPROCESSORS // (rows * groups), triton.cdiv(k, keys)) if in_pieces else 1
     piece = triton.cdiv(triton.cdiv(k, max(pieces, 1)), keys) * keys
     pieces = triton.cdiv(k, piece)
     sums = torch.empty(pieces, rows, heads, dtype=torch.float32, device=q.device)

@@ -17,6 +17,7 @@ from minids.base import command_line
 from minids.generate import generate
 from minids.infer import decoding
 from minids.infer.sampling import Sampler
+from minids.kernels.registry import recorded, using
 from minids.model.cache import LatentCache
 from minids.model.moe import MoE
 from minids.rl.rollout import log_probs, roll_out
@@ -29,6 +30,7 @@ MODELS = {"query latent": LITTLE, "no query latent": replace(LITTLE, q_lora_rank
 HOW = {"greedy": dict(), "sampled": dict(temperature=1.0, seed=3),
        "cut": dict(temperature=1.5, top_k=9, top_p=0.8), "ends": dict(eos_id=[7, 9, 12]),
        "draft": dict(speculative=1), "drafts": dict(speculative=3, temperature=1.0, seed=2)}
+WIDE_SPARSE = replace(WIDE, index_n_heads=16, index_head_dim=16, index_topk=5)
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="captures on a GPU only")
 
 
@@ -201,7 +203,8 @@ def test_a_capture_that_fails_says_so_once_and_goes_on(static, capsys, monkeypat
 @pytest.mark.parametrize("how", HOW)
 @pytest.mark.parametrize("args, dtype", [
     *((args, torch.bfloat16) for args in MODELS.values()),
-    (WIDE, torch.bfloat16), (WIDE, torch.float32)], ids=[*MODELS, "Triton", "Triton, FP32"])
+    *((args, dtype) for args in (WIDE, WIDE_SPARSE) for dtype in (torch.bfloat16, torch.float32))],
+    ids=[*MODELS, "Triton", "Triton, FP32", "sparse in Triton", "sparse in Triton, FP32"])
 def test_a_captured_step_writes_the_same_text(capsys, monkeypatch, args, dtype, how):
     monkeypatch.setattr(graphs, "SMALLEST", 8)
     model = scrambled(args, dtype=dtype).cuda()
@@ -209,6 +212,17 @@ def test_a_captured_step_writes_the_same_text(capsys, monkeypatch, args, dtype, 
     assert not capsys.readouterr().err
     monkeypatch.setattr(Steps, "capture", lambda self, bound: None)
     assert generate(model, PROMPTS, 24, **HOW[how]).tokens == captured
+
+
+@on_gpu
+def test_sparse_steps_in_kernels_write_what_the_plain_definitions_write():
+    model = scrambled(WIDE_SPARSE, dtype=torch.float32).cuda()
+    with recorded() as record:
+        tokens = generate(model, PROMPTS, 24).tokens
+    assert record["transformer.Block.forward", "joined_block"]
+    assert record["mla.selected_attention", "attend_selected"]
+    with using("off"):
+        assert generate(model, PROMPTS, 24).tokens == tokens
 
 
 @on_gpu
