@@ -16,7 +16,6 @@ is one operation for a compiler, which then compiles around it.
 
 import importlib
 from collections.abc import Sequence
-from importlib.util import find_spec
 from types import ModuleType
 from typing import NamedTuple
 
@@ -32,13 +31,14 @@ from minids.kernels.fp8_layout import (
     Groups,
     group_tiles,
     in_fours,
+    in_gluon,
+    on_hopper,
     whole,
 )
 from minids.kernels.precision import INTERPRETED, TRITON, UNTRIED, compute_dtype
 from minids.kernels.registry import body
 
 OLDEST = 8, 9  # compute capability: Ada, the first with FP8 units
-HOPPER = 9, 0  # torch's own product with such scales is for these
 KINDS = torch.bfloat16, torch.float16, torch.float32
 
 
@@ -229,15 +229,10 @@ def multiply_over_tokens(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor,
     return products(a).over_tokens(a, a_scale, b, b_scale, height, width, dtype, groups)
 
 
-def on_hopper(x: Tensor) -> bool:
-    """Return whether torch multiplies with these scales."""
-    return x.device.type == "cuda" and capability(x.device.index) == HOPPER
-
-
 def products(x: Tensor) -> ModuleType:
     """Return the kernels that multiply on a tensor's device."""
-    own = on_hopper(x) and find_spec("triton.experimental.gluon")  # which an old Triton lacks
-    return importlib.import_module(f"minids.kernels.triton_fp8_{'hopper' if own else 'products'}")
+    kind = "hopper" if in_gluon(x) else "products"
+    return importlib.import_module(f"minids.kernels.triton_fp8_{kind}")
 
 
 def scaled_mm(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, kind: "F.ScalingType",

@@ -1,11 +1,13 @@
 """How FP8 factors lie in memory: in whole tiles, and an expert's rows in tiles of their own."""
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 BLOCK = 128  # channels in a tile, rows and columns in a block
+HOPPER = 9, 0  # compute capability
 # Floors on the largest absolute value of a tile or a block, so that zeros get a finite scale.
 LEAST = 1e-4  # of activations and weights, as in DeepSeek's code
 # Gradients of a mean over many tokens are far smaller. Quotients and what is left of them, 2^-24 of
@@ -21,6 +23,16 @@ def whole(size: int) -> int:
 def in_fours(size: int) -> int:
     """Return the length of a row of blocks' scales."""
     return -(-size // BLOCK // 4) * 4
+
+
+def on_hopper(x: Tensor) -> bool:
+    """Return whether a tensor lies on a Hopper, where torch multiplies with such scales."""
+    return x.device.type == "cuda" and torch.cuda.get_device_capability(x.device) == HOPPER
+
+
+def in_gluon(x: Tensor) -> bool:
+    """Return whether kernels in Gluon take a tensor: those for Hopper, if Triton has Gluon yet."""
+    return on_hopper(x) and find_spec("triton.experimental.gluon") is not None
 
 
 class Groups(NamedTuple):

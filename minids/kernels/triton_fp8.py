@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minids.kernels.fp8_layout import BLOCK, LEAST, Groups, in_fours, whole
+from minids.kernels.fp8_layout import BLOCK, LEAST, Groups, in_fours, in_gluon, whole
 
 NOT, OF_X, OF_ROUNDED = 0, 1, 2  # what the columns are rounded from
 WARPS = 8
@@ -33,7 +33,7 @@ def scale_of(largest, least, UE8M0: tl.constexpr):
 
 
 @triton.jit
-def to_e4m3(x, scale):
+def to_e4m3(x, scale, SHORT: tl.constexpr):
     """Return x / scale as the nearest E4M3 numbers, ties to even. NaN stays NaN, and so does a tile
     with an infinite number in it.
 
@@ -41,19 +41,21 @@ def to_e4m3(x, scale):
     reciprocal, one per scale, and two corrections by what is left (Markstein, IBM Journal of
     Research and Development 34, 1990). That takes half the instructions of a division, which would
     last longer than reading the numbers does. No quotient is above 448, but for its rounding.
+    SHORT: x had 16 bits. Then one correction gives the same E4M3 numbers: `test_fp8_kernels` goes
+    through all quotients that are near enough to the middle of two.
     """
     inverse = tl.div_rn(1.0, scale)
-    quotient = x * inverse
-    for _ in tl.static_range(2):
+    quotient = x * tl.broadcast_to(inverse, x.shape)
+    for _ in tl.static_range(1 if SHORT else 2):
         left = tl.fma(quotient, tl.broadcast_to(scale, x.shape), x * -1.0)
-        quotient = tl.fma(left, tl.broadcast_to(-inverse, x.shape), quotient)  # -0 stays
+        quotient = tl.fma(left, tl.broadcast_to(inverse * -1.0, x.shape), quotient)  # -0 stays
     return quotient.to(tl.float8e4nv)
 
 
 @triton.jit
 def tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tokens,
                  least, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UE8M0: tl.constexpr,
-                 GROUPED: tl.constexpr, BLOCK: tl.constexpr):
+                 GROUPED: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr):
     """Round 128 x 128 numbers along the rows, along the columns, or both; columns go transposed.
 
     q_rows: rows of q and of a tile's scales; tokens: columns of q_t, whole tiles
@@ -70,30 +72,29 @@ def tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tok
     padded = tl.num_programs(0) * BLOCK
     inside = (at < last)[:, None] & (along < width)[None, :]
     value = tl.load(x + at[:, None] * width + along[None, :], mask=inside, other=0.0)
-    turned = tl.trans(value)  # 16 bits per number cross shared memory faster than 8 or 32
     if ROWS or COLUMNS == 2:
         value = value.to(tl.float32)
         own = scale_of(tl.max(tl.abs(value), 1), least, UE8M0)  # (BLOCK,)
-        rounded = to_e4m3(value, own[:, None])
+        rounded = to_e4m3(value, own[:, None], SHORT)
         if ROWS:
             here = at < (last if GROUPED else q_rows)  # else the next expert's rows
             tl.store(q + at[:, None] * padded + along[None, :], rounded, mask=here[:, None])
             tl.store(scale + column.to(tl.int64) * q_rows + at, own, mask=here)
-        if COLUMNS == 2:  # FP16 holds what E4M3 does
-            turned = tl.trans(rounded.to(tl.float16)).to(tl.float32) * own[None, :]
+        if COLUMNS == 2:
+            value = rounded.to(tl.float32) * own[:, None]
     if COLUMNS > 0:
-        turned = turned.to(tl.float32)
-        own = scale_of(tl.max(tl.abs(turned), 1), least, UE8M0)
+        value = value.to(tl.float32)
+        own = scale_of(tl.max(tl.abs(value), 0), least, UE8M0)
+        rounded = to_e4m3(value, own[None, :], SHORT and COLUMNS == 1)
         across = tile * BLOCK + tl.arange(0, BLOCK)
-        tl.store(q_t + along.to(tl.int64)[:, None] * tokens + across[None, :],
-                 to_e4m3(turned, own[:, None]))
+        tl.store(q_t + along.to(tl.int64)[:, None] * tokens + across[None, :], tl.trans(rounded))
         tl.store(scale_t + tile * padded + along, own)
 
 
 @triton.jit
 def blocks_kernel(w, q, scale, q_t, scale_t, height, width, stride, first, high, scale_width,
                   scale_height, least, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                  UE8M0: tl.constexpr, BLOCK: tl.constexpr):
+                  UE8M0: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr):
     """Round a block of 128 x 128 numbers with one scale, and store it as it is, transposed, or
     both: a block's scale serves its rows and its columns alike.
 
@@ -108,7 +109,7 @@ def blocks_kernel(w, q, scale, q_t, scale_t, height, width, stride, first, high,
     value = tl.load(w + matrix * stride + at.to(tl.int64)[:, None] * width + along[None, :],
                     mask=inside, other=0.0).to(tl.float32)
     own = scale_of(tl.max(tl.max(tl.abs(value), 1), 0), least, UE8M0)
-    rounded = to_e4m3(value, own)
+    rounded = to_e4m3(value, own, SHORT)
     numbers = matrix * wide * high * BLOCK * BLOCK
     row += first
     at += first * BLOCK
@@ -121,8 +122,16 @@ def blocks_kernel(w, q, scale, q_t, scale_t, height, width, stride, first, high,
         value = tl.trans(value)
         own = scale_of(tl.max(tl.max(tl.abs(value), 1), 0), least, UE8M0)
         tl.store(q_t + numbers + along.to(tl.int64)[:, None] * (high * BLOCK) + at[None, :],
-                 to_e4m3(value, own))
+                 to_e4m3(value, own, SHORT))
         tl.store(scale_t + (matrix * wide + column) * scale_height + row, own)
+
+
+def chosen(x: Tensor, name: str) -> triton.JITFunction:
+    """Return the kernel of a name for a tensor's device."""
+    if not in_gluon(x):
+        return globals()[name]
+    from minids.kernels import triton_fp8_hopper_rounding
+    return getattr(triton_fp8_hopper_rounding, f"hopper_{name}")
 
 
 def round_tiles(x: Tensor, rows: bool, columns: int = NOT, ue8m0: bool = False,
@@ -146,9 +155,10 @@ def round_tiles(x: Tensor, rows: bool, columns: int = NOT, ue8m0: bool = False,
     q_t, scale_t = torch.empty(wide, across * BLOCK, **e4m3), torch.empty(across, wide, **fp32)
     first, end = (x, x) if groups is None else (groups.first, groups.end)
     if n:
-        tiles_kernel[wide // BLOCK, tiles](
+        chosen(x, "tiles_kernel")[wide // BLOCK, tiles](
             x, q, scale, q_t, scale_t, first, end, n, d, q_rows, tiles * BLOCK, least, ROWS=rows,
-            COLUMNS=columns, UE8M0=ue8m0, GROUPED=groups is not None, BLOCK=BLOCK, num_warps=WARPS)
+            COLUMNS=columns, UE8M0=ue8m0, GROUPED=groups is not None, SHORT=x.element_size() == 2,
+            BLOCK=BLOCK, num_warps=WARPS)
     return q, scale, q_t, scale_t
 
 
@@ -175,8 +185,9 @@ def round_blocks(weights: Sequence[Tensor], rows: bool = True, columns: bool = F
     first = 0
     for w, count in zip(weights, blocks, strict=True):
         w = w if w.stride()[1:] == (c, 1) else w.contiguous()
-        blocks_kernel[wide // BLOCK, count, e](
+        chosen(w, "blocks_kernel")[wide // BLOCK, count, e](
             w, q, scale, q_t, scale_t, w.size(1), c, w.stride(0), first, high // BLOCK, row, row_t,
-            LEAST, ROWS=rows, COLUMNS=columns, UE8M0=ue8m0, BLOCK=BLOCK, num_warps=WARPS)
+            LEAST, ROWS=rows, COLUMNS=columns, UE8M0=ue8m0, SHORT=w.element_size() == 2,
+            BLOCK=BLOCK, num_warps=WARPS)
         first += count
     return q, scale, q_t, scale_t
