@@ -11,12 +11,12 @@ multiprocessor.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from minids.kernels import triton_fp8
+from minids.kernels import triton_e4m3
 
 ALONG = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [8, 1], [1, 0]))  # 16 numbers of a row each
 ACROSS = gl.constexpr(gl.BlockedLayout([16, 1], [8, 4], [1, 8], [0, 1]))  # and of a column
 
-scale_of, to_e4m3 = (gluon.jit(f.fn) for f in (triton_fp8.scale_of, triton_fp8.to_e4m3))
+scale_of, to_e4m3 = (gluon.jit(f.fn) for f in (triton_e4m3.scale_of, triton_e4m3.to_e4m3))
 
 
 @gluon.jit
