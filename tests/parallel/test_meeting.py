@@ -67,6 +67,24 @@ def test_a_rank_without_a_gpu_is_told_by_that_rank(second_of_two, port):
     assert message.startswith("device = 'cpu' is not valid on rank 1") and "'cuda'" in message
 
 
+@pytest.mark.parametrize("local", [0, 7])
+def test_a_card_missing_from_the_host_is_told_by_its_first_process(second_of_two, local,
+                                                                   monkeypatch):
+    """Before any process waits for another one, and by one line for all of the machine."""
+    slept = []
+    monkeypatch.setattr(team.time, "sleep", slept.append)
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setattr(team.torch.cuda, "device_count", lambda: 7)
+    with pytest.raises((ValueError, SystemExit)) as caught:
+        Team(Layout().fitted(2), "cuda")
+    assert not dist.is_initialized()
+    if local == 0:
+        assert not slept and "8 processes on this machine, which has 7 GPUs" in str(caught.value)
+    else:
+        assert slept == [team.PATIENCE] and caught.value.code == 2
+
+
 @pytest.mark.parametrize("error, waits", [
     (ValueError("heat"), True), (SystemExit(2), True), (SystemExit(0), False)])
 def test_other_ranks_leave_the_word_to_rank_0(error, waits, monkeypatch):
