@@ -17,6 +17,7 @@ import pytest
 import torch
 from launching import begin_ranks, launch, ranks_below, run_ranks, wait_for_steps
 from test_four_ranks import CHECKS as OF_FOUR
+from test_serving_programs import PROGRAMS, home, run
 from test_two_ranks import CHECKS as OF_TWO
 from training_runs import read_records, run_train
 
@@ -24,6 +25,7 @@ from minids import ModelArgs
 from minids.dryrun import DryRunArgs, dry_run
 from minids.parallel.layout import Layout
 
+__all__ = ["home"]  # a fixture
 GPUS = torch.cuda.device_count()
 OF_GPUS = re.findall(r"^def (check_\w+)", (Path(__file__).parent / "gpu_ranks.py").read_text(),
                      re.M)
@@ -107,3 +109,17 @@ def test_a_run_killed_on_two_gpus_goes_on_on_one_and_on_two_again(tmp_path):
     assert ends[1][-20:] == pytest.approx(ends[0][-20:], rel=0.02)
     assert ends[1][-20:] != pytest.approx(ends[0][-21:-1], rel=0.02), "neighbours differ by more"
     assert ends[1][-1] < ends[1][0] - 1
+
+
+@needs_two
+@pytest.mark.parametrize("name", ["generate", "drafts", "evaluate"])
+def test_two_gpus_that_share_a_model_say_what_one_says(home, name):
+    """In FP32, greedy: no two of these scores are so near that a sum in another order decides."""
+    words, *ways = PROGRAMS[name]
+    greedy = [] if name == "evaluate" else ["--dtype", "fp32", "--temperature", "0"]
+    flags = [*words.split(), "--run", "fp8", *greedy]
+    alone = run(home, *flags, device="cuda")
+    assert alone.status == 0, alone.err
+    for way in ways[:2]:
+        said = run(home, *flags, *way, world=2, device="cuda")
+        assert (said.status, said.out) == (0, alone.out), said.err

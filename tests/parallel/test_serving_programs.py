@@ -33,11 +33,11 @@ PROGRAMS = {
 }
 
 
-def run(folder: Path, program: str, *flags: str, world: int = 1) -> Said:
+def run(folder: Path, program: str, *flags: str, world: int = 1, device: str = "cpu") -> Said:
     """Run a program to its end, in one process or in several."""
     before = ["-m"] if world == 1 else ["-m", "torch.distributed.run", "--standalone",
                                         "--nproc-per-node", str(world), "-m", "--"]
-    flags = [f"minids.{program}", *flags, "--device", "cpu", "--threads", "1"]
+    flags = [f"minids.{program}", *flags, "--device", device, "--threads", "1"]
     done = subprocess.run([sys.executable, *before, *flags], cwd=folder, text=True, timeout=170,
                           capture_output=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     return Said(done.returncode, done.stdout, done.stderr)
