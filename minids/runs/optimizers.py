@@ -82,17 +82,17 @@ class AdamWInBF16(torch.optim.AdamW):
         """Take a step by a kernel that reads and writes each number once."""
         from minids.kernels import triton_adamw
         self._moments_to(torch.bfloat16)  # a loaded state has the parameters' type
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.zeros((), device=p.device)
-                    for name in ("exp_avg", "exp_avg_sq"):
-                        state[name] = torch.zeros_like(p, dtype=torch.bfloat16)
-                state["step"] += 1
-                triton_adamw.move(p, p.grad, state, group)
+        learning = [(p, group) for group in self.param_groups for p in group["params"]
+                    if p.grad is not None]
+        for p, _ in learning:
+            if not (state := self.state[p]):
+                state["step"] = torch.zeros((), device=p.device)
+                for name in ("exp_avg", "exp_avg_sq"):
+                    state[name] = torch.zeros_like(p, dtype=torch.bfloat16)
+        if learning:
+            torch._foreach_add_([self.state[p]["step"] for p, _ in learning], 1)
+        for p, group in learning:
+            triton_adamw.move(p, p.grad, self.state[p], group)
 
     def _moments_to(self, dtype: torch.dtype) -> None:
         for state in self.state.values():
