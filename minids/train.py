@@ -52,6 +52,7 @@ from minids.costs.flops import flops_per_token
 from minids.infer.generation import generate
 from minids.infer.validation import Evaluation, evaluate, parse_share, windows
 from minids.kernels import fp8 as fp8_kernels
+from minids.kernels import selected
 from minids.model.moe import max_violation
 from minids.model.objective import Packed
 from minids.model.sparse_attention import freeze_all_but_indexers
@@ -107,6 +108,8 @@ class Trainer(Learner):
         recompute_blocks(model, args.recompute)
         if args.dsa == "warmup":
             freeze_all_but_indexers(model)
+        if lacking := args.dsa and selected.missing(model.args, self.device):
+            tqdm.write(f"dsa: {lacking}; it runs in PyTorch operations, slower than dense")
         if args.fp8:
             require(args, "fp8", self.dtype != torch.float16,
                     "false where products are in FP16, or with --dtype fp32")

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from minids.apply.folded import fold, for_products
 from minids.apply.graphs import Steps, graphed
+from minids.base.command_line import say_once
+from minids.kernels import selected
 from minids.kernels.precision import compute_dtype
 from minids.model.cache import LatentCache
 from minids.model.moe import Routing
@@ -36,6 +38,8 @@ def new_cache(model: Transformer, batch: int, max_len: int, mtp: bool = False) -
     It has the model's layers or, with `mtp`, its MTP modules: those that this rank holds.
     """
     weight, first = model.head.weight, model.args.n_layers
+    if lacking := selected.missing(model.args, weight.device):
+        say_once(f"sparse attention: {lacking}; it runs in PyTorch operations, slower than dense")
     held = [block.layer for block in model.blocks() if (block.layer >= first) == mtp]
     layers = range(held[0], held[-1] + 1) if held else range(first, first)
     return LatentCache(model.args, batch, max_len, weight.device, compute_dtype(weight), layers)

@@ -26,8 +26,7 @@ def on_hopper(*tensors: Tensor) -> bool:
     """Return whether kernels in Triton that fill a Hopper's shared memory take these tensors."""
     kinds, first = (torch.bfloat16, torch.float16, torch.float32), tensors[0]
     return TRITON and all(compute_dtype(t) in kinds for t in tensors) and (INTERPRETED or (
-        UNTRIED and first.device.type == "cuda"
-        and torch.cuda.get_device_capability(first.device) >= HOPPER))
+        first.device.type == "cuda" and torch.cuda.get_device_capability(first.device) >= HOPPER))
 
 
 def in_fp32(*tensors: Tensor) -> bool:

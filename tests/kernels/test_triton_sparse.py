@@ -11,7 +11,9 @@ import triton_interpreter
 from small_models import LITTLE, random_tokens, scrambled
 from torch import Tensor
 
-from minids.kernels import indexer
+from minids.base import command_line
+from minids.infer.decoding import new_cache
+from minids.kernels import indexer, selected
 from minids.kernels.attention import causal
 from minids.kernels.registry import recorded, using
 from minids.model.cache import LatentCache
@@ -28,6 +30,29 @@ WIDTHS = dict(kv_lora_rank=32, qk_rope_head_dim=16, index_n_heads=16, index_head
 @pytest.mark.skipif(INTERPRETED, reason="starts the subprocess")
 def test_by_the_interpreter():
     triton_interpreter.run(__file__)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of a process without the interpreter")
+@pytest.mark.parametrize("changes, card, lacking", [
+    ({}, (9, 0), ""), (dict(index_n_heads=0), (8, 0), ""),
+    ({}, (8, 0), "the card is older than Hopper, compute capability 9.0"),
+    (dict(kv_lora_rank=24), (9, 0), "kv_lora_rank = 24 is no power of two from 16 to 512"),
+    (dict(index_n_heads=256), (10, 0), "index_n_heads = 256 is above 128")])
+def test_what_the_kernels_lack_is_said_once(monkeypatch, capsys, changes, card, lacking):
+    args, gpu = replace(LITTLE, **(WIDTHS | changes)), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *device: card)
+    monkeypatch.setattr(selected, "TRITON", True)
+    assert selected.missing(args, gpu) == lacking
+    assert selected.missing(args, torch.device("cpu")) == ""
+    monkeypatch.setattr(selected, "TRITON", False)
+    assert bool(selected.missing(args, gpu)) == args.has_indexer
+    monkeypatch.setattr(selected, "missing", lambda args, device: lacking)
+    monkeypatch.setattr(command_line, "SAID", set())
+    model = scrambled(LITTLE)
+    for _ in range(2):
+        new_cache(model, 1, 8)
+    assert capsys.readouterr().err == (lacking and (
+        f"sparse attention: {lacking}; it runs in PyTorch operations, slower than dense\n"))
 
 
 def chosen(scores: Tensor, visible: Tensor | None, k: int) -> Selection:
