@@ -91,6 +91,19 @@ def search_row(row, own, indices, seen, T, stop, k, MASK: tl.constexpr, BLOCK: t
 
 
 @triton.jit
+def listed(row, own, t, there, bound, numbers, positions, found, MASK: tl.constexpr,
+           MOST: tl.constexpr):
+    """Add those that reach the bound to a list of `found`; return how many it then has."""
+    number = numbers_at(row, own, t, there, MASK)
+    take = (number >= bound).to(tl.int32)
+    to = found + tl.cumsum(take, axis=0) - 1
+    keep = (take > 0) & (to < MOST)
+    tl.store(numbers + to, number, mask=keep)
+    tl.store(positions + to, t, mask=keep)
+    return found + tl.sum(take, axis=0)
+
+
+@triton.jit
 def candidates_kernel(scores, visible, numbers, positions, counts, S, T, first, visible_batch,
                       visible_row, piece, k, MASK: tl.constexpr, SAMPLE: tl.constexpr,
                       MOST: tl.constexpr, BLOCK: tl.constexpr):
@@ -110,17 +123,16 @@ def candidates_kernel(scores, visible, numbers, positions, counts, S, T, first, 
     wanted = few + (5.0 * tl.sqrt(few.to(tl.float32))).to(tl.int32) + 1
     bound = tl.maximum(kth(numbers_at(row, own, at, at < stop, MASK), wanted, 20), HIDDEN + 1)
     place = (b * S + s) * tl.num_programs(2) + part
-    found = tl.full((), 0, tl.int32)
-    end = tl.minimum(stop, (part + 1) * piece)
-    for start in range(part * piece, end, BLOCK):
-        t = start + tl.arange(0, BLOCK)
-        number = numbers_at(row, own, t, t < end, MASK)
-        take = number >= bound
-        to = found + tl.cumsum(take.to(tl.int32), axis=0) - 1
-        keep = take & (to < MOST)
-        tl.store(numbers + place * MOST + to, number, mask=keep)
-        tl.store(positions + place * MOST + to, t, mask=keep)
-        found += tl.sum(take.to(tl.int32), axis=0)
+    begin, end = part * piece, tl.minimum(stop, (part + 1) * piece)
+    rest = end - tl.maximum(end - begin, 0) % BLOCK
+    found, i = tl.full((), 0, tl.int32), tl.arange(0, BLOCK)
+    numbers, positions = numbers + place * MOST, positions + place * MOST
+    for start in range(begin, rest, BLOCK):  # without a mask four scores are one read
+        found = listed(row, own, start + i, tl.full((BLOCK,), 1, tl.int1), bound, numbers,
+                       positions, found, MASK, MOST)
+    if rest < end:
+        found = listed(row, own, rest + i, rest + i < end, bound, numbers, positions, found, MASK,
+                       MOST)
     tl.store(counts + place, found)
 
 
