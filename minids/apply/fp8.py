@@ -1,6 +1,6 @@
 """FP8 training from outside: other products in the blocks' layers, no other weights."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -92,12 +92,18 @@ class ExpertsInFP8(Experts):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """As `Experts.forward`."""
+        up, down = self.products(len(x), counts)
+        x1, x3 = up(x).chunk(2, dim=-1)
+        return down(F.silu(x1) * x3)
+
+    def products(self, rows: int, counts: Tensor) -> tuple[Callable, Callable]:
+        """Return how so many rows are multiplied by [w1; w3], and by w2."""
         if self.rounded is None or not torch.is_grad_enabled():
-            x1, x3 = fp8_grouped_pair(x, self.w1, self.w3, counts).chunk(2, dim=-1)
-            return self.product(F.silu(x1) * x3, self.w2, counts)
-        groups, (w13, w2) = group_tiles(counts, len(x)), self.rounded
-        x1, x3 = kernels.multiplied(x, [self.w1, self.w3], groups, w13).chunk(2, dim=-1)
-        return kernels.multiplied(F.silu(x1) * x3, [self.w2], groups, w2)
+            return (lambda x: fp8_grouped_pair(x, self.w1, self.w3, counts),
+                    lambda x: self.product(x, self.w2, counts))
+        groups, (w13, w2) = group_tiles(counts, rows), self.rounded
+        return (lambda x: kernels.multiplied(x, [self.w1, self.w3], groups, w13),
+                lambda x: kernels.multiplied(x, [self.w2], groups, w2))
 
 
 @bodies(kernels.grouped_in_kernels)

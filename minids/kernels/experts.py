@@ -5,6 +5,8 @@ product, and a pair's weight goes to its hidden vector, since w (W2 h) = W2 (w h
 the experts is then only added up, so that its gradient is a copy of the tokens' gradients.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -101,23 +103,38 @@ def grouped_fused(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
 
 
 def trains_on_gpu(moe, x: Tensor, weights: Tensor, indices: Tensor) -> bool:
-    """Return whether a GPU trains these experts, in BF16 and with no products of another kind."""
+    """Return whether a GPU trains these experts in BF16 or FP8, one process's and not a rank's."""
     experts = moe.experts
-    return (x.device.type == "cuda" and torch.is_grad_enabled() and "product" not in vars(experts)
-            and compute_dtype(x) == torch.bfloat16 and takes_grouped(x, experts.w1, indices)
-            and takes_grouped(x, experts.w2, indices))
+    if x.device.type != "cuda" or not torch.is_grad_enabled() or compute_dtype(x) != torch.bfloat16:
+        return False
+    return in_fp8(experts) or ("product" not in vars(experts) and all(
+        takes_grouped(x, w, indices) for w in (experts.w1, experts.w2)))
 
 
 @body(trains_on_gpu)
 def weighted_inside(moe, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """Run `MoE.routed` for training on a GPU: x (N, D), weights and indices (N, K) -> (N, D)"""
-    dtype, (w13, w2) = compute_dtype(x), matrices(moe.experts, compute_dtype(x))
-    source, slot, counts = REGISTRY["moe.sort_by_expert"](indices, len(w2))
+    dtype = compute_dtype(x)
+    source, slot, counts = REGISTRY["moe.sort_by_expert"](indices, len(moe.experts.w2))
+    up, down = products(moe.experts, dtype, len(source), counts)
     rows = Dispatch.apply(x.to(dtype), source, slot)  # (M, D)
-    x1, x3 = grouped_fused(rows, w13, counts).chunk(2, dim=-1)  # (M, moe_inter_dim)
+    x1, x3 = up(rows).chunk(2, dim=-1)  # (M, moe_inter_dim)
     share = weights.new_zeros(len(source)).scatter(0, slot.flatten(), weights.flatten())  # (M,)
     hidden = weighed(x1, x3, share)  # 0 in a slot without a pair
-    return SumSlots.apply(grouped_fused(hidden, w2, counts), source, slot)
+    return SumSlots.apply(down(hidden), source, slot)
+
+
+def products(experts, dtype: torch.dtype, rows: int, counts: Tensor) -> tuple[Callable, Callable]:
+    """Return how experts multiply their rows by [w1; w3] and by w2: their own way, or in BF16."""
+    if in_fp8(experts):
+        return experts.products(rows, counts)
+    w13, w2 = matrices(experts, dtype)
+    return lambda x: grouped_fused(x, w13, counts), lambda x: grouped_fused(x, w2, counts)
+
+
+def in_fp8(experts) -> bool:
+    """Return whether these are `minids.apply.fp8.ExpertsInFP8`."""
+    return hasattr(experts, "products")
 
 
 def weighed(x1: Tensor, x3: Tensor, share: Tensor) -> Tensor:

@@ -15,10 +15,18 @@ from small_models import LITTLE, random_tokens, scrambled
 from torch import Tensor
 
 from minids import fp8
-from minids.apply.fp8 import StepRounding, fp8_grouped_linear, fp8_grouped_pair, use_fp8
+from minids.apply.fp8 import (
+    StepRounding,
+    fp8_grouped_linear,
+    fp8_grouped_pair,
+    use_fp8,
+    use_fp8_within,
+)
+from minids.kernels import experts
 from minids.kernels import fp8 as kernels
 from minids.kernels.fp8_layout import LEAST, LEAST_GRADIENT
 from minids.kernels.registry import recorded, using
+from minids.model.moe import MoE
 
 INTERPRETED = triton_interpreter.running()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -389,3 +397,29 @@ def test_weights_rounded_once_per_step_give_the_same_gradients():
     with torch.no_grad():  # which no longer reads them
         assert torch.equal(*(one(tokens) for one in models))
     assert len(copies.pairs) == sum("product" in vars(m) for m in models[0].modules()) + 1
+
+
+@inside
+def test_a_pairs_weight_inside_the_experts_changes_no_more_than_rounding_does():
+    """Of the three ways, the two in FP8 are closer to each other than to BF16."""
+    args = replace(LITTLE, dim=128, moe_inter_dim=128)
+    torch.manual_seed(0)
+    moe = MoE(args).to(torch.bfloat16)
+    for p in moe.experts.parameters():
+        torch.nn.init.normal_(p, std=args.dim ** -0.5)
+    x = torch.randn(60, args.dim, dtype=torch.bfloat16)
+    weights = torch.rand(60, 2, dtype=torch.bfloat16)
+    indices = torch.rand(60, args.n_routed_experts).argsort(1)[:, :2]
+    found = []
+    for in_fp8 in (False, True):
+        if in_fp8:
+            use_fp8_within(moe)
+        for way in ((MoE.routed, experts.weighted_inside) if in_fp8 else (MoE.routed,)):
+            given = [t.clone().requires_grad_() for t in (x, weights)]
+            with using("off" if way is MoE.routed and not in_fp8 else "auto"):
+                y = way(moe, *given, indices)
+            wanted = [*given, moe.experts.w1, moe.experts.w2]
+            found.append([y, *torch.autograd.grad(y.float().square().sum(), wanted)])
+    for bf16, plain, inside_ in zip(*found, strict=True):
+        off = [(t.float() - plain.float()).norm() for t in (bf16, inside_)]
+        assert 0 < off[1] < off[0]
