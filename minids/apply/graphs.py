@@ -84,6 +84,9 @@ class Steps:
             with (uncollected(),
                   torch.cuda.graph(graph, self.pool, capture_error_mode="thread_local")):
                 self.step(bound)
+            # To begin, a generator writes where a replay reads its offset, on a stream of its own:
+            # late, on a busy GPU, and the first replay would draw from the beginning again.
+            torch.cuda.synchronize()
         except Exception as error:  # whatever a body or a driver refuses: the step itself works
             self.captures = False
             say_once("decoding goes on without CUDA graphs, several times slower: "

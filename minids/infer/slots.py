@@ -25,7 +25,6 @@ from torch import Tensor
 from minids.apply.folded import fold
 from minids.apply.graphs import Steps
 from minids.infer.decoding import Session, new_cache
-from minids.kernels.precision import UNTRIED
 from minids.model.cache import LatentCache
 from minids.model.transformer import Hidden, Transformer
 
@@ -57,8 +56,7 @@ class Slots:
         self.logits = new(rows, width, args.vocab_size)
         self.visited = self.end.new_zeros(rows, width, layers, args.n_activated_experts)
         self.graphs: dict[tuple, Steps] = {}
-        self.at_desk = self.static and (UNTRIED or self.end.device.type == "cpu")
-        if self.at_desk:
+        if self.static:
             self.desk = new_cache(self.model, 1, max_len)
             self.desk.folded, self.desk.joined = self.cache.folded, self.cache.joined
             self.prompt = self.end.new_zeros(1, WIDTHS[-1])
@@ -111,7 +109,7 @@ class Slots:
         for stored in self.stores():
             stored[:, row] = 0
         self.held[row], self.behind[row] = [], 0
-        for stored in tensors(self.desk) if self.at_desk else []:
+        for stored in tensors(self.desk) if self.static else []:
             stored.zero_()
         if self.drafts:
             self.states[row] = 0
@@ -157,7 +155,7 @@ class Slots:
         """Return how many tokens a graph reads for these and has room for; 0: none does."""
         room = self.max_len - len(self.held[row])
         fits = (width for width in WIDTHS if len(tokens) <= width <= room)
-        return next(fits, 0) if self.at_desk else 0
+        return next(fits, 0) if self.static else 0
 
     def read_at_desk(self, row: int, tokens: list[int], width: int) -> tuple[Tensor, Tensor]:
         """Read tokens by a graph, in the absorbed form; nothing sees the padding behind them."""
