@@ -3,6 +3,7 @@
     python -m minids.lab.course --blank
     python -m minids.lab.course --students ../minids-course
     python -m minids.lab.course --students ../minids-course --variant 2027
+    python -m minids.lab.course --diff 2026,2027
     python -m minids.lab.course --handouts runs/course/handouts
     python -m minids.lab.course --out course
     cd course && nbgrader generate_assignment 05_moe --create
@@ -10,13 +11,16 @@
 `--students` makes a repository to hand out: the package and the notebooks without answers, and
 neither hidden tests nor wrong answers. Without it, the folder must be inside the clone, where the
 notebooks find the package. `--variant` gives the exercises other names, orders of arguments and
-numbers, so that earlier answers do not fit; grade with the same seed. `--handouts` writes a page to
-print for each notebook.
+numbers, so that earlier answers do not fit; grade with the same seed. `--diff` prints in what two
+variants differ for a student, as a diff: what an answer made from the older one still has of it.
+`--handouts` writes a page to print for each notebook.
 """
 
 import contextlib
+import difflib
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -53,6 +57,8 @@ class CourseArgs(Settings):
                            folder=True)
     variant: int = option(0, "seed of other names, orders and numbers in the exercises; 0: none",
                           low=0, high=9999)
+    diff: str = option("", "two seeds, as 2026,2027: print only how the exercises of these "
+                       "variants differ; 0: as they stand here")
     handouts: str = option("", "write only a page to print for each notebook, to this folder",
                            folder=True)
     force: bool = option(False, "overwrite notebooks that you changed in source/ or blank/")
@@ -68,6 +74,14 @@ class CourseArgs(Settings):
         require(self, "students", not self.students or ROOT not in (place, *place.parents)
                 and not (place.is_dir() and any(place.iterdir())),
                 f"an empty folder outside {ROOT}")
+        require(self, "diff", not self.diff or all(
+            re.fullmatch(r"\d{1,4}", seed) for seed in self.seeds) and len(self.seeds) == 2,
+            "two seeds between 0 and 9999 with a comma between them")
+
+    @property
+    def seeds(self) -> list[str]:
+        """Return the seeds of the two variants to compare."""
+        return self.diff.split(",")
 
 
 def without_answers(notebook: bytes) -> bytes:
@@ -102,6 +116,20 @@ def contents(paths: list[Path], variant: int) -> dict[Path, bytes]:
     from minids.lab.variants import vary  # it runs cells, with torch
     with contextlib.chdir(ROOT / "notebooks"):
         return {path: vary(path, variant) for path in tqdm(paths, unit="notebook", disable=None)}
+
+
+def differences(old: bytes, new: bytes, names: tuple[str, str]) -> list[str]:
+    """Return a unified diff of what students see of two notebooks' exercises, as lines.
+
+    names: of the two, for its head
+    """
+    def seen(notebook: bytes) -> list[str]:
+        cells = json.loads(without_answers(notebook))["cells"]
+        texts = ["".join(cell["source"]) for cell in cells
+                 if "nbgrader" in cell["metadata"] or cell["cell_type"] == "markdown"]
+        return "\n\n".join(texts).split("\n")
+
+    return [*difflib.unified_diff(seen(old), seen(new), *names, n=1, lineterm="")]
 
 
 def repository(folder: Path, notebooks: dict[Path, bytes]) -> None:
@@ -140,6 +168,12 @@ def main() -> None:
         from minids.lab.handouts import write_handouts  # it draws formulas
         write_handouts(Path(args.handouts), paths)
         return print(f"next: open {quote(args.handouts)}/{paths[5].stem}.html, and print it")
+    if args.diff:
+        old, new = (contents(paths, int(seed)) for seed in args.seeds)
+        for path in paths:
+            names = tuple(f"{path.stem} of variant {seed}" for seed in args.seeds)
+            print("".join(f"{line}\n" for line in differences(old[path], new[path], names)), end="")
+        return
     notebooks = contents(paths, args.variant)
     if args.students:
         repository(Path(args.students).resolve(), notebooks)

@@ -251,6 +251,30 @@ class TestStudents:
         assert done.stdout.splitlines()[-1].endswith(f"/{STEMS[5]}.html, and print it")
         assert sorted(p.stem for p in (tmp_path / "pages").iterdir()) == STEMS
 
+    def test_a_diff_tells_two_variants_apart(self, tmp_path):
+        """Names, orders and numbers, and nothing that a student must not see."""
+        shutil.copytree(ROOT / "minids", tmp_path / "clone" / "minids")
+        (tmp_path / "clone" / "notebooks").mkdir()
+        shutil.copy(ROOT / "notebooks" / f"{STEMS[13]}.ipynb", tmp_path / "clone" / "notebooks")
+        done = run(tmp_path / "clone", "minids.lab.course", "--diff", "0,2027")
+        assert done.returncode == 0, done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[:2] == [f"--- {STEMS[13]} of variant 0", f"+++ {STEMS[13]} of variant 2027"]
+        gone, come = ([line for line in lines[2:] if line[0] == sign] for sign in "-+")
+        for exercise in exercises(ROOT / "notebooks" / f"{STEMS[13]}.ipynb"):
+            assert any(line.startswith(f"-def {exercise.name}(") for line in gone)
+            assert any(line.startswith(f"+def {exercise.name}_2027(") for line in come)
+        assert any("numbers of 2027" in line for line in come)
+        assert not re.search("SOLUTION|HIDDEN|second_way", done.stdout)
+        same = run(tmp_path / "clone", "minids.lab.course", "--diff", "0,0")
+        assert (same.returncode, same.stdout.strip()) == (0, "")
+
+    @pytest.mark.parametrize("seeds", ["2027", "1,2,3", "1,-2", "1,two", "1,10000", ","])
+    def test_what_are_no_two_seeds_is_refused(self, seeds):
+        done = run(ROOT, "minids.lab.course", "--diff", seeds)
+        assert done.returncode == 2 and done.stderr.count("\n") == 1
+        assert "two seeds between 0 and 9999" in done.stderr
+
     @pytest.mark.slow
     def test_a_variant_holds_neither_answers_nor_last_years_names(self, clone, tmp_path):
         done = run(clone, "minids.lab.course", "--students", str(tmp_path / "handed"),
