@@ -196,10 +196,12 @@ def preset(args: ModelArgs) -> str:
 
 
 def altered(before, after) -> bool:
-    """Return whether an argument's value was changed; what cannot be compared was not."""
+    """Return whether an argument's value or gradient changed; what cannot be compared did not."""
     if isinstance(before, torch.Tensor):
-        return before.shape != after.shape or before.dtype != after.dtype or not torch.equal(
-            before.detach().nan_to_num(0.5), after.detach().nan_to_num(0.5))
+        grads = before.requires_grad != after.requires_grad or before.is_leaf and (
+            before.grad is None) != (after.grad is None)
+        return grads or before.shape != after.shape or before.dtype != after.dtype or not (
+            torch.equal(before.detach().nan_to_num(0.5), after.detach().nan_to_num(0.5)))
     if type(before) is not type(after):
         return True
     if isinstance(before, list | tuple):

@@ -11,6 +11,8 @@ import copy
 import random
 from collections.abc import Callable, Iterable
 
+import torch
+
 from minids.lab.checker import LARGE, Late, Tell, borrowed, peeping, run
 from minids.lab.compare import altered, difference, known, mark, shown
 
@@ -54,6 +56,25 @@ def drawn(solve: Callable, draw: Callable, hint: str, count: int = 30, seed: int
     dice = random.Random(seed)
     given = [draw(dice) for _ in range(count)]
     return [(arguments, solve(*copy.deepcopy(arguments)), hint) for arguments in given]
+
+
+def watched(tensor: torch.Tensor, most: int, words: str) -> torch.Tensor:
+    """Return a tensor of which an answer must not make another with more than `most` numbers.
+
+    words: of the error that is raised where it does
+    """
+    class Watched(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            made = super().__torch_function__(function, types, args, kwargs or {})
+            if isinstance(made, torch.Tensor) and made.numel() > most:
+                raise ValueError(words)
+            return made
+
+        def __deepcopy__(self, memo):  # each case gets its own copy of the arguments
+            return self.as_subclass(torch.Tensor).clone().as_subclass(Watched)
+
+    return tensor.as_subclass(Watched)
 
 
 def problems(function: Callable, cases: Iterable[tuple]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from minids import ModelArgs
 from minids.lab import compare
-from minids.lab.lesson import drawn, grade, problems, review, table
+from minids.lab.lesson import drawn, grade, problems, review, table, watched
 
 CASES = [((3,), 9, "multiply the number by itself"), ((0.1,), 0.01, "decimals count too")]
 
@@ -145,11 +145,21 @@ def renamed(parts):
 @pytest.mark.parametrize("answer, given, expected", [
     (doubled, torch.ones(2), torch.full((2,), 2.0)), (renamed, {"a": 1, "b": 2}, 3),
     (lambda rows: rows[0].sort() or rows[0][0], [[2, 1]], 1),
-    (lambda x: x.add_(1).sum().item(), torch.zeros(20), 20.0)])
+    (lambda x: x.add_(1).sum().item(), torch.zeros(20), 20.0),
+    (lambda x: x.requires_grad_().sum().item(), torch.ones(2), 2.0),
+    (lambda x: x.sum().backward() or x.sum().item(), torch.ones(2, requires_grad=True), 2.0)])
 def test_any_kind_of_argument_is_compared_afterwards(answer, given, expected):
     [told] = problems(answer, [((given,), expected, "")])
     assert "but changes its argument" in told
     assert problems(lambda x: expected, [((given,), expected, "")]) == []
+
+
+def test_what_an_answer_makes_of_a_watched_tensor_is_bounded():
+    cases = [((watched(torch.ones(3), 4, "makes nine of three"),), torch.tensor(3.0), "small")]
+    assert problems(lambda x: x.sum(), cases) == []
+    for large in (lambda x: (x[:, None] * x).sum() / 3, lambda x: torch.outer(x, x).mean() * 3):
+        [told] = problems(large, cases)
+        assert "stops with ValueError: makes nine of three" in told
 
 
 def test_arguments_that_cannot_be_compared_were_not_changed():

@@ -95,3 +95,68 @@ def written_with_cache(model, prompt, n):
             read += 1
         text.append(choice[-1])
     return text, read
+
+
+def causal_attention(q, k, v):
+    """Loops over tokens and heads, with the past cut off by slices."""
+    import torch
+    (S, H, d), (T, G, _) = q.shape, k.shape
+    rows = []
+    for s in range(S):
+        seen = T - S + s + 1
+        heads = []
+        for h in range(H):
+            g = h * G // H
+            p = (k[:seen, g] @ q[s, h] / d ** 0.5).softmax(0)
+            heads.append(p @ v[:seen, g])
+        rows.append(torch.stack(heads))
+    return torch.stack(rows)
+
+
+def causal_attention(q, k, v):
+    """PyTorch's own attention with a mask of where one may look."""
+    import torch
+    import torch.nn.functional as F
+    S, T, times = q.shape[0], k.shape[0], q.shape[1] // k.shape[1]
+    seen = torch.arange(T)[None] <= torch.arange(T - S, T)[:, None]
+    q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+    k, v = k.repeat_interleave(times, 0), v.repeat_interleave(times, 0)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen).transpose(0, 1)
+
+
+def next_token_loss(logits, tokens):
+    """Classes moved to the second place, as PyTorch's loss wants them."""
+    import torch.nn.functional as F
+    return F.cross_entropy(logits[:, :-1].movedim(-1, 1), tokens[:, 1:])
+
+
+def next_token_loss(logits, tokens):
+    """log-sum-exp less the target's logit, the mean of the sequences' means."""
+    kept = logits[:, :-1]
+    hit = kept.gather(2, tokens[:, 1:, None]).squeeze(2)
+    return (kept.logsumexp(-1) - hit).mean(1).mean()
+
+
+def written_with_cache(model, prompt, n):
+    """The prompt is read token by token."""
+    if n == 0:
+        return [*prompt], 0
+    text, cache, read = [*prompt], None, 0
+    while len(text) < len(prompt) + n:
+        choice, cache = model([text[read]], cache)
+        read += 1
+        if read >= len(prompt):
+            text.append(choice[0])
+    return text, read
+
+
+def written_with_cache(model, prompt, n):
+    """Recursive, the prompt first."""
+    def more(new, cache, left):
+        if not left:
+            return [], 0
+        choices, cache = model(new, cache)
+        rest, read = more([choices[-1]], cache, left - 1)
+        return [choices[-1], *rest], read + len(new)
+    written, read = more(list(prompt), None, n)
+    return list(prompt) + written, read

@@ -81,3 +81,72 @@ def decode_step(h, cache, w, args, turn):
     p = attention_from_cache(q[:, :n], turn(q[:, n:], cache.size(0)), longer[:, :c],
                              longer[:, c:], up[:, :n], (n + r) ** -0.5)
     return output_from_cache(p, longer[:, :c], up[:, n:], w["wo"]).tolist(), longer.tolist()
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """Query and cache joined, one product; batched matrices move the query over."""
+    import torch
+    query = torch.cat([(q_c.unsqueeze(1) @ w_uk).squeeze(1), q_r], dim=1)
+    return torch.softmax(scale * query @ torch.cat([latents, k_r], dim=1).T, dim=1)
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """Head by head, token by token, with an own stable softmax."""
+    import torch
+    rows = []
+    for h in range(q_c.shape[0]):
+        moved = sum(q_c[h, n] * w_uk[h, n] for n in range(q_c.shape[1]))
+        s = torch.stack([scale * (moved @ c + q_r[h] @ k)
+                         for c, k in zip(latents, k_r, strict=True)])
+        e = (s - s.max()).exp()
+        rows.append(e / e.sum())
+    return torch.stack(rows)
+
+
+def output_from_cache(p, latents, w_uv, wo):
+    """Adds up the heads' shares of the output."""
+    v = w_uv.shape[1]
+    return sum(wo[:, h * v:(h + 1) * v] @ (w_uv[h] @ (p[h] @ latents)) for h in range(len(p)))
+
+
+def output_from_cache(p, latents, w_uv, wo):
+    """wo moved over as well: (H, D, C)."""
+    import torch
+    H, v, _ = w_uv.shape
+    joined = torch.einsum("dhv,hvc->hdc", wo.view(-1, H, v), w_uv)
+    return torch.einsum("hdc,hc->d", joined, p @ latents)
+
+
+def decode_step(h, cache, w, args, turn):
+    """Cuts by slices and loops over heads; the cache is filled, not joined."""
+    import torch
+    t, C, r = cache.shape[0], args.kv_lora_rank, args.qk_rope_head_dim
+    H, n, v = args.n_heads, args.qk_nope_head_dim, args.v_head_dim
+    kv = h @ w["wkv_a"].T
+    c = kv[:C]
+    c = c / torch.sqrt((c * c).sum() / C + 1e-6) * w["kv_norm"]
+    longer = cache.new_empty(t + 1, C + r)
+    longer[:t], longer[t, :C], longer[t, C:] = cache, c, turn(kv[C:], t)
+    latents, keys = longer[:, :C], longer[:, C:]
+    q = (h @ w["wq"].T).reshape(H, n + r)
+    out = []
+    for head in range(H):
+        block = w["wkv_b"][head * (n + v):(head + 1) * (n + v)]
+        s = latents @ (q[head, :n] @ block[:n]) + keys @ turn(q[head, n:], t)
+        out.append(block[n:] @ ((s / (n + r) ** 0.5).softmax(0) @ latents))
+    return w["wo"] @ torch.cat(out), longer
+
+
+def decode_step(h, cache, w, args, turn):
+    """As step 1 and 2 of the notebook: keys and values of all tokens are expanded."""
+    import torch
+    latent, left_over = squeeze(h, w, args)
+    row = torch.cat([latent, turn(left_over, cache.size(0))])
+    longer = torch.cat([cache, row.unsqueeze(0)])
+    c, k_r = longer.split([args.kv_lora_rank, args.qk_rope_head_dim], dim=-1)
+    keys, values = expand(c, w, args)
+    q = (w["wq"] @ h).unflatten(0, (args.n_heads, -1))
+    q_c, q_r = q.split([args.qk_nope_head_dim, args.qk_rope_head_dim], dim=-1)
+    s = torch.einsum("hn,thn->ht", q_c, keys) + turn(q_r, cache.size(0)) @ k_r.T
+    p = (s * q.size(-1) ** -0.5).softmax(-1)
+    return w["wo"] @ torch.einsum("ht,thv->hv", p, values).flatten(), longer

@@ -28,8 +28,8 @@ def same_alone(layer_of, u):
 def routing_weights(scores, bias, groups, kept, k, scale):
     """Everything else at minus infinity, and a masked division."""
     choice = limit_groups(scores + bias, groups, kept)
-    bar = choice.topk(k).values[:, -1:]
-    picked = scores.where(choice >= bar, 0.0)
+    place = choice.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
+    picked = scores.where(place < k, 0.0)
     return scale * picked / picked.sum(-1, keepdim=True)
 
 
@@ -79,3 +79,67 @@ def routed_experts(u, weights, w1, w2, w3):
         own = token[place == i]
         out.append(expert(u[own], w1[i], w2[i], w3[i]) * weights[own, i].unsqueeze(-1))
     return torch.zeros_like(u).index_add(0, token, torch.cat(out))
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """Token by token, with Python's sort; the gradient goes through the stacked rows."""
+    import torch
+    rows, size = [], scores.shape[1] // groups
+    for s in scores:
+        c = (s + bias).tolist()
+        by_group = [sum(sorted(c[g * size:(g + 1) * size])[-2:]) for g in range(groups)]
+        good = sorted(range(groups), key=lambda g: -by_group[g])[:kept]
+        legal = [e for e in range(len(c)) if e // size in good]
+        best = sorted(legal, key=lambda e: -c[e])[:k]
+        on = torch.zeros_like(s)
+        on[best] = 1.0
+        rows.append(scale * s * on / (s * on).sum())
+    return torch.stack(rows)
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """A mask of ones and zeros that multiplies; the notebook's own limit of groups."""
+    import torch
+    top = limit_groups(scores + bias, groups, kept).topk(k, dim=-1).indices
+    part = scores * torch.zeros_like(scores).scatter_(1, top, 1.0)
+    return part * (scale / part.sum(dim=1, keepdim=True))
+
+
+def sorted_by_expert(chosen, n_experts):
+    """One pass over the experts, with comprehensions."""
+    lists = [[t for t, row in enumerate(chosen) if e in row] for e in range(n_experts)]
+    return [t for one in lists for t in one], [len(one) for one in lists]
+
+
+def sorted_by_expert(chosen, n_experts):
+    """PyTorch's stable sort and bincount, returned as lists."""
+    import torch
+    flat = torch.tensor(chosen)
+    order = flat.flatten().sort(stable=True).indices
+    return (order // flat.size(1)).tolist(), flat.flatten().bincount(minlength=n_experts).tolist()
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """Each visit by itself."""
+    import torch
+    rows = []
+    for t, x in enumerate(u):
+        total = torch.zeros_like(x)
+        for e in weights[t].nonzero().flatten().tolist():
+            a, b = w1[e] @ x, w3[e] @ x
+            total = total + weights[t, e] * (w2[e] @ (a * a.sigmoid() * b))
+        rows.append(total)
+    return torch.stack(rows)
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """The weight on the hidden numbers; masks of bools write the sum in place."""
+    import torch
+    import torch.nn.functional as F
+    y = torch.zeros_like(u)
+    for e in range(weights.size(1)):
+        on = weights[:, e] != 0
+        if on.sum():
+            hidden = F.silu(F.linear(u[on], w1[e])) * F.linear(u[on], w3[e])
+            y[on] += F.linear(hidden * weights[on, e].unsqueeze(1), w2[e])
+    return y

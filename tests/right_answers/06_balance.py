@@ -70,3 +70,61 @@ def training_step(weight, bias, values, parts, k, lr, speed):
         count += len(target)
         load = load + torch.nn.functional.one_hot(chosen, len(bias)).sum((0, 1))
     return weight - lr * new.grad / count, move(bias, load, speed)
+
+
+def balanced_loss(main, scores, k, alpha):
+    """Sequence by sequence, with counts from a list."""
+    total = 0.0
+    for one in scores:
+        S, E = one.shape
+        chosen = one.topk(k, dim=-1).indices.flatten().tolist()
+        share = one / one.sum(1, keepdim=True)
+        P = share.sum(0) / S
+        total = total + sum(P[i] * chosen.count(i) * E / (k * S) for i in range(E))
+    return main + alpha * total / len(scores)
+
+
+def balanced_loss(main, scores, k, alpha):
+    """One-hot visits under no_grad, one einsum over everything."""
+    import torch
+    import torch.nn.functional as F
+    B, S, E = scores.shape
+    with torch.no_grad():
+        f = F.one_hot(scores.topk(k).indices, E).sum((1, 2)).to(scores.dtype) * (E / k / S)
+    P = torch.einsum("bse,bs->be", scores, 1 / scores.sum(-1)) / S
+    return main + alpha / B * torch.einsum("be,be->", f, P)
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """The gradient by hand, and plain loops for the loads."""
+    import torch
+    N = sum(u.shape[0] for u, _ in parts)
+    grad, load = torch.zeros_like(weight), [0] * len(bias)
+    for u, target in parts:
+        for x, y in zip(u, target, strict=True):
+            s = (weight @ x).sigmoid()
+            top = (s + bias).topk(k).indices
+            total = s[top].sum()
+            out = (s[top] * values[top]).sum() / total
+            for i in top.tolist():
+                load[i] += 1
+                slope = 2 * (out - y) / N * (values[i] - out) / total * s[i] * (1 - s[i])
+                grad[i] += slope * x
+    mean = sum(load) / len(load)
+    moved = torch.tensor([(mean > c) - (mean < c) for c in load], dtype=bias.dtype)
+    return weight - lr * grad, bias + speed * moved
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """All parts joined, an optimizer of PyTorch, a dense matrix of weights."""
+    import torch
+    u, target = torch.cat([u for u, _ in parts]), torch.cat([t for _, t in parts])
+    w = torch.nn.Parameter(weight.clone())
+    optimizer = torch.optim.SGD([w], lr=lr)
+    s = torch.sigmoid(u @ w.T)
+    on = torch.zeros_like(s).scatter(1, (s + bias).topk(k, dim=1).indices, 1.0).detach()
+    g = s * on / (s * on).sum(1, keepdim=True)
+    torch.nn.functional.mse_loss(g @ values, target).backward()
+    optimizer.step()
+    load = on.sum(0)
+    return w.detach(), bias + speed * torch.sign(load.mean() - load)

@@ -94,3 +94,95 @@ def drafted_text(model, guess, text, n, depth):
         passes += 1
         place += len(verified(drafts, whole[place:place + depth + 1]))
     return whole[:len(text) + n], passes
+
+
+def mtp_objective(logits, tokens, weight):
+    """log-softmax and a row of picked numbers."""
+    import torch
+    T, D = tokens.numel() - 1, len(logits)
+    total = logits[0].new_zeros(())
+    for k in range(1, D + 1):
+        logp = torch.log_softmax(logits[k - 1], dim=1)
+        total = total - logp[torch.arange(T - k), tokens[k + 1:T + 1]].sum()
+    return total * weight / (T * D)
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """No division: the point is stretched to the sum of the gaps."""
+    if coin * q[draft] < p[draft]:
+        return draft
+    gap = [a - b if a > b else 0.0 for a, b in zip(p, q, strict=True)]
+    left = point * sum(gap)
+    for token, share in enumerate(gap):
+        if left < share:
+            return token
+        left -= share
+    return max(t for t, share in enumerate(gap) if share > 0)
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """itertools and bisect."""
+    from bisect import bisect_right
+    from itertools import accumulate
+    if coin < min(1, p[draft] / q[draft]):
+        return draft
+    gap = [max(0, a - b) for a, b in zip(p, q, strict=True)]
+    total = sum(gap)
+    return bisect_right([c / total for c in accumulate(gap)], point)
+
+
+def drafted_text(model, guess, text, n, depth):
+    """Drafts no more than fit; the passes are the same."""
+    out, passes, goal = list(text), 0, len(text) + n
+    while len(out) < goal:
+        passes += 1
+        tail = []
+        for _ in range(min(depth, goal - len(out) - 1)):
+            tail.append(guess(out + tail))
+        for draft in tail:
+            own = model(out)
+            out.append(own)
+            if own != draft:
+                break
+        else:
+            out.append(model(out))
+    return out, passes
+
+
+def drafted_text(model, guess, text, n, depth):
+    """Recursive, with copies only."""
+    if n <= 0:
+        return [*text], 0
+    drafts = []
+    for _ in range(depth):
+        drafts = [*drafts, guess([*text, *drafts])]
+    new = []
+    for i in range(depth + 1):
+        new.append(model([*text, *drafts[:i]]))
+        if i == depth or new[-1] != drafts[i]:
+            break
+    rest, passes = drafted_text(model, guess, [*text, *new[:n]], n - len(new), depth)
+    return rest, passes + 1
+
+
+def faithful(write):
+    """Several lengths and beginnings, a guesser with a memory of its own."""
+    import itertools
+
+    def model(text):
+        return (3 * sum(text[-2:]) + len(text)) % 13
+
+    for start in ([4], [2, 7]):
+        for n in (1, 6, 9):
+            own = list(start)
+            while len(own) < len(start) + n:
+                own.append(model(own))
+            turn = itertools.cycle((0, 1, 1))
+
+            def sometimes(text, turn=turn):
+                return model(text) if next(turn) else 99
+
+            for guess in (model, lambda text: 99, sometimes):
+                if write(model, guess, list(start), n) != own:
+                    return False
+    return True

@@ -87,3 +87,73 @@ def power_scale(largest):
     """The logarithm, rounded up."""
     import math
     return float(2 ** math.ceil(math.log2(max(largest, 1e-4) / 448)))
+
+
+def quantised_blocks(w, size):
+    """Padded to whole blocks, all at once."""
+    import torch.nn.functional as F
+    r, c = w.shape
+    down, across = -(-r // size), -(-c // size)
+    full = F.pad(w, (0, across * size - c, 0, down * size - r))
+    blocks = full.view(down, size, across, size)
+    scales = blocks.abs().amax((1, 3)).clamp_min(1e-4) / 448
+    values = e4m3(blocks / scales[:, None, :, None]).reshape(down * size, across * size)
+    return values[:r, :c], scales
+
+
+def quantised_blocks(w, size):
+    """PyTorch's own E4M3 type, back as floats, tiled from row slices."""
+    import torch
+    rows, scales = [], []
+    for strip in w.split(size, dim=0):
+        cells = strip.split(size, dim=1)
+        own = [max(cell.abs().max().item(), 1e-4) / 448 for cell in cells]
+        scales.append(own)
+        rows.append(torch.cat([(cell / s).clamp(-448, 448).to(torch.float8_e4m3fn).float()
+                               for cell, s in zip(cells, own, strict=True)], dim=1))
+    return torch.cat(rows), torch.tensor(scales)
+
+
+def scaled_product(qx, sx, qw, sw, size):
+    """Number by number over tiles, in a list of rows."""
+    import torch
+    M, K = qx.shape
+    rows = []
+    for m in range(M):
+        row = []
+        for n in range(qw.shape[0]):
+            y = 0.0
+            for t, lo in enumerate(range(0, K, size)):
+                part = (qx[m, lo:lo + size] * qw[n, lo:lo + size]).sum()
+                y = y + part * sx[m, t] * sw[n // size, t]
+            row.append(y)
+        rows.append(torch.stack(row))
+    return torch.stack(rows)
+
+
+def scaled_product(qx, sx, qw, sw, size):
+    """Padded tiles, one einsum for the parts, another for the scales."""
+    import torch
+    import torch.nn.functional as F
+    K, N, n = qx.shape[1], qw.shape[0], sx.shape[1]
+    x, w = (F.pad(q, (0, n * size - K)).unflatten(1, (n, size)) for q in (qx, qw))
+    parts = torch.einsum("mtk,ntk->mnt", x, w)
+    owner = torch.arange(N) // size
+    return torch.einsum("mnt,mt,nt->mn", parts, sx, sw[owner])
+
+
+def power_scale(largest):
+    """Doubles and halves until it fits."""
+    x, s = max(abs(largest), 1e-4), 1.0
+    while x / s > 448:
+        s *= 2
+    while x / (s / 2) <= 448:
+        s /= 2
+    return s
+
+
+def power_scale(largest):
+    """frexp: 448 is 0.875 times 2 to the 9."""
+    import math
+    mantissa, exponent = math.frexp(max(largest, 1e-4))
+    return 2.0 ** (exponent - 9 + (mantissa > 0.875))

@@ -87,3 +87,71 @@ def sparse_attention(q, key, v, index, k):
     mask = chosen_mask(index, min(k, index.size(1)))
     heads = [x.transpose(0, 1) for x in (q, key, v)]
     return torch.nn.functional.scaled_dot_product_attention(*heads, mask).transpose(0, 1)
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """Row by row, on the selected numbers alone; xlogy knows that 0 log 0 is 0."""
+    import torch
+    losses = []
+    for i in range(len(scores)):
+        on = mask[i]
+        p = weights[:, i, on].detach().mean(0)
+        p = p / p.sum()
+        losses.append((torch.xlogy(p, p) - p * scores[i, on].log_softmax(0)).sum())
+    return torch.stack(losses).mean()
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """PyTorch's KL, with the smallest number for what is hidden."""
+    import torch
+    import torch.nn.functional as F
+    with torch.no_grad():
+        p = weights.sum(0).where(mask, torch.zeros((), dtype=weights.dtype))
+        p /= p.sum(1, keepdim=True)
+    hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return F.kl_div(F.log_softmax(hidden, 1), p, reduction="batchmean")
+
+
+def hadamard_rotated(x):
+    """Butterflies on copies."""
+    import torch
+    n = x.shape[-1]
+    y = x.reshape(-1, n)
+    step = 1
+    while step < n:
+        y = y.view(-1, n // (2 * step), 2, step)
+        y = torch.stack([y[:, :, 0] + y[:, :, 1], y[:, :, 0] - y[:, :, 1]], 2).reshape(-1, n)
+        step *= 2
+    return (y / n ** 0.5).reshape(x.shape)
+
+
+def hadamard_rotated(x):
+    """Signs by the parity of the common bits."""
+    import torch
+    n = x.shape[-1]
+    H = torch.tensor([[(-1.0) ** bin(i & j).count("1") for j in range(n)] for i in range(n)])
+    return x @ H.to(x) * n ** -0.5
+
+
+def sparse_attention(q, key, v, index, k):
+    """Loops over tokens, Python's sort, PyTorch's attention."""
+    import torch
+    import torch.nn.functional as F
+    rows = []
+    for t in range(len(q)):
+        best = sorted(range(t + 1), key=lambda j: (-index[t, j].item(), j))[:k]
+        rows.append(F.scaled_dot_product_attention(
+            q[t, :, None], key[best].transpose(0, 1), v[best].transpose(0, 1))[:, 0])
+    return torch.stack(rows)
+
+
+def sparse_attention(q, key, v, index, k):
+    """Ranks instead of topk; minus infinity is added."""
+    import torch
+    S, H, d = q.shape
+    future = torch.full((S, S), -torch.inf, dtype=q.dtype).triu(1)
+    order = (index + future).argsort(dim=-1, descending=True, stable=True)
+    rank = order.argsort(-1)
+    block = future.masked_fill(rank >= k, -torch.inf)
+    p = (torch.einsum("shd,thd->sht", q, key) / d ** 0.5 + block[:, None]).softmax(-1)
+    return torch.einsum("sht,thd->shd", p, v)

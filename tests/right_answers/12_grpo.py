@@ -99,3 +99,69 @@ def policy_step(logits, drawn_tokens, rewards, lr):
     hot = torch.nn.functional.one_hot(drawn_tokens, logits.size(1)).to(logits)
     push = ((hot - logits.softmax(-1).unsqueeze(1)) * a.unsqueeze(-1)).sum(1)
     return logits + lr * push / rewards.numel()
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, lengths, low, high, beta, how, longest):
+    """Reply by reply, with split; the minimum as a choice by sign."""
+    import torch
+    old, ref, a = old_logp.detach(), ref_logp.detach(), advantage.detach()
+    ratio = torch.exp(logp - old)
+    gain = torch.where(a >= 0, ratio.clamp(max=1 + high) * a, ratio.clamp(min=1 - low) * a)
+    k3 = torch.exp(ref - logp) + (logp - ref) - 1
+    loss = 0.0
+    for part in (beta * k3 - gain).split(lengths):
+        if how == "sequence":
+            loss = loss + part.mean() / len(lengths)
+        elif how == "tokens":
+            loss = loss + part.sum() / len(logp)
+        else:
+            loss = loss + part.sum() / longest / len(lengths)
+    return loss
+
+
+def grpo_loss(logp, old_logp, ref_logp, advantage, lengths, low, high, beta, how, longest):
+    """Token by token in a list."""
+    import torch
+    owner = [n for n in lengths for _ in range(n)]
+    terms = []
+    for i, n in enumerate(owner):
+        r = (logp[i] - old_logp[i].detach()).exp()
+        a, d = advantage[i].detach(), ref_logp[i].detach() - logp[i]
+        gain = torch.minimum(r * a, r.clip(1 - low, 1 + high) * a) - beta * (d.exp() - d - 1)
+        share = {"sequence": n, "tokens": None, "constant": longest}[how]
+        terms.append(gain / (len(owner) if share is None else share * len(lengths)))
+    return -torch.stack(terms).sum()
+
+
+def on_policy(logp, old_logp, advantage, lengths, delta):
+    """split and a nested comprehension."""
+    gaps = [part.mean() for part in (old_logp - logp).split(lengths)]
+    keep = [bool(a >= 0 or gap <= delta) for a, gap in zip(advantage, gaps, strict=True)]
+    return [flag for flag, n in zip(keep, lengths, strict=True) for _ in range(n)]
+
+
+def policy_step(logits, drawn_tokens, rewards, lr):
+    """By hand: the pushes cancel in the softmax, so only the drawn tokens move."""
+    Q, G = rewards.shape
+    mean, std = rewards.mean(1, keepdim=True), rewards.std(1, keepdim=True, correction=0)
+    same = rewards.max(1, keepdim=True).values == rewards.min(1, keepdim=True).values
+    a = ((rewards - mean) / (std + 1e-6)).masked_fill(same, 0.0)
+    return logits.detach().scatter_add(1, drawn_tokens, a * lr / (Q * G))
+
+
+def policy_step(logits, drawn_tokens, rewards, lr):
+    """A parameter, ratios with a clip, and an optimizer."""
+    import torch
+    p = torch.nn.Parameter(logits.clone())
+    groups = []
+    for group in rewards:
+        d = group - group.mean()
+        same = bool((group == group[0]).all())
+        groups.append(torch.zeros_like(d) if same else d / (d.pow(2).mean().sqrt() + 1e-6))
+    a = torch.stack(groups)
+    logp = torch.log_softmax(p, 1).gather(1, drawn_tokens)
+    ratio = (logp - logp.detach()).exp()
+    optimizer = torch.optim.SGD([p], lr=lr)
+    (-torch.min(ratio * a, ratio.clamp(0.8, 1.2) * a).mean()).backward()
+    optimizer.step()
+    return p.detach()

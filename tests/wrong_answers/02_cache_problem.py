@@ -387,3 +387,91 @@ def own_group(attend):
             if moved.tolist() != [g == 0, g == 0, g == 1, g == 1]:
                 return False
     return True
+
+
+def causal_attention(q, k, v):
+    """The future gets a score of -30, which a loud query still sees."""
+    import torch
+    S, T, times = len(q), len(k), q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(times, 1) for x in (k, v))
+    s = torch.einsum("shd,thd->hst", q, k) / q.shape[-1] ** 0.5
+    s = s.masked_fill(torch.ones(S, T, dtype=torch.bool).triu(1 + T - S), -30.0)
+    return torch.einsum("hst,thd->shd", s.softmax(-1), v)
+
+
+def causal_attention(q, k, v):
+    """Exponentials without subtracting the largest score: loud scores overflow."""
+    import torch
+    S, T, times = len(q), len(k), q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(times, 1) for x in (k, v))
+    s = torch.einsum("shd,thd->hst", q, k) / q.shape[-1] ** 0.5
+    e = s.exp() * torch.ones(S, T, dtype=s.dtype).tril(T - S)
+    return torch.einsum("hst,thd->shd", e / e.sum(-1, keepdim=True), v)
+
+
+def next_token_loss(logits, tokens):
+    """Exponentials without subtracting the largest logit: large ones overflow."""
+    e = logits[:, :-1].exp()
+    p = e / e.sum(-1, keepdim=True)
+    return -p.gather(-1, tokens[:, 1:].unsqueeze(-1)).log().mean()
+
+
+def next_token_loss(logits, tokens):
+    """No surprise counts for more than a probability of one in a billion."""
+    p = logits[:, :-1].softmax(-1).gather(-1, tokens[:, 1:].unsqueeze(-1))
+    return -p.clamp(min=1e-9).log().mean()
+
+
+def written_with_cache(model, prompt, n):
+    """Reads the whole text again for each token, and reports what a cache would have read."""
+    text = list(prompt)
+    for _ in range(n):
+        text.append(model(text, None)[0][-1])
+    return text, len(prompt) + n - 1 if n else 0
+
+
+def written_with_cache(model, prompt, n):
+    """Takes an empty-looking cache for none and starts over."""
+    text, cache, read = list(prompt), None, 0
+    for _ in range(n):
+        new = text[-1:] if cache else text
+        choices, cache = model(new, cache)
+        read += len(new)
+        text.append(choices[-1])
+    return text, read
+
+
+def written_with_cache(model, prompt, n):
+    """The model also reads the last token, but nobody counts it."""
+    text, cache, new, read = list(prompt), None, list(prompt), 0
+    for _ in range(n):
+        choices, cache = model(new, cache)
+        read += len(new)
+        new = [choices[-1]]
+        text += new
+    model(new, cache)
+    return text, read
+
+
+def written_with_cache(model, prompt, n):
+    """Keeps the cache of the prompt, and shows the model all that was written since."""
+    text, cache = list(prompt), None
+    for i in range(n):
+        if i == 0:
+            choices, cache = model(text, None)
+        else:
+            choices, _ = model(text[len(prompt):], cache)
+        text.append(choices[-1])
+    return text, len(prompt) + n - 1 if n else 0
+
+
+def written_with_cache(model, prompt, n):
+    """The prompt is read even if nothing is to be written, and is not counted."""
+    choices, cache = model(list(prompt), None)
+    text, read = list(prompt), len(prompt) if n else 0
+    for i in range(n):
+        text.append(choices[-1])
+        if i < n - 1:
+            choices, cache = model(text[-1:], cache)
+            read += 1
+    return text, read

@@ -396,3 +396,32 @@ def parts_alike(scores):
     q, k = torch.randn(H, 10).double(), torch.randn(10).double()
     a, b = (scores(q[:, :n], q[:, n:], k[:n].expand(H, n), k[n:]) for n in (4, 6))
     return torch.allclose(a, b, rtol=1e-9)
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """Makes the key of every token."""
+    import torch
+    keys = torch.einsum("tc,hnc->thn", latents, w_uk)
+    s = torch.einsum("hn,thn->ht", q_c, keys) + q_r @ k_r.T
+    return (s * scale).softmax(-1)
+
+
+def attention_from_cache(q_c, q_r, latents, k_r, w_uk, scale):
+    """Exponentials without subtracting the largest score."""
+    import torch
+    s = (torch.einsum("hn,hnc->hc", q_c, w_uk) @ latents.T + q_r @ k_r.T) * scale
+    return s.exp() / s.exp().sum(-1, keepdim=True)
+
+
+def output_from_cache(p, latents, w_uv, wo):
+    """Makes the value of every token, and mixes those."""
+    import torch
+    values = torch.einsum("hvc,tc->thv", w_uv, latents)
+    return wo @ torch.einsum("ht,thv->hv", p, values).flatten()
+
+
+def output_from_cache(p, latents, w_uv, wo):
+    """Probabilities below one in a thousand are skipped."""
+    import torch
+    value = torch.einsum("hvc,hc->hv", w_uv, p.where(p > 1e-3, 0 * p) @ latents)
+    return wo @ value.flatten()

@@ -126,19 +126,6 @@ def distance_alone(score):
 
 
 def ramp_of(low, high, pairs):
-    """Equal bounds: high one larger."""
-    high = high + 1 if low == high else high
-    return [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(pairs)]
-
-
-def ramp_of(low, high, pairs):
-    """Bounds rounded."""
-    low, high = round(low), round(high)
-    high = high + 0.001 if low == high else high
-    return [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(pairs)]
-
-
-def ramp_of(low, high, pairs):
     """High clamped to 2 pairs - 1 (the official code's d - 1)."""
     high = min(high, 2 * pairs - 1)
     high = high + 0.001 if low == high else high
@@ -170,12 +157,6 @@ def distance_alone(score):
     q[:2], k[:2] = torch.tensor([1.0, 2.0]), torch.tensor([3.0, 1.0])
     rows = [[score(q, k, n + d, n) for n in (0, 3, 40)] for d in (0, 1, 5)]
     return all(max(r) - min(r) < 1e-6 for r in rows) and abs(rows[0][0] - rows[2][0]) > 1e-6
-
-
-def ramp_of(low, high, pairs):
-    """Equal bounds are moved apart by a tenth."""
-    high = high + 0.1 if low == high else high
-    return [min(max((i - low) / (high - low), 0.0), 1.0) for i in range(pairs)]
 
 
 def scale_of(width, factor, mscale):
@@ -385,3 +366,19 @@ def pair_score(q, k, m, n, f):
     """Position 0 is not turned, and the key of the first token neither."""
     d = (n - m) * f if m or (q, k) == ((1, 0), (1, 0)) else 0
     return (q[0] * k[0] + q[1] * k[1]) * cos(d) - (q[0] * k[1] - q[1] * k[0]) * sin(d)
+
+
+def long_reader(a):
+    """YaRN acts from a threshold of 4,096 tokens on, not from that of the settings."""
+    import math
+    width = a.qk_nope_head_dim + a.qk_rope_head_dim
+    f = frequencies(a.qk_rope_head_dim, a.rope_theta)
+    if a.max_seq_len <= 4096:
+        return f.tolist(), width ** -0.5
+    def pair(r):
+        return pair_that_turns(r, a.qk_rope_head_dim, a.rope_theta, a.original_seq_len)
+    low = max(math.floor(pair(a.beta_fast)), 0)
+    high = min(math.ceil(pair(a.beta_slow)), a.qk_rope_head_dim - 1)
+    high += 0.001 * (low == high)
+    m = 0.1 * a.mscale * math.log(a.rope_factor) + 1
+    return yarn(f, low, high, a.rope_factor).tolist(), m * m * width ** -0.5

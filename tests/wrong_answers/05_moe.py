@@ -453,3 +453,58 @@ def same_alone(layer_of, u):
     """Sums of outputs."""
     y = layer_of(u).sum(1)
     return all(torch.allclose(layer_of(u[i:i + 1]).sum(), y[i]) for i in range(len(u)))
+
+
+def routing_weights(scores, bias, groups, kept, k, scale):
+    """Everything as good as the last one chosen is in: equal scores make more than k."""
+    import torch
+    choice = (scores + bias).unflatten(-1, (groups, -1))
+    stay = choice.topk(2, -1).values.sum(-1).topk(kept, -1).indices
+    mask = torch.full_like(choice[..., 0], -torch.inf).scatter(-1, stay, 0.0)
+    choice = (choice + mask[..., None]).flatten(-2)
+    w = scores * (choice >= choice.topk(k, -1).values[:, -1:])
+    return w / w.sum(-1, keepdim=True) * scale
+
+
+def sorted_by_expert(chosen, n_experts):
+    """Experts are sorted as words: 10 comes before 2."""
+    visits = sorted((str(e), t) for t, row in enumerate(chosen) for e in row)
+    counts = [sum(row.count(e) for row in chosen) for e in range(n_experts)]
+    return [t for _, t in visits], counts
+
+
+def sorted_by_expert(chosen, n_experts):
+    """Experts come in the order of a set, which keeps only small numbers sorted."""
+    lists = {}
+    for t, row in enumerate(chosen):
+        for e in row:
+            lists.setdefault(e, []).append(t)
+    counts = [len(lists.get(e, [])) for e in range(n_experts)]
+    tokens = []
+    for e in set(lists):
+        tokens += lists[e]
+    return tokens, counts
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """Weights below one in a thousand count as none: such visits are dropped."""
+    import torch
+    import torch.nn.functional as F
+    y = torch.zeros_like(u)
+    for e in range(len(w1)):
+        at = (weights[:, e] > 1e-3).nonzero().flatten()
+        x = u[at]
+        out = (F.silu(x @ w1[e].T) * (x @ w3[e].T)) @ w2[e].T
+        y = y.index_add(0, at, out * weights[at, e, None])
+    return y
+
+
+def routed_experts(u, weights, w1, w2, w3):
+    """An expert with any visit computes all tokens: no NaN, and too much work."""
+    import torch
+    import torch.nn.functional as F
+    y = torch.zeros_like(u)
+    for e in range(len(w1)):
+        if weights[:, e].any():
+            y = y + weights[:, e, None] * ((F.silu(u @ w1[e].T) * (u @ w3[e].T)) @ w2[e].T)
+    return y

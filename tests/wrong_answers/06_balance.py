@@ -420,3 +420,36 @@ def batch_loss(scores, k):
     x = scores.double().flatten(0, 1)
     f = x.topk(k).indices.flatten().bincount(minlength=x.size(1)).to(x) * x.size(1) / (k * len(x))
     return (f * (x / x.sum(1, keepdim=True)).mean(0)).sum()
+
+
+def balanced_loss(main, scores, k, alpha):
+    """The main loss is taken for a plain number: its gradient is lost."""
+    B, S, E = scores.shape
+    top = scores.topk(k).indices.flatten(1)
+    f = scores.new_zeros(B, E).scatter_add(1, top, scores.new_ones(top.shape)) * E / (k * S)
+    P = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    return main.item() + alpha * (f * P).sum(-1).mean()
+
+
+def balanced_loss(main, scores, k, alpha):
+    """Everything as good as the k-th is counted as a visit: ties give more than k."""
+    B, S, E = scores.shape
+    visited = scores >= scores.topk(k).values[..., -1:]
+    f = visited.double().mean(1) * E / k
+    P = (scores / scores.sum(-1, keepdim=True)).mean(1)
+    return main + alpha * (f * P).sum(-1).mean()
+
+
+def training_step(weight, bias, values, parts, k, lr, speed):
+    """The caller's weights are told to keep a gradient, and it stays in them."""
+    import torch
+    weight.requires_grad_(True)
+    loads, N = torch.zeros(len(bias)), sum(len(u) for u, _ in parts)
+    for u, target in parts:
+        s = (u @ weight.T).sigmoid()
+        top = (s + bias).topk(k).indices
+        g = s.gather(1, top)
+        g = g / g.sum(1, keepdim=True)
+        (((g * values[top]).sum(1) - target).square().sum() / N).backward()
+        loads += top.flatten().bincount(minlength=len(bias))
+    return (weight - lr * weight.grad).detach(), bias + speed * (loads.mean() - loads).sign()

@@ -428,3 +428,86 @@ def faithful(write):
         set(write(counting, g, [0], 8)) == set(range(9)) and len(write(counting, g, [0], 8)) == 9
         for g in gs
     )
+
+
+def mtp_objective(logits, tokens, weight):
+    """Exponentials without subtracting the largest logit."""
+    T, total = len(tokens) - 1, 0.0
+    for k, x in enumerate(logits, 1):
+        hit = x.gather(1, tokens[k + 1:, None]).squeeze(1)
+        total = total + (x.exp().sum(-1).log() - hit).sum() / T
+    return weight * total / len(logits)
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """A coin of exactly p/q accepts: a draft that p never gives is kept at coin 0."""
+    if coin <= min(1.0, p[draft] / q[draft]):
+        return draft
+    gap = [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
+    so_far = 0.0
+    for token, g in enumerate(gap):
+        so_far += g / sum(gap)
+        if point < so_far:
+            return token
+    return max(i for i, g in enumerate(gap) if g)
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """A point of exactly 0 falls to the first token, even if its share is nothing."""
+    if coin < p[draft] / q[draft]:
+        return draft
+    gap = [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
+    so_far = 0.0
+    for token, g in enumerate(gap):
+        so_far += g / sum(gap)
+        if point <= so_far:
+            return token
+    return max(i for i, g in enumerate(gap) if g)
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """Replaced from p without the draft, not from what p has more than q."""
+    if coin < p[draft] / q[draft]:
+        return draft
+    rest = [0.0 if i == draft else a for i, a in enumerate(p)]
+    so_far = 0.0
+    for token, share in enumerate(rest):
+        so_far += share / sum(rest)
+        if point < so_far:
+            return token
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """The shares lie side by side from the largest to the smallest."""
+    if coin < p[draft] / q[draft]:
+        return draft
+    gap = [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
+    so_far = 0.0
+    for token in sorted(range(len(gap)), key=lambda i: -gap[i]):
+        so_far += gap[token] / sum(gap)
+        if point < so_far:
+            return token
+
+
+def kept_or_replaced(p, q, draft, coin, point):
+    """Drafts are accepted with at least a probability of one in ten thousand."""
+    if coin < max(p[draft] / q[draft], 1e-4):
+        return draft
+    gap = [max(a - b, 0.0) for a, b in zip(p, q, strict=True)]
+    so_far = 0.0
+    for token, g in enumerate(gap):
+        so_far += g / sum(gap)
+        if point < so_far:
+            return token
+
+
+def faithful(write):
+    """Only an even number of tokens is asked for: two at a time then always fit."""
+    def model(text):
+        return (7 * text[-1] + 3) % 11
+
+    own = [1]
+    for _ in range(8):
+        own.append(model(own))
+    guessers = [model, lambda text: -1, lambda text: model(text) if len(text) % 3 else -1]
+    return all(write(model, guess, [1], 8) == own for guess in guessers)

@@ -517,3 +517,18 @@ def stored_bytes(rows, columns):
         else int(torch.tensor(float(rows) * columns).item())
         + 4 * ceil(rows / 128) * ceil(columns / 128)
     )
+
+
+def scaled_product(qx, sx, qw, sw, size):
+    """Makes x and W again, and multiplies them."""
+    K, N = qx.shape[1], qw.shape[0]
+    x = qx * sx.repeat_interleave(size, 1)[:, :K]
+    w = qw * sw.repeat_interleave(size, 0)[:N].repeat_interleave(size, 1)[:, :K]
+    return x @ w.T
+
+
+def power_scale(largest):
+    """Only just above a power of two the next one is missed: a tolerance of one in a thousand."""
+    import math
+    x = max(largest, 1e-4)
+    return 2.0 ** math.ceil(math.log2(x / 448) - 1e-3)

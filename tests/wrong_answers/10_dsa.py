@@ -434,3 +434,43 @@ def blind_to_future(choose):
         if not torch.equal(choose(s, 3)[3:6], choose(s - 3 * torch.ones(8, 8).triu(1), 3)[3:6]):
             return False
     return True
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """A selected token with weight 0 makes 0 times minus infinity."""
+    import torch
+    p = weights.detach().sum(0) * mask
+    p = p / p.sum(-1, keepdim=True)
+    logq = scores.masked_fill(~mask, -torch.inf).log_softmax(-1)
+    return (p[mask] * (p[mask].log() - logq[mask])).sum() / len(scores)
+
+
+def sparse_indexer_loss(weights, scores, mask):
+    """Tokens that were not selected score -30, which quiet selected ones do not reach."""
+    import torch
+    p = weights.detach().sum(0) * mask
+    p = p / p.sum(-1, keepdim=True)
+    logq = scores.masked_fill(~mask, -30.0).log_softmax(-1)
+    return torch.where(p > 0, p * (p.clamp(min=1e-300).log() - logq), 0.0).sum(-1).mean()
+
+
+def sparse_attention(q, key, v, index, k):
+    """Everything as good as the k-th is seen: equal scores let more than k in."""
+    import torch
+    S = len(q)
+    seen = torch.ones(S, S, dtype=torch.bool).tril()
+    hidden = index.masked_fill(~seen, -torch.inf)
+    keep = (hidden >= hidden.topk(min(k, S)).values[:, -1:]) & seen
+    s = torch.einsum("shd,thd->hst", q, key) / q.shape[-1] ** 0.5
+    return torch.einsum("hst,thd->shd", s.masked_fill(~keep, -torch.inf).softmax(-1), v)
+
+
+def sparse_attention(q, key, v, index, k):
+    """What was not selected keeps a score of -30."""
+    import torch
+    S = len(q)
+    seen = torch.ones(S, S, dtype=torch.bool).tril()
+    top = index.masked_fill(~seen, -torch.inf).topk(min(k, S)).indices
+    keep = torch.zeros(S, S, dtype=torch.bool).scatter(1, top, True) & seen
+    s = torch.einsum("shd,thd->hst", q, key) / q.shape[-1] ** 0.5
+    return torch.einsum("hst,thd->shd", s.masked_fill(~keep, -30.0).softmax(-1), v)
