@@ -20,13 +20,13 @@ from minids.kernels.fp8_layout import BLOCK, LEAST, Groups, in_fours, in_gluon, 
 from minids.kernels.triton_e4m3 import scale_of, to_e4m3
 
 NOT, OF_X, OF_ROUNDED = 0, 1, 2  # what the columns are rounded from
-WARPS = 8
 
 
 @triton.jit
 def tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tokens,
                  least, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UE8M0: tl.constexpr,
-                 GROUPED: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr):
+                 GROUPED: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr,
+                 WARPS: tl.constexpr):
     """Round 128 x 128 numbers along the rows, along the columns, or both; columns go transposed.
 
     q_rows: rows of q and of a tile's scales; tokens: columns of q_t, whole tiles
@@ -65,7 +65,8 @@ def tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tok
 @triton.jit
 def blocks_kernel(w, q, scale, q_t, scale_t, height, width, stride, first, high, scale_width,
                   scale_height, least, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-                  UE8M0: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr):
+                  UE8M0: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr,
+                  WARPS: tl.constexpr):
     """Round a block of 128 x 128 numbers with one scale, and store it as it is, transposed, or
     both: a block's scale serves its rows and its columns alike.
 
@@ -125,11 +126,12 @@ def round_tiles(x: Tensor, rows: bool, columns: int = NOT, ue8m0: bool = False,
     q, scale = torch.empty(high, wide, **e4m3), torch.empty(wide // BLOCK, high, **fp32)
     q_t, scale_t = torch.empty(wide, across * BLOCK, **e4m3), torch.empty(across, wide, **fp32)
     first, end = (x, x) if groups is None else (groups.first, groups.end)
+    warps = 4 if columns == OF_X and in_gluon(x) else 8  # measured on an H200, and for blocks
     if n:
         chosen(x, "tiles_kernel")[wide // BLOCK, tiles](
             x, q, scale, q_t, scale_t, first, end, n, d, q_rows, tiles * BLOCK, least, ROWS=rows,
             COLUMNS=columns, UE8M0=ue8m0, GROUPED=groups is not None, SHORT=x.element_size() == 2,
-            BLOCK=BLOCK, num_warps=WARPS)
+            BLOCK=BLOCK, WARPS=warps, num_warps=warps)
     return q, scale, q_t, scale_t
 
 
@@ -153,12 +155,12 @@ def round_blocks(weights: Sequence[Tensor], rows: bool = True, columns: bool = F
         torch.zeros(e * rows, high // BLOCK, row, **fp32),
         torch.empty(e * columns, wide, high, **e4m3),
         torch.zeros(e * columns, wide // BLOCK, row_t, **fp32))
-    first = 0
+    first, warps = 0, 4 if in_gluon(like) else 8
     for w, count in zip(weights, blocks, strict=True):
         w = w if w.stride()[1:] == (c, 1) else w.contiguous()
         chosen(w, "blocks_kernel")[wide // BLOCK, count, e](
             w, q, scale, q_t, scale_t, w.size(1), c, w.stride(0), first, high // BLOCK, row, row_t,
             LEAST, ROWS=rows, COLUMNS=columns, UE8M0=ue8m0, SHORT=w.element_size() == 2,
-            BLOCK=BLOCK, num_warps=WARPS)
+            BLOCK=BLOCK, WARPS=warps, num_warps=warps)
         first += count
     return q, scale, q_t, scale_t

@@ -28,7 +28,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from minids.kernels.fp8_layout import BLOCK, Groups
 
-TOGETHER = 8  # row tiles that are computed side by side, and find each other's columns in a cache
+# Row tiles that are computed side by side, and find each other's columns in a cache.
+TOGETHER, TOGETHER_OVER_TOKENS = 8, 32
 REGISTERS = gl.constexpr([240, 24])  # of a thread that multiplies, and of one that copies
 E4M3 = gl.constexpr(gl.float8e4nv)
 SUMS = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32]))  # of 64 x 128 numbers
@@ -252,11 +253,11 @@ def described(t: Tensor, rows: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(t, shape, layout)
 
 
-def launch(out: Tensor, tiles: int) -> tuple[tuple[int], dict]:
+def launch(out: Tensor, tiles: int, together: int) -> tuple[tuple[int], dict]:
     """Return how many programs compute so many tiles of results, and with what."""
     many = torch.cuda.get_device_properties(out.device).multi_processor_count if out.is_cuda else 1
     stages = 4 if out.element_size() == 2 else 3  # FP32 needs more memory on its way out
-    return (min(many, tiles),), dict(TOGETHER=TOGETHER, STAGES=stages, num_warps=4)
+    return (min(many, tiles),), dict(TOGETHER=together, STAGES=stages, num_warps=4)
 
 
 def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, rows: int, width: int,
@@ -267,7 +268,7 @@ def product(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, rows: int, w
     row_tiles = n // BLOCK if groups is None else len(groups.first)
     column_tiles = -(-b.size(1) // (2 * BLOCK))
     if rows:
-        grid, settings = launch(out, row_tiles * column_tiles)
+        grid, settings = launch(out, row_tiles * column_tiles, TOGETHER)
         hopper_product_kernel[grid](
             described(a, 64), a_scale, described(b.flatten(0, 1), 128), b_scale, out,
             *((a, a, a) if groups is None else groups[:3]), rows, row_tiles, column_tiles,
@@ -282,7 +283,7 @@ def over_tokens(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, height: 
     experts = 1 if groups is None else len(groups.starts) - 1
     out = torch.empty(experts, height, width, dtype=dtype, device=a.device)
     row_tiles, column_tiles = a.size(0) // BLOCK, -(-b.size(0) // (2 * BLOCK))
-    grid, settings = launch(out, row_tiles * column_tiles * experts)
+    grid, settings = launch(out, row_tiles * column_tiles * experts, TOGETHER_OVER_TOKENS)
     hopper_tokens_kernel[grid](
         described(a, 64), a_scale, described(b, 128), b_scale, out,
         a if groups is None else groups.starts, a.size(1) // BLOCK, row_tiles, column_tiles,

@@ -13,17 +13,17 @@ from triton.experimental.gluon import language as gl
 
 from minids.kernels import triton_e4m3
 
-ALONG = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [8, 1], [1, 0]))  # 16 numbers of a row each
-ACROSS = gl.constexpr(gl.BlockedLayout([16, 1], [8, 4], [1, 8], [0, 1]))  # and of a column
-
 scale_of, to_e4m3 = (gluon.jit(f.fn) for f in (triton_e4m3.scale_of, triton_e4m3.to_e4m3))
 
 
 @gluon.jit
 def hopper_tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tokens, least,
                         ROWS: gl.constexpr, COLUMNS: gl.constexpr, UE8M0: gl.constexpr,
-                        GROUPED: gl.constexpr, SHORT: gl.constexpr, BLOCK: gl.constexpr):
+                        GROUPED: gl.constexpr, SHORT: gl.constexpr, BLOCK: gl.constexpr,
+                        WARPS: gl.constexpr):
     """As `tiles_kernel`."""
+    ALONG: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])  # 16 of a row each
+    ACROSS: gl.constexpr = gl.BlockedLayout([16, 1], [8, 4], [1, WARPS], [0, 1])  # and of a column
     tile, column = gl.program_id(1).to(gl.int64), gl.program_id(0)
     last = rows
     start = tile * BLOCK
@@ -61,8 +61,11 @@ def hopper_tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_ro
 @gluon.jit
 def hopper_blocks_kernel(w, q, scale, q_t, scale_t, height, width, stride, first, high, scale_width,
                          scale_height, least, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
-                         UE8M0: gl.constexpr, SHORT: gl.constexpr, BLOCK: gl.constexpr):
+                         UE8M0: gl.constexpr, SHORT: gl.constexpr, BLOCK: gl.constexpr,
+                         WARPS: gl.constexpr):
     """As `blocks_kernel`."""
+    ALONG: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])  # 16 of a row each
+    ACROSS: gl.constexpr = gl.BlockedLayout([16, 1], [8, 4], [1, WARPS], [0, 1])  # and of a column
     column, row, matrix = gl.program_id(0), gl.program_id(1), gl.program_id(2).to(gl.int64)
     at = row * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(1, ALONG))
     along = column * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, ALONG))
