@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.kernels.precision import HOPPER, INTERPRETED, LOG2_E, TRITON, UNTRIED, in_triton
+from minids.kernels.precision import HOPPER, INTERPRETED, LOG2_E, TRITON, in_triton
 from minids.kernels.registry import REGISTRY, body
 
 KINDS = torch.bfloat16, torch.float16, torch.float32
@@ -45,7 +45,6 @@ def takes(args, weight: Tensor, dtype: torch.dtype) -> bool:
     known = INTERPRETED or (weight.device.type == "cuda" and dtype in KINDS
                             and torch.cuda.get_device_capability(weight.device) >= OLDEST)
     return (TRITON and known and weight.dtype == dtype
-            and (INTERPRETED or UNTRIED or not args.has_indexer)
             and all(width >= 16 and width & (width - 1) == 0 for width in powers))
 
 

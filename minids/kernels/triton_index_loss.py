@@ -16,6 +16,7 @@ from torch import Tensor
 
 from minids.kernels.precision import LOG2_E, in_triton
 from minids.kernels.triton_indexer import rows, sizes, tile
+from minids.kernels.triton_selected import selected
 
 power = triton.next_power_of_2
 
@@ -92,13 +93,14 @@ def attention_mass_kernel(q, keys, sums, out, S, T, first, q_batch, keys_batch, 
 
 
 @triton.jit
-def selected_mass_kernel(q, latents, indices, seen, out, S, K, latent_batch, scale,
+def selected_mass_kernel(q, latents, tokens, out, S, K, latent_batch, scale,
                          H: tl.constexpr, D: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
                          HEADS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr):
     """p over one query's own latents, one key for all heads, the heads' mean: out (N, K) FP32
 
-    q: (N, H, D); latents: (B, T, D); indices, seen: (N, K). The queries of HEADS heads stay where
-    they are while the latents pass twice. Not written: scores, (N, H, K), and the latents fetched.
+    q: (N, H, D); latents: (B, T, D); tokens: (N, K) int32, -1 for none. The queries of HEADS heads
+    stay where they are while the latents pass twice. Not written: scores, (N, H, K), and the
+    latents fetched.
     """
     n = tl.program_id(0).to(tl.int64)
     own = latents + n // S * latent_batch
@@ -110,8 +112,8 @@ def selected_mass_kernel(q, latents, indices, seen, out, S, K, latent_batch, sca
         mass = tl.zeros((HEADS,), tl.float32)
         for start in range(0, K, KEYS):
             j = start + tl.arange(0, KEYS)
-            there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
-            t = tl.load(indices + n * K + j, mask=j < K, other=0)
+            t = tl.load(tokens + n * K + j, mask=j < K, other=-1)
+            there = t >= 0
             score = products(wide, rest, own + t * D, there, D, WIDE, REST, PRECISION) * scale
             score = tl.where(there[None, :], score, float("-inf"))
             higher = tl.maximum(high, tl.max(score, axis=1))
@@ -121,8 +123,8 @@ def selected_mass_kernel(q, latents, indices, seen, out, S, K, latent_batch, sca
         total = tl.where(h < H, high + tl.log2(mass), float("inf"))  # 0 for a head too many
         for start in range(0, K, KEYS):
             j = start + tl.arange(0, KEYS)
-            there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
-            t = tl.load(indices + n * K + j, mask=j < K, other=0)
+            t = tl.load(tokens + n * K + j, mask=j < K, other=-1)
+            there = t >= 0
             score = products(wide, rest, own + t * D, there, D, WIDE, REST, PRECISION) * scale
             share = tl.where(there, tl.sum(tl.exp2(score - total[:, None]), axis=0) / H, 0.0)
             share += tl.load(out + n * K + j, mask=(j < K) & (first > 0), other=0.0)
@@ -130,15 +132,15 @@ def selected_mass_kernel(q, latents, indices, seen, out, S, K, latent_batch, sca
 
 
 @triton.jit
-def selected_scores_kernel(q, weights, keys, indices, seen, out, S, K, tiles, keys_batch,
+def selected_scores_kernel(q, weights, keys, tokens, out, S, K, tiles, keys_batch,
                            H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
                            WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr):
     """Equation 1 of V3.2 for KEYS of one query's own tokens: out (N, K) FP32"""
     n = (tl.program_id(0) // tiles).to(tl.int64)
     j = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS)
     d, h = tl.arange(0, WIDTH), tl.arange(0, HEADS)
-    there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
-    t = tl.load(indices + n * K + j, mask=j < K, other=0)
+    t = tl.load(tokens + n * K + j, mask=j < K, other=-1)
+    there = t >= 0
     key = tl.load(keys + n // S * keys_batch + t[:, None] * D + d[None, :],
                   mask=there[:, None] & (d < D)[None, :], other=0.0)
     query = tile(0, HEADS, H, q + n * H * D, D, WIDTH)
@@ -149,7 +151,7 @@ def selected_scores_kernel(q, weights, keys, indices, seen, out, S, K, tiles, ke
 
 
 @triton.jit
-def selected_scores_grad_kernel(q, weights, keys, indices, seen, grad, dq, dweights, dkeys, S, K, T,
+def selected_scores_grad_kernel(q, weights, keys, tokens, grad, dq, dweights, dkeys, S, K, T,
                                 keys_batch, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
                                 WIDTH: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr):
     """Gradients of one query, its head weights and its own keys: grad (N, K) -> dq, dweights, dkeys
@@ -164,8 +166,8 @@ def selected_scores_grad_kernel(q, weights, keys, indices, seen, grad, dq, dweig
     acc, mass = tl.zeros((HEADS, WIDTH), tl.float32), tl.zeros((HEADS,), tl.float32)
     for start in range(0, K, KEYS):
         j = start + tl.arange(0, KEYS)
-        there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
-        t = tl.load(indices + n * K + j, mask=j < K, other=0)
+        t = tl.load(tokens + n * K + j, mask=j < K, other=-1)
+        there = t >= 0
         inside = there[:, None] & (d < D)[None, :]
         key = tl.load(keys + n // S * keys_batch + t[:, None] * D + d[None, :], mask=inside,
                       other=0.0)
@@ -249,15 +251,15 @@ def attention_mass(q: Tensor, keys: Tensor, scale: float) -> Tensor:
     return out
 
 
-def selected_mass(q: Tensor, latent: Tensor, indices: Tensor, seen: Tensor, scale: float) -> Tensor:
+def selected_mass(q: Tensor, latent: Tensor, tokens: Tensor, scale: float) -> Tensor:
     """Return p over each query's own latents: q (B, S, H, D), latent (B, T, D) -> (B, S, K) FP32"""
-    (batch, count, heads, width), k = q.shape, indices.size(2)
+    (batch, count, heads, width), k = q.shape, tokens.size(2)
     half, n = q.element_size() == 2, batch * count
     out = torch.empty(batch, count, k, dtype=torch.float32, device=q.device)
     selected_mass_kernel[(n,)](
-        q, latent, indices, seen, out, count, k, latent.stride(0), scale * LOG2_E, H=heads,
-        HEADS=max(16, min(power(heads), 128 if half else 16)), KEYS=32 if half else 16,
-        PRECISION=in_triton(q), num_warps=8 if half else 4, num_stages=2, **widths(width))
+        q, latent, tokens, out, count, k, latent.stride(0), scale * LOG2_E, H=heads,
+        HEADS=max(16, min(power(heads), 128 if half else 16)), KEYS=64 if half else 16,
+        PRECISION=in_triton(q), num_warps=8 if half else 4, num_stages=1, **widths(width))
     return out
 
 
@@ -279,14 +281,14 @@ def over_selection(index_q: Tensor, weights: Tensor, index_k: Tensor, q: Tensor,
                    indices: Tensor, seen: Tensor, scale: float) -> tuple[Tensor, ...]:
     """Return the loss over each query's own tokens, and its gradients, dkeys in FP32."""
     (batch, count, heads, width), k = index_q.shape, indices.size(2)
-    index_q, weights, q, indices, seen = (
-        t.contiguous() for t in (index_q, weights, q, indices, seen))
-    index_k, latent, seen, n = rows(index_k), rows(latent), seen.view(torch.uint8), batch * count
-    wanted = selected_mass(q, latent, indices, seen, scale)
+    index_q, weights, q, seen = (t.contiguous() for t in (index_q, weights, q, seen))
+    index_k, latent, n = rows(index_k), rows(latent), batch * count
+    tokens, seen = selected(indices, seen).contiguous(), seen.view(torch.uint8)
+    wanted = selected_mass(q, latent, tokens, scale)
     half = index_q.element_size() == 2
     scores, how = torch.empty_like(wanted), dict(
         H=heads, D=width, KEYS=64 if half else 16, num_warps=4, **sizes(index_q))
-    given = index_q, weights, index_k, indices, seen
+    given = index_q, weights, index_k, tokens
     tiles = triton.cdiv(k, how["KEYS"])
     selected_scores_kernel[(n * tiles,)](
         *given, scores, count, k, tiles, index_k.stride(0), **how)

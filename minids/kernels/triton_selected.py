@@ -34,12 +34,12 @@ def scaled(product, scale, start, stop):
 
 
 @triton.jit
-def attend_selected_kernel(q, latents, indices, seen, out, sums, S, K, piece, latent_batch,
+def attend_selected_kernel(q, latents, tokens, out, sums, S, K, piece, latent_batch,
                            scale, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
                            HEADS: tl.constexpr, KEYS: tl.constexpr, PRECISION: tl.constexpr):
     """Attend with HEADS heads of one query to one piece of its selection.
 
-    q: (N, H, W); latents: (B, T, W); indices, seen: (N, K)
+    q: (N, H, W); latents: (B, T, W); tokens: (N, K) int32, -1 for none
     out: (pieces, N, H, R), the piece's own softmax average; sums: (pieces, N, H) FP32, log2 of the
         sum of its exp2(score)
 
@@ -63,8 +63,8 @@ def attend_selected_kernel(q, latents, indices, seen, out, sums, S, K, piece, la
     stop = tl.minimum(begin + piece, K)
     for start in range(begin, stop, KEYS):
         j = start + tl.arange(0, KEYS)
-        there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
-        t = tl.load(indices + n * K + j, mask=j < K, other=0)
+        t = tl.load(tokens + n * K + j, mask=j < K, other=-1)
+        there = t >= 0
         key = own + t[:, None] * (R + P)
         k_c = tl.load(key + r[None, :], mask=there[:, None], other=0.0)
         k_p = tl.load(key + R + p[None, :], mask=there[:, None], other=0.0)
@@ -103,7 +103,7 @@ def join_pieces_kernel(parts, sums, out, rows, pieces, R: tl.constexpr, ALL: tl.
 
 
 @triton.jit
-def selected_query_grad_kernel(q, latents, indices, seen, grad, sums, delta, average, dq, S, K,
+def selected_query_grad_kernel(q, latents, tokens, grad, sums, delta, average, dq, S, K,
                                latent_batch, scale, back, H: tl.constexpr, R: tl.constexpr,
                                P: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
                                PRECISION: tl.constexpr):
@@ -131,8 +131,8 @@ def selected_query_grad_kernel(q, latents, indices, seen, grad, sums, delta, ave
     d_c, d_p = tl.zeros((HEADS, R), tl.float32), tl.zeros((HEADS, P), tl.float32)
     for start in range(0, K, KEYS):
         j = start + tl.arange(0, KEYS)
-        there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
-        t = tl.load(indices + n * K + j, mask=j < K, other=0)
+        t = tl.load(tokens + n * K + j, mask=j < K, other=-1)
+        there = t >= 0
         key = own + t[:, None] * (R + P)
         k_c = tl.load(key + r[None, :], mask=there[:, None], other=0.0)
         k_p = tl.load(key + R + p[None, :], mask=there[:, None], other=0.0)
@@ -148,7 +148,7 @@ def selected_query_grad_kernel(q, latents, indices, seen, grad, sums, delta, ave
 
 
 @triton.jit
-def selected_key_grad_kernel(q, latents, indices, seen, grad, sums, delta, dlatents, S, K, T,
+def selected_key_grad_kernel(q, latents, tokens, grad, sums, delta, dlatents, S, K, T,
                              tiles, latent_batch, scale, back, H: tl.constexpr, R: tl.constexpr,
                              P: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
                              PRECISION: tl.constexpr):
@@ -160,8 +160,8 @@ def selected_key_grad_kernel(q, latents, indices, seen, grad, sums, delta, dlate
     """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     j, r, p = tl.program_id(0) % tiles * KEYS + tl.arange(0, KEYS), tl.arange(0, R), tl.arange(0, P)
-    there = tl.load(seen + n * K + j, mask=j < K, other=0) != 0
-    t = tl.load(indices + n * K + j, mask=j < K, other=0)
+    t = tl.load(tokens + n * K + j, mask=j < K, other=-1)
+    there = t >= 0
     key = latents + n // S * latent_batch + t[:, None] * (R + P)
     k_c = tl.load(key + r[None, :], mask=there[:, None], other=0.0)
     k_p = tl.load(key + R + p[None, :], mask=there[:, None], other=0.0)
@@ -198,13 +198,18 @@ def tile(heads: int, half: bool) -> int:
     return max(16, min(triton.next_power_of_2(heads), 64 if half else 16))
 
 
-def attend(q: Tensor, latent: Tensor, indices: Tensor, seen: Tensor, rank: int, scale: float,
+def selected(indices: Tensor, seen: Tensor) -> Tensor:
+    """Return the tokens of a selection, (B, S, K) int32, -1 where an entry is empty."""
+    return torch.where(seen, indices.int(), -1)
+
+
+def attend(q: Tensor, latent: Tensor, tokens: Tensor, rank: int, scale: float,
            in_pieces: bool = True) -> tuple[Tensor, Tensor]:
     """Return the average of the selected latents, (B, S, H, R), and its sums, (B, S, H)
 
     in_pieces: cut the selections of few queries, so that all of a GPU works; sums are then parts'
     """
-    (batch, count, heads, width), k = q.shape, indices.size(2)
+    (batch, count, heads, width), k = q.shape, tokens.size(2)
     half, rows = q.element_size() == 2, batch * count
     together, keys = tile(heads, half), 64 if half else 32
     groups = triton.cdiv(heads, together)
@@ -215,7 +220,7 @@ def attend(q: Tensor, latent: Tensor, indices: Tensor, seen: Tensor, rank: int, 
     out = q.new_empty(batch, count, heads, rank)
     parts = out if pieces == 1 else sums.new_empty(pieces, rows, heads, rank)
     attend_selected_kernel[(rows * groups, pieces)](
-        q, latent, indices, seen, parts, sums, count, k, piece, latent.stride(0), scale * LOG2_E,
+        q, latent, tokens, parts, sums, count, k, piece, latent.stride(0), scale * LOG2_E,
         H=heads, R=rank, P=width - rank, HEADS=together, KEYS=keys, num_stages=2,
         num_warps=8 if together == 64 else 4, PRECISION=in_triton(q))
     if pieces > 1:
@@ -232,23 +237,22 @@ class Selected(torch.autograd.Function):
                 scale: float) -> Tensor:
         q = q.contiguous()
         latent = latent if latent[0].is_contiguous() else latent.contiguous()
-        indices, seen = indices.contiguous(), seen.contiguous().view(torch.uint8)
-        learns = any(ctx.needs_input_grad)
-        out, sums = attend(q, latent, indices, seen, rank, scale, in_pieces=not learns)
+        tokens, learns = selected(indices, seen).contiguous(), any(ctx.needs_input_grad)
+        out, sums = attend(q, latent, tokens, rank, scale, in_pieces=not learns)
         if learns:
-            ctx.save_for_backward(q, latent, indices, seen, out, sums)
+            ctx.save_for_backward(q, latent, tokens, out, sums)
             ctx.scale = scale
         return out
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple:
-        q, latent, indices, seen, out, sums = ctx.saved_tensors
+        q, latent, tokens, out, sums = ctx.saved_tensors
         (batch, count, heads, width), rank, total = q.shape, out.size(3), latent.size(1)
         grad = grad.contiguous()
         delta = torch.empty_like(sums)
-        half, rows, k = q.element_size() == 2, batch * count, indices.size(2)
+        half, rows, k = q.element_size() == 2, batch * count, tokens.size(2)
         dq, dlatent = torch.empty_like(q), latent.new_zeros(latent.shape, dtype=torch.float32)
-        given = q, latent, indices, seen, grad, sums, delta
+        given = q, latent, tokens, grad, sums, delta
         widths = dict(H=heads, R=rank, P=width - rank, PRECISION=in_triton(q))
         scales = latent.stride(0), ctx.scale * LOG2_E, ctx.scale
         together, keys = tile(heads, half), 64 if half else 32
@@ -260,5 +264,5 @@ class Selected(torch.autograd.Function):
         tiles = triton.cdiv(k, keys)
         selected_key_grad_kernel[(rows * tiles,)](
             *given, dlatent, count, k, total, tiles, *scales, HEADS=together, KEYS=keys,
-            num_stages=2, num_warps=8 if keys == 64 else 4, **widths)
+            num_stages=3, num_warps=8 if keys == 64 else 4, **widths)
         return dq, dlatent.to(latent.dtype), None, None, None, None

@@ -67,9 +67,11 @@ class Layer:
         torch.manual_seed(0)
         with torch.device(self.device):
             attn = MLA(replace(self.args, **changes), 0).to(self.kind["dtype"])
-        for parameter in attn.parameters():
+        for name, parameter in attn.named_parameters():
             if parameter.dim() > 1:
                 torch.nn.init.normal_(parameter, std=parameter.size(-1) ** -0.5)
+            elif name.endswith("norm.weight"):
+                torch.nn.init.ones_(parameter)
         return attn
 
     def drawn(self, *shape: int) -> Tensor:
