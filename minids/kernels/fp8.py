@@ -35,7 +35,7 @@ from minids.kernels.fp8_layout import (
     on_hopper,
     whole,
 )
-from minids.kernels.precision import INTERPRETED, TRITON, UNTRIED, compute_dtype
+from minids.kernels.precision import INTERPRETED, TRITON, compute_dtype
 from minids.kernels.registry import body
 
 OLDEST = 8, 9  # compute capability: Ada, the first with FP8 units
@@ -63,8 +63,6 @@ def missing(device: torch.device) -> str:
         return ""
     if device.type != "cuda":
         return "only a GPU has units for it"
-    if not UNTRIED:
-        return "no card has run them yet, and MINIDS_UNTRIED=1 is not set"
     if is_older(device.index or 0):
         return ("the card has compute capability {}.{}, and units for it come with {}.{}"
                 .format(*capability(device.index or 0), *OLDEST))

@@ -3,8 +3,9 @@
 One layer of the preset stands alone, weights and gradients in BF16, on batch_size x seq_len tokens.
 On a GPU experts are compiled on both sides, as training compiles them, and their copies are there
 beforehand, as an optimizer step makes them: BF16's have w1 and w3 joined, FP8's are rounded in both
-layouts; what this rounding takes has a row of its own. Linear layers round their weights in each
-call. A share is of the measured peak: of a large product in the same precision, or of a copy.
+layouts; what this rounding takes has a row of its own, and so has each kernel that a step calls for
+the experts' first matrices. Linear layers round their weights in each call. A share is of the
+measured peak: of a large product in the same precision, or of a copy.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 from minids.apply.fp8 import StepRounding, use_fp8_within
 from minids.config import ModelArgs
 from minids.fp8 import fp8_linear, quantize_activation
-from minids.kernels.fp8 import run_on
+from minids.kernels.fp8 import multiply, multiply_over_tokens, run_on
+from minids.kernels.fp8_layout import BLOCK, group_tiles
 from minids.kernels.registry import using
 from minids.lab.bench_setup import Bench
 from minids.lab.roofline import fp8_rate, measure_peaks, seconds_per_call
@@ -44,6 +46,7 @@ def fp8_table(bench: Bench) -> Iterator[list[str]]:
     if run_on(torch.device(s.device)):
         copies = StepRounding(layers[1:])
         yield weights_row(copies, s.device)
+        yield from kernel_rows(args, copies, tokens, s.device)
     yield experts_row(args, layers, leaves, s.batch_size, s.seq_len, s.device)
 
 
@@ -82,8 +85,43 @@ def weights_row(copies: StepRounding, device: str) -> list[str]:
     """Return the table's cells for rounding all weights of a layer to blocks, in both layouts."""
     taken = seconds_per_call(copies.refresh, [()], device)
     moved = sum(t.nbytes for weights, rounded in copies.pairs for t in (*weights, *rounded))
-    share = moved / measure_peaks(device).bytes_per_second / taken
-    return ["rounding all weights of it", "-", "-", f"{1e3 * taken:.3f}", f"{share:.0%}", "-", "-"]
+    floor = moved / measure_peaks(device).bytes_per_second
+    return alone("rounding all weights of it", taken, floor)
+
+
+def kernel_rows(args: ModelArgs, copies: StepRounding, tokens: int,
+                device: str) -> Iterator[list[str]]:
+    """Yield the table's cells for the kernels of experts' first matrices [w1; w3], each alone: what
+    a step calls on their inputs, on the gradients of their results, and for the three products."""
+    from minids.kernels.triton_fp8 import NOT, OF_ROUNDED, OF_X, round_tiles
+    rows, width, height = tokens * args.n_activated_experts, args.dim, 2 * args.moe_inter_dim
+    counts = torch.randint(args.n_routed_experts, (rows,), device=device).bincount(
+        minlength=args.n_routed_experts)
+    groups = group_tiles(counts, rows)
+    rounded = next(rounded for weights, rounded in copies.pairs if len(weights) == 2)
+    x, dy = (drawn(rows, size, device=device) for size in (width, height))
+    mine = round_tiles(x, True, OF_ROUNDED, groups=groups)
+    theirs = round_tiles(dy, True, OF_X, groups=groups)
+    peaks, fp8 = measure_peaks(device), fp8_rate()
+    for name, of, columns in (("rows", x, NOT), ("rows, and columns of them", x, OF_ROUNDED),
+                              ("rows and columns of gradients", dy, OF_X)):
+        taken = seconds_per_call(lambda of=of, columns=columns: round_tiles(
+            of, True, columns, groups=groups), [()], device)
+        moved = of.numel() * (of.element_size() + (1 + 4 / BLOCK) * (2 - (columns == NOT)))
+        yield alone(f"  rounding {name}", taken, moved / peaks.bytes_per_second)
+    dtype = x.dtype
+    for name, product in (
+            ("y", lambda: multiply(*mine[:2], *rounded[:2], rows, height, dtype, groups)),
+            ("dx", lambda: multiply(*theirs[:2], *rounded[2:], rows, width, dtype, groups)),
+            ("dW", lambda: multiply_over_tokens(*theirs[2:], *mine[2:], height, width, dtype,
+                                                groups))):
+        taken = seconds_per_call(product, [()], device)
+        yield alone(f"  experts' product {name}", taken, 2 * rows * width * height / fp8)
+
+
+def alone(name: str, taken: float, floor: float) -> list[str]:
+    """Return the table's cells for a kernel without a counterpart in BF16."""
+    return [name, "-", "-", f"{1e3 * taken:.3f}", f"{floor / taken:.0%}", "-", "-"]
 
 
 def experts_row(args: ModelArgs, layers: list[nn.Module], leaves: list[list[Tensor]], batch: int,
