@@ -12,8 +12,6 @@ import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # each of the two workers computes on one thread
 
-os.environ.setdefault("MINIDS_UNTRIED", "1")  # a card is where the tests try them
-
 # Many processes import the package: the first one compiles it, also where an image says not to.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

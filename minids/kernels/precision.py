@@ -9,9 +9,6 @@ from torch import Tensor
 
 TRITON = find_spec("triton") is not None  # comes with torch's CUDA build; imported where it runs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a CPU, for tests
-# Kernels that no card has run yet stay off on a GPU, unless this is set: an interpreter shows
-# neither a race nor how a product rounds.
-UNTRIED = os.environ.get("MINIDS_UNTRIED") == "1"
 HOPPER = 9, 0  # compute capability
 LOG2_E = 1.4426950408889634  # kernels have exp2
 

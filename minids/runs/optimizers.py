@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from minids.kernels import muon
-from minids.kernels.precision import UNTRIED, in_fp32
+from minids.kernels.precision import in_fp32
 from minids.model.sparse_attention import in_indexer
 from minids.parallel.matrices import of_whole, sharing_rows
 from minids.parallel.shards import is_sharded, local
@@ -72,7 +72,7 @@ class AdamWInBF16(torch.optim.AdamW):
         """Move every parameter that has a gradient."""
         learning = [p for group in self.param_groups for p in group["params"]
                     if p.grad is not None]
-        if UNTRIED and in_fp32(*learning):
+        if in_fp32(*learning):
             return self.in_one_pass()
         self._moments_to(torch.float32)
         super().step()
@@ -92,7 +92,8 @@ class AdamWInBF16(torch.optim.AdamW):
         if learning:
             torch._foreach_add_([self.state[p]["step"] for p, _ in learning], 1)
         for p, group in learning:
-            triton_adamw.move(p, p.grad, self.state[p], group)
+            state = {name: local(value) for name, value in self.state[p].items()}
+            triton_adamw.move(local(p), local(p.grad), state, group)
 
     def _moments_to(self, dtype: torch.dtype) -> None:
         for state in self.state.values():

@@ -209,7 +209,7 @@ def test_a_captured_step_writes_the_same_text(capsys, monkeypatch, args, dtype, 
     monkeypatch.setattr(graphs, "SMALLEST", 8)
     model = scrambled(args, dtype=dtype).cuda()
     captured = generate(model, PROMPTS, 24, **HOW[how]).tokens
-    assert not capsys.readouterr().err
+    assert "without CUDA graphs" not in capsys.readouterr().err
     monkeypatch.setattr(Steps, "capture", lambda self, bound: None)
     assert generate(model, PROMPTS, 24, **HOW[how]).tokens == captured
 
