@@ -41,6 +41,7 @@ def e4m3_figure(values, scale: float, path: style.File = None):
            xlabel="size of a value (log scale); ticks below: E4M3's numbers times the scale",
            ylabel="values (percent)", title=f"Scale 2^{math.log2(scale):g}: {shares[0]:.1%} of the "
            f"values become 0, {shares[3]:.1%} are clipped")
+    ax.set_yticks([tick for tick in ax.get_yticks() if 0 <= tick <= high])  # none at E4M3's ticks
     return style.finish(ax.figure, path)
 
 

@@ -26,6 +26,7 @@ def test_number_line_counts_what_the_format_loses(scale):
     ticks = [path.vertices[0][0] for path in ax.collections[0].get_paths()]
     assert ticks == [scale * number for number in scales.NUMBERS]
     assert sum(bar.get_height() for bars in ax.containers for bar in bars) == pytest.approx(100)
+    assert min(ax.get_yticks()) == 0  # below are the numbers' ticks, which are no share
     assert collisions(figure) == [] == axes_without_a_unit(figure)
 
 
