@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from minids.kernels.precision import compute_dtype, in_fp32, wide
+from minids.kernels.precision import UNTRIED, compute_dtype, in_fp32, wide
 from minids.kernels.registry import REGISTRY, body
 
 
@@ -107,8 +107,10 @@ def trains_on_gpu(moe, x: Tensor, weights: Tensor, indices: Tensor) -> bool:
     experts = moe.experts
     if x.device.type != "cuda" or not torch.is_grad_enabled() or compute_dtype(x) != torch.bfloat16:
         return False
-    return in_fp8(experts) or ("product" not in vars(experts) and all(
-        takes_grouped(x, w, indices) for w in (experts.w1, experts.w2)))
+    if in_fp8(experts):
+        return UNTRIED
+    return "product" not in vars(experts) and all(
+        takes_grouped(x, w, indices) for w in (experts.w1, experts.w2))
 
 
 @body(trains_on_gpu)
