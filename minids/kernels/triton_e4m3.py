@@ -22,7 +22,7 @@ def to_e4m3(x, scale, SHORT: tl.constexpr):
     The quotient is the exact one, rounded to FP32 as division does it: from a correctly rounded
     reciprocal, one per scale, and two corrections by what is left (Markstein, IBM Journal of
     Research and Development 34, 1990). That takes half the instructions of a division, which would
-    last longer than reading the numbers does. No quotient is above 448, but for its rounding.
+    take longer than reading the numbers. Rounding aside, no quotient exceeds 448.
     SHORT: x had 16 bits. Then one correction gives the same E4M3 numbers: `test_fp8_kernels` goes
     through all quotients that are near enough to the middle of two.
     """

@@ -118,7 +118,7 @@ def test_halves_go_to_the_even_number():
 
 
 def near_the_middle(bits: int) -> Iterator[tuple[int, int]]:
-    """Yield numbers of so many bits and scales of 24 whose quotient one correction may misjudge.
+    """Yield numbers and 24-bit scales whose quotient a single correction may misjudge.
 
     It is off by at most 2^-22 of a unit in the last place of FP32 before it is rounded. That counts
     only halfway between the middle m of two E4M3 numbers and its neighbour in FP32, a number h of

@@ -35,7 +35,7 @@ needs_two = pytest.mark.skipif(GPUS < 2, reason=f"needs 2 GPUs; here: {GPUS}")
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
-    """What a number of GPUs said, in one launch for each number."""
+    """Return what every check says on n GPUs: one launch for each n."""
     return cache(lambda n: launch(FILES[n], n, tmp_path_factory.mktemp("gpus"), limit=180,
                                   device="cuda"))
 
