@@ -96,7 +96,9 @@ def fold(model: Transformer, cache: LatentCache) -> None:
 def joined(attn: MLA) -> Joined:
     """Join the matrices that read one layer's input."""
     first = attn.wq_a if attn.args.q_lora_rank else attn.wq
-    return Joined(torch.cat([first.weight, attn.wkv_a.weight]), Routing)
+    width = few_tokens_gpu.index_width(attn.args, first.weight)
+    parts = [first.weight, attn.wkv_a.weight] + ([attn.indexer.wk.weight] if width else [])
+    return Joined(torch.cat(parts), width, Routing)
 
 
 def folded(attn: MLA) -> tuple[Tensor, Tensor]:

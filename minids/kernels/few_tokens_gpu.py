@@ -11,31 +11,47 @@ Attention looks at the slots that are filled and no others, whatever the cache h
 read each weight once, and only those that somebody chose.
 """
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minids.kernels.precision import HOPPER, INTERPRETED, LOG2_E, TRITON, in_triton
-from minids.kernels.registry import REGISTRY, body
+from minids.kernels.indexer import best_tokens, fits
+from minids.kernels.precision import (
+    HOPPER,
+    INTERPRETED,
+    LOG2_E,
+    TRITON,
+    UNTRIED,
+    gluon_attends,
+    in_triton,
+    on_hopper,
+)
+from minids.kernels.registry import REGISTRY, body, mention
+from minids.kernels.selected import is_tile
 
 KINDS = torch.bfloat16, torch.float16, torch.float32
 MANY = 1024  # tokens of a step; with more the plain definition's products are as quick
 MULTIPROCESSORS = 132  # of a large GPU; attention is cut into so many programs, or twice as many
 MOST_PIECES = 64  # more take longer to add up than they save
+MERGED = 128  # columns of W_UV that one program multiplies
 OLDEST = 8, 0  # compute capability; before, V3's widths need more shared memory than a block has
 
 
 class Joined(NamedTuple):
     """Weights that a decoding session derives for one block.
 
-    down: [wq_a or wq ; wkv_a], the matrices that read the block's input
+    down: [wq_a or wq ; wkv_a ; indexer.wk], the matrices that read the block's input
+    index_width: rows of the last, 0 where the indexer runs by itself
     routing: makes what the block returns of scores and indices
     """
 
     down: Tensor
+    index_width: int
     routing: Callable[[Tensor, Tensor], tuple]
 
 
@@ -46,6 +62,14 @@ def takes(args, weight: Tensor, dtype: torch.dtype) -> bool:
                             and torch.cuda.get_device_capability(weight.device) >= OLDEST)
     return (TRITON and known and weight.dtype == dtype
             and all(width >= 16 and width & (width - 1) == 0 for width in powers))
+
+
+def index_width(args, weight: Tensor) -> int:
+    """Return the width of an index key if the indexer's kernels prepare a step, else 0."""
+    known = (args.has_indexer and (UNTRIED or INTERPRETED) and on_hopper(weight)
+             and fits(args.index_n_heads, args.index_head_dim) and is_tile(args.kv_lora_rank)
+             and not args.index_hadamard and not args.index_fp8)
+    return args.index_head_dim if known else 0
 
 
 def is_joined(block, x: Tensor, context) -> bool:
@@ -93,10 +117,16 @@ def attention(attn, own: Joined, x: Tensor, context) -> Tensor:
     widths = dict(H=heads, NOPE=args.qk_nope_head_dim, V=args.v_head_dim, R=rank)
     latents = cache.latents[attn.layer - cache.first_layer]  # (B, slots, W)
     batch, count = len(latents), context.rotation.size(1)
-    q, kv = F.linear(x, own.down).split([own.down.size(0) - rank - rope, rank + rope], dim=1)
+    latent_start = own.down.size(0) - own.index_width - rank - rope
+    q, kv, index_k = F.linear(x, own.down).tensor_split(
+        (latent_start, latent_start + rank + rope), dim=1)
     c_q = normalise(q, attn.q_norm, x.dtype)[0] if args.q_lora_rank else x
-    q = F.linear(c_q, attn.wq_b.weight) if args.q_lora_rank else q
     turn = torch.view_as_real(context.rotation)  # (B or 1, S, rope / 2, 2)
+    end, picked = cache.length + count, None
+    if own.index_width:
+        with beside(x.device):
+            picked = choose_tokens(attn, x, c_q, index_k, turn, cache, end)
+    q = F.linear(c_q, attn.wq_b.weight) if args.q_lora_rank else q
     folded = x.new_empty(len(x), heads, rank + rope)
     tokens, block = 16, min(rank, 64)
     kernels.prepare_kernel[(-(-len(x) // tokens), heads + 1, rank // block)](
@@ -104,13 +134,59 @@ def attention(attn, own: Joined, x: Tensor, context) -> Tensor:
         q.stride(0), kv.stride(0), turn.stride(0) if len(turn) > 1 else 0,
         slots.stride(0) if len(slots) > 1 else 0, latents.stride(0), attn.kv_norm.eps, P=rope,
         TOKENS=tokens, BLOCK=block, PRECISION=in_triton(x), **widths)
-    end = cache.length + count
-    chosen = attn.selection(*(t.view(batch, count, -1) for t in (x, c_q)), context)
-    if chosen is not None:
-        z = REGISTRY["mla.selected_attention"](folded.view(batch, count, heads, -1),
-                                               latents[:, :end], rank, *chosen, attn.scale)
-        return F.linear(attn.unfold(z).flatten(2).flatten(0, 1), attn.wo.weight)
+    if own.index_width:
+        meet(x.device)
+    if picked is not None:
+        from minids.kernels.triton_selected import attend_in_pieces
+        parts, sums = attend_in_pieces(folded.view(batch, count, heads, -1), latents[:, :end],
+                                       picked, rank, attn.scale)
+        return F.linear(merge(attn, parts, sums), attn.wo.weight)
+    if attn.indexer is not None and not own.index_width:
+        chosen = attn.selection(*(t.view(batch, count, -1) for t in (x, c_q)), context)
+        if chosen is not None:
+            z = REGISTRY["mla.selected_attention"](folded.view(batch, count, heads, -1),
+                                                   latents[:, :end], rank, *chosen, attn.scale)
+            return F.linear(attn.unfold(z).flatten(2).flatten(0, 1), attn.wo.weight)
     return F.linear(attend(attn, folded, latents, slots, end), attn.wo.weight)
+
+
+@functools.cache
+def second_stream(device: torch.device) -> torch.cuda.Stream | None:
+    """Return a stream of its own for work beside the current one's; None on a CPU."""
+    return torch.cuda.Stream(device) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """Run the block beside what is launched after it, until `meet`; in a graph, a branch of it."""
+    stream = second_stream(device)
+    if stream is not None:
+        stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        yield
+
+
+def meet(device: torch.device) -> None:
+    """Let the current stream wait for what ran beside it."""
+    if second_stream(device) is not None:
+        torch.cuda.current_stream(device).wait_stream(second_stream(device))
+
+
+def choose_tokens(attn, x: Tensor, c_q: Tensor, index_k: Tensor, turn: Tensor, cache, end: int
+                  ) -> Tensor | None:
+    """Store the new index keys, and return what each query attends to, (B, S, k); None for all."""
+    from minids.kernels.triton_indexer import prepare
+    indexer, slots = attn.indexer, cache.at
+    keys = cache.index_keys[attn.layer - cache.first_layer]  # (B, slots, index_head_dim)
+    every = end <= attn.args.index_topk
+    q = None if every else F.linear(c_q, indexer.wq_b.weight)
+    q, weights = prepare(indexer, x, index_k, q, turn, slots, keys)
+    if every:
+        return None
+    mention("few_tokens_gpu.choose_tokens", "in_kernels")
+    shape = len(keys), turn.size(1)
+    return best_tokens(q.view(*shape, *q.shape[1:]), weights.view(*shape, -1), keys[:, :end],
+                       slots, attn.args.index_topk)
 
 
 def fills_hopper(x: Tensor) -> bool:
@@ -122,28 +198,40 @@ def fills_hopper(x: Tensor) -> bool:
 def attend(attn, folded: Tensor, latents: Tensor, slots: Tensor, end: int) -> Tensor:
     """Attend to the latents of slots before `end`: (N, H, W) -> (N, H * v_head_dim)"""
     from minids.kernels import triton_decode as kernels
-    args, batch, how = attn.args, len(latents), in_triton(folded)
-    (total, heads, _), rank, tokens = folded.shape, args.kv_lora_rank, 16
-    widths = dict(H=heads, NOPE=args.qk_nope_head_dim, V=args.v_head_dim, R=rank)
-    rows = total // batch * heads
+    args, batch, (total, heads, width) = attn.args, len(latents), folded.shape
+    rank, rows = args.kv_lora_rank, total // batch * heads
     together = max(16, min(kernels.power(rows), 64 if fills_hopper(folded) else 32))
     keys = 64 if together == 64 else 32
     at_once = MULTIPROCESSORS if together == 64 else 2 * MULTIPROCESSORS
     pieces = min(at_once // (batch * -(-rows // together)), -(-end // (2 * keys)), MOST_PIECES)
-    pieces = max(pieces, 1)
-    piece = -(-end // pieces // keys) * keys
+    piece = -(-end // max(pieces, 1) // keys) * keys
     pieces = -(-end // piece)
     parts = torch.empty(pieces, total, heads, rank, dtype=torch.float32, device=folded.device)
-    best, mass = parts.new_empty(2, pieces, total, heads).unbind()
-    kernels.attend_kernel[(batch, -(-rows // together), pieces)](
-        folded, latents, slots, parts, best, mass, slots.stride(0) if len(slots) > 1 else 0,
-        latents.stride(0), attn.scale * LOG2_E, rows, piece, H=heads, R=rank,
-        P=args.qk_rope_head_dim, HEADS=together, KEYS=keys, PRECISION=how, num_stages=2,
-        num_warps=4 if together == 16 else 8)
-    out, block = folded.new_empty(total, heads * args.v_head_dim), min(args.v_head_dim, 32)
+    sums = parts.new_empty(pieces, total, heads)
+    if gluon_attends(folded, rank, rows):
+        from minids.kernels import triton_selected_hopper
+        triton_selected_hopper.attend(folded.view(batch, rows, width), latents, None, slots, parts,
+                                      sums, end, piece, attn.scale * LOG2_E, heads)
+    else:
+        kernels.attend_kernel[(batch, -(-rows // together), pieces)](
+            folded, latents, slots, parts, sums, slots.stride(0) if len(slots) > 1 else 0,
+            latents.stride(0), attn.scale * LOG2_E, rows, piece, H=heads, R=rank,
+            P=args.qk_rope_head_dim, HEADS=together, KEYS=keys, PRECISION=in_triton(folded),
+            num_stages=2, num_warps=4 if together == 16 else 8)
+    return merge(attn, parts, sums)
+
+
+def merge(attn, parts: Tensor, sums: Tensor) -> Tensor:
+    """Average pieces (pieces, N, H, R) by their sums, and fold W_UV in: (N, H * v_head_dim)"""
+    from minids.kernels import triton_decode as kernels
+    args, weight, tokens = attn.args, attn.wkv_b.weight, 16
+    pieces, total, heads, rank = parts.shape
+    out = torch.empty(total, heads * args.v_head_dim, dtype=weight.dtype, device=weight.device)
+    every, block = kernels.power(pieces), min(args.v_head_dim, MERGED)
     kernels.merge_kernel[(-(-total // tokens), heads, args.v_head_dim // block)](
-        parts, best, mass, attn.wkv_b.weight, out, total, pieces, TOKENS=tokens, BLOCK=block,
-        ALL=kernels.power(pieces), PRECISION=how, **widths)
+        parts, sums, weight, out, total, pieces, H=heads, NOPE=args.qk_nope_head_dim,
+        V=args.v_head_dim, R=rank, TOKENS=tokens, BLOCK=block,
+        COLUMNS=min(rank, max(16, 1024 // every)), ALL=every, PRECISION=in_triton(weight))
     return out
 
 

@@ -7,6 +7,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from minids.kernels.fp8_layout import in_gluon
+
 TRITON = find_spec("triton") is not None  # comes with torch's CUDA build; imported where it runs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a CPU, for tests
 UNTRIED = os.environ.get("MINIDS_UNTRIED") == "1"  # turns on what no card has run yet
@@ -25,6 +27,12 @@ def on_hopper(*tensors: Tensor) -> bool:
     kinds, first = (torch.bfloat16, torch.float16, torch.float32), tensors[0]
     return TRITON and all(compute_dtype(t) in kinds for t in tensors) and (INTERPRETED or (
         first.device.type == "cuda" and torch.cuda.get_device_capability(first.device) >= HOPPER))
+
+
+def gluon_attends(q: Tensor, rank: int, rows: int) -> bool:
+    """Return whether attention to latents has a kernel for Hopper: of its widths, for many rows."""
+    return (UNTRIED and in_gluon(q) and q.element_size() == 2 and rank in (256, 512)
+            and q.size(-1) - rank in (32, 64) and rows > 32)
 
 
 def in_fp32(*tensors: Tensor) -> bool:

@@ -1,12 +1,14 @@
 """The k best scores of each query, in Triton, without sorting a row.
 
-Most of a row is out of the question: of 131,072 scores 2,048 are wanted. A sample of the row tells
-a bound that a few more than k scores reach; those are listed, and the k-th best is looked for among
-them only, in registers. Where the sample misled, or many scores are equal, the row itself is
-searched: slower, and as exact.
+A row of few scores stays in registers. Of a longer one most is out of the question: of 131,072
+scores 2,048 are wanted. A sample of the row tells a bound that a few more than k scores reach;
+those are listed, and the k-th best is looked for among them only, in registers. Where the sample
+misled, or many scores are equal, the row itself is searched: slower, and as exact.
 
 Scores become integers of the same order. The k-th largest is found bit by bit: the largest bound
-that k numbers or more reach. Letters: query s sees the keys t <= first + s, or those of its mask.
+that k numbers or more reach. Letters: query s sees the keys t <= first + s, or those of its mask,
+or those up to its own edge; SEES is 0, 1, 2. Chosen keys are written as t, and where fewer than k
+are seen, unseen ones as -1 - t, so that no position stands twice.
 """
 
 import torch
@@ -16,13 +18,23 @@ from torch import Tensor
 
 PROGRAMS = 132  # multiprocessors of a large GPU; fewer rows than these are listed in pieces
 MOST_PIECES = 16
+SHORT = 16384  # scores of a row that stay in registers
 HIDDEN = tl.constexpr(-2147483648)  # the number of a score that its query does not see
 
 
 @triton.jit
-def numbers_at(row, own, t, there, MASK: tl.constexpr):
+def stop_at(visible, b, s, T, first, visible_batch, visible_row, SEES: tl.constexpr):
+    """Return the position after the last that a query may see."""
+    if SEES == 2:
+        edge = tl.load(visible + b * visible_batch + s * visible_row).to(tl.int32)
+        return tl.minimum(T, edge + 1)
+    return T if SEES == 1 else tl.minimum(T, first + s + 1)
+
+
+@triton.jit
+def numbers_at(row, own, t, there, SEES: tl.constexpr):
     """Return int32 numbers in the order of the scores at positions t, HIDDEN where not seen."""
-    if MASK:
+    if SEES == 1:
         there = there & (tl.load(own + t, mask=there, other=0) != 0)
     bits = tl.load(row + t, mask=there, other=0.0).to(tl.int32, bitcast=True)
     return tl.where(there, bits ^ ((bits >> 31) & 2147483647), HIDDEN)
@@ -46,35 +58,54 @@ def kth(numbers, k, BITS: tl.constexpr):
 
 
 @triton.jit
-def reaching(row, own, stop, guess, MASK: tl.constexpr, BLOCK: tl.constexpr):
+def best_of_row_kernel(scores, visible, tokens, S, T, first, visible_batch, visible_row,
+                       place_batch, k, SEES: tl.constexpr, ALL: tl.constexpr):
+    """Write the k best of one row (B, S, T), by position: tokens (B, S, k) int32
+
+    Of equal scores the earliest are best. ALL: a power of two not below T
+    """
+    s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    stop = stop_at(visible, b, s, T, first, visible_batch, visible_row, SEES)
+    t, own = tl.arange(0, ALL), visible + b * visible_batch + s * visible_row
+    number = numbers_at(scores + (b * S + s) * T, own, t, t < stop, SEES)
+    bound = kth(number, k, 31)  # HIDDEN where fewer are seen, and then the first unseen fill up
+    missing = k - tl.sum((number > bound).to(tl.int32), axis=0)
+    equal = ((number == bound) & (t < T)).to(tl.int32)
+    best = (number > bound) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= missing))
+    at = b * place_batch + s * k + tl.cumsum(best.to(tl.int32), axis=0) - 1
+    tl.store(tokens + at, tl.where(number == HIDDEN, -1 - t, t), mask=best)
+
+
+@triton.jit
+def reaching(row, own, stop, guess, SEES: tl.constexpr, BLOCK: tl.constexpr):
     """Count the scores of a row that reach a bound."""
     counts = tl.zeros((BLOCK,), tl.int32)
     for start in range(0, stop, BLOCK):
         t = start + tl.arange(0, BLOCK)
-        counts += (numbers_at(row, own, t, t < stop, MASK) >= guess).to(tl.int32)
+        counts += (numbers_at(row, own, t, t < stop, SEES) >= guess).to(tl.int32)
     return tl.sum(counts, axis=0)
 
 
 @triton.jit
-def search_row(row, own, indices, seen, T, stop, k, MASK: tl.constexpr, BLOCK: tl.constexpr):
+def search_row(row, own, tokens, T, stop, k, SEES: tl.constexpr, BLOCK: tl.constexpr):
     """Do what `best_kernel` does without a list: pass over the row again and again."""
-    total = reaching(row, own, stop, HIDDEN + 1, MASK, BLOCK)
+    total = reaching(row, own, stop, HIDDEN + 1, SEES, BLOCK)
     bound = tl.full((), HIDDEN, tl.int32)
     if total > k:
-        bound = tl.where(reaching(row, own, stop, 0, MASK, BLOCK) >= k, 0, HIDDEN)
+        bound = tl.where(reaching(row, own, stop, 0, SEES, BLOCK) >= k, 0, HIDDEN)
         step = tl.full((), 1073741824, tl.int32)
         for _ in range(31):
             guess = bound + step
-            reach = reaching(row, own, stop, guess, MASK, BLOCK)
+            reach = reaching(row, own, stop, guess, SEES, BLOCK)
             bound = tl.where(reach >= k, guess, bound)
             step = step >> 1
-    missing = k - reaching(row, own, stop, bound + 1, MASK, BLOCK)
+    missing = k - reaching(row, own, stop, bound + 1, SEES, BLOCK)
     taken = tl.full((), 0, tl.int32)
     equals = tl.full((), 0, tl.int32)
     hidden = tl.full((), 0, tl.int32)
     for start in range(0, tl.maximum(stop, k), BLOCK):
         t = start + tl.arange(0, BLOCK)
-        number = numbers_at(row, own, t, t < stop, MASK)
+        number = numbers_at(row, own, t, t < stop, SEES)
         there = number != HIDDEN
         equal = (there & (number == bound)).to(tl.int32)
         unseen = ((t < T) & ~there).to(tl.int32)
@@ -83,18 +114,17 @@ def search_row(row, own, indices, seen, T, stop, k, MASK: tl.constexpr, BLOCK: t
         fills = (unseen > 0) & (hidden + tl.cumsum(unseen, axis=0) <= k - total)
         chosen = (best | fills).to(tl.int32)
         at = taken + tl.cumsum(chosen, axis=0) - 1
-        tl.store(indices + at, t.to(tl.int64), mask=chosen > 0)
-        tl.store(seen + at, best.to(tl.uint8), mask=chosen > 0)
+        tl.store(tokens + at, tl.where(best, t, -1 - t), mask=chosen > 0)
         taken += tl.sum(chosen, axis=0)
         equals += tl.sum(equal, axis=0)
         hidden += tl.sum(unseen, axis=0)
 
 
 @triton.jit
-def listed(row, own, t, there, bound, numbers, positions, found, MASK: tl.constexpr,
+def listed(row, own, t, there, bound, numbers, positions, found, SEES: tl.constexpr,
            MOST: tl.constexpr):
     """Add those that reach the bound to a list of `found`; return how many it then has."""
-    number = numbers_at(row, own, t, there, MASK)
+    number = numbers_at(row, own, t, there, SEES)
     take = (number >= bound).to(tl.int32)
     to = found + tl.cumsum(take, axis=0) - 1
     keep = (take > 0) & (to < MOST)
@@ -105,7 +135,7 @@ def listed(row, own, t, there, bound, numbers, positions, found, MASK: tl.conste
 
 @triton.jit
 def candidates_kernel(scores, visible, numbers, positions, counts, S, T, first, visible_batch,
-                      visible_row, piece, k, MASK: tl.constexpr, SAMPLE: tl.constexpr,
+                      visible_row, piece, k, SEES: tl.constexpr, SAMPLE: tl.constexpr,
                       MOST: tl.constexpr, BLOCK: tl.constexpr):
     """List what may be among the k best in one piece of one row of scores (B, S, T).
 
@@ -114,14 +144,14 @@ def candidates_kernel(scores, visible, numbers, positions, counts, S, T, first, 
     """
     s, b, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     row, own = scores + (b * S + s) * T, visible + b * visible_batch + s * visible_row
-    stop = T if MASK else tl.minimum(T, first + s + 1)
+    stop = stop_at(visible, b, s, T, first, visible_batch, visible_row, SEES)
     stride = tl.cdiv(stop, SAMPLE)
     at = tl.arange(0, SAMPLE) * stride
     # Of the sample `few` are expected among the k best. One row in a thousand has three deviations
     # more, and all others would wait for its search; five happen to nobody, and the list has room.
     few = k // stride
     wanted = few + (5.0 * tl.sqrt(few.to(tl.float32))).to(tl.int32) + 1
-    bound = tl.maximum(kth(numbers_at(row, own, at, at < stop, MASK), wanted, 20), HIDDEN + 1)
+    bound = tl.maximum(kth(numbers_at(row, own, at, at < stop, SEES), wanted, 20), HIDDEN + 1)
     place = (b * S + s) * tl.num_programs(2) + part
     begin, end = part * piece, tl.minimum(stop, (part + 1) * piece)
     rest = end - tl.maximum(end - begin, 0) % BLOCK
@@ -129,22 +159,18 @@ def candidates_kernel(scores, visible, numbers, positions, counts, S, T, first, 
     numbers, positions = numbers + place * MOST, positions + place * MOST
     for start in range(begin, rest, BLOCK):  # without a mask four scores are one read
         found = listed(row, own, start + i, tl.full((BLOCK,), 1, tl.int1), bound, numbers,
-                       positions, found, MASK, MOST)
+                       positions, found, SEES, MOST)
     if rest < end:
-        found = listed(row, own, rest + i, rest + i < end, bound, numbers, positions, found, MASK,
+        found = listed(row, own, rest + i, rest + i < end, bound, numbers, positions, found, SEES,
                        MOST)
     tl.store(counts + place, found)
 
 
 @triton.jit
-def best_kernel(scores, visible, numbers, positions, counts, indices, seen, S, T, first,
-                visible_batch, visible_row, place_batch, pieces, k, MASK: tl.constexpr,
+def best_kernel(scores, visible, numbers, positions, counts, tokens, S, T, first,
+                visible_batch, visible_row, place_batch, pieces, k, SEES: tl.constexpr,
                 MOST: tl.constexpr, BLOCK: tl.constexpr):
-    """Write the k best of one row, by position: indices, seen (B, S, k)
-
-    Of equal scores the earliest are best. Where fewer than k are visible, positions that are not
-    follow with seen = False, so that no position stands twice.
-    """
+    """Do what `best_of_row_kernel` does, with what `candidates_kernel` listed."""
     s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     row, own = scores + (b * S + s) * T, visible + b * visible_batch + s * visible_row
     i = tl.arange(0, MOST)
@@ -165,24 +191,29 @@ def best_kernel(scores, visible, numbers, positions, counts, indices, seen, S, T
         equal = (number == bound).to(tl.int32)
         best = (number > bound) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= missing))
         at = to + tl.cumsum(best.to(tl.int32), axis=0) - 1
-        tl.store(indices + at, t.to(tl.int64), mask=best)
-        tl.store(seen + at, tl.full((MOST,), 1, tl.uint8), mask=best)
+        tl.store(tokens + at, t, mask=best)
     else:
-        stop = T if MASK else tl.minimum(T, first + s + 1)
-        search_row(row, own, indices + to, seen + to, T, stop, k, MASK, BLOCK)
+        stop = stop_at(visible, b, s, T, first, visible_batch, visible_row, SEES)
+        search_row(row, own, tokens + to, T, stop, k, SEES, BLOCK)
 
 
-def select(scores: Tensor, visible: Tensor | None, first: int, indices: Tensor, seen: Tensor
-           ) -> None:
-    """Write the k best of each row of scores (B, S, T) FP32 to indices and seen, (B, S, k)
+def select(scores: Tensor, visible: Tensor | None, first: int, tokens: Tensor) -> None:
+    """Write the k best of each row of scores (B, S, T) FP32 to tokens, (B, S, k) int32
 
-    visible: (B or 1, S, T) bool; None: query s sees the positions up to first + s
+    visible: (B or 1, S, T) bool, or (B or 1, S) int64, the last position that each query sees;
+        None: query s sees the positions up to first + s
     """
-    (batch, count, total), k = scores.shape, indices.size(2)
-    mask = scores if visible is None else visible.expand(batch, count, total)
-    if mask.stride(2) != 1:
-        mask = mask.contiguous()
-    mask = mask if visible is None else mask.view(torch.uint8)
+    (batch, count, total), k = scores.shape, tokens.size(2)
+    mask, sees = (scores, 0) if visible is None else (visible, 4 - visible.dim())
+    if sees == 1:
+        mask = (mask if mask.stride(2) == 1 else mask.contiguous()).view(torch.uint8)
+    strides = mask.stride(0) if len(mask) > 1 else 0, mask.stride(1)
+    if total <= SHORT:
+        best_of_row_kernel[(count, batch)](
+            scores, mask, tokens, count, total, first, *strides, tokens.stride(0), k, SEES=sees,
+            ALL=max(16, triton.next_power_of_2(total)),
+            num_warps=4 if total <= 2048 else 8 if total <= 8192 else 16)
+        return
     most, block = max(16, triton.next_power_of_2(2 * k)), min(2048, triton.next_power_of_2(total))
     pieces = max(1, min(PROGRAMS // (batch * count), MOST_PIECES, triton.cdiv(total, block)))
     piece = triton.cdiv(triton.cdiv(total, pieces), block) * block
@@ -191,9 +222,8 @@ def select(scores: Tensor, visible: Tensor | None, first: int, indices: Tensor, 
                                      device=scores.device)
     counts = numbers.new_empty(batch, count, pieces)
     given, edges = (scores, mask, numbers, positions, counts), (count, total, first)
-    strides, how = (mask.stride(0), mask.stride(1)), dict(
-        MASK=visible is not None, MOST=most, num_warps=8 if most >= 1024 else 4)
+    how = dict(SEES=sees, MOST=most, num_warps=8 if most >= 1024 else 4)
     candidates_kernel[(count, batch, pieces)](*given, *edges, *strides, piece, k, SAMPLE=2 * most,
                                               BLOCK=block, **how)
-    best_kernel[(count, batch)](*given, indices, seen.view(torch.uint8), *edges, *strides,
-                                indices.stride(0), pieces, k, BLOCK=block, **how)
+    best_kernel[(count, batch)](*given, tokens, *edges, *strides, tokens.stride(0), pieces, k,
+                                BLOCK=block, **how)

@@ -87,14 +87,14 @@ def prepare_kernel(q, kv, wkv_b, kv_norm, rotation, slots, out, latents, N, S, q
 
 
 @triton.jit
-def attend_kernel(q, latents, slots, out, best, total, slot_stride, latent_stride, scale, ROWS,
-                  piece, H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
+def attend_kernel(q, latents, slots, out, sums, slot_stride, latent_stride, scale, ROWS, piece,
+                  H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
                   KEYS: tl.constexpr, PRECISION: tl.constexpr):
     """Attend to a piece of the slots: of one sequence, HEADS of its S*H = ROWS queries.
 
     q: (B, ROWS, W); slots: (B or 1, S), the last slot that each query sees
-    out: (pieces, B, ROWS, R) FP32, best, total: (pieces, B, ROWS): sums of exp2(score - best) times
-        latents and alone, the largest score
+    out: (pieces, B, ROWS, R) FP32, a piece's softmax average; sums: (pieces, B, ROWS), log2 of the
+        sum of its exp2(score)
     """
     b, part = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -127,41 +127,38 @@ def attend_kernel(q, latents, slots, out, best, total, slot_stride, latent_strid
         acc = tl.dot(weight.to(k_c.dtype), k_c, acc, input_precision=PRECISION)
         high = higher
     place = (part * tl.num_programs(0) + b) * ROWS + row
-    tl.store(out + place[:, None] * R + r[None, :], acc, mask=there[:, None])
-    tl.store(best + place, high, mask=there)
-    tl.store(total + place, mass, mask=there)
+    some = tl.where(mass == 0.0, 1.0, mass)
+    tl.store(out + place[:, None] * R + r[None, :], acc / some[:, None], mask=there[:, None])
+    tl.store(sums + place, tl.where(mass == 0.0, float("-inf"), high + tl.log2(some)), mask=there)
 
 
 @triton.jit
-def merge_kernel(parts, best, total, wkv_b, out, N, pieces, H: tl.constexpr, NOPE: tl.constexpr,
+def merge_kernel(parts, sums, wkv_b, out, N, pieces, H: tl.constexpr, NOPE: tl.constexpr,
                  V: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-                 ALL: tl.constexpr, PRECISION: tl.constexpr):
-    """Add up the pieces' sums, and fold W_UV in: (pieces, N, H, R) -> out (N, H, V)
+                 COLUMNS: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr):
+    """Average the pieces by their sums, and fold W_UV in: (pieces, N, H, R) -> out (N, H, V)
 
-    ALL: a power of two not below the number of pieces
+    ALL: a power of two not below the number of pieces; COLUMNS: of R at a time
     """
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     h = tl.program_id(1)
     there = n < N
     v = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    r = tl.arange(0, R)
     row = n * H + h
     every = tl.arange(0, ALL)
-    places = every[None, :] * N * H + row[:, None]
-    inside = there[:, None] & (every < pieces)[None, :]
-    highs = tl.load(best + places, mask=inside, other=float("-inf"))
-    high = tl.where(there, tl.max(highs, axis=1), 0.0)
-    masses = tl.load(total + places, mask=inside, other=0.0)
-    mass = tl.where(there, tl.sum(tl.exp2(highs - high[:, None]) * masses, axis=1), 1.0)
-    z = tl.zeros((TOKENS, R), tl.float32)
-    for part in range(pieces):
-        place = part * N * H + row
-        weight = tl.exp2(tl.load(best + place, mask=there, other=0.0) - high)
-        z += weight[:, None] * tl.load(parts + place[:, None] * R + r[None, :],
-                                       mask=there[:, None], other=0.0)
-    z = z / mass[:, None]
-    w_uv = tl.load(wkv_b + (h * (NOPE + V) + NOPE + v[:, None]) * R + r[None, :])  # (BLOCK, R)
-    head = tl.dot(z.to(w_uv.dtype), tl.trans(w_uv), input_precision=PRECISION)
+    places = every[:, None] * N * H + row[None, :]
+    inside = (every < pieces)[:, None] & there[None, :]
+    total = tl.load(sums + places, mask=inside, other=float("-inf"))  # (ALL, TOKENS)
+    weight = tl.exp2(total - tl.where(there, tl.max(total, axis=0), 0.0)[None, :])
+    weight = weight / tl.where(there, tl.sum(weight, axis=0), 1.0)[None, :]
+    head = tl.zeros((TOKENS, BLOCK), tl.float32)
+    for start in range(0, R, COLUMNS):
+        r = start + tl.arange(0, COLUMNS)
+        tiles = tl.load(parts + places[:, :, None] * R + r[None, None, :],
+                        mask=inside[:, :, None], other=0.0).to(tl.float32)
+        z = tl.sum(tiles * weight[:, :, None], axis=0)  # (TOKENS, COLUMNS)
+        w_uv = tl.load(wkv_b + (h * (NOPE + V) + NOPE + v[:, None]) * R + r[None, :])
+        head = tl.dot(z.to(w_uv.dtype), tl.trans(w_uv), head, input_precision=PRECISION)
     tl.store(out + row[:, None] * V + v[None, :], head.to(out.dtype.element_ty),
              mask=there[:, None])
 

@@ -27,10 +27,13 @@ def tile(start, rows: tl.constexpr, stop, base, D, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def scores_kernel(q, weights, keys, out, S, T, first, q_batch, weights_batch, keys_batch,
+def scores_kernel(q, weights, keys, scales, out, S, T, first, q_batch, weights_batch, keys_batch,
                   H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-                  KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr):
+                  KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
+                  SCALED: tl.constexpr):
     """Equation 1 of V3.2 for KEYS keys and QUERIES queries: out (B, S, T)
+
+    If SCALED, a key is its numbers times its scale: scales (B, T) FP32
 
     Not written to memory: the products of the heads, (B, S, H, T), and their ReLU. The keys are
     read once per QUERIES queries. Each query's product is (KEYS, D) x (D, H), so that a head is a
@@ -42,12 +45,15 @@ def scores_kernel(q, weights, keys, out, S, T, first, q_batch, weights_batch, ke
     key = tile(begin, KEYS, T, keys + b * keys_batch, D, WIDTH)
     start = tl.program_id(1) * QUERIES
     stop = tl.minimum(start + QUERIES, S)
+    scale = tl.full((KEYS,), 1.0, tl.float32)
+    if SCALED:
+        scale = tl.load(scales + b * T + t, mask=t < T, other=0.0)
     for s in range(tl.maximum(start, begin - first), stop):
         rows = tile(0, HEADS, H, q + b * q_batch + s * H * D, D, WIDTH)
         weight = tl.load(weights + b * weights_batch + s * H + h, mask=h < H, other=0.0)
         products = tl.dot(key, tl.trans(rows), input_precision=PRECISION)  # (KEYS, HEADS)
         score = tl.sum(tl.maximum(products, 0.0) * weight[None, :], axis=1)
-        tl.store(out + (b * S + s) * T + t, score, mask=t < T)
+        tl.store(out + (b * S + s) * T + t, score * scale if SCALED else score, mask=t < T)
 
 
 @triton.jit
@@ -104,6 +110,61 @@ def scores_key_grad_kernel(q, weights, keys, grad, dkeys, S, T, first, q_batch, 
     tl.store(place, tl.load(place, mask=inside, other=0.0) + acc, mask=inside)
 
 
+@triton.jit
+def prepare_index_kernel(q, k, x, rotation, slots, norm, bias, proj, out, weights, index_keys, S,
+                         DIM, q_stride, k_stride, rotation_stride, slot_stride, keys_batch, eps,
+                         factor, H, D, P: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+                         ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """What the indexer makes of one new token: its key, which is stored, queries, head weights.
+
+    q: (N, H * D), k: (N, D), rows of products; x: (N, DIM), for the weights' product, in FP32
+    rotation: (B or 1, S, P / 2, 2); slots: (B or 1, S); the strides of one are 0
+    out: (N, H, D); weights: (N, H) FP32; index_keys: (B, slots, D), one layer of the cache
+
+    The first program stores the key, the second the queries, each other one ROWS of the weights.
+    """
+    n, part = tl.program_id(0), tl.program_id(1)
+    b, s = n // S, n % S
+    HALF: tl.constexpr = P // 2
+    d = tl.arange(0, WIDTH)
+    other = tl.where(d < HALF, d + HALF, d - HALF)  # its pair, of the first P numbers
+    at = rotation + b * rotation_stride + s * P + d % HALF * 2
+    cos = tl.load(at, mask=d < P, other=1.0)
+    sin = tl.load(at + 1, mask=d < P, other=0.0)
+    sin = tl.where(d < HALF, -sin, sin)
+    if part == 0:
+        own = k + n * k_stride
+        value = tl.load(own + d, mask=d < D, other=0.0).to(tl.float32)
+        pair = tl.load(own + other, mask=d < P, other=0.0).to(tl.float32)
+        mean = tl.sum(value, axis=0) / D
+        apart = tl.where(d < D, value - mean, 0.0)
+        scale = tl.rsqrt(tl.sum(apart * apart, axis=0) / D + eps)
+        value = (value - mean) * scale * tl.load(norm + d, mask=d < D, other=0.0).to(tl.float32)
+        value += tl.load(bias + d, mask=d < D, other=0.0).to(tl.float32)
+        pair = (pair - mean) * scale * tl.load(norm + other, mask=d < P, other=0.0).to(tl.float32)
+        pair += tl.load(bias + other, mask=d < P, other=0.0).to(tl.float32)
+        slot = tl.load(slots + b * slot_stride + s)
+        place = index_keys + b.to(tl.int64) * keys_batch + slot * D + d
+        tl.store(place, (value * cos + pair * sin).to(index_keys.dtype.element_ty), mask=d < D)
+    elif part == 1:
+        h = tl.arange(0, HEADS)[:, None]
+        own = q + n * q_stride + h * D
+        value = tl.load(own + d[None, :], mask=(h < H) & (d < D)[None, :], other=0.0)
+        pair = tl.load(own + other[None, :], mask=(h < H) & (d < P)[None, :], other=0.0)
+        value = value.to(tl.float32) * cos[None, :] + pair.to(tl.float32) * sin[None, :]
+        tl.store(out + (n * H + h) * D + d[None, :], value.to(out.dtype.element_ty),
+                 mask=(h < H) & (d < D)[None, :])
+    else:
+        h = (part - 2) * ROWS + tl.arange(0, ROWS)
+        acc = tl.zeros((ROWS, BLOCK), tl.float32)
+        for start in range(0, DIM, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            w = tl.load(proj + h[:, None] * DIM + i[None, :],
+                        mask=(h < H)[:, None] & (i < DIM)[None, :], other=0.0).to(tl.float32)
+            acc += w * tl.load(x + n * DIM + i, mask=i < DIM, other=0.0).to(tl.float32)[None, :]
+        tl.store(weights + n * H + h, tl.sum(acc, axis=1) * factor, mask=h < H)
+
+
 def sizes(q: Tensor) -> dict:
     """Return the constants of a tile of heads: q (B, S, H, D)"""
     return dict(HEADS=max(16, triton.next_power_of_2(q.size(2))),
@@ -116,16 +177,44 @@ def rows(x: Tensor) -> Tensor:
     return x if x[0].is_contiguous() else x.contiguous()
 
 
-def scores(q: Tensor, weights: Tensor, keys: Tensor, first: int) -> Tensor:
-    """Return (B, S, T) FP32; query s sees keys up to first + s, and the rest may be unwritten."""
+def prepare(indexer, x: Tensor, k: Tensor, q: Tensor | None, turn: Tensor, slots: Tensor,
+            index_keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Store new tokens' keys; return their queries (N, H, D) and weights (N, H), unless q = None
+
+    x: (N, dim); k: (N, D), q: (N, H * D), products; turn, slots, index_keys: as in the kernel
+    """
+    args, new = indexer.args, dict(device=x.device)
+    heads, width = args.index_n_heads, args.index_head_dim
+    out = torch.empty(len(x), heads, width, dtype=index_keys.dtype, **new)
+    weights = torch.empty(len(x), heads, dtype=torch.float32, **new)
+    norm, more = indexer.k_norm, 0 if q is None else 1 + triton.cdiv(heads, 4)
+    q = k if q is None else q
+    prepare_index_kernel[(len(x), 1 + more)](
+        q, k, x, turn, slots, norm.weight, norm.bias, indexer.weights_proj.weight, out, weights,
+        index_keys, turn.size(1), x.size(1), q.stride(0), k.stride(0),
+        turn.stride(0) if len(turn) > 1 else 0, slots.stride(0) if len(slots) > 1 else 0,
+        index_keys.stride(0), norm.eps, (heads * width) ** -0.5, heads, width,
+        P=args.qk_rope_head_dim, HEADS=max(16, triton.next_power_of_2(heads)),
+        WIDTH=max(16, triton.next_power_of_2(width)), ROWS=4,
+        BLOCK=min(triton.next_power_of_2(x.size(1)), 1024))
+    return out, weights
+
+
+def scores(q: Tensor, weights: Tensor, keys: Tensor, first: int, scales: Tensor | None = None
+           ) -> Tensor:
+    """Return (B, S, T) FP32; query s sees keys up to first + s, and the rest may be unwritten.
+
+    scales: (B, T) FP32, of keys in E4M3; those of the queries are in the weights
+    """
     (batch, count, heads, width), total = q.shape, keys.size(1)
     q, weights, keys = rows(q), rows(weights), rows(keys)
-    half = q.element_size() == 2
+    half = q.element_size() < 4
     block = (256 if count > QUERIES else 128) if half else 32
     out = torch.empty(batch, count, total, dtype=torch.float32, device=q.device)
     scores_kernel[(triton.cdiv(total, block), triton.cdiv(count, QUERIES), batch)](
-        q, weights, keys, out, count, total, first, q.stride(0), weights.stride(0), keys.stride(0),
-        heads, width, KEYS=block, QUERIES=QUERIES, num_warps=8 if block == 256 else 4,
+        q, weights, keys, weights if scales is None else scales, out, count, total, first,
+        q.stride(0), weights.stride(0), keys.stride(0), heads, width, KEYS=block, QUERIES=QUERIES,
+        SCALED=scales is not None, num_warps=8 if block == 256 else 4,
         num_stages=3 if half else 1, **sizes(q))
     return out
 

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minids.kernels.precision import LOG2_E, in_triton
+from minids.kernels.precision import LOG2_E, gluon_attends, in_triton
 
 MULTIPROCESSORS = 132  # of a large GPU, a program for each; with fewer, selections are cut up
 
@@ -203,11 +203,12 @@ def selected(indices: Tensor, seen: Tensor) -> Tensor:
     return torch.where(seen, indices.int(), -1)
 
 
-def attend(q: Tensor, latent: Tensor, tokens: Tensor, rank: int, scale: float,
-           in_pieces: bool = True) -> tuple[Tensor, Tensor]:
-    """Return the average of the selected latents, (B, S, H, R), and its sums, (B, S, H)
+def attend_in_pieces(q: Tensor, latent: Tensor, tokens: Tensor, rank: int, scale: float,
+                     in_pieces: bool = True) -> tuple[Tensor, Tensor]:
+    """Return averages over pieces of selections, (pieces, B*S, H, R), and sums, (pieces, B*S, H)
 
-    in_pieces: cut the selections of few queries, so that all of a GPU works; sums are then parts'
+    in_pieces: cut the selections of few queries, so that all of a GPU works. One piece has q's
+    type, several have FP32.
     """
     (batch, count, heads, width), k = q.shape, tokens.size(2)
     half, rows = q.element_size() == 2, batch * count
@@ -217,15 +218,30 @@ def attend(q: Tensor, latent: Tensor, tokens: Tensor, rank: int, scale: float,
     piece = triton.cdiv(triton.cdiv(k, max(pieces, 1)), keys) * keys
     pieces = triton.cdiv(k, piece)
     sums = torch.empty(pieces, rows, heads, dtype=torch.float32, device=q.device)
-    out = q.new_empty(batch, count, heads, rank)
-    parts = out if pieces == 1 else sums.new_empty(pieces, rows, heads, rank)
-    attend_selected_kernel[(rows * groups, pieces)](
-        q, latent, tokens, parts, sums, count, k, piece, latent.stride(0), scale * LOG2_E,
-        H=heads, R=rank, P=width - rank, HEADS=together, KEYS=keys, num_stages=2,
-        num_warps=8 if together == 64 else 4, PRECISION=in_triton(q))
-    if pieces > 1:
-        join_pieces_kernel[(rows * heads,)](parts, sums, out, rows * heads, pieces, R=rank,
-                                            ALL=triton.next_power_of_2(pieces))
+    parts = torch.empty(pieces, rows, heads, rank, device=q.device,
+                        dtype=q.dtype if pieces == 1 else torch.float32)
+    if gluon_attends(q, rank, heads):
+        from minids.kernels import triton_selected_hopper
+        triton_selected_hopper.attend(q.flatten(0, 1), latent, tokens, tokens, parts, sums, k,
+                                      piece, scale * LOG2_E, heads)
+    else:
+        attend_selected_kernel[(rows * groups, pieces)](
+            q, latent, tokens, parts, sums, count, k, piece, latent.stride(0), scale * LOG2_E,
+            H=heads, R=rank, P=width - rank, HEADS=together, KEYS=keys, num_stages=2,
+            num_warps=8 if together == 64 else 4, PRECISION=in_triton(q))
+    return parts, sums
+
+
+def attend(q: Tensor, latent: Tensor, tokens: Tensor, rank: int, scale: float,
+           in_pieces: bool = True) -> tuple[Tensor, Tensor]:
+    """Return the average of the selected latents, (B, S, H, R), and the sums of their pieces."""
+    parts, sums = attend_in_pieces(q, latent, tokens, rank, scale, in_pieces)
+    (pieces, rows, heads), shape = sums.shape, (*q.shape[:3], rank)
+    if pieces == 1:
+        return parts.view(shape), sums
+    out = q.new_empty(shape)
+    join_pieces_kernel[(rows * heads,)](parts, sums, out, rows * heads, pieces, R=rank,
+                                        ALL=triton.next_power_of_2(pieces))
     return out, sums
 
 

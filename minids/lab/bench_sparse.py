@@ -22,7 +22,7 @@ from minids.apply.folded import joined
 from minids.config import ModelArgs
 from minids.costs.flops import pair_flops
 from minids.kernels import few_tokens_gpu
-from minids.kernels.indexer import best_in_pieces, pieces
+from minids.kernels.indexer import best_in_pieces, best_tokens, in_e4m3, pieces
 from minids.lab.bench_decoding import sparse_table
 from minids.lab.bench_setup import Bench
 from minids.lab.roofline import Peaks, measure_peaks
@@ -98,8 +98,8 @@ def sides(dense: float, sparse: float) -> list[str]:
 
 
 @torch.inference_mode()
-def prefill_row(layer: Layer, length: int) -> list[str]:
-    """Return the table's cells for attention over one prompt."""
+def prefill_rows(layer: Layer, length: int) -> Iterator[list[str]]:
+    """Yield the table's cells for attention over one prompt, its indexer in BF16 and in FP8."""
     args, k = layer.args, min(layer.args.index_topk, length)
     scale, shape = args.qk_head_dim ** -0.5, (1, length, args.n_heads)
     own = [layer.drawn(*shape, n) for n in (args.qk_head_dim, args.qk_head_dim, args.v_head_dim)]
@@ -108,22 +108,29 @@ def prefill_row(layer: Layer, length: int) -> list[str]:
     index, q, latent = (layer.index(1, length, length), layer.drawn(*shape, layer.latent),
                         layer.drawn(1, length, layer.latent))
     chosen = best_in_pieces(*index, None, k)
-    scores, choice, attended = layer.seconds([
-        lambda: all_scores(*index), lambda: best_in_pieces(*index, None, k),
-        lambda: selected_attention(q, latent, args.kv_lora_rank, *chosen, scale)])
+    [attended] = layer.seconds([functools.partial(
+        selected_attention, q, latent, args.kv_lora_rank, *chosen, scale)])
+    del chosen, q, latent
     scored = layer.pair["indexer"] * length * (length + 1) / 2
     work = layer.pair["mqa"] * (k * (k + 1) / 2 + (length - k) * k)
-    return [f"prefill, {length:,} tokens", *sides(dense, choice + attended),
-            f"scores {1e3 * scores:.2f} ({scored / scores / layer.peak:.0%} of the peak), choice "
-            f"{1e3 * (choice - scores):.2f}, attention {1e3 * attended:.2f} "
-            f"({work / attended / layer.peak:.0%})"]
+    for kind, rounded in (("", lambda: (*index, None)), (", FP8 indexer", lambda: in_e4m3(*index))):
+        given = rounded()
+        scores, choice, rounding = layer.seconds([
+            lambda given=given: all_scores(*given),
+            lambda given=given: best_in_pieces(*given[:3], None, k, given[3]), rounded])
+        yield [f"prefill, {length:,} tokens{kind}", *sides(dense, rounding + choice + attended),
+               f"scores {1e3 * scores:.2f} ({scored / scores / layer.peak:.0%} of the peak), "
+               f"choice {1e3 * (choice - scores):.2f}, attention {1e3 * attended:.2f} "
+               f"({work / attended / layer.peak:.0%})"
+               + (f", rounding {1e3 * rounding:.2f}" if kind else "")]
 
 
-def all_scores(q: Tensor, weights: Tensor, keys: Tensor) -> None:
+def all_scores(q: Tensor, weights: Tensor, keys: Tensor, scales: Tensor | None) -> None:
     """Score as `best_in_pieces` does, and choose nothing."""
     from minids.kernels.triton_indexer import scores
     for part in pieces(len(q), q.size(1), keys.size(1)):
-        scores(q[:, part], weights[:, part], keys[:, :part.stop], part.start)
+        own = None if scales is None else scales[:, :part.stop].contiguous()
+        scores(q[:, part], weights[:, part], keys[:, :part.stop], part.start, own)
 
 
 def graphed(work: Callable[[], Tensor]) -> Callable[[], object]:
@@ -160,18 +167,18 @@ def decode_rows(layer: Layer, length: int) -> Iterator[list[str]]:
     yield [f"decode, {length:,} tokens, the layer", *sides(dense, sparse),
            f"dense at {floors[0] / dense:.0%} of its floor"]
     q, latents = layer.drawn(BATCH, 1, args.n_heads, layer.latent), cache.latents[0]
-    every = torch.ones(BATCH, 1, length + 1, dtype=torch.bool, device=device)
-    index = *layer.index(BATCH, 1, length + 1), every, min(args.index_topk, length)
-    positions = torch.arange(length + 1, device=device).expand(BATCH, 1, -1).contiguous()
+    index = *layer.index(BATCH, 1, length + 1), cache.at, min(args.index_topk, length)
+    every = torch.arange(length + 1, dtype=torch.int32, device=device).repeat(BATCH, 1, 1)
 
-    def attended(indices: Tensor, seen: Tensor) -> Tensor:
-        return attn.unfold(selected_attention(q, latents, args.kv_lora_rank, indices, seen,
-                                              attn.scale))
+    def attended(tokens: Tensor) -> Tensor:
+        from minids.kernels.triton_selected import attend_in_pieces
+        return few_tokens_gpu.merge(attn, *attend_in_pieces(q, latents, tokens, args.kv_lora_rank,
+                                                            attn.scale))
     works = {"dense": functools.partial(few_tokens_gpu.attend, attn, q.flatten(0, 1), latents,
                                         cache.at, length + 1),
-             "dense, by the sparse kernel": functools.partial(attended, positions, every),
-             "sparse": functools.partial(attended, *best_in_pieces(*index)),
-             "choice": functools.partial(best_in_pieces, *index)}
+             "dense, by the sparse kernel": functools.partial(attended, every),
+             "sparse": functools.partial(attended, best_tokens(*index)),
+             "choice": functools.partial(best_tokens, *index)}
     taken = dict(zip(works, layer.seconds([graphed(work) for work in works.values()], STEPS),
                      strict=True))
     best = min(taken["dense"], taken["dense, by the sparse kernel"])
@@ -229,7 +236,7 @@ def layer_table(bench: Bench) -> Iterator[list[str]]:
     yield [f"{args.n_heads} heads, {args.index_n_heads} of the indexer, k = {args.index_topk:,}",
            "dense ms", "sparse ms", "ratio", "of that"]
     for length in lengths:
-        yield prefill_row(layer, length)
+        yield from prefill_rows(layer, length)
         torch.cuda.empty_cache()
     for length in lengths:
         yield from decode_rows(layer, length)

@@ -220,7 +220,7 @@ def test_sparse_steps_in_kernels_write_what_the_plain_definitions_write():
     with recorded() as record:
         tokens = generate(model, PROMPTS, 24).tokens
     assert record["transformer.Block.forward", "joined_block"]
-    assert record["mla.selected_attention", "attend_selected"]
+    assert record["few_tokens_gpu.choose_tokens", "in_kernels"]
     with using("off"):
         assert generate(model, PROMPTS, 24).tokens == tokens
 

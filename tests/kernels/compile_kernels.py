@@ -23,6 +23,7 @@ from gpu_cases import (
     selected,
 )
 from test_bodies import (
+    INDEXER,
     all_loss_case,
     joined_case,
     scores_case,
@@ -40,6 +41,7 @@ from minids.kernels import (
     indexer,
     precision,
     triton_adamw,
+    triton_choice,
     triton_experts,
     triton_muon,
 )
@@ -112,6 +114,25 @@ def launch_hopper() -> None:
         triton_fp8_hopper.over_tokens(*turned, *turned, 384, 384, dtype, groups)
 
 
+def launch_hopper_attention() -> None:
+    """Attention to latents in Gluon: a selection's, in one piece and in several, and all."""
+    from minids.kernels import triton_selected_hopper
+    slots = torch.zeros(2, 1, dtype=torch.int64)
+    for rank, rope, dtype in ((512, 64, BF16), (256, 32, torch.float16)):
+        q, latents = (torch.randn(2, n, rank + rope, dtype=dtype) for n in (128, 700))
+        tokens = torch.zeros(2, 1, 200, dtype=torch.int32)
+        for kind, pieces in ((dtype, 1), (F32, 2)):
+            out, sums = torch.empty(pieces, 2, 128, rank, dtype=kind), torch.empty(pieces, 2, 128)
+            for given in (tokens, None):
+                triton_selected_hopper.attend(q, latents, given, slots, out, sums, 200, 128, 0.1,
+                                              128)
+
+
+def joined_block():
+    """Return the body of a whole block."""
+    return next(body for body in Block.forward.bodies if body.__name__ == "joined_block")
+
+
 def launch_all() -> None:
     """Call everything that launches a kernel; what it returns means nothing."""
     for dtype in (F32, BF16):
@@ -129,7 +150,7 @@ def launch_all() -> None:
     triton_adamw.move(torch.randn(3000), torch.randn(3000), dict(
         zip(("exp_avg", "exp_avg_sq", "step"), (*moments, torch.ones(())), strict=True)),
         dict(lr=0.1, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1))
-    joined = next(body for body in Block.forward.bodies if body.__name__ == "joined_block")
+    joined = joined_block()
     with torch.inference_mode():
         for count, shape in (
                 (1, {}), (20, {}), (2, dict(q_lora_rank=0)),
@@ -157,7 +178,14 @@ def launch_sparse() -> None:
     with torch.inference_mode():
         numbers = index_scores(BF16, "cpu")
         for visible in (None, torch.ones(1, 700, 700, dtype=torch.bool)):
-            indexer.best_in_pieces(*numbers, visible, 200)
+            for triton_choice.SHORT in (0, 16384):
+                indexer.best_in_pieces(*numbers, visible, 200)
+        indexer.best_tokens(*numbers, torch.zeros(2, 700, dtype=torch.int64), 200)
+        q, weights, keys, scales = indexer.in_e4m3(*numbers)
+        indexer.best_in_pieces(q, weights, keys, None, 200, scales)
+        for dtype, widths in ((F32, {}), (BF16, V3_WIDTHS | dict(index_n_heads=64,
+                                                                index_head_dim=128))):
+            joined_block()(*joined_case(1, dtype=dtype, **INDEXER | widths).call())
         q, latent, rank, *chosen, scale = selected(BF16, "cpu")
         attend = REGISTRY["mla.selected_attention"].bodies[0]
         attend(q[:, :1].detach(), latent.detach(), rank, *(t[:, :1] for t in chosen), scale)
@@ -182,6 +210,7 @@ def main(capability: int) -> None:
         launch_sparse()
     if capability == 90:
         launch_hopper()
+        launch_hopper_attention()
     wanted = kernels(capability)
     assert compiled.keys() == wanted, compiled.keys() ^ wanted
     for name, shared in sorted(compiled.items()):

@@ -9,15 +9,17 @@ import pytest
 import torch
 import triton_interpreter
 from small_models import LITTLE, random_tokens, scrambled
+from test_bodies import INDEXER, joined_case
 from torch import Tensor
 
 from minids.base import command_line
+from minids.fp8 import rounded_to_fp8
 from minids.infer.decoding import new_cache
 from minids.kernels import indexer, selected
 from minids.kernels.attention import causal
 from minids.kernels.registry import recorded, using
 from minids.model.cache import LatentCache
-from minids.model.sparse_attention import Selection, select
+from minids.model.sparse_attention import Selection, index_scores, select
 
 INTERPRETED = triton_interpreter.running()
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -58,34 +60,48 @@ def test_what_the_kernels_lack_is_said_once(monkeypatch, capsys, changes, card, 
 def chosen(scores: Tensor, visible: Tensor | None, k: int) -> Selection:
     from minids.kernels import triton_choice
     batch, count, total = scores.shape
-    indices = torch.full((batch, count, k), -1, device=scores.device)
-    seen = torch.zeros(batch, count, k, dtype=torch.bool, device=scores.device)
-    triton_choice.select(scores, visible, total - count, indices, seen)
-    return Selection(indices, seen)
+    tokens = torch.full((batch, count, k), 2 ** 30, dtype=torch.int32, device=scores.device)
+    triton_choice.select(scores, visible, total - count, tokens)
+    return Selection((tokens ^ (tokens >> 31)).long(), tokens >= 0)
 
 
 def require_topk(scores: Tensor, visible: Tensor | None, k: int) -> None:
     """Assert that the choice is `select`'s, and that no position stands twice."""
     past = causal(*scores.shape[1:], scores.device) if visible is None else visible
+    if past.dim() == 2:  # the last that each sees
+        past = torch.arange(scores.size(2), device=scores.device) <= past[..., None]
     found, wanted = chosen(scores, visible, k), select(scores, past, k)
     assert torch.equal(found.mask(scores.size(2)), wanted.mask(scores.size(2)))
     assert all(len(set(row.tolist())) == k for row in found.indices.flatten(0, 1))
 
 
+@pytest.fixture(params=[0, 16384], ids=["listed", "in registers"])
+def short(request, monkeypatch):
+    """Rows of so many scores stay in registers."""
+    monkeypatch.setattr("minids.kernels.triton_choice.SHORT", request.param)
+
+
 @inside
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("batch, queries, keys", [(2, 5, 40), (1, 3, 7), (1, 2, 300), (1, 1, 5000)])
 def test_the_choice_is_topks(batch, queries, keys):
     """Numbers of either sign; queries that see fewer than k, and none; one row in pieces."""
     torch.manual_seed(0)
     scores, past = torch.randn(batch, queries, keys, device=DEVICE), causal(queries, keys, DEVICE)
+    edges = torch.randint(keys, (batch, queries), device=DEVICE)
     for k in (1, 5, min(keys, 30)):
         require_topk(scores, None, k)
+        require_topk(scores, edges, k)
     require_topk(scores, past & (torch.rand_like(scores) < 0.3), 5)
     with pytest.raises(AssertionError):  # the largest negative numbers are not the smallest
         assert torch.equal(chosen(-scores, None, 5).mask(keys), chosen(scores, None, 5).mask(keys))
+    with pytest.raises(AssertionError):  # an edge is the last position that is seen, not the next
+        require_topk(scores, edges, 1)
+        assert torch.equal(chosen(scores, edges, keys).seen, chosen(scores, edges - 1, keys).seen)
 
 
 @inside
+@pytest.mark.usefixtures("short")
 def test_the_choice_is_topks_where_the_sample_misleads():
     """The best stand where the sample looks, and where it does not: more, and fewer, than listed.
 
@@ -98,6 +114,7 @@ def test_the_choice_is_topks_where_the_sample_misleads():
 
 
 @inside
+@pytest.mark.usefixtures("short")
 def test_of_equal_scores_the_earliest_are_chosen():
     """ReLU makes many zeros; a number just below them stays out."""
     for length in (20, 900):  # listed, and too many to list
@@ -147,3 +164,50 @@ def test_both_stages_learn_as_with_the_plain_definitions(stage, monkeypatch):
         assert losses == {body if setting == "auto" else "plain"}
     for a, b in zip(*found, strict=True):
         assert (a - b).abs().max() < 1e-4 * b.abs().max()
+
+
+@inside
+@torch.no_grad()
+def test_scores_in_fp8_are_those_of_the_rounded_numbers():
+    """Queries and keys of a deployed indexer are E4M3 numbers times powers of two."""
+    from minids.kernels import triton_indexer
+    torch.manual_seed(0)
+    q, keys = torch.randn(2, 19, 5, 24, device=DEVICE), torch.randn(2, 40, 24, device=DEVICE)
+    q, keys = (t * torch.rand(t.size(-2), 1, device=DEVICE).exp2() ** 9 for t in (q, keys))
+    weights = torch.randn(2, 19, 5, device=DEVICE)
+    wanted = index_scores.plain(rounded_to_fp8(q), weights, rounded_to_fp8(keys))
+
+    def gap(q8: Tensor, weights: Tensor, keys8: Tensor, scales: Tensor) -> float:
+        found = triton_indexer.scores(q8, weights, keys8, 40, scales)
+        return ((found - wanted).norm() / wanted.norm()).item()
+
+    given = indexer.in_e4m3(q, weights, keys)
+    again = indexer.in_e4m3(rounded_to_fp8(q), weights, rounded_to_fp8(keys))
+    assert all(torch.equal(a.float() * s, b.float() * z) for a, s, b, z in (
+        (given[2], given[3][..., None], again[2], again[3][..., None]),))  # rounds nothing again
+    near = 1e-5 if INTERPRETED else 5e-4  # Hopper adds up FP8 products in 14 bits or so
+    assert gap(*given) < near and gap(*again) < near
+    assert gap(*given[:3], given[3].roll(1, 1)) > 0.1
+    plain = index_scores.plain(q, weights, keys)
+    assert (plain - wanted).norm() / wanted.norm() > 1e-3
+
+
+@inside
+@torch.inference_mode()
+@pytest.mark.parametrize("count, k", [(1, 6), (2, 6), (1, 100)])
+def test_a_step_stores_what_the_plain_definitions_store(count, k):
+    """Index keys and latents of new tokens; with k = 100 all are attended to."""
+    caches, outs = [], []
+    for setting in ("auto", "off"):
+        torch.manual_seed(0)
+        with using("off"):
+            block, x, context = joined_case(count, **INDEXER | dict(index_topk=k)).call()
+        with using(setting), recorded() as record:
+            outs.append(block(x, context)[0])
+        assert ("few_tokens_gpu.choose_tokens", "in_kernels") in record or setting == "off" or k > 6
+        caches.append(context.cache)
+    new = caches[0].index_keys[block.layer] != 0
+    for a, b in ((outs[0], outs[1]), *((getattr(c, name) for c in caches)
+                                       for name in ("index_keys", "latents"))):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()  # FP32, sums in another order
+    assert new.any()

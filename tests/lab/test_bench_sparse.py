@@ -10,7 +10,7 @@ import triton_interpreter
 from minids.config import ModelArgs
 from minids.kernels.registry import recorded
 from minids.lab import bench_sparse
-from minids.lab.bench_sparse import Layer, decode_rows, prefill_row, training_rows
+from minids.lab.bench_sparse import Layer, decode_rows, prefill_rows, training_rows
 
 INTERPRETED = triton_interpreter.running()
 inside = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter's subprocess")
@@ -42,9 +42,11 @@ def require_row(row: list[str], name: str, *parts: str) -> None:
 @inside
 def test_the_rows_come_from_the_kernels(layer):
     with recorded() as ran:
-        require_row(prefill_row(layer, 20), "prefill, 20 tokens", "scores .* of the peak", "choice")
+        plain, rounded = prefill_rows(layer, 20)
         whole, alone = decode_rows(layer, 30)
         warm, sparse = training_rows(layer, 12)
+    require_row(plain, "prefill, 20 tokens", "scores .* of the peak", "choice")
+    require_row(rounded, "prefill, 20 tokens, FP8 indexer", "rounding")
     require_row(whole, "decode, 30 tokens, the layer", "of its floor")
     require_row(alone, "decode, 30 tokens, attention alone", "by the sparse kernel", "choice")
     require_row(warm, "train, 12 tokens, warmup", "GiB")
