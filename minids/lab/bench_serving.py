@@ -313,9 +313,10 @@ def their_manager(model: Transformer, rows: int) -> Iterator:
     if args.kv_lora_rank == args.qk_rope_head_dim:
         theirs.config.num_key_value_heads, theirs.config.head_dim = 1, args.kv_lora_rank
     pages = -(-(PROMPT[1] + REPLY[1]) // PAGE) * rows
+    size = "page_size" if hasattr(ContinuousBatchingConfig, "page_size") else "block_size"
     manager = theirs.init_continuous_batching(
         GenerationConfig(do_sample=False, eos_token_id=NEVER),
-        ContinuousBatchingConfig(page_size=PAGE, num_blocks=pages, max_requests_per_batch=rows,
+        ContinuousBatchingConfig(**{size: PAGE}, num_blocks=pages, max_requests_per_batch=rows,
                                  max_batch_tokens=max(CHUNK, rows)))
     manager.start()
     try:

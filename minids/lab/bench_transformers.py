@@ -28,7 +28,7 @@ from minids.model.transformer import Transformer
 from minids.rl.rollout import roll_out
 from minids.runs.device import prepare_cpu
 
-TRIAL_ROUNDS = {"cpu": 3, "cuda": 1}
+TRIAL_ROUNDS = {"cpu": (1, 3), "cuda": (0, 1)}  # to warm up, to time; `can` warms a GPU up
 MEMORY_STEPS = 5  # training steps whose memory is watched
 NEVER = -1  # a token id that never occurs, so that no sequence ends early
 
@@ -121,8 +121,9 @@ def trial(theirs: nn.Module, settings: list[str], work: Callable[[], object], de
     if device == "cuda":
         settings = [name for name in settings if can(functools.partial(under, name), name)]
     works = [functools.partial(under, setting) for setting in settings]
-    taken = in_turn(works, 1 + TRIAL_ROUNDS[device], device)  # the first round warms up
-    found = sorted((min(times[1:]), name) for times, name in zip(taken, settings, strict=True))
+    before, rounds = TRIAL_ROUNDS[device]
+    taken = in_turn(works, before + rounds, device)
+    found = sorted((min(times[before:]), name) for times, name in zip(taken, settings, strict=True))
     listed = ", ".join(f"{setting} {taken:.3f} s" for taken, setting in found)
     print(f"transformers, {what}: {listed}", file=sys.stderr, flush=True)
     return found[0][1]

@@ -192,7 +192,7 @@ def test_trial_finds_the_fastest(monkeypatch):
                          lambda: now.append(now[-1] + speeds[chosen[-1]]), "cpu", "work")
     assert found == beside.TRAIN_SETTINGS[1]
     there = beside.TRAIN_SETTINGS
-    assert chosen == [*there, *there[::-1]] * 2 and beside.TRIAL_ROUNDS["cpu"] == 3
+    assert chosen == [*there, *there[::-1]] * 2 and beside.TRIAL_ROUNDS["cpu"] == (1, 3)
 
 
 def test_the_first_round_of_a_trial_only_warms_up(monkeypatch):
@@ -203,6 +203,26 @@ def test_the_first_round_of_a_trial_only_warms_up(monkeypatch):
     found = beside.trial(None, ["a + b", "c + d"], lambda: now.append(now[-1] + next(taken)),
                          "cpu", "work")
     assert found == "c + d"
+
+
+def test_on_a_gpu_the_first_call_warms_up(monkeypatch, capsys):
+    """Texts take seconds there: a setting runs once to see whether it can, and once for its time."""
+    taken, now, calls = iter([9.0, 0.1, 0.2, 0.3]), [0.0], []
+
+    def work() -> None:
+        calls.append(chosen[-1])
+        if chosen[-1] == "c + d":
+            raise RuntimeError("not on this card")
+        now.append(now[-1] + next(taken))
+
+    chosen: list[str] = []
+    monkeypatch.setattr(beside, "choose", lambda theirs, setting: chosen.append(setting))
+    for module in (timing, beside):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[-1]))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert beside.trial(None, ["a + b", "c + d", "e + f"], work, "cuda", "work") == "a + b"
+    assert calls == ["a + b", "c + d", "e + f", "a + b", "e + f"]
+    assert "transformers, c + d: not on this card\n" in capsys.readouterr().err
 
 
 TAKEN = [1.0], [2.0]  # seconds of both sides
