@@ -206,7 +206,7 @@ def test_the_first_round_of_a_trial_only_warms_up(monkeypatch):
 
 
 def test_on_a_gpu_the_first_call_warms_up(monkeypatch, capsys):
-    """Texts take seconds there: a setting runs once to see whether it can, and once for its time."""
+    """A text takes seconds: a setting runs once to see whether it can, and once for its time."""
     taken, now, calls = iter([9.0, 0.1, 0.2, 0.3]), [0.0], []
 
     def work() -> None:
