@@ -4,6 +4,7 @@ from minids.plots import style
 
 STEPS = "training", "decoding"
 IDLE = "the card waits"
+TINY = 0.1  # the shortest step, if below this share of the longest, is drawn enlarged too
 COLOURS = {"grouped products": style.BLUE, "products": style.SKY, "attention": style.GREEN,
            "norms and elementwise": style.YELLOW, "copies and casts": style.RED,
            "routing": style.PINK, "cross-entropy": style.ORANGE, "optimizer": style.BLACK,
@@ -28,6 +29,22 @@ def idle(part: dict) -> float:
     return max(part["ms"] - sum(part["kinds"].values()), 0.0)
 
 
+def draw_bars(ax, parts: dict[str, dict]) -> None:
+    """Draw a stacked bar for each label, from top to bottom."""
+    left = [0.0] * len(parts)
+    for kind, colour in COLOURS.items():
+        row = [idle(part) if kind == IDLE else part["kinds"].get(kind, 0.0)
+               for part in parts.values()]
+        ax.barh(range(len(parts)), row, 0.62, left, color=colour, label=kind, edgecolor="white",
+                linewidth=0.4)
+        left = [a + b for a, b in zip(left, row, strict=True)]
+    for height, part in enumerate(parts.values()):
+        style.note(ax, f"{part['ms']:.3g} ms", (left[height], height), (4, 0), va="center")
+    ax.set(xlim=(0, 1.18 * max(left)), ylim=(len(parts) - 0.5, -0.5))
+    ax.set_yticks(range(len(parts)), list(parts))
+    ax.grid(visible=False, axis="y")
+
+
 @style.house_style()
 def profile_figure(kept: dict[str, dict], path: style.File = None):
     """Draw the milliseconds of a training and of a decoding step by kind of kernel.
@@ -40,19 +57,15 @@ def profile_figure(kept: dict[str, dict], path: style.File = None):
         raise ValueError("nothing is recorded: measure with --label first")
     figure = style.new_figure(9.4, 2.9 + 0.45 * len(kept))
     for ax, step in zip(figure.subplots(1, 2), STEPS, strict=True):
-        left = [0.0] * len(kept)
-        for kind, colour in COLOURS.items():
-            parts = [kept[label][step] for label in kept]
-            row = [idle(part) if kind == IDLE else part["kinds"].get(kind, 0.0) for part in parts]
-            ax.barh(list(kept), row, 0.62, left, color=colour, label=kind, edgecolor="white",
-                    linewidth=0.4)
-            left = [a + b for a, b in zip(left, row, strict=True)]
-        for height, label in enumerate(kept):
-            style.note(ax, f"{kept[label][step]['ms']:.3g} ms", (left[height], height), (4, 0),
-                       va="center")
-        ax.set(title=f"one {step} step", xlabel="time (milliseconds)", xlim=(0, 1.18 * max(left)),
-               ylim=(len(kept) - 0.5, -0.5))
-        ax.grid(visible=False, axis="y")
+        parts = {label: measured[step] for label, measured in kept.items()}
+        draw_bars(ax, parts)
+        ax.set(title=f"one {step} step", xlabel="time (milliseconds)")
+        label, least = min(parts.items(), key=lambda part: part[1]["ms"])
+        if least["ms"] < TINY * max(part["ms"] for part in parts.values()):
+            top = list(parts).index(label) / len(parts)  # beside its bar, which is short
+            inner = ax.inset_axes([0.33, 0.68 - top, 0.64, 0.45 / len(parts)])
+            draw_bars(inner, {label: least})
+            inner.set(title=f"{label}, enlarged", yticks=[])
     where = ", ".join(dict.fromkeys(part["where"] for part in kept.values()))
     figure.suptitle(f"{message(kept)} ({where})", fontsize=10.5, x=0.01, ha="left")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)
