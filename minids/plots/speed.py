@@ -29,19 +29,19 @@ def idle(part: dict) -> float:
     return max(part["ms"] - sum(part["kinds"].values()), 0.0)
 
 
-def draw_bars(ax, parts: dict[str, dict]) -> None:
-    """Draw a stacked bar for each label, from top to bottom."""
+def draw_bars(ax, parts: dict[str | int, dict]) -> None:
+    """Draw a stacked bar for each part of a measurement, from top to bottom; keys: its label or
+    height"""
     left = [0.0] * len(parts)
     for kind, colour in COLOURS.items():
         row = [idle(part) if kind == IDLE else part["kinds"].get(kind, 0.0)
                for part in parts.values()]
-        ax.barh(range(len(parts)), row, 0.62, left, color=colour, label=kind, edgecolor="white",
+        ax.barh(list(parts), row, 0.62, left, color=colour, label=kind, edgecolor="white",
                 linewidth=0.4)
         left = [a + b for a, b in zip(left, row, strict=True)]
     for height, part in enumerate(parts.values()):
         style.note(ax, f"{part['ms']:.3g} ms", (left[height], height), (4, 0), va="center")
     ax.set(xlim=(0, 1.18 * max(left)), ylim=(len(parts) - 0.5, -0.5))
-    ax.set_yticks(range(len(parts)), list(parts))
     ax.grid(visible=False, axis="y")
 
 
@@ -64,8 +64,9 @@ def profile_figure(kept: dict[str, dict], path: style.File = None):
         if least["ms"] < TINY * max(part["ms"] for part in parts.values()):
             top = list(parts).index(label) / len(parts)  # beside its bar, which is short
             inner = ax.inset_axes([0.33, 0.68 - top, 0.64, 0.45 / len(parts)])
-            draw_bars(inner, {label: least})
-            inner.set(title=f"{label}, enlarged", yticks=[])
+            draw_bars(inner, {0: least})
+            inner.set_title(f"{label}, enlarged")
+            inner.yaxis.set_visible(False)
     where = ", ".join(dict.fromkeys(part["where"] for part in kept.values()))
     figure.suptitle(f"{message(kept)} ({where})", fontsize=10.5, x=0.01, ha="left")
     figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=5)

@@ -170,6 +170,16 @@ def test_a_profile_s_parts_and_what_is_left_are_a_step():
             assert end == pytest.approx(part[step]["ms"], abs=1e-9)
 
 
+def test_a_short_step_is_drawn_enlarged_too():
+    training, decoding = speed.profile_figure(PROFILE).axes
+    assert not training.child_axes
+    [inner] = decoding.child_axes
+    assert bars(inner) == {kind: [found[1]] for kind, found in bars(decoding).items()}
+    assert all(-0.5 < bar.get_y() < bar.get_y() + bar.get_height() < 0.5
+               for bar in inner.patches) and inner.get_ylim() == (0.5, -0.5)
+    assert inner.get_xlim()[1] < 5 < decoding.get_xlim()[1] / 10
+
+
 def test_a_profile_s_title_is_its_message():
     both = speed.profile_figure(PROFILE)._suptitle.get_text()
     assert both == ("A training step is 2.5 times as fast, a decoding step 12.5 times (a card)")
