@@ -8,6 +8,7 @@ that all ranks go through together; the test that starts them reads one result p
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from forking import fork_ranks
 from torch import distributed as dist
 
 HERE = Path(__file__).resolve().parent
@@ -44,33 +46,45 @@ def launch(checks: str, world: int, folder: Path, limit: float,
     limit: seconds until ranks that hang are ended; device: cpu or cuda
     patience: seconds that a rank waits for the others after a check
     """
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE)])
-    environment = os.environ | dict(PYTHONPATH=paths, OMP_NUM_THREADS="1", WORLD_SIZE=str(world),
-                                    DEVICE_OF_RANKS=device, PATIENCE=str(patience))
-    ranks = []
-    for number in range(world):
-        with open(folder / f"errors-{number}.txt", "w") as errors:
-            ranks.append(subprocess.Popen(
-                [sys.executable, HERE / checks, folder], cwd=folder, stderr=errors,
-                env=environment | dict(RANK=str(number))))
-    end = time.monotonic() + limit
-    for rank in ranks:
-        with contextlib.suppress(subprocess.TimeoutExpired):  # then a check has said "did not end"
-            rank.wait(max(end - time.monotonic(), 0))
-    hung = [rank.poll() is None for rank in ranks]
-    for rank in ranks:
-        rank.kill()
-    said = {}
-    for number, (rank, hangs) in enumerate(zip(ranks, hung, strict=True)):
-        rank.wait()
-        error = (folder / f"errors-{number}.txt").read_text()
-        assert hangs or rank.returncode == 0, (
-            f"rank {number} ended with {rank.returncode}: {error}")
+    start = forked_ranks if device == "cpu" else started_ranks
+    ends, said = start(HERE / checks, world, folder, limit, DEVICE_OF_RANKS=device,
+                       PATIENCE=str(patience)), {}
+    for number, (end, error) in enumerate(ends):
+        # Who hangs is ended; a check has said "did not end" then.
+        assert end in (0, -signal.SIGTERM, -signal.SIGKILL), f"rank {number}: {end}: {error}"
         found = folder / f"said-{number}.json"
         assert found.exists(), f"rank {number} has not begun after {limit} seconds: {error}"
         for name, fault in json.loads(found.read_text()).items():
             said.setdefault(name, []).append(fault)
     return said
+
+
+def forked_ranks(checks: Path, world: int, folder: Path, limit: float,
+                 **environment: str) -> list[tuple[int, str]]:
+    """Go through checks on ranks that are forked; return how each ended, and what they wrote."""
+    ends, _, error = fork_ranks(folder, program=str(checks), world=world, limit=limit,
+                                folder=folder, **environment)
+    return [(end, error) for end in ends]
+
+
+def started_ranks(checks: Path, world: int, folder: Path, limit: float,
+                  **environment: str) -> list[tuple[int, str]]:
+    """The same on processes of their own, which may use a GPU each."""
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), str(HERE)])
+    environment |= dict(PYTHONPATH=paths, OMP_NUM_THREADS="1", WORLD_SIZE=str(world))
+    ranks, last = [], time.monotonic() + limit
+    for number in range(world):
+        with open(folder / f"errors-{number}.txt", "w") as errors:
+            ranks.append(subprocess.Popen(
+                [sys.executable, checks, folder], cwd=folder, stderr=errors,
+                env=os.environ | environment | dict(RANK=str(number))))
+    for rank in ranks:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            rank.wait(max(last - time.monotonic(), 0))
+    for rank in ranks:
+        rank.kill()
+    return [(rank.wait(), (folder / f"errors-{number}.txt").read_text())
+            for number, rank in enumerate(ranks)]
 
 
 def begin_ranks(*flags: str, program: str, world: int = 2, restarts: int = 0) -> subprocess.Popen:
@@ -82,8 +96,14 @@ def begin_ranks(*flags: str, program: str, world: int = 2, restarts: int = 0) ->
                             stderr=subprocess.PIPE)
 
 
-def run_ranks(*flags: str, limit: float = 120, **options) -> Said:
-    """Run ranks to the end, or for `limit` seconds."""
+def run_ranks(*flags: str, program: str, world: int = 2, limit: float = 120) -> Said:
+    """Run ranks, forked from one process, to the end or for `limit` seconds."""
+    ends, out, err = fork_ranks(*flags, program=program, world=world, limit=limit)
+    return Said(int(any(ends)), out, err)
+
+
+def torchrun(*flags: str, limit: float = 120, **options) -> Said:
+    """Run ranks as a user starts them, to the end or for `limit` seconds."""
     ranks = begin_ranks(*flags, **options)
     try:
         out, err = ranks.communicate(timeout=limit)

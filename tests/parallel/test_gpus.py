@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import begin_ranks, launch, ranks_below, run_ranks, wait_for_steps
+from launching import begin_ranks, launch, ranks_below, torchrun, wait_for_steps
 from test_four_ranks import CHECKS as OF_FOUR
 from test_serving_programs import PROGRAMS, home, run
 from test_two_ranks import CHECKS as OF_TWO
@@ -101,7 +101,7 @@ def test_a_run_killed_on_two_gpus_goes_on_on_one_and_on_two_again(tmp_path):
     assert 80 <= at < len(unbroken) and at % 20 == 0
     assert again[at]["main"] == pytest.approx(unbroken[at]["main"], rel=1e-5)
     shutil.copytree(run, fork)
-    for start, folder in ((run_train, fork), (partial(run_ranks, program="minids.train"), run)):
+    for start, folder in ((run_train, fork), (partial(torchrun, program="minids.train"), run)):
         assert go_on(start, folder) == len(again)
     ends = [[r["main"] for r in read_records(folder)] for folder in (fork, run)]
     assert len(ends[0]) == len(ends[1]) == len(again) + 20

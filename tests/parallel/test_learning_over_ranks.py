@@ -1,6 +1,6 @@
 """`torchrun -m minids.sft`, `minids.grpo`: one process's runs, and ones that other ranks continue.
 
-Each test starts the program as its user does. Two ranks, on gloo.
+Two ranks, on gloo: forked from one process, and by torchrun where a signal comes.
 """
 
 import contextlib

@@ -1,6 +1,7 @@
 """`torchrun -m minids.train`: the run of one process, by every layout, stopped, killed and resumed.
 
-Each test starts the program as its user does. Two ranks, on gloo.
+Two ranks, on gloo. torchrun starts them where signals, kills or a hub play a part, and once
+besides; else they are forked from one process (`forking`), which is much faster.
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import begin_ranks, ranks_below, run_ranks, wait_for_steps
+from launching import begin_ranks, ranks_below, run_ranks, torchrun, wait_for_steps
 from local_hub import serve
 from training_runs import as_flags, cut_back, home, read_records, run_train, settings
 
@@ -33,7 +34,8 @@ CLOSE = 1e-4
 
 
 begin = partial(begin_ranks, program="minids.train")
-torchrun = partial(run_ranks, program="minids.train")
+by_torchrun = partial(torchrun, program="minids.train")
+over_ranks = partial(run_ranks, program="minids.train")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def assert_same_run(run: Path, alone: Path) -> None:
     (), ("--expert-parallel", "2", "--grad-accum", "2"), ("--pipeline", "2", "--recompute")])
 def test_any_layout_takes_the_steps_of_one_process(home, flags, alone, layout):
     run = home / f"over-{len(layout)}-{''.join(layout[:1]).strip('-')}"
-    said = torchrun(*flags, "--out", str(run), *layout)
+    said = over_ranks(*flags, "--out", str(run), *layout)
     assert said.status == 0, said.err
     assert said.out.count("model   nano") == 1 and "ranks   2 = pipeline" in said.out
     assert_same_run(run, alone)
@@ -100,7 +102,7 @@ def test_two_ranks_go_on_from_a_run_to_sparse_attention_and_to_a_longer_context(
         flags = ["--from", str(source), *flags, "--steps", "2", "--dtype", "fp32",
                  "--batch-size", "4", "--device", "cpu"]
         runs = [home / f"{flags[3]}-{kind}" for kind in ("one", "two")]
-        for start, run in zip((run_train, torchrun), runs, strict=True):
+        for start, run in zip((run_train, over_ranks), runs, strict=True):
             said = start(*flags, "--out", str(run))
             assert said.status == 0, said.err
         for mine, theirs in zip(*map(read_records, runs), strict=True):
@@ -111,11 +113,11 @@ def test_two_ranks_go_on_from_a_run_to_sparse_attention_and_to_a_longer_context(
         source = runs[0]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_compiled_pieces_around_the_exchange_take_the_steps_of_one_process(home, flags, alone):
-    """With generated code, which takes a minute; four_ranks.py compiles other layouts without."""
+    """With generated code, which takes minutes; compiled_ranks.py goes through it without."""
     run = home / "compiled"
-    said = torchrun(*flags, "--out", str(run), "--expert-parallel", "2", "--compile", limit=300)
+    said = over_ranks(*flags, "--out", str(run), "--expert-parallel", "2", "--compile", limit=300)
     assert said.status == 0 and "the run goes on without" not in said.out, said
     assert_same_run(run, alone)
 
@@ -125,11 +127,11 @@ def test_a_run_in_fp8_is_resumed_with_its_moments_in_bf16(home, flags):
     """Ranks round their own tokens, and so nearly what one process rounds: E4M3 has two digits."""
     run, options = home / "fp8", [*flags, "--fp8", "--save-every", "3"]
     assert run_train(*options, "--out", str(home / "fp8-alone")).status == 0
-    said = torchrun(*options, "--out", str(run), "--expert-parallel", "2")
+    said = over_ranks(*options, "--out", str(run), "--expert-parallel", "2")
     assert said.status == 0, said.err
     unbroken = read_records(run)
     cut_back(run, again := home / "fp8-again", step=3)
-    said = torchrun("--resume", "--out", str(again), "--expert-parallel", "2")
+    said = over_ranks("--resume", "--out", str(again), "--expert-parallel", "2")
     assert said.status == 0, said.err
     assert [r["loss"] for r in read_records(again)] == [r["loss"] for r in unbroken]
     for mine, theirs in zip(unbroken, read_records(home / "fp8-alone"), strict=True):
@@ -144,7 +146,7 @@ def test_micro_batches_in_bf16_add_up_over_ranks(home, flags):
     """
     norms, options = [], [*flags, "--dtype", "bf16", "--steps", "1", "--grad-accum", "2"]
     run_train(*options, "--out", str(home / "bf16-alone"))
-    said = torchrun(*options, "--out", str(home / "bf16-over"))
+    said = over_ranks(*options, "--out", str(home / "bf16-over"))
     assert said.status == 0, said.err
     for run in ("bf16-alone", "bf16-over"):
         norms.append(read_records(home / run)[0]["grad_norm"])
@@ -155,12 +157,12 @@ def test_micro_batches_in_bf16_add_up_over_ranks(home, flags):
 def test_any_layout_goes_on_where_another_stopped(home, flags, alone):
     """Two ranks by experts, then one process, then a pipeline of two."""
     run = home / "handed-on"
-    said = torchrun(*flags, "--out", str(run), "--expert-parallel", "2", "--save-every", "2")
+    said = over_ranks(*flags, "--out", str(run), "--expert-parallel", "2", "--save-every", "2")
     assert said.status == 0, said.err
-    for step, go_on in ((2, run_train), (4, torchrun)):
+    for step, go_on in ((2, run_train), (4, over_ranks)):
         shutil.move(run, whole := home / f"until-{step}")
         cut_back(whole, run, step)
-        more = ["--pipeline", "2"] if go_on is torchrun else []
+        more = ["--pipeline", "2"] if go_on is over_ranks else []
         said = go_on("--resume", "--out", str(run), *more)
         assert said.status == 0, said.err
         assert f"resumed at step {step} of {STEPS}" in said.out
@@ -172,7 +174,7 @@ def test_any_layout_goes_on_where_another_stopped(home, flags, alone):
 def test_one_process_goes_on_to_two_and_exports(home, flags, alone, tmp_path):
     run = tmp_path / "run"
     cut_back(alone, run, step=3)
-    said = torchrun("--resume", "--out", str(run))
+    said = by_torchrun("--resume", "--out", str(run))
     assert said.status == 0, said.err
     assert_same_run(run, alone)
     before = checkpoints.load_weights(checkpoints.resolve(run))
@@ -213,7 +215,7 @@ def test_a_signal_to_one_rank_stops_all_after_the_same_step(flags, tmp_path):
     newest = checkpoints.resolve(run)
     assert checkpoints.verify(newest)["step"] == steps < 400, (out, err)
     assert f"continue with: python -m minids.train --resume --out {run}" in out
-    said = torchrun("--resume", "--out", str(run), "--steps", str(steps + 1))
+    said = over_ranks("--resume", "--out", str(run), "--steps", str(steps + 1))
     assert said.status == 0, said.err
     assert [record["step"] for record in read_records(run)] == [*range(1, steps + 2)]
 
@@ -244,7 +246,7 @@ def test_a_killed_rank_is_started_again_and_ends_as_an_unbroken_run(home, flags,
     pytest.param(("--device", "cuda"), "device = 'cuda' is not valid", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="this machine has a GPU"))])
 def test_a_mistake_is_one_line_of_rank_0(flags, tmp_path, wrong, words):
-    said = torchrun(*flags, "--out", str(tmp_path / "run"), *wrong)
+    said = over_ranks(*flags, "--out", str(tmp_path / "run"), *wrong)
     lines = [line for line in said.err.splitlines() if line.startswith("python -m minids.train: ")]
     assert said.status != 0 and len(lines) == 1 and words in lines[0], said.err
     assert not (tmp_path / "run").exists()
@@ -252,7 +254,7 @@ def test_a_mistake_is_one_line_of_rank_0(flags, tmp_path, wrong, words):
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_all_ranks_with_one_line(flags, tmp_path):
-    said = torchrun(*flags, "--out", str(tmp_path / "run"), "--lr", "1e30", "--muon-lr", "1e30")
+    said = over_ranks(*flags, "--out", str(tmp_path / "run"), "--lr", "1e30", "--muon-lr", "1e30")
     lines = [line for line in said.err.splitlines() if line.startswith("python -m minids.train: ")]
     assert said.status != 0 and len(lines) == 1, said.err
     assert "step " in lines[0] and "the last good checkpoint is" in lines[0]
@@ -265,7 +267,7 @@ def test_bench_times_the_steps_of_every_layout(flags, alone):
     """One launch for all layouts; the losses are those of one process."""
     flags = shlex.join(flags)
     layouts = "--pipeline 2", "--expert-parallel 2 --optimizer muon", ""
-    said = torchrun("--what", "program", "--pairs", "1", "--steps-per-timing", "3", "--threads",
+    said = run_ranks("--what", "program", "--pairs", "1", "--steps-per-timing", "3", "--threads",
                     "1", "--command", ";".join(f"{flags} {layout}" for layout in layouts),
                     program="minids.lab.bench")
     assert said.status == 0, said.err
@@ -278,7 +280,7 @@ def test_bench_times_the_steps_of_every_layout(flags, alone):
         assert ranks == "2" and first == pytest.approx(steps[0]["loss"], abs=2e-3), row
         if "muon" not in layout:
             assert last == pytest.approx(steps[5]["loss"], abs=2e-3), row
-    refused = torchrun("--what", "program", "--command", f"{flags} --pipeline 2 --micro-batches 3",
+    refused = run_ranks("--what", "program", "--command", f"{flags} --pipeline 2 --micro-batches 3",
                        program="minids.lab.bench")
     assert refused.status == 1 and refused.err.count("batch_size = 8 is not valid") == 1
 
@@ -293,7 +295,7 @@ def test_a_rank_without_memory_ends_all_ranks_with_one_line(flags, tmp_path):
     assert said.status != 0 and len(lines) == 1, said.err
     assert f"step 3: not enough memory for 2.50 GiB; the last good checkpoint is {good}" in lines[0]
     assert checkpoints.verify(good)["step"] == 2
-    said = torchrun("--resume", "--out", str(run), "--recompute")
+    said = over_ranks("--resume", "--out", str(run), "--recompute")
     assert said.status == 0 and "resumed at step 2 of 6" in said.out, said.err
 
 
@@ -301,7 +303,7 @@ def test_a_rank_without_memory_ends_all_ranks_with_one_line(flags, tmp_path):
 def test_a_full_disk_ends_all_ranks_with_one_line(flags, small_disk, tmp_path):
     """It is found by the ranks' writers, while training goes on; the first checkpoint is whole."""
     run = small_disk(2) / "run"  # room for one checkpoint of the two
-    said = torchrun(*flags, "--out", str(run), "--save-every", "2", "--steps", "40")
+    said = over_ranks(*flags, "--out", str(run), "--save-every", "2", "--steps", "40")
     lines = [line for line in said.err.splitlines() if line.startswith("python -m minids.train: ")]
     assert said.status != 0 and len(lines) == 1, said.err
     assert "could not be written" in lines[0] and "No space left on device" in lines[0], lines
@@ -311,7 +313,7 @@ def test_a_full_disk_ends_all_ranks_with_one_line(flags, small_disk, tmp_path):
     shutil.move(run, tmp_path / "larger")
     again = ["--resume", "--out", str(tmp_path / "larger"), "--steps", "6"]
     assert checkpoints.read_manifest(tmp_path / "larger/checkpoints" / good.name)["step"] <= 6
-    assert torchrun(*again).status == 0
+    assert over_ranks(*again).status == 0
 
 
 @pytest.mark.slow
@@ -331,12 +333,12 @@ def test_a_stream_is_one_stream_for_any_number_of_ranks(flags, tmp_path, monkeyp
         runs = []
         for world in (1, 2):
             runs.append(run := tmp_path / f"over-{world}")
-            said = torchrun(*flags, "--data", "hf:some/code", "--out", str(run), world=world)
+            said = by_torchrun(*flags, "--data", "hf:some/code", "--out", str(run), world=world)
             assert said.status == 0, said.err
         assert_same_run(*runs)
         for before, world in zip(runs, (2, 1), strict=True):
             run = cut_back(before, tmp_path / f"on-{world}", step=3)
-            said = torchrun("--resume", "--out", str(run), world=world)
+            said = by_torchrun("--resume", "--out", str(run), world=world)
             assert said.status == 0 and "resumed at step 3 of 6" in said.out, said.err
             assert_same_run(run, before)
     finally:
