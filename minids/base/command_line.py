@@ -239,7 +239,7 @@ def leave(status: int) -> NoReturn:
     Torch stops the threads of its process groups then, in any order, also of those that it has
     closed, and one that still runs aborts the process: its status becomes that of signal 6.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if os.environ.get("WORLD_SIZE", "1") != "1":
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()

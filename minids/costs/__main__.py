@@ -168,9 +168,9 @@ def bill_rows(run: Plan, rental: Rental, tokens: float, work: float) -> list:
 def paper_rows(args: ModelArgs) -> list:
     """Return the rows of V3's own bill (V3 table 1), and the MFU that it implies."""
     h800, hours = Rental(), bill.V3_GPU_HOURS
-    rows = [money_row(name, Bill(count, 2048, h800.gpu_price))[:3]
+    rows = [money_row(name, Bill(count, Sharding.gpus, h800.gpu_price))[:3]
             for name, count in (hours | {"all": sum(hours.values())}).items()]
-    each = Bill(hours["pre-training"] * 1e12 / bill.V3_TOKENS, 2048, h800.gpu_price)
+    each = Bill(hours["pre-training"] * 1e12 / bill.V3_TOKENS, Sharding.gpus, h800.gpu_price)
     rows += [money_row("pre-training, each 1T of tokens", each), "pre-training ran at"]
     for name, work in [("as counted here", flops.flops_per_token(args, 4096)),
                        ("at the paper's 250 GFLOPs", 250e9)]:

@@ -108,6 +108,13 @@ class Oven(Settings):
 
 
 @dataclass(frozen=True)
+class Capped(Settings):
+    """An oven with a lid on its heat."""
+
+    heat: float = option(180.0, "temperature, degrees", above=0, high=250)
+
+
+@dataclass(frozen=True)
 class CarelessOven(Settings):
     """The wrong variant: two bounds are gone."""
 
@@ -142,6 +149,19 @@ def test_other_types_and_numbers_that_are_none():
         with pytest.raises(ValueError, match=f"is not valid: it must be {valid}"):
             Oven(**changes)
     assert Oven(heat=200).heat == 200.0 and type(Oven(heat=200).heat) is float
+    assert Oven(heat=10 ** 300).heat == 1e300
+    with pytest.raises(ValueError, match="it must be of type float"):
+        Oven(heat=10 ** 400)  # no float is as large
+    assert bounds(next(f for f in fields(Capped) if f.name == "heat")) == "above 0 and at most 250"
+
+
+def test_a_zero_byte_is_no_part_of_a_text():
+    @dataclass(frozen=True)
+    class Named(Settings):
+        name: str = option("bread", "what is baked")
+
+    with pytest.raises(ValueError, match="it must be text without a zero byte"):
+        Named("bre\0d")
 
 
 def test_a_field_that_is_declared_again_keeps_its_bounds():
@@ -195,5 +215,5 @@ def test_what_is_drawn_at_once_is_bounded():
     """A slip of the keyboard, 10**12 problems, would fill the memory for minutes."""
     drawn = {"questions", "group", "problems", "eval_problems", "examples"}
     found = [f for cls in CLASSES for f in fields(cls) if f.name in drawn and f.type is int]
-    assert len(found) >= 8 and all(f.metadata["high"] <= 10**6 for f in found)
+    assert len(found) >= 8 and max(f.metadata["high"] for f in found) == 10**6
     assert all(f.metadata["high"] <= 10**6 for f in fields(TrainArgs) if f.name == "batch_size")

@@ -55,6 +55,7 @@ def test_json_that_cannot_be_read_is_named_in_one_line(tmp_path, data, problem):
 def test_json_comes_back(tmp_path):
     write_json(tmp_path / "x.json", {"a": [1, "ü", None]})
     assert read_json(tmp_path / "x.json") == {"a": [1, "ü", None]}
+    assert read_json(str(tmp_path / "x.json")) == {"a": [1, "ü", None]}
 
 
 def without_encoding(source: str) -> list[str]:

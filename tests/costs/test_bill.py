@@ -1,8 +1,11 @@
 """Bills, prices and plans against published integers."""
 
+from types import SimpleNamespace
+
 import pytest
 from cost_shapes import TINY, V3
 
+from minids.costs import bill
 from minids.costs.bill import (
     SERVING_128K,
     V3_GPU_HOURS,
@@ -20,10 +23,10 @@ from minids.costs.memory import Sharding, training_memory
 
 
 def test_bill_of_v3():
-    bill = training_bill(flops_per_token(V3, 4096), 14.8e12, 2048, Rental())
-    assert round(bill.gpu_hours) == 2_668_230
-    assert bill.gpu_hours == pytest.approx(2_664_000, rel=0.002)  # the paper's, MFU in two digits
-    assert bill.dollars == 2 * bill.gpu_hours and bill.days == bill.gpu_hours / 2048 / 24
+    made = training_bill(flops_per_token(V3, 4096), 14.8e12, 2048, Rental())
+    assert round(made.gpu_hours) == 2_668_230
+    assert made.gpu_hours == pytest.approx(2_664_000, rel=0.002)  # the paper's, MFU in two digits
+    assert made.dollars == 2 * made.gpu_hours and made.days == made.gpu_hours / 2048 / 24
     wrong = training_bill(flops_per_token(V3, 4096, causal=False), 14.8e12, 2048, Rental())
     assert wrong.gpu_hours != pytest.approx(2_664_000, rel=0.1)
     assert sum(V3_GPU_HOURS.values()) == 2_788_000
@@ -82,6 +85,15 @@ def test_layout_is_v3s_own_where_it_fits_and_else_the_first_that_does():
     fewer = [s for s in layouts(V3, 512, {}) if s.pipeline < chosen.pipeline and s.zero == 1]
     assert fewer and not any(plan(V3, 1e12, large, s).fits for s in fewer)
     assert choose_sharding(V3, 512, large, dict(pipeline=8)).pipeline == 8
+
+
+def test_a_memory_that_is_filled_to_the_last_byte_is_enough(monkeypatch):
+    monkeypatch.setattr(bill, "training_memory", lambda *given: SimpleNamespace(total=80 * 10**9))
+    assert plan(V3, 1e12, Rental(gpu_memory=80.0), Sharding()).fits
+    assert choose_sharding(V3, 2048, Rental(gpu_memory=80.0)) == Sharding()
+    monkeypatch.setattr(bill, "training_memory", lambda args, sharding: SimpleNamespace(
+        total=80 * 10**9 + (sharding == Sharding())))
+    assert choose_sharding(V3, 2048, Rental(gpu_memory=80.0)) != Sharding()
 
 
 def test_layout_that_needs_least_where_none_fits():

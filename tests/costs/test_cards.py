@@ -12,6 +12,8 @@ from minids.costs import count_parameters
 from minids.costs.__main__ import main
 from minids.costs.cards import (
     CARDS,
+    GB,
+    PEAK_FLOPS,
     TOKENS_PER_PARAMETER,
     Recipe,
     expected_loss,
@@ -29,6 +31,15 @@ def recipe_of(preset: str) -> Recipe:
     train = TrainArgs.for_preset(preset)
     return Recipe(train.seq_len, train.batch_size // train.grad_accum,
                   train.steps * train.batch_size * train.seq_len, train.recompute != "none")
+
+
+def test_data_sheets():
+    """GB and dense BF16 TFLOPS (T4: FP16)."""
+    assert {name: (GB[name], PEAK_FLOPS[name] / 1e12) for name in GB} == {
+        "H100": (80, 989), "H100 PCIe": (80, 756), "H100 NVL": (94, 835), "H200": (141, 989),
+        "H800": (80, 989), "A100": (80, 312), "L40S": (48, 362), "RTX 4090": (24, 165),
+        "RTX 3090": (24, 71), "T4": (16, 65)}
+    assert PEAK_FLOPS.keys() == GB.keys()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

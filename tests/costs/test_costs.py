@@ -75,6 +75,16 @@ def test_table_is_aligned_and_exact():
                                   "b                   1      22"]
     noted = format_table([("a", 1), "a line that is longer than the table", ("b", 2000)])
     assert noted.splitlines() == ["a      1", "a line that is longer than the table", "b  2,000"]
+    with pytest.raises(ValueError):
+        format_table([("a", 1), ("b",)])
+
+
+def test_attention_has_a_column_for_each_form_and_a_row_for_each_context(capsys):
+    lines = printed(capsys, "--preset", "v3.2").splitlines()
+    head, = (line for line in lines if line.startswith("FLOPs of attention"))
+    assert " ".join(head.split()[-5:]) == "dense, naive dense, absorbed DSA"
+    assert [line.split()[0] for line in lines if "keys, all layers" in line] == [
+        "2,048", "4,096", "8,192", "32,768", "131,072"]
 
 
 @pytest.mark.parametrize("amount, step, text", [

@@ -183,3 +183,4 @@ def test_impossible_shardings_are_refused(changes, complaint):
     assert complaint in str(error.value)
     with pytest.raises(ValueError, match="divisor of n_routed_experts = 8"):
         training_memory(TINY, Sharding(gpus=16, pipeline=1, expert_parallel=16, dualpipe=False))
+    Sharding(pipeline=64, expert_parallel=1).check(V3)  # a piece for each rank
