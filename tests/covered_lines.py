@@ -4,6 +4,7 @@ This file is pytest's plugin while it records. The package coverage, which nbval
 measures pytest's process, its forks, and by a .pth file every Python that a test starts.
 """
 
+import collections
 import contextlib
 import functools
 import inspect
@@ -45,6 +46,8 @@ class Recorder:
         self.tests = {}
         self.failed = set()
         self.shared = {}  # fixture of more than one test -> seconds
+        self.spent = collections.Counter()  # file -> seconds
+        self.most = float(os.environ["COVERED_SECONDS"])
         os.register_at_fork(after_in_child=self.name_test)
 
     def name_test(self):
@@ -53,9 +56,14 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item, nextitem):
+        file = item.nodeid.partition("::")[0]
+        if self.spent[file] > self.most:
+            item.add_marker(pytest.mark.skip("its file has had its seconds"))
+            return (yield)
         self.test, begin, known = item.nodeid, computed(), set(self.shared)
         self.name_test()
         result = yield
+        self.spent[file] += computed() - begin
         fixtures = {f for found in item._fixtureinfo.name2fixturedefs.values() for f in found}
         shared = max((self.shared[f] for f in fixtures & set(self.shared)), default=0.0)
         new = max((self.shared[f] for f in set(self.shared) - known), default=0.0)
@@ -111,13 +119,17 @@ def read_notes(folder: Path, root: Path) -> tuple[dict, set]:
     return tests, failed
 
 
-def record(root: Path, out: Path, jobs: int, mark: str, arguments: list[str]) -> None:
-    """Run tests once, every process noting its lines, and add what they ran to `out`."""
+def record(root: Path, out: Path, jobs: int, most: float, mark: str, arguments: list[str]) -> None:
+    """Run tests once, every process noting its lines, and add what they ran to `out`.
+
+    most: seconds after which the rest of a file's tests is skipped
+    """
     with tempfile.TemporaryDirectory() as folder:
         configuration = Path(folder, "coverage.ini")
         configuration.write_text(CONFIGURATION.format(folder=folder, root=root))
         env = os.environ | dict(
-            COVERED_LINES=folder, COVERAGE_PROCESS_START=str(configuration), OMP_NUM_THREADS="1",
+            COVERED_LINES=folder, COVERED_SECONDS=str(most), OMP_NUM_THREADS="1",
+            COVERAGE_PROCESS_START=str(configuration),
             PYTHONPATH=f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}")
         subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", HERE.stem,
                         "-p", "no:cacheprovider", "-o", "addopts=", "-n", str(jobs),

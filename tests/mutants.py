@@ -26,6 +26,7 @@ import hashlib
 import importlib
 import inspect
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -328,6 +329,8 @@ def main() -> None:
                         help="which test runs which line")
     parser.add_argument("--out", type=Path, default="runs/mutants.jsonl",
                         help="what became of the mutants")
+    parser.add_argument("--most", type=float, default=math.inf,
+                        help="seconds of a file's tests that cover runs (default: all)")
     parser.add_argument("--mark", default="not slow and not exhaustive", help="-m, of cover")
     parser.add_argument("--root", type=Path, default=HERE.parent.parent, help="a checkout")
     parser.add_argument("--pytest", nargs="*", default=[], help="more arguments of cover's pytest")
@@ -336,7 +339,7 @@ def main() -> None:
     for path in (args.covers, args.out):
         path.parent.mkdir(parents=True, exist_ok=True)
     if args.what == "cover":
-        record(root, args.covers, args.jobs, args.mark, args.pytest)
+        record(root, args.covers, args.jobs, args.most, args.mark, args.pytest)
         return
     files = args.files or sorted(str(p.relative_to(root)) for p in root.glob("minids/**/*.py"))
     files = [file for file in files if not file.startswith(ON_A_GPU)]

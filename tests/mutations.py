@@ -12,6 +12,7 @@ COMPARISONS = {ast.Lt: [ast.LtE, ast.Gt], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [as
                ast.GtE: [ast.Gt, ast.Lt], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq],
                ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.NotIn: [ast.In]}
 SILENT = {"print", "option", "ArgumentParser", "add_argument", "field"}  # texts and defaults
+SYMMETRIC = {"min", "max", "minimum", "maximum", "promote_types", "equal"}
 TEXTS = {"annotation", "returns", "decorator_list", "exc"}
 
 
@@ -47,7 +48,7 @@ def mutations(node: ast.AST):
                 yield "constant", node, ast.Constant(other)
     if isinstance(node, ast.If | ast.While | ast.IfExp | ast.Assert):
         yield "condition", node.test, ast.UnaryOp(ast.Not(), node.test)
-    if isinstance(node, ast.Call) and name_of(node) not in ("min", "max", "minimum", "maximum"):
+    if isinstance(node, ast.Call) and name_of(node) not in SYMMETRIC:
         for i, (a, b) in enumerate(zip(node.args, node.args[1:], strict=False)):
             if ast.dump(a) != ast.dump(b) and not isinstance(a, ast.Starred):
                 args = [*node.args[:i], b, a, *node.args[i + 2:]]

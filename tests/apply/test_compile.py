@@ -12,8 +12,9 @@ from small_models import LITTLE, random_tokens, scrambled
 from torch._dynamo.exc import TorchDynamoException
 
 from minids.apply.compile import compile_blocks
-from minids.apply.recompute import recompute_blocks
+from minids.apply.recompute import policy, recompute_blocks
 from minids.kernels.registry import recorded
+from minids.model.moe import Experts
 
 TOKENS = random_tokens(LITTLE, 2, 12)
 
@@ -71,6 +72,17 @@ def test_batches_of_another_size_and_products_it_does_not_know_are_left_out(monk
         model.loss((TOKENS + shift) % LITTLE.vocab_size, TOKENS).total.backward()
         made.append(len(graphs))
     assert made[0] == made[-1], made
+
+
+def test_what_is_stored_and_what_the_compiler_leaves_out():
+    operations = torch.ops.aten.bmm.default, torch.ops.aten.mm.default
+    assert [policy(None, operation).name for operation in operations] == [
+        "MUST_SAVE", "PREFER_RECOMPUTE"]
+    for dtype, outside in ((torch.bfloat16, False), (torch.float32, True)):
+        model = scrambled(LITTLE)
+        compile_blocks(model, dtype)
+        assert {"product" in vars(m) for m in model.modules() if isinstance(m, Experts)} == {
+            outside}
 
 
 def test_where_the_compiler_fails_one_line_says_so_and_training_goes_on(monkeypatch):

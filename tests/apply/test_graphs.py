@@ -4,6 +4,8 @@ On a CPU the step runs as it would be captured: on tensors that stay where they 
 fixed number of slots. On a GPU it is captured.
 """
 
+import contextlib
+import gc
 from dataclasses import replace
 
 import pytest
@@ -175,6 +177,56 @@ def test_sizes_double_and_each_starts_without_a_graph(static):
     seen.clear()
     Steps(seen.append, 50, torch.device("cpu"))(3)
     assert seen == [3]
+
+
+def test_graphs_are_for_a_gpu_with_bodies():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert graphs.graphed(gpu) and not graphs.graphed(cpu)
+    with using("off"):
+        assert not graphs.graphed(gpu)
+
+
+def test_graphs_of_all_sizes_share_memory_and_draws_and_are_replayed(static, monkeypatch):
+    """With a stand-in for CUDA's graphs: each size runs plainly, is captured, and is replayed."""
+    static()
+    made, pools = [], []
+
+    class Graph:
+        def __init__(self):
+            self.replays, self.generator = 0, None
+            made.append(self)
+
+        def register_generator_state(self, generator):
+            self.generator = generator
+
+        def replay(self):
+            self.replays += 1
+
+    @contextlib.contextmanager
+    def capturing(graph, pool, capture_error_mode):
+        assert not gc.isenabled() and capture_error_mode == "thread_local"
+        pools.append(pool)
+        yield
+
+    for name, stand_in in (("CUDAGraph", Graph), ("graph", capturing), ("synchronize", int),
+                           ("graph_pool_handle", lambda: len(pools) + 1)):
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    seen, generator = [], torch.Generator()
+    run = Steps(seen.append, 50, torch.device("cpu"), generator)
+    run.captures = True
+    with recorded() as record:
+        for longest in (3, 3, 3, 3, 9, 9, 9):
+            run(longest)
+    assert seen == [8, 8, 16, 16] and pools == [1, 1] and gc.isenabled()
+    assert [graph.replays for graph in made] == [3, 2]
+    assert record == {("graphs.step", "replayed"): 5}
+    assert all(graph.generator is generator for graph in made)
+    run.captures, run.graphs = False, {8: None}
+    with recorded() as record:
+        run(3)
+        static(False)
+        Steps(seen.append, 50, torch.device("cpu"))(3)
+    assert record == {("graphs.step", "launched"): 2} and seen[4:] == [8, 3]
 
 
 def test_a_capture_that_fails_says_so_once_and_goes_on(static, capsys, monkeypatch):

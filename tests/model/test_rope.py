@@ -52,6 +52,14 @@ def rotation_error(rotate) -> float:
     return gap(rotate(x, rotations(torch.arange(40)[None], SHORT)), literal_rotation(x, 10000.0))
 
 
+def test_rotations_have_the_length_that_yarn_gives_them():
+    positions = torch.arange(0, 5000, 7)
+    for args, length in ((V3, 1.0), (replace(V3, attention_factor=1.5), 1.5),
+                         (replace(SHORT, attention_factor=1.5), 1.0)):
+        lengths = rotations(positions, args).abs()
+        assert torch.allclose(lengths, torch.full_like(lengths, length), atol=1e-6)  # FP32
+
+
 def test_interleaved_pairs_turn_by_the_literal_angle():
     # The angle is FP32: at position 39 it is off by at most 39 * 2^-23 = 5e-6.
     assert rotation_error(apply_rotary_emb) < 5e-6

@@ -61,6 +61,8 @@ def test_bounds_on_paper():
     assert paper_loss().clipped == pytest.approx(2 / 6)
     # R1's 10 lets all through: -(0.75 - (0.25 + 0.5) / 2 + 0.55 - (1.0 + 0.5) / 2) / 4
     assert paper_loss(clip_low=10.0, clip_high=10.0).loss.item() == pytest.approx(-0.04375)
+    with pytest.raises(ValueError, match="clip_both = 1.0 is not valid"):
+        paper_args(clip_both=1.0)
     # A bad reply's ratio of 2 counts as 1.5 only: -1.0 becomes -0.75.
     assert paper_loss(clip_both=1.5).loss.item() == pytest.approx((-0.6 + 0.45 - 0.55 + 0.625) / 4)
 
