@@ -47,7 +47,7 @@ from mutations import draw
 
 HERE = Path(__file__).resolve()
 FORK = multiprocessing.get_context("fork")
-QUIET = 60  # seconds without any computing until tests count as waiting for ever
+QUIET = 180  # seconds without any computing until tests count as waiting for ever
 MEMORY = 12 * 2 ** 30  # bytes of a mutant that allocates without end
 FILES_ANEW = 24  # of tests, for a mutant that needs them imported
 

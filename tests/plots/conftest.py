@@ -1,0 +1,82 @@
+"""Every figure that these tests draw looks as it did when somebody last looked at it.
+
+`looks.json` holds a digest of what each test draws: positions, sizes, colours, words, limits. After
+a change that is meant, look at the figures and record them anew:
+
+    LOOKS=record pytest -n 0 tests/plots
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from minids.plots import style
+
+LOOKS = Path(__file__).with_name("looks.json")
+TRAITS = (
+    "text", "position", "fontsize", "fontfamily", "weight", "rotation", "ha", "va", "color",
+    "alpha", "zorder", "xydata", "linewidth", "linestyle", "marker", "markersize", "edgecolor",
+    "facecolor", "fill", "hatch", "array", "clim", "extent", "sizes", "offsets", "drawstyle")
+
+
+def plain(value):
+    """Return a value as JSON knows it, numbers to three digits after the point."""
+    if isinstance(value, np.ndarray | np.generic):
+        value = np.ma.filled(value, np.nan).tolist()
+    if isinstance(value, list | tuple):
+        return [plain(each) for each in value]
+    if isinstance(value, float):
+        return round(value, 3) + 0.0
+    return value if isinstance(value, str | int | bool | None) else str(type(value))
+
+
+def traits(artist) -> list:
+    """Return what an artist looks like."""
+    found = [type(artist).__name__]
+    for trait in TRAITS:
+        if hasattr(artist, f"get_{trait}"):
+            found.append((trait, plain(getattr(artist, f"get_{trait}")())))
+    if hasattr(artist, "get_patch_transform"):
+        path = artist.get_path()
+        found.append(plain(artist.get_patch_transform().transform(path.vertices)))
+    if hasattr(artist, "get_paths"):
+        found += [plain(path.vertices) for path in artist.get_paths()]
+    return found
+
+
+def look(figure) -> str:
+    """Return a digest of what a figure looks like, without what matplotlib itself decides."""
+    seen = [plain(figure.get_size_inches()), [traits(text) for text in figure.texts]]
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        seen += [plain([ax.get_xlim(), ax.get_ylim(), ax.get_xscale(), ax.get_yscale()]),
+                 [part.get_text() for part in (ax.title, ax.xaxis.label, ax.yaxis.label)],
+                 [text.get_text() for text in legend.get_texts()] if legend else None]
+        seen += [traits(artist) for kind in ("lines", "patches", "texts", "collections", "images")
+                 for artist in getattr(ax, kind)]
+    return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8]
+
+
+@pytest.fixture(autouse=True)
+def looks(request, monkeypatch):
+    """Compare what a test draws with what it drew before; a new test has nothing to compare."""
+    drawn, finish = [], style.finish
+
+    def noted(figure, *given):
+        drawn.append(look(figure))
+        return finish(figure, *given)
+
+    monkeypatch.setattr(style, "finish", noted)
+    yield
+    name = f"{request.node.path.stem}::{request.node.name}"
+    known = json.loads(LOOKS.read_text("utf-8")) if LOOKS.exists() else {}
+    if os.environ.get("LOOKS") == "record" and drawn:
+        lines = (known | {name: drawn}).items()
+        LOOKS.write_text("{\n" + ",\n".join(
+            f"{json.dumps(test)}: {json.dumps(found)}" for test, found in sorted(lines)) + "\n}\n")
+    elif name in known:
+        assert drawn == known[name], f"figures look different: see {__file__}"
