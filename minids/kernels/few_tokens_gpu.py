@@ -38,7 +38,7 @@ KINDS = torch.bfloat16, torch.float16, torch.float32
 MANY = 1024  # tokens of a step; with more the plain definition's products are as quick
 MULTIPROCESSORS = 132  # of a large GPU; attention is cut into so many programs, or twice as many
 MOST_PIECES = 64  # more take longer to add up than they save
-MERGED = 128  # columns of W_UV that one program multiplies
+MERGED = 32  # columns of W_UV that one program multiplies
 OLDEST = 8, 0  # compute capability; before, V3's widths need more shared memory than a block has
 
 
@@ -227,11 +227,11 @@ def merge(attn, parts: Tensor, sums: Tensor) -> Tensor:
     args, weight, tokens = attn.args, attn.wkv_b.weight, 16
     pieces, total, heads, rank = parts.shape
     out = torch.empty(total, heads * args.v_head_dim, dtype=weight.dtype, device=weight.device)
-    every, block = kernels.power(pieces), min(args.v_head_dim, MERGED)
+    block = min(args.v_head_dim, MERGED)
     kernels.merge_kernel[(-(-total // tokens), heads, args.v_head_dim // block)](
         parts, sums, weight, out, total, pieces, H=heads, NOPE=args.qk_nope_head_dim,
         V=args.v_head_dim, R=rank, TOKENS=tokens, BLOCK=block,
-        COLUMNS=min(rank, max(16, 1024 // every)), ALL=every, PRECISION=in_triton(weight))
+        ALL=kernels.power(pieces), PRECISION=in_triton(weight))
     return out
 
 

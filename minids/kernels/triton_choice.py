@@ -18,7 +18,7 @@ from torch import Tensor
 
 PROGRAMS = 132  # multiprocessors of a large GPU; fewer rows than these are listed in pieces
 MOST_PIECES = 16
-SHORT = 16384  # scores of a row that stay in registers
+SHORT = 16384  # scores of a row that stay in registers; of many rows a quarter
 HIDDEN = tl.constexpr(-2147483648)  # the number of a score that its query does not see
 
 
@@ -208,7 +208,8 @@ def select(scores: Tensor, visible: Tensor | None, first: int, tokens: Tensor) -
     if sees == 1:
         mask = (mask if mask.stride(2) == 1 else mask.contiguous()).view(torch.uint8)
     strides = mask.stride(0) if len(mask) > 1 else 0, mask.stride(1)
-    if total <= SHORT:
+    few = batch * count <= PROGRAMS
+    if total <= (SHORT if few else SHORT // 4):
         best_of_row_kernel[(count, batch)](
             scores, mask, tokens, count, total, first, *strides, tokens.stride(0), k, SEES=sees,
             ALL=max(16, triton.next_power_of_2(total)),
@@ -223,7 +224,8 @@ def select(scores: Tensor, visible: Tensor | None, first: int, tokens: Tensor) -
     counts = numbers.new_empty(batch, count, pieces)
     given, edges = (scores, mask, numbers, positions, counts), (count, total, first)
     how = dict(SEES=sees, MOST=most, num_warps=8 if most >= 1024 else 4)
-    candidates_kernel[(count, batch, pieces)](*given, *edges, *strides, piece, k, SAMPLE=2 * most,
+    sample = min(2 * most, max(16, triton.next_power_of_2(total) // 8))  # tells as much as all
+    candidates_kernel[(count, batch, pieces)](*given, *edges, *strides, piece, k, SAMPLE=sample,
                                               BLOCK=block, **how)
     best_kernel[(count, batch)](*given, tokens, *edges, *strides, tokens.stride(0), pieces, k,
                                 BLOCK=block, **how)

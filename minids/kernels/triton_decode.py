@@ -135,30 +135,31 @@ def attend_kernel(q, latents, slots, out, sums, slot_stride, latent_stride, scal
 @triton.jit
 def merge_kernel(parts, sums, wkv_b, out, N, pieces, H: tl.constexpr, NOPE: tl.constexpr,
                  V: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-                 COLUMNS: tl.constexpr, ALL: tl.constexpr, PRECISION: tl.constexpr):
+                 ALL: tl.constexpr, PRECISION: tl.constexpr):
     """Average the pieces by their sums, and fold W_UV in: (pieces, N, H, R) -> out (N, H, V)
 
-    ALL: a power of two not below the number of pieces; COLUMNS: of R at a time
+    ALL: a power of two not below the number of pieces
     """
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     h = tl.program_id(1)
     there = n < N
     v = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    r = tl.arange(0, R)
     row = n * H + h
     every = tl.arange(0, ALL)
-    places = every[:, None] * N * H + row[None, :]
-    inside = (every < pieces)[:, None] & there[None, :]
-    total = tl.load(sums + places, mask=inside, other=float("-inf"))  # (ALL, TOKENS)
-    weight = tl.exp2(total - tl.where(there, tl.max(total, axis=0), 0.0)[None, :])
-    weight = weight / tl.where(there, tl.sum(weight, axis=0), 1.0)[None, :]
-    head = tl.zeros((TOKENS, BLOCK), tl.float32)
-    for start in range(0, R, COLUMNS):
-        r = start + tl.arange(0, COLUMNS)
-        tiles = tl.load(parts + places[:, :, None] * R + r[None, None, :],
-                        mask=inside[:, :, None], other=0.0).to(tl.float32)
-        z = tl.sum(tiles * weight[:, :, None], axis=0)  # (TOKENS, COLUMNS)
-        w_uv = tl.load(wkv_b + (h * (NOPE + V) + NOPE + v[:, None]) * R + r[None, :])
-        head = tl.dot(z.to(w_uv.dtype), tl.trans(w_uv), head, input_precision=PRECISION)
+    inside = there[:, None] & (every < pieces)[None, :]
+    total = tl.load(sums + every[None, :] * N * H + row[:, None], mask=inside, other=float("-inf"))
+    high = tl.where(there, tl.max(total, axis=1), 0.0)
+    mass = tl.where(there, tl.sum(tl.exp2(total - high[:, None]), axis=1), 1.0)
+    z = tl.zeros((TOKENS, R), tl.float32)
+    for part in range(pieces):
+        place = part * N * H + row
+        weight = tl.exp2(tl.load(sums + place, mask=there, other=0.0) - high)
+        z += weight[:, None] * tl.load(parts + place[:, None] * R + r[None, :],
+                                       mask=there[:, None], other=0.0).to(tl.float32)
+    z = z / mass[:, None]
+    w_uv = tl.load(wkv_b + (h * (NOPE + V) + NOPE + v[:, None]) * R + r[None, :])  # (BLOCK, R)
+    head = tl.dot(z.to(w_uv.dtype), tl.trans(w_uv), input_precision=PRECISION)
     tl.store(out + row[:, None] * V + v[None, :], head.to(out.dtype.element_ty),
              mask=there[:, None])
 

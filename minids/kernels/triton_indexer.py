@@ -148,21 +148,21 @@ def prepare_index_kernel(q, k, x, rotation, slots, norm, bias, proj, out, weight
         tl.store(place, (value * cos + pair * sin).to(index_keys.dtype.element_ty), mask=d < D)
     elif part == 1:
         h = tl.arange(0, HEADS)[:, None]
-        own = q + n * q_stride + h * D
-        value = tl.load(own + d[None, :], mask=(h < H) & (d < D)[None, :], other=0.0)
-        pair = tl.load(own + other[None, :], mask=(h < H) & (d < P)[None, :], other=0.0)
-        value = value.to(tl.float32) * cos[None, :] + pair.to(tl.float32) * sin[None, :]
-        tl.store(out + (n * H + h) * D + d[None, :], value.to(out.dtype.element_ty),
+        row = q + n * q_stride + h * D
+        rows = tl.load(row + d[None, :], mask=(h < H) & (d < D)[None, :], other=0.0)
+        pairs = tl.load(row + other[None, :], mask=(h < H) & (d < P)[None, :], other=0.0)
+        rows = rows.to(tl.float32) * cos[None, :] + pairs.to(tl.float32) * sin[None, :]
+        tl.store(out + (n * H + h) * D + d[None, :], rows.to(out.dtype.element_ty),
                  mask=(h < H) & (d < D)[None, :])
     else:
-        h = (part - 2) * ROWS + tl.arange(0, ROWS)
+        e = (part - 2) * ROWS + tl.arange(0, ROWS)
         acc = tl.zeros((ROWS, BLOCK), tl.float32)
         for start in range(0, DIM, BLOCK):
             i = start + tl.arange(0, BLOCK)
-            w = tl.load(proj + h[:, None] * DIM + i[None, :],
-                        mask=(h < H)[:, None] & (i < DIM)[None, :], other=0.0).to(tl.float32)
+            w = tl.load(proj + e[:, None] * DIM + i[None, :],
+                        mask=(e < H)[:, None] & (i < DIM)[None, :], other=0.0).to(tl.float32)
             acc += w * tl.load(x + n * DIM + i, mask=i < DIM, other=0.0).to(tl.float32)[None, :]
-        tl.store(weights + n * H + h, tl.sum(acc, axis=1) * factor, mask=h < H)
+        tl.store(weights + n * H + e, tl.sum(acc, axis=1) * factor, mask=e < H)
 
 
 def sizes(q: Tensor) -> dict:
