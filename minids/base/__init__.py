@@ -1,1 +1,1 @@
-"""Settings, command lines, files, tables. Imports nothing of ours."""
+"""Settings, command lines, files, tables, memory. Imports nothing of ours."""

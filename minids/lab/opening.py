@@ -16,6 +16,7 @@ from pathlib import Path
 from minids.base.command_line import parse, run_program
 from minids.base.fields import Settings, demand, option
 from minids.base.files import write_whole
+from minids.base.memory import keep_freed_memory  # noqa: F401, for the first cell
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL = '''
@@ -41,6 +42,7 @@ import minids  # before torch: its threads then sleep where they wait for each o
 from minids.lab import opening
 
 opening.explain_interrupts()
+opening.keep_freed_memory()  # for the next tensors: a step takes less time
 ROOT = Path(minids.__file__).parents[1]
 if fetch:
     install = [sys.executable, "-m", "pip", "install", "--quiet", "-r"]

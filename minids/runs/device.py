@@ -1,8 +1,6 @@
 """Choose device, precision of products and threads; measure and check memory."""
 
-import ctypes
 import os
-import platform
 import re
 import sys
 import warnings
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from minids.base.command_line import one_line, say_once
 from minids.base.fields import Settings, demand, nearest, option
+from minids.base.memory import keep_freed_memory
 from minids.config import ModelArgs
 from minids.costs import count_parameters
 from minids.kernels.registry import use
@@ -103,21 +102,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def prepare_cpu(threads: int, bodies: str = "auto") -> None:
-    """Tune the allocator, set torch's threads (0: one per core it may use) and how they wait, and
+    """Keep freed memory, set torch's threads (0: one per core it may use) and how they wait, and
     which bodies run.
-
-    By default glibc returns every large block to the kernel and fetches it again, zeroed, for the
-    next tensor: 1.05 to 1.5 times the time of a step, measured on two cores.
     """
     use(bodies)
     most = 4 * (os.cpu_count() or 1)  # more wait for each other; very many end the process
     demand("threads", threads, 0 <= threads <= most, f"between 0 and {most}, four per core here")
     torch.set_num_threads(threads or min(torch.get_num_threads(), quota() or sys.maxsize))
     watch_waiting()
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        for name, value in ((-4, 0), (-1, 1 << 30), (-2, 1 << 26)):  # of <malloc.h>:
-            libc.mallopt(name, value)  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
+    keep_freed_memory()
 
 
 def memory_mib(device: torch.device) -> int:

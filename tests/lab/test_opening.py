@@ -48,7 +48,8 @@ def repository(tmp_path) -> str:
     folder = tmp_path / "repository"
     (folder / "minids" / "lab").mkdir(parents=True)
     (folder / "minids" / "__init__.py").write_text("")
-    (folder / "minids" / "lab" / "opening.py").write_text("def explain_interrupts(): pass")
+    (folder / "minids" / "lab" / "opening.py").write_text(
+        "def explain_interrupts(): pass\ndef keep_freed_memory(): pass")
     (folder / "requirements.txt").write_text("torch\n")
     for command in (["init", "-q"], ["add", "."], ["-c", "user.name=a", "-c", "user.email=a@b",
                                                    "commit", "-qm", "all"]):

@@ -112,14 +112,15 @@ def test_a_machine_without_a_gpu_says_nothing(monkeypatch, capsys):
 
 
 def test_threads_are_set_when_a_number_is_given(monkeypatch):
-    monkeypatch.setattr(module.platform, "libc_ver", lambda: ("", ""))
+    kept = []
+    monkeypatch.setattr(module, "keep_freed_memory", lambda: kept.append(True))
     before = torch.get_num_threads()
     try:
         found = []
         for threads in (2, 0, 1, 0):
             prepare_cpu(threads)
             found.append(torch.get_num_threads())
-        assert found == [2, 2, 1, 1]
+        assert found == [2, 2, 1, 1] and kept == [True] * 4
     finally:
         torch.set_num_threads(before)
 
@@ -130,18 +131,6 @@ def test_threads_are_a_small_multiple_of_the_cores(monkeypatch, threads):
     with pytest.raises(ValueError, match=f"^threads = {threads} is not valid: it must be between "
                                          "0 and 8, four per core here$"):
         prepare_cpu(threads)
-
-
-@pytest.mark.parametrize("libc, settings", [
-    ("glibc", {(-4, 0), (-1, 2**30), (-2, 2**26)}),  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-    ("", set())])
-def test_glibc_alone_is_told_to_keep_memory(monkeypatch, libc, settings):
-    told = set()
-    monkeypatch.setattr(module.platform, "libc_ver", lambda: (libc, ""))
-    monkeypatch.setattr(module.ctypes, "CDLL", lambda name: SimpleNamespace(
-        mallopt=lambda *setting: told.add(setting)))
-    prepare_cpu(0)
-    assert told == settings
 
 
 @pytest.mark.parametrize("platform, unit", [("linux", 2**10), ("darwin", 1)])
