@@ -51,6 +51,7 @@ def test_another_kernel_has_not_stored_it():
     assert fresh.loads._lines == ["load b"]
 
 
+@pytest.mark.slow  # the compiler takes half a minute
 def test_the_compiled_gate_has_its_gradient_in_fp32():
     """A gradient by way of BF16 is off by 2e-3; FP32 sums of 512 products in another order 1e-6."""
     torch.manual_seed(0)

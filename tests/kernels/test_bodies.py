@@ -351,8 +351,14 @@ def test_every_body_has_examples():
     assert registered == CASES.keys() | ELSEWHERE.keys() | ROUNDING.keys() | choice
 
 
+def slow_if(it_is: bool) -> tuple:
+    """Return the marks of a test; by the interpreter every run of a kernel takes seconds."""
+    return (pytest.mark.slow,) if it_is else ()
+
+
 @pytest.mark.parametrize(("key", "case"), [
-    pytest.param(key, case, id=f"{key[0]}-{key[1]}-{number}")
+    pytest.param(key, case, id=f"{key[0]}-{key[1]}-{number}",
+                 marks=slow_if(case.triton and number > 0))
     for key, cases in CASES.items() for number, case in enumerate(cases)])
 def test_a_body_equals_its_plain_definition(key, case):
     case.skip_where_it_cannot_run()
@@ -395,7 +401,9 @@ def wrongs(case: Case) -> Iterator[Callable[[Tensor], Tensor]]:
         yield Steeper.apply
 
 
-@pytest.mark.parametrize("key", CASES, ids="-".join)
+@pytest.mark.parametrize("key", [
+    pytest.param(key, id="-".join(key), marks=slow_if(cases[0].triton))
+    for key, cases in CASES.items()])
 def test_a_broken_body_is_noticed(key):
     function, case = REGISTRY[key[0]], CASES[key][0]
     case.skip_where_it_cannot_run()
@@ -415,10 +423,17 @@ def test_a_fallback_in_silence_is_noticed(key):
         check(without, *key, CASES[key][0])
 
 
+OF_TRITON = " or ".join(name for (_, name), cases in CASES.items() if cases[0].triton)
+
+
 def test_bodies_in_triton_by_its_interpreter():
-    """The tests above, of the bodies that this process skips."""
-    names = {name for (_, name), cases in CASES.items() if cases[0].triton}
-    triton_interpreter.run(__file__, "-k", " or ".join(names))
+    """The tests above, of the bodies that this process skips: one example of each."""
+    triton_interpreter.run(__file__, "-k", OF_TRITON)
+
+
+@pytest.mark.slow
+def test_bodies_in_triton_by_its_interpreter_broken_and_of_all_shapes():
+    triton_interpreter.run(__file__, "-k", OF_TRITON, mark="slow")
 
 
 @pytest.mark.parametrize("rows, width, wanted", [

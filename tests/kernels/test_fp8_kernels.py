@@ -48,6 +48,12 @@ def test_by_the_interpreter():
         triton_interpreter.run(__file__)
 
 
+@pytest.mark.slow
+def test_what_takes_long_by_the_interpreter():
+    if not INTERPRETED and DEVICE == "cpu":
+        triton_interpreter.run(__file__, mark="slow")
+
+
 def sample(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Values of very different sizes, with outliers, a tile of zeros and one of tiny numbers."""
     torch.manual_seed(0)
@@ -254,6 +260,7 @@ def test_no_number_stays_no_number():
 
 
 @inside
+@pytest.mark.slow
 def test_a_compiler_finds_no_break():
     """Forward and backward in one graph each; operations know the shapes and types of results."""
     x, w = torch.randn(40, 200), torch.randn(140, 200)
@@ -335,7 +342,7 @@ def apart(ours: list[Tensor], plain: list[Tensor]) -> float:
 
 @inside
 @KINDS
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2))])
 def test_layers_of_random_shapes_equal_the_simulation(seed, dtype):
     for function, arguments in random_layers(seed, dtype):
         with recorded() as record:
@@ -374,6 +381,7 @@ def test_hoppers_own_products_have_the_same_bits(dtype):
 
 
 @inside
+@pytest.mark.slow
 def test_weights_rounded_once_per_step_give_the_same_gradients():
     args = replace(LITTLE, n_layers=2, n_mtp_layers=0, dim=128, inter_dim=128, moe_inter_dim=128)
     with torch.device("cpu"):
@@ -400,6 +408,7 @@ def test_weights_rounded_once_per_step_give_the_same_gradients():
 
 
 @inside
+@pytest.mark.slow
 def test_a_pairs_weight_inside_the_experts_changes_no_more_than_rounding_does():
     """Of the three ways, the two in FP8 are closer to each other than to BF16."""
     args = replace(LITTLE, dim=128, moe_inter_dim=128)

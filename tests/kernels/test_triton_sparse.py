@@ -34,6 +34,12 @@ def test_by_the_interpreter():
     triton_interpreter.run(__file__)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(INTERPRETED, reason="starts the subprocess")
+def test_larger_ones_by_the_interpreter():
+    triton_interpreter.run(__file__, mark="slow")
+
+
 @pytest.mark.skipif(INTERPRETED, reason="of a process without the interpreter")
 @pytest.mark.parametrize("changes, card, lacking", [
     ({}, (9, 0), ""), (dict(index_n_heads=0), (8, 0), ""),
@@ -83,7 +89,9 @@ def short(request, monkeypatch):
 
 @inside
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("batch, queries, keys", [(2, 5, 40), (1, 3, 7), (1, 2, 300), (1, 1, 5000)])
+@pytest.mark.parametrize("batch, queries, keys", [
+    (2, 5, 40), (1, 3, 7), pytest.param(1, 2, 300, marks=pytest.mark.slow),
+    pytest.param(1, 1, 5000, marks=pytest.mark.slow)])
 def test_the_choice_is_topks(batch, queries, keys):
     """Numbers of either sign; queries that see fewer than k, and none; one row in pieces."""
     torch.manual_seed(0)
@@ -101,6 +109,7 @@ def test_the_choice_is_topks(batch, queries, keys):
 
 
 @inside
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_the_choice_is_topks_where_the_sample_misleads():
     """The best stand where the sample looks, and where it does not: more, and fewer, than listed.
@@ -115,12 +124,12 @@ def test_the_choice_is_topks_where_the_sample_misleads():
 
 @inside
 @pytest.mark.usefixtures("short")
-def test_of_equal_scores_the_earliest_are_chosen():
-    """ReLU makes many zeros; a number just below them stays out."""
-    for length in (20, 900):  # listed, and too many to list
-        scores = torch.zeros(1, 1, length, device=DEVICE)
-        scores[..., 3], scores[..., 11], scores[..., :2] = 1.0, 1e-40, -1e-40
-        assert chosen(scores, None, 5).indices.tolist() == [[[2, 3, 4, 5, 11]]]
+@pytest.mark.parametrize("length", [20, pytest.param(900, marks=pytest.mark.slow)])
+def test_of_equal_scores_the_earliest_are_chosen(length):
+    """ReLU makes many zeros; a number just below them stays out. Listed, and too many to list."""
+    scores = torch.zeros(1, 1, length, device=DEVICE)
+    scores[..., 3], scores[..., 11], scores[..., :2] = 1.0, 1e-40, -1e-40
+    assert chosen(scores, None, 5).indices.tolist() == [[[2, 3, 4, 5, 11]]]
 
 
 @inside
@@ -147,7 +156,7 @@ def test_a_model_reads_and_continues_as_with_the_plain_definitions(monkeypatch):
 
 
 @inside
-@pytest.mark.parametrize("stage", ["warmup", "sparse"])
+@pytest.mark.parametrize("stage", [pytest.param("warmup", marks=pytest.mark.slow), "sparse"])
 def test_both_stages_learn_as_with_the_plain_definitions(stage, monkeypatch):
     monkeypatch.setattr(indexer, "PIECE", 100)
     args = replace(LITTLE, **WIDTHS)

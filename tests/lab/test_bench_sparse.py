@@ -18,6 +18,7 @@ LITTLE = replace(ModelArgs.preset("nano"), dim=32, kv_lora_rank=32, qk_rope_head
                  q_lora_rank=16, index_n_heads=16, index_head_dim=16, index_topk=6)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="starts the subprocess")
 def test_by_the_interpreter():
     triton_interpreter.run(__file__)
