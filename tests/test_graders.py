@@ -54,7 +54,8 @@ def patient(monkeypatch):
 def alone(monkeypatch):
     """Grade without the forked copy, as elsewhere than on Linux.
 
-    A fork takes longer than all of these answers. What it meets: tests/lab/test_checker.py.
+    A fork takes longer than all of these answers. What it meets: tests/lab/test_checker.py, and the
+    notebooks themselves, which grade their solutions with it.
     """
     monkeypatch.setattr("minids.lab.checker.forks", lambda: False)
 
@@ -84,13 +85,13 @@ def wrong_answers(exercise: Exercise, kind: str = "wrong_answers") -> dict[str, 
 
 
 @each_exercise
-def test_the_solution_gets_the_points(exercise):
+def test_the_solution_gets_the_points(exercise, alone):
     right, told = grade(exercise, exercise.solution)
     assert right and re.fullmatch(rf"{exercise.name} is right in (\d) of \1 cases\n", told), told
 
 
 @each_exercise
-def test_the_untouched_stub_gets_none(exercise):
+def test_the_untouched_stub_gets_none(exercise, alone):
     assert exercise.stub != exercise.solution
     assert grade(exercise, exercise.stub) == (False, f"{exercise.name} is not written yet\n")
 
@@ -116,7 +117,7 @@ def test_memorised_answers_get_none(exercise, alone):
 
 @pytest.mark.slow
 @each_exercise
-def test_what_is_no_answer_is_told(exercise):
+def test_what_is_no_answer_is_told(exercise, alone):
     """None, NaN, a string, an error: named in words. (Endless loops: tests/lab/test_checker.py.)"""
     head = exercise.solution[:exercise.solution.index(":\n") + 1]
     for body, word in [("return None", "None"), ("return float('nan')", "nan"),
@@ -127,7 +128,7 @@ def test_what_is_no_answer_is_told(exercise):
 
 @pytest.mark.slow
 @each_exercise
-def test_an_answer_from_the_package_gets_none(exercise):
+def test_an_answer_from_the_package_gets_none(exercise, alone):
     """Even the right one."""
     head, line, rest = exercise.solution.partition("    ### BEGIN SOLUTION\n")
     right, told = grade(exercise, f"{head}{line}    import minids.model.transformer\n{rest}")

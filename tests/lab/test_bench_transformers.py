@@ -19,6 +19,8 @@ from minids.lab.timing import RATIOS, process_memory, speed_cells
 from minids.model.transformer import Transformer
 
 NANO = replace(ModelArgs.preset("nano"), n_mtp_layers=0)
+# The formulas are held to each other in FP32; BF16 is the tolerance of the benchmark besides.
+DTYPES = "fp32", pytest.param("bf16", marks=pytest.mark.slow)
 SHAPES = {
     "nano": {},
     "compressed queries": dict(q_lora_rank=24),
@@ -55,7 +57,7 @@ def first_losses(model, other, dtype="fp32") -> list[float]:
 
 
 @pytest.mark.parametrize("changes", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_both_sides_compute_the_same_loss(changes, dtype):
     model = random_model(**changes)
     ours, theirs = first_losses(model, beside.to_transformers(model), dtype)
@@ -111,7 +113,7 @@ def forget_final_norm(state: dict) -> None:
     state["model.norm.weight"].fill_(1.0)
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("spoil", [swap_gate_and_up, roll_experts, forget_bias, half_split_rotary,
                                    forget_final_norm])
 def test_wrong_copy_of_the_weights_is_noticed(spoil, dtype):

@@ -1,11 +1,13 @@
 """The whole way of an assignment, with nbgrader's own programs: laid out, handed out without
-answers, handed in, graded. Solved it gets all points, untouched none, and a mistake costs its own.
+answers, handed in, graded. Solved it gets all points; of one that is begun, what is right has its
+points, and neither what is wrong nor what is untouched has any.
 
 The notebooks train models, and grading runs all cells. So all but the first are cut to the cells
 that their exercises need; `pytest -m exhaustive tests/lab/test_course.py` grades them whole, in a
 quarter of an hour.
 """
 
+import copy
 import os
 import re
 import shutil
@@ -17,7 +19,10 @@ from pathlib import Path
 import nbformat
 import pytest
 from test_graders import wrong_answers
+from training_runs import Said, run_main
 
+from minids.lab import course as program
+from minids.lab import handouts
 from minids.lab.course import without_answers
 from minids.lab.exercises import SOLUTION, exercises
 
@@ -49,6 +54,15 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
                           capture_output=True, text=True, timeout=1200)
 
 
+def laid_out(folder: Path, *flags: str) -> Said:
+    """Run `minids.lab.course` of the clone in a folder, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(program, "ROOT", folder)
+        patch.setattr(sys, "path", [*sys.path])  # a first cell puts its clone on it
+        return run_main(program, *flags)
+
+
 def nbgrader(course: Path, *command: str) -> None:
     """Run one of nbgrader's programs; its log is shown where it fails."""
     done = run(course, "nbgrader", *command)
@@ -58,8 +72,8 @@ def nbgrader(course: Path, *command: str) -> None:
 @pytest.fixture(scope="class")
 def course(clone) -> Path:
     """The folder that `minids.lab.course` lays out."""
-    done = run(clone, "minids.lab.course", "--out", "course")
-    assert (done.returncode, done.stderr) == (0, "")
+    done = laid_out(clone, "--out", "course")
+    assert (done.status, done.err) == (0, "")
     return clone / "course"
 
 
@@ -86,26 +100,27 @@ def hand_in(course: Path, student: str, stem: str, nb) -> None:
     nbformat.write(nb, place)
 
 
-def mistaken(path: Path) -> nbformat.NotebookNode:
-    """The solved notebook with one wrong answer, to its last exercise."""
-    nb, exercise = nbformat.read(path, 4), exercises(path)[-1]
+def begun(path: Path, release) -> nbformat.NotebookNode:
+    """The released notebook with a right answer to the first exercise, a wrong one to the last."""
+    nb, (first, *_, last) = copy.deepcopy(release), exercises(path)
+    answers = {first.name: first.solution, last.name: next(iter(wrong_answers(last).values()))}
     for cell in nb.cells:
-        if cell.source == exercise.solution:
-            cell.source = next(iter(wrong_answers(exercise).values()))
+        name = cell.metadata.get("nbgrader", {}).get("grade_id")
+        cell.source = answers.get(name, cell.source)
     return nb
 
 
-def scores(course: Path, stem: str) -> dict[str, list[tuple[float, float]]]:
-    """Points and possible points of each exercise, by student."""
+def scores(course: Path, stem: str) -> dict[str, dict[str, tuple[float, float]]]:
+    """Points and possible points of each exercise's test, by student."""
     from nbgrader.api import Gradebook
     with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
-        return {sent.student.id: [(grade.score, grade.max_score) for grade in sorted(
-                    sent.notebooks[0].grades, key=lambda grade: grade.cell.name)]
+        return {sent.student.id: {grade.cell.name: (grade.score, grade.max_score)
+                                  for grade in sent.notebooks[0].grades}
                 for sent in book.assignment_submissions(stem)}
 
 
 def drive(course: Path, stem: str, whole: bool = False) -> None:
-    """Hand out, hand in three times, grade, and look at the points."""
+    """Hand out, hand in twice, grade, and look at the points."""
     source = course / "source" / stem / f"{stem}.ipynb"
     if not whole:
         cut(source)
@@ -121,16 +136,16 @@ def drive(course: Path, stem: str, whole: bool = False) -> None:
     assert not any(exercise.hidden in text for exercise in exercises(source))
 
     hand_in(course, "solved", stem, nbformat.read(source, 4))
-    hand_in(course, "untouched", stem, release)
-    hand_in(course, "mistaken", stem, mistaken(source))
+    hand_in(course, "begun", stem, begun(source, release))
     nbgrader(course, "autograde", stem, "--create")
     found = scores(course, stem)
     wanted = [cell.metadata.nbgrader.points for cell in nbformat.read(source, 4).cells
               if cell.metadata.get("nbgrader", {}).get("grade")]
-    assert sorted(possible for _, possible in found["solved"]) == sorted(wanted)
-    assert all(got == possible for got, possible in found["solved"])
-    assert all(got == 0 for got, _ in found["untouched"])
-    assert sum(got == 0 for got, _ in found["mistaken"]) == 1
+    assert sorted(possible for _, possible in found["solved"].values()) == sorted(wanted)
+    assert all(got == possible for got, possible in found["solved"].values())
+    first = f"{exercises(source)[0].name}_test"
+    assert found["begun"][first] == found["solved"][first]
+    assert all(got == 0 for name, (got, _) in found["begun"].items() if name != first)
 
 
 @pytest.mark.slow
@@ -153,7 +168,7 @@ class TestOddNotebooks:
     def test_grades_are_exported(self, course):
         nbgrader(course, "export")
         head, *lines = (course / "grades.csv").read_text().splitlines()
-        assert head.startswith("assignment,") and len(lines) == 3 * len(STEMS[1::2])
+        assert head.startswith("assignment,") and len(lines) == 2 * len(STEMS[1::2])
 
 
 @pytest.mark.exhaustive
@@ -178,20 +193,20 @@ class TestLayOut:
         assert all(same)
 
     def test_what_was_changed_is_kept(self, clone):
-        assert run(clone, "minids.lab.course", "--out", "kept").returncode == 0
-        assert run(clone, "minids.lab.course", "--out", "kept").returncode == 0
+        assert laid_out(clone, "--out", "kept").status == 0
+        assert laid_out(clone, "--out", "kept").status == 0
         changed = clone / "kept" / "source" / STEMS[3] / f"{STEMS[3]}.ipynb"
         changed.write_text("mine")
-        done = run(clone, "minids.lab.course", "--out", "kept")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--force" in done.stderr
+        done = laid_out(clone, "--out", "kept")
+        assert done.status == 2 and done.err.count("\n") == 1 and "--force" in done.err
         assert changed.read_text() == "mine"
-        assert run(clone, "minids.lab.course", "--out", "kept", "--force").returncode == 0
+        assert laid_out(clone, "--out", "kept", "--force").status == 0
         assert changed.read_text() != "mine"
 
     def test_notebooks_without_answers(self, clone):
-        done = run(clone, "minids.lab.course", "--out", "alone", "--blank")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines()[-1] == "next: jupyter lab alone/blank"
+        done = laid_out(clone, "--out", "alone", "--blank")
+        assert (done.status, done.err) == (0, "")
+        assert done.out.splitlines()[-1] == "next: jupyter lab alone/blank"
         assert [path.name for path in (clone / "alone").iterdir()] == ["blank"]
         for stem in STEMS:
             path = clone / "alone" / "blank" / f"{stem}.ipynb"
@@ -203,33 +218,34 @@ class TestLayOut:
             assert not any(word in path.read_text() for word in ("SOLUTION", "HIDDEN"))
 
     def test_a_learners_work_is_kept(self, clone):
-        assert run(clone, "minids.lab.course", "--out", "mine", "--blank").returncode == 0
+        assert laid_out(clone, "--out", "mine", "--blank").status == 0
         path = clone / "mine" / "blank" / f"{STEMS[0]}.ipynb"
         path.write_text("my work")
-        done = run(clone, "minids.lab.course", "--out", "mine", "--blank")
-        assert done.returncode == 2 and done.stderr.count("\n") == 1 and "--force" in done.stderr
+        done = laid_out(clone, "--out", "mine", "--blank")
+        assert done.status == 2 and done.err.count("\n") == 1 and "--force" in done.err
         assert path.read_text() == "my work"
-        assert run(clone, "minids.lab.course", "--out", "mine").returncode == 0
+        assert laid_out(clone, "--out", "mine").status == 0
         assert path.read_text() == "my work"
 
     @pytest.mark.parametrize("out", ["/elsewhere", "..", ".", "notebooks/course", "minids"])
     def test_a_folder_where_it_cannot_be_is_refused(self, clone, out):
-        done = run(clone, "minids.lab.course", "--out", out)
-        assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.startswith(f"python -m minids.lab.course: out = {out!r} is not valid")
-        assert done.stderr.count("\n") == 1
+        done = laid_out(clone, "--out", out)
+        assert done.status == 2 and done.out == ""
+        assert done.err.startswith(f"python -m minids.lab.course: out = {out!r} is not valid")
+        assert done.err.count("\n") == 1
 
 
 class TestStudents:
     """The repository that `--students` makes."""
 
     def test_it_holds_no_answer(self, clone, tmp_path):
-        """Neither a solution nor a hidden test nor a wrong answer, in any file."""
-        done = run(clone, "minids.lab.course", "--students", str(tmp_path / "handed"))
-        assert (done.returncode, done.stderr) == (0, "")
+        """Neither a solution nor a hidden test nor a wrong answer, in any file of text."""
+        done = laid_out(clone, "--students", str(tmp_path / "handed"))
+        assert (done.status, done.err) == (0, "")
         files = [path for path in (tmp_path / "handed").rglob("*") if path.is_file()]
+        no_text = {".ipynb", ".png", ".gif", ".safetensors"}  # cells are read below
         text = "\n".join(path.read_text("utf-8", "replace") for path in files
-                         if path.suffix != ".ipynb" and ".git" not in path.parts)
+                         if path.suffix not in no_text and ".git" not in path.parts)
         cells = "\n\n".join(cell.source for path in files if path.suffix == ".ipynb"
                             for cell in nbformat.read(path, 4).cells)
         assert not re.search("### BEGIN (SOLUTION|HIDDEN)|def second_way", cells)
@@ -239,47 +255,52 @@ class TestStudents:
                 secrets += [SOLUTION.search(exercise.solution)[0], exercise.hidden,
                             *wrong_answers(exercise).values()]
         assert len(secrets) > 500
-        assert not [secret for secret in secrets if secret in text or secret in cells]
+        lines = {*text.splitlines(), *cells.splitlines()}  # most have one that no file has
+        assert not [secret for secret in secrets if lines.issuperset(secret.splitlines()[1:-1])
+                    and (secret in text or secret in cells)]
         assert {path.relative_to(tmp_path / "handed").parts[0] for path in files} <= {
             "minids", "data", "notebooks", ".git", "figures"}
         names = [path.name for path in (tmp_path / "handed/notebooks").glob("*.ipynb")]
         assert sorted(names) == [f"{stem}.ipynb" for stem in STEMS]
 
-    def test_handouts_alone_are_written(self, clone, tmp_path):
-        done = run(clone, "minids.lab.course", "--handouts", str(tmp_path / "pages"))
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.splitlines()[-1].endswith(f"/{STEMS[5]}.html, and print it")
-        assert sorted(p.stem for p in (tmp_path / "pages").iterdir()) == STEMS
+    def test_handouts_alone_are_written(self, clone, tmp_path, monkeypatch):
+        """What they hold is test_handouts.py's."""
+        asked = []
+        monkeypatch.setattr(handouts, "write_handouts", lambda *given: asked.append(given))
+        done = laid_out(clone, "--handouts", str(tmp_path / "pages"))
+        assert (done.status, done.err) == (0, "")
+        assert done.out.splitlines()[-1].endswith(f"/{STEMS[5]}.html, and print it")
+        [(folder, paths)] = asked
+        assert folder == tmp_path / "pages" and [path.stem for path in paths] == STEMS
 
     def test_a_diff_tells_two_variants_apart(self, tmp_path):
         """Names, orders and numbers, and nothing that a student must not see."""
         shutil.copytree(ROOT / "minids", tmp_path / "clone" / "minids")
         (tmp_path / "clone" / "notebooks").mkdir()
         shutil.copy(ROOT / "notebooks" / f"{STEMS[13]}.ipynb", tmp_path / "clone" / "notebooks")
-        done = run(tmp_path / "clone", "minids.lab.course", "--diff", "0,2027")
-        assert done.returncode == 0, done.stderr
-        lines = done.stdout.splitlines()
+        done = laid_out(tmp_path / "clone", "--diff", "0,2027")
+        assert done.status == 0, done.err
+        lines = done.out.splitlines()
         assert lines[:2] == [f"--- {STEMS[13]} of variant 0", f"+++ {STEMS[13]} of variant 2027"]
         gone, come = ([line for line in lines[2:] if line[0] == sign] for sign in "-+")
         for exercise in exercises(ROOT / "notebooks" / f"{STEMS[13]}.ipynb"):
             assert any(line.startswith(f"-def {exercise.name}(") for line in gone)
             assert any(line.startswith(f"+def {exercise.name}_2027(") for line in come)
         assert any("numbers of 2027" in line for line in come)
-        assert not re.search("SOLUTION|HIDDEN|second_way", done.stdout)
-        same = run(tmp_path / "clone", "minids.lab.course", "--diff", "0,0")
-        assert (same.returncode, same.stdout.strip()) == (0, "")
+        assert not re.search("SOLUTION|HIDDEN|second_way", done.out)
+        same = laid_out(tmp_path / "clone", "--diff", "0,0")
+        assert (same.status, same.out.strip()) == (0, "")
 
     @pytest.mark.parametrize("seeds", ["2027", "1,2,3", "1,-2", "1,two", "1,10000", ","])
     def test_what_are_no_two_seeds_is_refused(self, seeds):
-        done = run(ROOT, "minids.lab.course", "--diff", seeds)
-        assert done.returncode == 2 and done.stderr.count("\n") == 1
-        assert "two seeds between 0 and 9999" in done.stderr
+        done = laid_out(ROOT, "--diff", seeds)
+        assert done.status == 2 and done.err.count("\n") == 1
+        assert "two seeds between 0 and 9999" in done.err
 
     @pytest.mark.slow
     def test_a_variant_holds_neither_answers_nor_last_years_names(self, clone, tmp_path):
-        done = run(clone, "minids.lab.course", "--students", str(tmp_path / "handed"),
-                   "--variant", "2027")
-        assert done.returncode == 0, done.stderr
+        done = laid_out(clone, "--students", str(tmp_path / "handed"), "--variant", "2027")
+        assert done.status == 0, done.err
         for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
             cells = nbformat.read(tmp_path / "handed" / "notebooks" / path.name, 4).cells
             text = "\n".join(cell.source for cell in cells)
@@ -296,7 +317,7 @@ class TestStudents:
 
     @pytest.mark.slow
     def test_a_blank_notebook_runs(self, clone, tmp_path):
-        run(clone, "minids.lab.course", "--students", str(tmp_path / "handed"))
+        laid_out(clone, "--students", str(tmp_path / "handed"))
         done = run(tmp_path / "handed" / "notebooks", "jupyter", "nbconvert", "--to", "notebook",
                    "--execute", "--output", "ran", f"{STEMS[0]}.ipynb")
         assert done.returncode == 0, done.stderr
@@ -304,6 +325,6 @@ class TestStudents:
 
     @pytest.mark.parametrize("place", ["", "inside", "notebooks/x"])
     def test_a_place_where_it_cannot_be_is_refused(self, clone, place):
-        done = run(clone, "minids.lab.course", "--students", str(clone / place))
-        assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
-        assert "students = " in done.stderr
+        done = laid_out(clone, "--students", str(clone / place))
+        assert done.status == 2 and done.out == "" and done.err.count("\n") == 1
+        assert "students = " in done.err

@@ -127,12 +127,12 @@ CLASS = {
     "odd_cells": ('{"cells": [1, {"cell_type": "code", "source": 3}]}', 0, "is not a notebook"),
     "nothing": (None, 0, "00_map.ipynb was not handed in"),
     "with_an_import": (with_an_import, MOST, ""),
-    **{f"solved_{i}": (notebook, MOST, "") for i in range(9)}}
+    "solved_2": (notebook, MOST, "")}
 
 
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory) -> Path:
-    """The grades of a class of thirty, half of them in nbgrader's folders."""
+    """The grades of a class, half of it in nbgrader's folders; test_whole_class.py has thirty."""
     folder = tmp_path_factory.mktemp("class")
     for i, (student, (made, *_)) in enumerate(CLASS.items()):
         place = folder / "in" / student / ("00_map" if i % 2 else ".")
@@ -150,8 +150,7 @@ def graded(tmp_path_factory) -> Path:
     return folder / "out"
 
 
-def test_a_class_of_thirty_has_its_points(graded):
-    assert len(CLASS) == 30
+def test_a_class_has_its_points(graded):
     with open(graded / "grades.csv") as file:
         rows = {row["student_id"]: row for row in csv.DictReader(file)}
     assert {name: float(row["score"]) for name, row in rows.items()} == {

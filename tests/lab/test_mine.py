@@ -1,5 +1,7 @@
 """The learner's parts: collected from notebooks, tried, and as a model equal to the package's."""
 
+from functools import cache
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,15 +55,23 @@ def trained(kind: str, parts, steps: int) -> dict[str, torch.Tensor]:
     return model.state_dict()
 
 
-def apart(parts, steps: int) -> float:
+@pytest.fixture(scope="module")
+def package(parts):
+    """The package's weights after some steps, trained once."""
+    return cache(lambda steps: trained("Transformer", parts, steps))
+
+
+def apart(parts, package, steps: int) -> float:
     """Return the largest difference between the weights of both models."""
-    own, package = (trained(kind, parts, steps) for kind in ("Model", "Transformer"))
+    own, package = trained("Model", parts, steps), package(steps)
     assert own.keys() == package.keys()
     return max((own[name] - package[name]).abs().max().item() for name in package)
 
 
-def test_twenty_steps_of_the_assembled_model_are_the_packages(parts):
-    assert apart(parts, 20) < 1e-10  # FP64 has 16 digits; Muon and AdamW divide by small numbers
+@pytest.mark.slow  # notebook 09 does the same
+def test_twenty_steps_of_the_assembled_model_are_the_packages(parts, package):
+    # FP64 has 16 digits; Muon and AdamW divide by small numbers.
+    assert apart(parts, package, 20) < 1e-10
 
 
 def half_split(x, positions, freqs):
@@ -127,12 +137,12 @@ WRONG = dict(rope=half_split, naive=naive_scaled, move=in_proportion, sequence_l
 
 @pytest.mark.parametrize("name, wrong", [*WRONG.items(), ("moe", moe_by(bias_in_weights)),
                                          ("moe", moe_by(eps_in_gate))])
-def test_a_part_that_is_subtly_wrong_is_noticed(name, wrong, parts):
-    assert apart(mine.Mine(**{**vars(parts), name: wrong}), 3) > 1e-10
+def test_a_part_that_is_subtly_wrong_is_noticed(name, wrong, parts, package):
+    assert apart(mine.Mine(**{**vars(parts), name: wrong}), package, 3) > 1e-10
 
 
-def test_the_right_experts_written_otherwise_are_right(parts):
-    assert apart(mine.Mine(**{**vars(parts), "moe": moe_by(mine.gate)}), 3) < 1e-10
+def test_the_right_experts_written_otherwise_are_right(parts, package):
+    assert apart(mine.Mine(**{**vars(parts), "moe": moe_by(mine.gate)}), package, 3) < 1e-10
 
 
 def double(x):

@@ -56,20 +56,23 @@ def faults(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory) -> tuple[Path, str]:
-    """Return the site's folder, and what the program printed."""
+    """Return the site's folder, and what the program printed; it takes half a minute."""
     out = tmp_path_factory.mktemp("site") / "pages"
     undrawn = site.write_site(out)
     return out, undrawn
 
 
+@pytest.mark.slow
 def test_the_site_has_no_dead_link_and_needs_no_network(pages):
     assert faults(pages[0]) == []
 
 
+@pytest.mark.slow
 def test_every_formula_is_drawn(pages):
     assert pages[1] == []
 
 
+@pytest.mark.slow
 def test_index_and_ways_reach_every_page(pages):
     out, _ = pages
     index = Page(out / "index.html").links
@@ -81,6 +84,7 @@ def test_index_and_ways_reach_every_page(pages):
         assert any(link.startswith(f"figures/{name[:2]}_") for link in pictures)
 
 
+@pytest.mark.slow
 def test_a_page_shows_what_the_notebook_shows(pages):
     """Text, code, printed output, a table, the figure; solutions and set-up are folded."""
     text = (pages[0] / "00_map.html").read_text(encoding="utf-8")
@@ -93,6 +97,7 @@ def test_a_page_shows_what_the_notebook_shows(pages):
     assert text.count("<summary>Set-up</summary>") == 1 and "<table" in text
 
 
+@pytest.mark.slow
 def test_a_picture_that_can_be_moved_says_so(pages):
     """A static page shows the still picture, which does not look as if it could move."""
     note = "you can move this"
