@@ -22,9 +22,10 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2 ** 28))
 os.environ.setdefault("MALLOC_TOP_PAD_", str(2 ** 26))
 
 # What takes longest comes first, so that the last minute is left to what is short. A check of an
-# answer copies its process, so the two files of checks come before anything that fills memory.
-FIRST = ("tests/lab/test_checker.py", "tests/test_graders.py", "notebooks/", "tests/test_readme.py",
-         "tests/runs/", "tests/test_stages_train.py", "tests/test_r1.py", "tests/infer/",
+# answer copies its process, so the three files of checks come before anything that fills memory.
+FIRST = ("tests/lab/test_checker.py", "tests/lab/test_grading.py", "tests/test_graders.py",
+         "notebooks/", "tests/parallel/", "tests/kernels/", "tests/test_readme.py", "tests/runs/",
+         "tests/test_stages_train.py", "tests/test_r1.py", "tests/infer/",
          "tests/test_parity_hf.py", "tests/test_mistakes_train.py", "tests/test_train.py",
          "tests/test_grpo.py", "tests/hf/", "tests/text/")
 

@@ -111,8 +111,9 @@ def test_a_stage_has_the_same_bytes_twice(stage, tmp_path, request, unbroken, wa
         assert differences(first, train.train(other)) != []
 
 
-@pytest.mark.parametrize("step", [0, 6])
-@pytest.mark.parametrize("stage", ["warm", "sparse"])
+@pytest.mark.parametrize("stage, step", [
+    ("warm", 0), ("sparse", 6), pytest.param("warm", 6, marks=pytest.mark.slow),
+    pytest.param("sparse", 0, marks=pytest.mark.slow)])
 def test_a_resumed_stage_equals_an_unbroken_one(stage, step, tmp_path, request, home, monkeypatch):
     """From its folder alone, also when it was killed before its first step was saved."""
     first = request.getfixturevalue(stage)
@@ -127,6 +128,7 @@ def test_a_resumed_stage_equals_an_unbroken_one(stage, step, tmp_path, request, 
     assert json.loads((run / "config.json").read_text())["source"] == config["source"]
 
 
+@pytest.mark.slow  # a resumed one is compared above; a killed run, in test_learner.py
 def test_killed_and_resumed_stage_equals_an_unbroken_one(home, warm, sparse):
     seconds = read_records(sparse)[-1]["seconds"]
     flags = ["--from", str(warm), "--dsa", "sparse", "--steps", str(DSA_STEPS)]

@@ -195,16 +195,12 @@ def test_a_new_tokenizer_replaces_the_old_one_whole(exported, tmp_path):
         assert json.loads((folder / "generation_config.json").read_text())[name] == own == new
 
 
-def test_the_command_itself(exported, tmp_path):
-    root = Path(__file__).resolve().parents[2]
-    def command(*words):
-        return subprocess.run([sys.executable, "-m", *map(str, words)], capture_output=True,
-                              text=True, cwd=root)
-    done = command("minids.hf", "--folder", exported)
+def test_the_command_itself(exported, tmp_path, capsys, monkeypatch):
+    """In a process of its own, and a mistake, in this one."""
+    done = subprocess.run([sys.executable, "-m", "minids.hf", "--folder", exported],
+                          capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
     assert done.returncode == 0 and "DeepseekV3ForCausalLM" in done.stdout and not done.stderr
     (tmp_path / CONFIG).write_text(json.dumps(V3_CONFIG | {"index_topk": 0, "topk_group": 9}))
-    done = command("minids.hf", "--folder", tmp_path)
-    assert done.returncode == 2 and done.stdout == "" and done.stderr == (
-        f"python -m minids.hf: {tmp_path / CONFIG}: topk_group = 9 is not valid: it must be "
-        "between 1 and n_group = 8\n")
-    assert "minids.hf" in command("minids").stdout
+    assert call(capsys, monkeypatch, "--folder", tmp_path) == (
+        2, "", f"python -m minids.hf: {tmp_path / CONFIG}: topk_group = 9 is not valid: it must be "
+               "between 1 and n_group = 8\n")

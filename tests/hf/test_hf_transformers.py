@@ -47,8 +47,10 @@ def test_an_mtp_module_among_the_weights_would_be_unexpected(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("among, change", [
-    (True, {}), (True, dict(index_n_heads=1, index_head_dim=4)), (False, dict(n_mtp_layers=2)),
-    (False, dict(score_func="softmax", gate_bias=False))], ids=["V3", "V3.2", "two", "V2"])
+    pytest.param(True, {}, id="V3"), pytest.param(False, dict(n_mtp_layers=2), id="two"),
+    pytest.param(True, dict(index_n_heads=1, index_head_dim=4), id="V3.2", marks=pytest.mark.slow),
+    pytest.param(False, dict(score_func="softmax", gate_bias=False), id="V2",
+                 marks=pytest.mark.slow)])
 def test_layer_61_stands_where_the_released_one_does(among, change, tmp_path):
     args = replace(TINY, n_layers=61, n_dense_layers=60, **change)
     model = scrambled(args, dtype=torch.float32)

@@ -276,7 +276,9 @@ def torn(save, folder: Path, killed: bool) -> list[str]:
     raise AssertionError("the save did not end within 80 calls")
 
 
-@pytest.mark.parametrize("killed", [True, False], ids=["killed", "interrupted"])
+@pytest.mark.parametrize("killed", [
+    pytest.param(True, id="killed"),
+    pytest.param(False, id="interrupted", marks=pytest.mark.slow)])  # it stops at 40 calls
 def test_an_interrupted_save_leaves_the_old_folder_or_the_new(killed, tmp_path):
     assert torn(save_over, tmp_path / "out", killed) == []
 

@@ -77,8 +77,9 @@ def test_each_prompt_gets_what_it_gets_alone():
 
 
 def test_eos_ends_a_sequence_inside_a_round():
+    """At every place of the first text, and wherever the others have that token."""
     model = agreeing(NARROW)
-    for eos in {token for row in generate(model, PROMPTS, 20).tokens for token in row}:
+    for eos in {*generate(model, PROMPTS, 20).tokens[0]}:
         plain = generate(model, PROMPTS, 20, eos_id=eos)
         assert generate(model, PROMPTS, 20, eos_id=eos, speculative=3).tokens == plain.tokens
 
@@ -247,7 +248,7 @@ SMALL = ModelArgs(
     vocab_size=6, max_seq_len=16, dim=8, inter_dim=12, moe_inter_dim=8, n_layers=1,
     n_dense_layers=1, n_heads=2, n_routed_experts=0, q_lora_rank=0, kv_lora_rank=8,
     qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=4)
-DRAWS = 100_000
+DRAWS = 30_000  # wrong rules are then at 15 and more below
 NEW = 3
 
 

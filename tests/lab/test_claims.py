@@ -4,6 +4,7 @@ import json
 import statistics
 
 import pytest
+from training_runs import write_texts
 
 from minids.base.command_line import parse
 from minids.lab import claims
@@ -36,7 +37,10 @@ SHORT = dict(preset="nano", seeds=2, steps=4, threads=1, jobs=2)
 
 
 @pytest.mark.slow
-def test_fp8_trains_beside_full_precision_and_goes_on(tmp_path, capsys):
+def test_fp8_trains_beside_full_precision_and_goes_on(tmp_path, capsys, monkeypatch):
+    write_texts(tmp_path / "texts", documents=12)  # little is held out
+    small = ["--data", f"text:{tmp_path}/texts", "--batch-size", "2", "--seq-len", "64"]
+    monkeypatch.setitem(claims.REGIMES, "fp8", {"without": small, "with": [*small, "--fp8"]})
     flags = [f"--{k}={v}" for k, v in SHORT.items()] + ["--what=fp8", f"--out={tmp_path}"]
     claims.main(flags)
     first = capsys.readouterr().out
@@ -84,7 +88,7 @@ def test_the_balance_table_has_a_row_a_regime():
 
 @pytest.mark.slow
 def test_a_run_that_fails_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(claims.REGIMES, "fp8", {"without": ["--lr", "-1"], "with": []})
+    monkeypatch.setitem(claims.REGIMES, "fp8", dict.fromkeys(("without", "with"), ["--lr", "-1"]))
     with pytest.raises(ChildProcessError, match="without-seed-0.*lr = -1.0 is not valid"):
         claims.train_all(ClaimArgs(what="fp8", out=str(tmp_path), **SHORT))
 

@@ -107,7 +107,9 @@ def stacked(a: Bbox, b: Bbox) -> bool:
     return a.size == pytest.approx(b.size) and max(abs(a.min - b.min)) < 12
 
 
-@pytest.mark.parametrize("name, model", CASES)
+@pytest.mark.parametrize("name, model", [
+    pytest.param(*case, marks=() if case[1] in ("tiny", "v3") else pytest.mark.slow)
+    for case in CASES])
 def test_a_drawing_is_tidy_and_described(name, model):
     """Nothing overlaps; all texts have 8.5 points and more; there is an alt text."""
     figure = draw(name, model)

@@ -64,9 +64,9 @@ def test_seed_decides_the_first_weights(home, tmp_path):
 
 
 def test_killed_and_resumed_run_equals_an_unbroken_one(home, flags, unbroken):
-    """Four kills; `python tests/kill_and_resume.py` has twenty, of the default nano run."""
+    """Two kills; `python tests/kill_and_resume.py` has twenty, of the default nano run."""
     seconds = json.loads((unbroken / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    kill_and_resume(flags, unbroken, seconds + 1, home / "killed", kills=4)
+    kill_and_resume(flags, unbroken, seconds + 1, home / "killed", kills=2)
 
 
 def forget_position(loader: PackedLoader, state: dict) -> None:
@@ -288,6 +288,7 @@ def wait_for_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow  # what signals do is tried above, in this process
 def test_signals_to_a_process_of_its_own(tmp_path, flags):
     """SIGTERM to a run that would take long, SIGINT when it is resumed."""
     run = tmp_path / "run"

@@ -13,9 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from training_runs import run_main
 
 from minids import ModelArgs, Transformer
 from minids.runs.checkpoints import save_checkpoint
+from minids.serve import __main__ as serve
 from minids.tokenizer import Tokenizer
 
 for package in ("starlette", "uvicorn"):
@@ -126,6 +128,5 @@ def test_a_folder_that_changes_underneath_is_not_read_again(kind, tmp_path):
     (["--host", "no such host"], "host = 'no such host'"), (["--rows", "0"], "rows = 0"),
     (["--task", "nothing"], "task = 'nothing'")])
 def test_a_mistake_is_one_line_and_status_2(words, named):
-    with program("--port", "0", *words) as (server, err):
-        assert server.wait(60) == 2
-        assert named in err and err.count("\n") == 1
+    said = run_main(serve, "--port", "0", *words)
+    assert said.status == 2 and named in said.err and said.err.count("\n") == 1

@@ -83,8 +83,8 @@ def check_soak(count: int) -> list[int]:
 
 
 @pytest.mark.slow
-def test_three_hundred_requests():
-    check_soak(300)
+def test_a_hundred_and_twenty_requests():
+    check_soak(120)
 
 
 @pytest.mark.exhaustive
