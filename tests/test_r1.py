@@ -14,6 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from run_damage import accepted_flips, some_bits
+from training_runs import no_picture
 
 from minids import distill as distill_module
 from minids import r1 as r1_module
@@ -59,8 +60,9 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def brief(monkeypatch):
-    """A short pipeline in place of the preset's."""
+    """A short pipeline in place of the preset's, without the figures of its runs."""
     shorten(monkeypatch)
+    monkeypatch.setattr("minids.train.loss_curve", no_picture)
 
 
 def quiet(args: R1Args) -> tuple[dict, str]:
@@ -79,6 +81,7 @@ def finished(tmp_path_factory) -> tuple[Path, dict]:
     run = tmp_path_factory.mktemp("pipeline") / "r1"
     with pytest.MonkeyPatch.context() as patch:
         shorten(patch)
+        patch.setattr("minids.train.loss_curve", no_picture)
         return run, quiet(args_for(run, controls=True))[0]
 
 
@@ -350,6 +353,7 @@ def test_most_of_a_corpus_thinks(preset, brief, finished, tmp_path):
     assert shares == [0.75, 0.5]
 
 
+@pytest.mark.slow
 def test_the_models_that_come_with_minids_are_what_the_notebooks_say():
     """Four stages of `python -m minids.r1`, on forty held-out problems each."""
     task, found = open_task("calculator"), {}
