@@ -79,7 +79,9 @@ SMALL = {
                                "--seq-len 64",
     "python -m minids.costs": "", "python -m minids.hf": "", "python -m minids.plots": "",
     "python -m minids": "",
-    "python tests/kill_and_resume.py": "--kills 1", "python tests/parity_hf.py": "--seeds 1",
+    "python tests/kill_and_resume.py": "--kills 1 --steps 12 --batch-size 2 --seq-len 64 "
+                                       f"--data text:{ROOT / 'minids' / 'text'}",
+    "python tests/parity_hf.py": "--seeds 1",
     "python tests/notebook_times.py": "--only 00",
 }
 
@@ -88,6 +90,7 @@ NAMED = {"python -m minids.grpo"}
 
 # These take more than ten seconds, and other tests run what they run.
 SLOW = ("python tests/", "python -m minids.lab.bench --what moe-vs-dense",
+        "python -m minids.lab.bench --what fp8", "python -m minids.dryrun --gpus",
         "python -m minids.lab.bench --device cuda",
         "python -m minids.train --")  # the plain one is `first_run`
 
@@ -108,6 +111,7 @@ ELSEWHERE = {
     "python tests/kinds.py": "it runs hundreds of programs, for a quarter of an hour",
     "python tests/run_damage.py": "tests/runs/test_damaged_runs.py flips drawn bits",
     "python tests/kill_and_resume.py --program": "it kills whole runs of the default settings",
+    "python tests/kill_and_resume.py --kills 100": "the same with fewer kills is run here",
     "python tests/busy.py": "it measures a machine that does nothing else",
     "python -m minids.serve": "tests/serve/",
     "python -m minids.dryrun --what table": "tests/test_dryrun.py runs what it is made of",

@@ -64,6 +64,6 @@ def run(file: str, *arguments: str, mark: str = "not slow and not exhaustive") -
         pytest.skip("Triton is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m", mark, "-p",
-         "no:cacheprovider", file, *arguments],
+         "no:cacheprovider", "-p", "no:nbval", file, *arguments],  # which takes seconds to import
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -14,6 +14,7 @@ import re
 import symtable
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 SOLUTION = re.compile(r"^( *)### BEGIN SOLUTION\n.*?### END SOLUTION$", re.M | re.S)
@@ -51,6 +52,7 @@ class Exercise:
         return HIDDEN.search(self.test)[1]
 
 
+@cache
 def names(source: str) -> tuple[set[str], set[str]]:
     """Return the global names that a cell binds, and the others that it or its functions read."""
     def read(scope) -> set[str]:
