@@ -108,6 +108,7 @@ def mend_compiler() -> None:
 
     functorch.backward_pass_autocast = "off"
     inductor.comprehensive_padding = False
+    inductor.triton.autotune_pointwise = False  # trying shapes takes 10 s, and gains nothing
     if not hasattr(TritonKernel, "mended"):
         wait_for_stores(TritonKernel)
         inductor.kernel_name_max_ops += 1  # a setting that its cache's keys hold: no kernel of old

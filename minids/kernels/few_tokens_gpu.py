@@ -96,6 +96,21 @@ def joined_block(block, x: Tensor, context) -> tuple:
     return out.view_as(x), found, None
 
 
+def launch(kernel, grid: tuple, first: Tensor, *rest, early: bool = True, **named) -> None:
+    """Launch a kernel of a step, on Hopper while the one before it still runs.
+
+    Programmatic dependent launch: a kernel of a few microseconds is over as soon as the next one
+    has been launched. early: false where another stream's kernel comes before it, too
+    """
+    early = early and is_chained(first)
+    kernel[grid](first, *rest, EARLY=early, **(dict(launch_pdl=True) if early else {}), **named)
+
+
+def is_chained(x: Tensor) -> bool:
+    """Return whether kernels can be launched early."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= HOPPER
+
+
 def normalise(x: Tensor, norm, kind: torch.dtype, more: Tensor | None = None
               ) -> tuple[Tensor, Tensor]:
     """Return the RMSNorm of x (N, D), or of x + more, and that sum, in x's type."""
@@ -103,9 +118,10 @@ def normalise(x: Tensor, norm, kind: torch.dtype, more: Tensor | None = None
     total = x if more is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     out = torch.empty(x.shape, dtype=kind, device=x.device)
     width = x.size(1)
-    kernels.normalise_kernel[(len(x),)](
-        x, x if more is None else more, norm.weight, total, out, x.stride(0), norm.eps, width,
-        ADD=more is not None, BLOCK=kernels.power(width), num_warps=8 if width > 2048 else 4)
+    launch(
+        kernels.normalise_kernel, (len(x),), x, x if more is None else more, norm.weight, total,
+        out, x.stride(0), norm.eps, width, ADD=more is not None, BLOCK=kernels.power(width),
+        num_warps=8 if width > 2048 else 4)
     return out, total
 
 
@@ -129,8 +145,9 @@ def attention(attn, own: Joined, x: Tensor, context) -> Tensor:
     q = F.linear(c_q, attn.wq_b.weight) if args.q_lora_rank else q
     folded = x.new_empty(len(x), heads, rank + rope)
     tokens, block = 16, min(rank, 64)
-    kernels.prepare_kernel[(-(-len(x) // tokens), heads + 1, rank // block)](
-        q, kv, attn.wkv_b.weight, attn.kv_norm.weight, turn, slots, folded, latents, len(x), count,
+    launch(
+        kernels.prepare_kernel, (-(-len(x) // tokens), heads + 1, rank // block), q, kv,
+        attn.wkv_b.weight, attn.kv_norm.weight, turn, slots, folded, latents, len(x), count,
         q.stride(0), kv.stride(0), turn.stride(0) if len(turn) > 1 else 0,
         slots.stride(0) if len(slots) > 1 else 0, latents.stride(0), attn.kv_norm.eps, P=rope,
         TOKENS=tokens, BLOCK=block, PRECISION=in_triton(x), **widths)
@@ -213,11 +230,12 @@ def attend(attn, folded: Tensor, latents: Tensor, slots: Tensor, end: int) -> Te
         triton_selected_hopper.attend(folded.view(batch, rows, width), latents, None, slots, parts,
                                       sums, end, piece, attn.scale * LOG2_E, heads)
     else:
-        kernels.attend_kernel[(batch, -(-rows // together), pieces)](
-            folded, latents, slots, parts, sums, slots.stride(0) if len(slots) > 1 else 0,
-            latents.stride(0), attn.scale * LOG2_E, rows, piece, H=heads, R=rank,
-            P=args.qk_rope_head_dim, HEADS=together, KEYS=keys, PRECISION=in_triton(folded),
-            num_stages=2, num_warps=4 if together == 16 else 8)
+        launch(
+            kernels.attend_kernel, (batch, -(-rows // together), pieces), folded, latents, slots,
+            parts, sums, slots.stride(0) if len(slots) > 1 else 0, latents.stride(0),
+            attn.scale * LOG2_E, rows, piece, H=heads, R=rank, P=args.qk_rope_head_dim,
+            HEADS=together, KEYS=keys, PRECISION=in_triton(folded), num_stages=2,
+            num_warps=4 if together == 16 else 8, early=attn.indexer is None)
     return merge(attn, parts, sums)
 
 
@@ -228,10 +246,10 @@ def merge(attn, parts: Tensor, sums: Tensor) -> Tensor:
     pieces, total, heads, rank = parts.shape
     out = torch.empty(total, heads * args.v_head_dim, dtype=weight.dtype, device=weight.device)
     block = min(args.v_head_dim, MERGED)
-    kernels.merge_kernel[(-(-total // tokens), heads, args.v_head_dim // block)](
-        parts, sums, weight, out, total, pieces, H=heads, NOPE=args.qk_nope_head_dim,
-        V=args.v_head_dim, R=rank, TOKENS=tokens, BLOCK=block,
-        ALL=kernels.power(pieces), PRECISION=in_triton(weight))
+    launch(
+        kernels.merge_kernel, (-(-total // tokens), heads, args.v_head_dim // block), parts, sums,
+        weight, out, total, pieces, H=heads, NOPE=args.qk_nope_head_dim, V=args.v_head_dim, R=rank,
+        TOKENS=tokens, BLOCK=block, ALL=kernels.power(pieces), PRECISION=in_triton(weight))
     return out
 
 
@@ -243,13 +261,14 @@ def choose(gate, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     new = dict(dtype=torch.float32, device=x.device)
     logits, scores, weights = (torch.empty(n, w, **new) for w in (number, number, k))
     indices = torch.empty(n, k, dtype=torch.int64, device=x.device)
-    kernels.gate_kernel[(n, -(-number // 4))](x, gate.weight, logits, x.size(1), number, EXPERTS=4,
-                                             BLOCK=block)
-    kernels.choose_kernel[(n,)](
-        logits, logits if gate.bias is None else gate.bias, scores, indices, weights,
-        args.route_scale, E=number, K=k, GROUPS=args.n_expert_groups, LIMITED=args.n_limited_groups,
-        SIGMOID=args.score_func == "sigmoid", BIAS=gate.bias is not None, ALL=kernels.power(number),
-        FEW=kernels.power(k), GROUPS_BLOCK=kernels.power(args.n_expert_groups), num_warps=1)
+    launch(kernels.gate_kernel, (n, -(-number // 4)), x, gate.weight, logits, x.size(1), number,
+           EXPERTS=4, BLOCK=block)
+    launch(
+        kernels.choose_kernel, (n,), logits, logits if gate.bias is None else gate.bias,
+        scores, indices, weights, args.route_scale, E=number, K=k, GROUPS=args.n_expert_groups,
+        LIMITED=args.n_limited_groups, SIGMOID=args.score_func == "sigmoid",
+        BIAS=gate.bias is not None, ALL=kernels.power(number), FEW=kernels.power(k),
+        GROUPS_BLOCK=kernels.power(args.n_expert_groups), num_warps=1)
     return weights, scores, indices
 
 
@@ -263,9 +282,9 @@ def experts(moe, x: Tensor, n: Tensor, weights: Tensor, indices: Tensor) -> Tens
                   (getattr(moe.shared_experts, name).weight for name in ("w1", "w2", "w3")))
     pairs = torch.empty(number, tokens * k, dtype=torch.int32, device=x.device)
     counts = pairs.new_empty(number)
-    kernels.list_kernel[(number,)](
-        indices, pairs, counts, tokens * k, BLOCK=kernels.power(tokens * k),
-        num_warps=1 if tokens * k <= 256 else 4)
+    launch(
+        kernels.list_kernel, (number,), indices, pairs, counts, tokens * k,
+        BLOCK=kernels.power(tokens * k), num_warps=1 if tokens * k <= 256 else 4)
     # Without tensor cores a product is written out number by number: small ones compile in time.
     half = n.element_size() == 2
     rows = max(16, min(kernels.power(2 * tokens * k // number), 64 if half else 16))
@@ -274,12 +293,15 @@ def experts(moe, x: Tensor, n: Tensor, weights: Tensor, indices: Tensor) -> Tens
     how = dict(ROWS=rows, BLOCK=128 if half else 32, PRECISION=in_triton(n),
                num_stages=4 if half else 2)
     cols = 32 if rows == 16 else 64
-    kernels.up_kernel[(-(-inner // cols), number + shared)](
-        n, w1, w3, s1, s3, pairs, counts, hidden, *sizes, COLS=cols, **how)
+    launch(
+        kernels.up_kernel, (-(-inner // cols), number + shared), n, w1, w3, s1, s3,
+        pairs, counts, hidden, *sizes, COLS=cols, **how)
     out = torch.empty(len(hidden), width, dtype=n.dtype, device=x.device)
-    kernels.down_kernel[(-(-width // cols), number + shared)](
-        hidden, w2, s2, pairs, counts, out, *sizes, shared, COLS=cols, **how)
+    launch(
+        kernels.down_kernel, (-(-width // cols), number + shared), hidden, w2, s2,
+        pairs, counts, out, *sizes, shared, COLS=cols, **how)
     summed, block = torch.empty_like(x), min(kernels.power(width), 1024)
-    kernels.combine_kernel[(tokens, -(-width // block))](
-        x, out, weights, summed, tokens, width, K=k, SHARED=shared, BLOCK=block)
+    launch(
+        kernels.combine_kernel, (tokens, -(-width // block)), x, out, weights, summed,
+        tokens, width, K=k, SHARED=shared, BLOCK=block)
     return summed

@@ -8,16 +8,27 @@ kernel are powers of two.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from minids.kernels.triton_routing import in_best_groups
 from minids.kernels.triton_selected import scaled
 
 power = triton.next_power_of_2
 
+
+@triton.jit
+def follow(EARLY: tl.constexpr):
+    """With EARLY, a kernel is launched while the one before it runs, and waits for it here."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+
+
 @triton.jit
 def normalise_kernel(x, more, weight, total, out, x_stride, eps, D, ADD: tl.constexpr,
-                     BLOCK: tl.constexpr):
+                     BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """RMSNorm of one row, (N, D); with ADD of x + more, which is stored as `total`."""
+    follow(EARLY)
     row = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     inside = d < D
@@ -34,13 +45,15 @@ def normalise_kernel(x, more, weight, total, out, x_stride, eps, D, ADD: tl.cons
 def prepare_kernel(q, kv, wkv_b, kv_norm, rotation, slots, out, latents, N, S, q_stride, kv_stride,
                    rotation_stride, slot_stride, latent_stride, eps, H: tl.constexpr,
                    NOPE: tl.constexpr, P: tl.constexpr, V: tl.constexpr, R: tl.constexpr,
-                   TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+                   TOKENS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+                   EARLY: tl.constexpr):
     """Fold W_UK into the queries, rotate their other part; the last head stores the new latents.
 
     q: (N, H * (NOPE + P)), kv: (N, W), rows of a joined product; wkv_b: (H, NOPE + V, R)
     rotation: (B or 1, S, P / 2, 2); slots: (B or 1, S); the strides of one are 0
     out: (N, H, W); latents: (B, slots, W), one layer of the cache
     """
+    follow(EARLY)
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     h = tl.program_id(1)
     part = tl.program_id(2)
@@ -89,13 +102,14 @@ def prepare_kernel(q, kv, wkv_b, kv_norm, rotation, slots, out, latents, N, S, q
 @triton.jit
 def attend_kernel(q, latents, slots, out, sums, slot_stride, latent_stride, scale, ROWS, piece,
                   H: tl.constexpr, R: tl.constexpr, P: tl.constexpr, HEADS: tl.constexpr,
-                  KEYS: tl.constexpr, PRECISION: tl.constexpr):
+                  KEYS: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr):
     """Attend to a piece of the slots: of one sequence, HEADS of its S*H = ROWS queries.
 
     q: (B, ROWS, W); slots: (B or 1, S), the last slot that each query sees
     out: (pieces, B, ROWS, R) FP32, a piece's softmax average; sums: (pieces, B, ROWS), log2 of the
         sum of its exp2(score)
     """
+    follow(EARLY)
     b, part = tl.program_id(0), tl.program_id(2)
     row = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     there = row < ROWS
@@ -135,11 +149,12 @@ def attend_kernel(q, latents, slots, out, sums, slot_stride, latent_stride, scal
 @triton.jit
 def merge_kernel(parts, sums, wkv_b, out, N, pieces, H: tl.constexpr, NOPE: tl.constexpr,
                  V: tl.constexpr, R: tl.constexpr, TOKENS: tl.constexpr, BLOCK: tl.constexpr,
-                 ALL: tl.constexpr, PRECISION: tl.constexpr):
+                 ALL: tl.constexpr, PRECISION: tl.constexpr, EARLY: tl.constexpr):
     """Average the pieces by their sums, and fold W_UV in: (pieces, N, H, R) -> out (N, H, V)
 
     ALL: a power of two not below the number of pieces
     """
+    follow(EARLY)
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     h = tl.program_id(1)
     there = n < N
@@ -165,8 +180,10 @@ def merge_kernel(parts, sums, wkv_b, out, N, pieces, H: tl.constexpr, NOPE: tl.c
 
 
 @triton.jit
-def gate_kernel(x, weight, out, D, E, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+def gate_kernel(x, weight, out, D, E, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+                EARLY: tl.constexpr):
     """Products with a few experts' rows in FP32, a token at a time: (N, D), (E, D) -> (N, E)"""
+    follow(EARLY)
     n = tl.program_id(0)
     e = tl.program_id(1) * EXPERTS + tl.arange(0, EXPERTS)
     acc = tl.zeros((EXPERTS, BLOCK), tl.float32)
@@ -182,11 +199,12 @@ def gate_kernel(x, weight, out, D, E, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 def choose_kernel(logits, bias, scores, indices, weights, factor, E: tl.constexpr, K: tl.constexpr,
                   GROUPS: tl.constexpr, LIMITED: tl.constexpr, SIGMOID: tl.constexpr,
                   BIAS: tl.constexpr, ALL: tl.constexpr, FEW: tl.constexpr,
-                  GROUPS_BLOCK: tl.constexpr):
+                  GROUPS_BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """Score and choose the experts of one token: `Gate.forward` after the product.
 
     ALL, FEW, GROUPS_BLOCK: powers of two not below E, K and GROUPS
     """
+    follow(EARLY)
     n = tl.program_id(0)
     e = tl.arange(0, ALL)
     logit = tl.load(logits + n * E + e, mask=e < E, other=float("-inf"))
@@ -217,8 +235,9 @@ def choose_kernel(logits, bias, scores, indices, weights, factor, E: tl.constexp
 
 
 @triton.jit
-def list_kernel(indices, pairs, counts, NK, BLOCK: tl.constexpr):
+def list_kernel(indices, pairs, counts, NK, BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """List the pairs of token and expert of one expert, in order: pairs (E, NK), counts (E,)"""
+    follow(EARLY)
     e = tl.program_id(0)
     i = tl.arange(0, BLOCK)
     own = tl.load(indices + i, mask=i < NK, other=-1) == e
@@ -229,12 +248,14 @@ def list_kernel(indices, pairs, counts, NK, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N"])  # 1 would be another type
 def up_kernel(x, w1, w3, s1, s3, pairs, counts, out, N, K, D, INNER, E, ROWS: tl.constexpr,
-              COLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+              COLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+              EARLY: tl.constexpr):
     """silu(w1 x) * w3 x for the tokens of one expert, COLS numbers of each.
 
     w1, w3: (E, INNER, D); s1, s3: the shared experts' (shared * INNER, D), expert E and on
     out: (N*K + shared * N, INNER), a row for each pair, then for each shared expert and token
     """
+    follow(EARLY)
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     e = tl.program_id(1)
     if e < E:
@@ -271,11 +292,13 @@ def up_kernel(x, w1, w3, s1, s3, pairs, counts, out, N, K, D, INNER, E, ROWS: tl
 
 @triton.jit(do_not_specialize=["N"])  # 1 would be another type
 def down_kernel(hidden, w2, s2, pairs, counts, out, N, K, D, INNER, E, SHARED, ROWS: tl.constexpr,
-                COLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
+                COLS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+                EARLY: tl.constexpr):
     """w2 of each hidden row, COLS numbers of the result: (.., INNER) -> out (.., D), rows as above
 
     w2: (E, D, INNER); s2: (D, SHARED * INNER)
     """
+    follow(EARLY)
     cols = tl.program_id(0) * COLS + tl.arange(0, COLS)
     e = tl.program_id(1)
     if e < E:
@@ -305,8 +328,9 @@ def down_kernel(hidden, w2, s2, pairs, counts, out, N, K, D, INNER, E, SHARED, R
 
 @triton.jit
 def combine_kernel(x, rows, weights, out, N, D, K: tl.constexpr, SHARED: tl.constexpr,
-                   BLOCK: tl.constexpr):
+                   BLOCK: tl.constexpr, EARLY: tl.constexpr):
     """x plus a token's weighted rows plus its shared experts': (N, D)"""
+    follow(EARLY)
     n = tl.program_id(0)
     d = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = d < D
