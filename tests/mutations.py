@@ -76,7 +76,8 @@ def walk(node: ast.AST, stores: collections.Counter):
                                      or isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store))
     for name, value in ast.iter_fields(node):
         if name in TEXTS or isinstance(node, ast.JoinedStr) or (
-                isinstance(node, ast.Call) and name == "args" and name_of(node) in SILENT):
+                isinstance(node, ast.Call) and name_of(node) in SILENT and (
+                    name == "args" or name_of(node) == "print")):
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):

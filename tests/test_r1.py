@@ -282,6 +282,16 @@ def test_only_the_first_good_reply_of_a_problem_is_kept(tmp_path, brief, finishe
     assert counts["wrong"] >= 9
 
 
+def test_a_corpus_is_a_file_in_a_folder(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for corpus, wanted in (("", "a file to write"), (tmp_path, "a file, and it is a folder"),
+                           (tmp_path / "file" / "c.jsonl", "in a folder, and it is below a file")):
+        with pytest.raises(ValueError, match=f"corpus = .* is not valid: it must be {wanted}"):
+            CorpusArgs(teacher="run", corpus=str(corpus))
+    with pytest.raises(ValueError, match="must be 1 at temperature 0"):
+        CorpusArgs(teacher="run", corpus="c.jsonl", tries=2, temperature=0.0)
+
+
 def test_no_two_attempts_of_a_corpus_draw_alike(tmp_path, finished, monkeypatch):
     seeds = []
     monkeypatch.setattr(distill_module, "BATCH", 2)

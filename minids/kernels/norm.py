@@ -61,4 +61,4 @@ class NormRows(torch.autograd.Function):
         products = (dy * x).flatten(0, -2)  # (rows, dim)
         mean = (products @ w / w.numel()).view(scale.shape)
         dx = (dy * w).mul_(scale).addcmul_(x.to(scale.dtype), scale ** 3 * mean, value=-1)
-        return dx.to(x.dtype), (scale.view(1, -1) @ products)[0].to(weight.dtype), None, None
+        return dx.to(x.dtype), (scale.view(1, -1) @ products).flatten().to(weight.dtype), None, None

@@ -35,8 +35,8 @@ class Parser:
     def __init__(self, tokens: list[str]):
         self.tokens, self.at, self.numbers = tokens, 0, []
 
-    def accept(self, *signs: str) -> str:
-        """Consume and return the next token if it is one of `signs`, else return ''."""
+    def accept(self, signs: str) -> str:
+        """Consume and return the next token if it is one of these signs, else return ''."""
         if self.at < len(self.tokens) and self.tokens[self.at] in signs:
             self.at += 1
             return self.tokens[self.at - 1]
@@ -45,14 +45,14 @@ class Parser:
     def sum(self, depth: int) -> Fraction:
         """product + product - .."""
         value = self.product(depth)
-        while sign := self.accept("+", "-"):
+        while sign := self.accept("+-"):
             value = value + self.product(depth) if sign == "+" else value - self.product(depth)
         return value
 
     def product(self, depth: int) -> Fraction:
         """term * term / .."""
         value = self.term(depth)
-        while sign := self.accept("*", "/"):
+        while sign := self.accept("*/"):
             value = value * self.term(depth) if sign == "*" else value / self.term(depth)
         return value
 

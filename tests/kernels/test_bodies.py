@@ -5,6 +5,7 @@ lets the call fall back to the plain definition. A body broken on purpose turns 
 """
 
 import inspect
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -421,6 +422,16 @@ def test_a_fallback_in_silence_is_noticed(key):
     REGISTRY.update(before)
     with pytest.raises(AssertionError):
         check(without, *key, CASES[key][0])
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter runs a GPU's bodies on a CPU")
+def test_a_cpu_takes_no_body_of_a_gpu_where_triton_is_installed(monkeypatch):
+    for name, module in sys.modules.items():
+        if name.startswith("minids.kernels.") and hasattr(module, "TRITON"):
+            monkeypatch.setattr(module, "TRITON", True)
+    for key, (case, *_) in CASES.items():
+        _, record = outcome(REGISTRY[key[0]], case)
+        assert bool(record[key]) != case.triton, key
 
 
 OF_TRITON = " or ".join(name for (_, name), cases in CASES.items() if cases[0].triton)

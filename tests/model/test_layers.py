@@ -8,7 +8,7 @@ from torch import nn
 
 from minids.kernels.norm import NormRows
 from minids.kernels.precision import compute_dtype
-from minids.model.layers import MLP, Linear, RMSNorm
+from minids.model.layers import MLP, Linear, RMSNorm, rms_norm
 
 EPS = 1e-6
 # One rounding to BF16 is off by at most 2^-8 of the value; FP32 noise in front of it adds a little.
@@ -57,6 +57,7 @@ def norm_error(norm) -> float:
 
 def test_rms_norm_is_the_formula_in_fp64():
     assert norm_error(our_norm) < 1e-13  # a few roundings of numbers below 10
+    assert norm_error(lambda x, weight: rms_norm.plain(x, weight, EPS)) < 1e-13
 
 
 @pytest.mark.parametrize("wrong", [layer_norm, eps_outside, eps_forgotten, sum_for_mean])

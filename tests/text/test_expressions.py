@@ -60,7 +60,7 @@ class FromTheRight(expressions.Parser):
 
     def sum(self, depth: int) -> Fraction:
         value = self.product(depth)
-        sign = self.accept("+", "-")
+        sign = self.accept("+-")
         return SIGNS[sign](value, self.sum(depth)) if sign else value
 
 
@@ -69,7 +69,7 @@ class Flat(expressions.Parser):
 
     def sum(self, depth: int) -> Fraction:
         value = self.term(depth)
-        while sign := self.accept(*"+-*/"):
+        while sign := self.accept("+-*/"):
             term = self.term(depth)
             value = value / term if sign == "/" else SIGNS[sign](value, term)
         return value

@@ -102,6 +102,8 @@ def test_the_last_two_operations_do_not_tell_the_result():
     # Standard deviation 0.003. A guess at random is right in 0.1.
     assert 0.1 < best_guess(Calculator(6)) < 0.2 < best_guess(AnyProduct(6))
     assert not any(re.search(r"\*[05]", p.question) for p in drawn(Calculator(6), 5000))
+    firsts = {re.match(r"\d+", p.question)[0] for p in drawn(Calculator(6), 500)}
+    assert firsts == set("0123456789")
 
 
 def split_up(problem: Problem) -> tuple[list[int], int]:
