@@ -21,6 +21,7 @@ from minids.base.command_line import say_once
 from minids.kernels.registry import current_setting, mention
 
 SMALLEST = 256  # slots; below it a step takes no longer than for fewer
+ALMOST = 1.5  # where there is room for so many times a size, one graph serves both
 
 
 def graphed(device: torch.device) -> bool:
@@ -62,7 +63,7 @@ class Steps:
         bound = SMALLEST
         while bound < longest:
             bound *= 2
-        bound = min(bound, self.most)
+        bound = self.most if self.most <= ALMOST * bound else bound
         if bound not in self.graphs:
             self.graphs[bound] = None
             return self.step(bound)

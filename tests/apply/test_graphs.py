@@ -173,6 +173,11 @@ def test_sizes_double_and_each_starts_without_a_graph(static):
     for longest in (3, 8, 9, 16, 17, 40, 50):
         run(longest)
     assert seen == [8, 8, 16, 16, 32, 50, 50]
+    seen.clear()
+    run = Steps(seen.append, 24, torch.device("cpu"))  # 16 is almost all that there is
+    for longest in (3, 8, 9, 24):
+        run(longest)
+    assert seen == [8, 8, 24, 24]
     static(False)
     seen.clear()
     Steps(seen.append, 50, torch.device("cpu"))(3)
