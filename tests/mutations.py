@@ -11,7 +11,7 @@ OPERATORS = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div, ast.Add
 COMPARISONS = {ast.Lt: [ast.LtE, ast.Gt], ast.LtE: [ast.Lt, ast.Gt], ast.Gt: [ast.GtE, ast.Lt],
                ast.GtE: [ast.Gt, ast.Lt], ast.Eq: [ast.NotEq], ast.NotEq: [ast.Eq],
                ast.Is: [ast.IsNot], ast.IsNot: [ast.Is], ast.In: [ast.NotIn], ast.NotIn: [ast.In]}
-SILENT = {"print", "option", "ArgumentParser", "add_argument", "field"}  # texts and defaults
+SILENT = {"print", "tqdm", "option", "ArgumentParser", "add_argument", "field"}  # texts, defaults
 SYMMETRIC = {"min", "max", "minimum", "maximum", "promote_types", "equal"}
 TEXTS = {"annotation", "returns", "decorator_list", "exc"}
 
@@ -77,7 +77,7 @@ def walk(node: ast.AST, stores: collections.Counter):
     for name, value in ast.iter_fields(node):
         if name in TEXTS or isinstance(node, ast.JoinedStr) or (
                 isinstance(node, ast.Call) and name_of(node) in SILENT and (
-                    name == "args" or name_of(node) == "print")):
+                    name == "args" or name_of(node) in ("print", "tqdm"))):
             continue
         for child in value if isinstance(value, list) else [value]:
             if isinstance(child, ast.AST):

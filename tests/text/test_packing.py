@@ -31,6 +31,10 @@ def test_pieces_are_the_text(text, longest):
     assert all(p.endswith("\n") for p in parts[:-1] if "\n" in p)  # cut after a line
 
 
+def test_what_fits_is_not_cut():
+    assert list(pieces("a\nbc", 4)) == ["a\nbc"] and list(pieces("a\nbc", 3)) == ["a\n", "bc"]
+
+
 def check_fim(ids, texts):
     assert [reassemble(d) for d in split_documents(ids)] == texts
 
