@@ -16,8 +16,8 @@ from minids.text.answers import read_answer, same_answer
 
 # expected answer -> spellings of it
 SAME = {
-    "5": ["5", "5.", " 5\n", "5.0", "05", "+5", "+ 5", "$5", "$5.00", "5 apples", "5 €", "5°", "５",
-          "5 km", "x = 5", "total = 5", "so x = 5", "4+1=5", "10/2 = 5", "2*2+1 = 4+1 = 5", "5.0 = 5",
+    "5": ["5", "5.", " 5\n", "5.0", "05", "+5", "+ 5", "$5", "$5.00", "5 km", "5 €", "5°", "５",
+          "x = 5", "total = 5", "so x = 5", "4+1=5", "10/2 = 5", "2*2+1 = 4+1 = 5", "5.0 = 5",
           "it is 5.", "so, it is 5", "the total is 5", "x: 5", "the answer is 5.", "Answer: 5",
           "The final answer is x = 5.", "**5**", "**Answer:** 5", "**The answer is 5.**",
           "Answer: **5**", "\\boxed{5}", "$\\boxed{5}$", "\\boxed 5 #### 5", "\\boxed{5} I hope.",
