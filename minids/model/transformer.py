@@ -16,6 +16,7 @@ from minids.config import ModelArgs
 from minids.kernels import few_tokens, few_tokens_gpu
 from minids.kernels.registry import bodies
 from minids.model.cache import LatentCache
+from minids.model.initial import initial_weights
 from minids.model.layers import MLP, Linear, RMSNorm
 from minids.model.mla import MLA, Context, causal
 from minids.model.moe import MoE, Routing, update_bias
@@ -157,12 +158,12 @@ def same_sample(samples: Tensor) -> Tensor:
     return same & causal(samples.size(1), samples.size(1), samples.device)
 
 
+@torch.no_grad()
 def initialise(model: Transformer) -> None:
-    """Draw every matrix from a normal of init_std; norms are one, biases zero (V3 section 4.2)."""
-    for name, parameter in model.named_parameters():
-        if name.endswith("norm.weight"):
-            nn.init.ones_(parameter)
-        elif name.endswith("bias"):  # of the indexer's LayerNorm
-            nn.init.zeros_(parameter)
-        else:
-            nn.init.normal_(parameter, std=model.args.init_std)
+    """Fill a model with its `initial_weights`; one on "meta" has none."""
+    named = dict(model.named_parameters())
+    if model.embed.weight.is_meta:
+        return
+    shapes = {name: p.shape for name, p in named.items()}
+    for name, read in initial_weights(shapes, model.args.init_std, torch.get_num_threads()):
+        named[name].copy_(read(tuple(map(slice, shapes[name]))))

@@ -10,7 +10,7 @@ the gradients of the tokens of all ranks in their group already, while their uni
 than the block's, and each would divide by its own number.
 """
 
-from types import SimpleNamespace
+import os
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,12 @@ from torch.distributed.tensor import Shard
 from minids.apply.compile import Compiled, is_compiled
 from minids.config import ModelArgs
 from minids.kernels.experts import weighed
+from minids.model.initial import initial_weights
 from minids.model.sparse_attention import in_indexer
-from minids.model.transformer import Transformer, initialise
+from minids.model.transformer import Transformer
 from minids.parallel.experts import share_experts
 from minids.parallel.ranks import Ranks
-from minids.parallel.shards import place
+from minids.parallel.shards import local, own_part, place
 
 
 def empty_model(args: ModelArgs, dtype: torch.dtype = torch.float32) -> Transformer:
@@ -64,25 +65,21 @@ def shard(model: Transformer, ranks: Ranks) -> None:
         bias.zero_()
 
 
+@torch.no_grad()
 def initialise_parts(parts: list[nn.Module], args: ModelArgs) -> None:
     """Draw the weights that `Transformer(args)` would draw on a CPU, and keep this rank's share.
 
     parts: the models that this rank holds shards of, with the whole model's names
-    Every rank draws every parameter from torch's generator, in the model's order, one at a time:
-    the same numbers in any layout.
+    The same numbers in any layout, and torch's generator is afterwards where it would be then.
     """
-    def drawn():
-        """Yield each parameter to be filled, then hand out what it was filled with."""
-        nn.Embedding(args.vocab_size, args.dim)  # draws once when it is made
-        for name, shape in shapes.items():
-            whole = torch.empty(shape)
-            yield name, whole
-            for part in parts:
-                if name in (own := dict(part.named_parameters())):
-                    place(own[name], whole)
-
     shapes = {name: p.shape for name, p in empty_model(args).named_parameters()}
-    initialise(SimpleNamespace(named_parameters=drawn, args=args))
+    nn.Embedding(args.vocab_size, args.dim)  # draws once when it is made
+    held = [dict(part.named_parameters()) for part in parts]
+    threads = max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)), 1)
+    for name, read in initial_weights(shapes, args.init_std, threads):
+        for own in held:
+            if name in own:
+                local(own[name]).copy_(read(own_part(own[name])))
 
 
 def load_parts(parts: list[nn.Module], weights: dict[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from minids import ModelArgs, Transformer
 from minids.apply.recompute import recompute_blocks
 from minids.kernels import cross_entropy as kernel
 from minids.kernels.cross_entropy import Chunked
+from minids.model import initial
 from minids.model.objective import linear_cross_entropy
 from minids.model.transformer import initialise
 
@@ -179,9 +180,11 @@ def badly_initialised(model: Transformer) -> list[str]:
     return faults
 
 
+@pytest.mark.parametrize("large", [initial.LARGE, 0], ids=["in order", "in blocks"])
 @pytest.mark.parametrize("args", [replace(NANO, q_lora_rank=24), replace(NANO, init_std=0.006)],
                          ids=["std 0.02", "std 0.006"])
-def test_every_tensor_starts_as_the_paper_says(args):
+def test_every_tensor_starts_as_the_paper_says(args, large, monkeypatch):
+    monkeypatch.setattr(initial, "LARGE", large)
     torch.manual_seed(0)
     model = Transformer(args)
     assert badly_initialised(model) == []

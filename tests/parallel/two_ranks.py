@@ -32,6 +32,7 @@ from torch.distributed.fsdp import FSDPModule
 from minids import Transformer
 from minids.apply.fp8 import use_fp8
 from minids.apply.recompute import recompute_blocks
+from minids.model import initial
 from minids.parallel import experts
 from minids.parallel.model import ParallelModel
 from minids.parallel.shards import local
@@ -40,17 +41,20 @@ from minids.runs.settings import TrainArgs
 
 
 def check_initial_weights_are_one_process_to_the_bit():
-    for fields in ({}, dict(replicate=2), dict(expert_parallel=2), dict(pipeline=2),
-                   dict(pipeline=2, schedule="Interleaved1F1B")):
-        torch.manual_seed(3)
-        wanted = Transformer(ARGS)
-        after = torch.get_rng_state()
-        torch.manual_seed(3)
-        parallel = ParallelModel(ARGS, ranks_of(**fields))
-        assert torch.equal(torch.get_rng_state(), after)
-        for part in parallel.parts:
-            for name, tensor in part.state_dict().items():
-                assert difference(tensor, wanted.state_dict()[name]) == 0.0, (name, fields)
+    usual = initial.LARGE
+    for initial.LARGE in (usual, 0):
+        for fields in ({}, dict(replicate=2), dict(expert_parallel=2), dict(pipeline=2),
+                       dict(pipeline=2, schedule="Interleaved1F1B")):
+            torch.manual_seed(3)
+            wanted = Transformer(ARGS)
+            after = torch.get_rng_state()
+            torch.manual_seed(3)
+            parallel = ParallelModel(ARGS, ranks_of(**fields))
+            assert torch.equal(torch.get_rng_state(), after)
+            for part in parallel.parts:
+                for name, tensor in part.state_dict().items():
+                    assert difference(tensor, wanted.state_dict()[name]) == 0.0, (name, fields)
+    initial.LARGE = usual
 
 
 def check_fsdp():
