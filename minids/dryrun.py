@@ -127,13 +127,14 @@ class Report(NamedTuple):
         return self.fullest.total <= ROOM * rental.gpu_memory * 1e9
 
 
-def dry_run(args: ModelArgs, run: DryRunArgs, layout: Layout,
-            known: dict | None = None) -> Report:
+def dry_run(args: ModelArgs, run: DryRunArgs, layout: Layout, known: dict | None = None,
+            memory: float = 80e9) -> Report:
     """Run a model on ranks that are not there; return what each of them holds and sends.
 
     args: the model; run: GPUs, batch, precision, optimizer; its `preset` and `what` are not read
     layout: as in training, with numbers left open for this many GPUs
     known: what earlier calls measured: pass one dict to all of them, and equal stages are run once
+    memory: of a GPU, bytes: where there is room, gathered weights stay for a whole step
     Raises ValueError, naming the field, for a layout that fits neither GPUs nor model.
 
         dry_run(ModelArgs.preset("v3"), DryRunArgs(gpus=2048),
@@ -145,7 +146,7 @@ def dry_run(args: ModelArgs, run: DryRunArgs, layout: Layout,
     layout = fitted(layout, run)
     layout.check(args)
     load = Load(run.micro_batch, run.sequence(args), STATE_BYTES[run.optimizer], run.recompute,
-                torch.bfloat16 if run.dtype == "bf16" else torch.float32)
+                torch.bfloat16 if run.dtype == "bf16" else torch.float32, memory)
     known = {} if known is None else known
     measured = known.setdefault((args, load), Measured(args, load))
     with fake_ranks(layout, run.gpus) as here:
@@ -258,7 +259,7 @@ def first_fit(args: ModelArgs, run: DryRunArgs, rental: Rental, known: dict) -> 
         return f"no: {least / 1e9:,.0f} GB of state"
     for pipeline, experts, replicate in CHOICES[run.gpus]:
         report = dry_run(args, run, Layout(pipeline=pipeline, expert_parallel=experts,
-                                           replicate=replicate), known)
+                                           replicate=replicate), known, rental.gpu_memory * 1e9)
         needs.append(report.fullest.total / 1e9)
         if report.fits(rental):
             computing, sending = seconds(args, run, report, rental)
@@ -327,7 +328,9 @@ def main(argv: list[str] | None = None) -> None:
         sizes = (run.gpus,) if "gpus" in given else (own,) if own > 1 else HELD_BY
         return print(inference(name, args, run, layout, cards, sizes))
     other = replace(run, recompute="none" if run.recompute == "blocks" else "blocks")
-    reports = dry_run(args, run, layout), dry_run(args, other, layout)
+    memory = rental.gpu_memory * 1e9
+    reports = (dry_run(args, run, layout, memory=memory),
+               dry_run(args, other, layout, memory=memory))
     print(format_table(list(model_rows(name, args, run, *reports, rental))))
 
 

@@ -14,8 +14,8 @@ def norm(parameters: list[nn.Parameter], ranks: Ranks,
 
     counted_elsewhere: parameters whose gradient another rank holds and counts as well
 
-    Ranks of an `fsdp` group hold different shards of everything, experts included, and replicas
-    hold the same: the sum of squares goes over the group, then over the pipeline.
+    Ranks of an `fsdp` group hold different shards, experts included, and replicas hold the same:
+    the sum of squares goes over the group, then over the pipeline.
     """
     twice = {id(p) for p in counted_elsewhere}
     grads = [local(p.grad) for p in parameters if p.grad is not None and id(p) not in twice]
@@ -31,8 +31,22 @@ def norm(parameters: list[nn.Parameter], ranks: Ranks,
 def scale(parameters: list[nn.Parameter], longest: float, length: float) -> None:
     """Scale a gradient of that length down to `longest`, as torch.nn.utils.clip_grad_norm_ does."""
     factor = longest / (length + 1e-6)
-    for grad in (local(p.grad) for p in parameters if p.grad is not None and factor < 1):
-        grad.mul_(factor)
+    grads = [local(p.grad) for p in parameters if p.grad is not None]
+    if grads and factor < 1:
+        torch._foreach_mul_(grads, factor)
+
+
+@torch.no_grad()
+def sum_gradients(parameters: list[nn.Parameter], ranks: Ranks) -> None:
+    """Add up the gradients that ranks with different tokens have of the same parameters."""
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return
+    joined = torch.cat([grad.flatten() for grad in grads])  # one message
+    for name in ("fsdp", "replicate"):
+        dist.all_reduce(joined, group=ranks.dense.get_group(name))
+    for grad, part in zip(grads, joined.split([g.numel() for g in grads]), strict=True):
+        grad.copy_(part.view_as(grad))
 
 
 def sum_over_ranks(tensor: Tensor) -> Tensor:

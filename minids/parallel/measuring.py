@@ -24,7 +24,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch import distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -38,7 +37,7 @@ from minids.model.transformer import Transformer
 from minids.parallel.layout import Layout
 from minids.parallel.pipeline import Weights, cut
 from minids.parallel.ranks import Ranks
-from minids.parallel.sharding import empty_model, shard
+from minids.parallel.sharding import empty_model, expect, keeps_gathered, shard
 from minids.parallel.shards import local
 
 
@@ -47,6 +46,7 @@ class Load:
     """The micro-batch to run, and the settings of the run that change memory.
 
     state_bytes: of the optimizer, per number of a parameter with this name
+    memory: of a GPU, bytes, which decides whether gathered matrices stay (`keeps_gathered`)
     """
 
     rows: int
@@ -54,6 +54,12 @@ class Load:
     state_bytes: Callable[[str, Tensor], int]
     recompute: str = "none"
     dtype: torch.dtype = torch.bfloat16
+    memory: float = 0
+
+    @property
+    def products(self) -> torch.dtype | None:
+        """Return the precision in which matrices travel, as `shard` takes it."""
+        return self.dtype if self.dtype == torch.bfloat16 else None
 
 
 class Footprint(NamedTuple):
@@ -156,10 +162,13 @@ class Measured(dict):
     def run(self, ranks: Ranks, kind: Kind) -> Footprint:
         """Return what a rank takes that has all of these layers."""
         layout = ranks.layout
-        key = layout.fsdp, layout.replicate, layout.expert_parallel, layout.pipeline > 1, kind
+        keep = (dist.get_world_size() > 1
+                and keeps_gathered(self.args, layout, self.load.memory))
+        in_parts = layout.pipeline > 1 or keep and layout.micro_batches > 1
+        key = layout.fsdp, layout.replicate, layout.expert_parallel, in_parts, keep, kind
         if key not in self:
-            part = build(self.args, ranks, kind, self.load)
-            self[key] = run(part, ranks, kind, self.load)
+            part = build(self.args, ranks, kind, self.load, keep)
+            self[key] = run(part, ranks, kind, self.load, in_parts)
         return self[key]
 
 
@@ -181,7 +190,7 @@ class OneStage(Layout):
         return range(args.n_layers)
 
 
-def build(args: ModelArgs, ranks: Ranks, kind: Kind, load: Load) -> Transformer:
+def build(args: ModelArgs, ranks: Ranks, kind: Kind, load: Load, keep: bool) -> Transformer:
     """Return a rank's part of a model with these layers only, as `ParallelModel` builds it."""
     layout = ranks.layout
     part = empty_model(dataclasses.replace(args, n_layers=kind.dense + kind.moe,
@@ -192,12 +201,15 @@ def build(args: ModelArgs, ranks: Ranks, kind: Kind, load: Load) -> Transformer:
         cut(part, stage, dataclasses.replace(ranks, layout=alone))
     recompute_blocks(part, load.recompute)
     if dist.get_world_size() > 1:
-        shard(part, ranks)
+        shard(part, ranks, load.products, keep)
     return part
 
 
-def run(part: Transformer, ranks: Ranks, kind: Kind, load: Load) -> Footprint:
-    """Run a step's micro-batches, of a pipeline or of none; return what they took."""
+def run(part: Transformer, ranks: Ranks, kind: Kind, load: Load, in_parts: bool) -> Footprint:
+    """Run a step's micro-batches; return what they took.
+
+    in_parts: whether gradients stay whole until the last of them
+    """
     args, layout = part.args, ranks.layout
     named = dict(part.named_parameters())
     whole = sum(p.numel() for p in named.values())
@@ -214,7 +226,7 @@ def run(part: Transformer, ranks: Ranks, kind: Kind, load: Load) -> Footprint:
         with watch, torch.autocast("cpu", load.dtype, load.dtype != torch.float32,
                                    cache_enabled=dist.get_world_size() == 1):
             found = [micro_batch(part, layout, kind, tokens, watch, last)
-                     for last in ([False, False, True] if layout.pipeline > 1 else [True, True])]
+                     for last in ([False, False, True] if in_parts else [True, True])]
     first, between, last = found[0], found[-2], found[-1]
     return Footprint(
         whole, sum(numbers.values()), weights, state,
@@ -231,17 +243,13 @@ def micro_batch(part: Transformer, layout: Layout, kind: Kind, tokens: Tensor, w
     the highest point, and left in the end.
     """
     watch.begin()
+    expect(part, last)
     if layout.pipeline == 1:
         loss = part.loss(tokens, tokens, *Weights()).total
         handed, after = 0, watch.live
         loss.backward()
         del loss
-    else:  # gradients stay whole until the last one, as torch's schedules have it
-        for unit in part.modules():
-            if isinstance(unit, FSDPModule):
-                unit.set_is_last_backward(last)
-                unit.set_requires_gradient_sync(last, recurse=False)
-                unit.set_reshard_after_backward(last, recurse=False)
+    else:
         part.begin(Weights(), 1.0)
         states = torch.empty(*tokens.shape, part.args.dim, dtype=part.dtype, requires_grad=True)
         balance = torch.zeros((), dtype=part.wide, requires_grad=True)

@@ -9,10 +9,17 @@ from torch import distributed as dist
 from minids.config import ModelArgs
 from minids.model.objective import Losses, Packed
 from minids.model.transformer import Hidden, Transformer
-from minids.parallel.gradients import norm, sum_over_ranks
+from minids.parallel.gradients import norm, sum_gradients, sum_over_ranks
 from minids.parallel.pipeline import LaterEmbedding, Pipeline, Weights, cut
 from minids.parallel.ranks import Ranks
-from minids.parallel.sharding import empty_model, initialise_parts, shard
+from minids.parallel.sharding import (
+    empty_model,
+    expect,
+    held_whole,
+    initialise_parts,
+    keeps_gathered,
+    shard,
+)
 from minids.parallel.shards import is_sharded, local
 
 SECOND_EMBEDDING = "embed.of_mtp.weight"
@@ -26,19 +33,25 @@ class ParallelModel:
     """
 
     def __init__(self, args: ModelArgs, ranks: Ranks, dtype: torch.dtype = torch.float32,
-                 prepare: Callable[[Transformer], None] = lambda part: None):
+                 prepare: Callable[[Transformer], None] = lambda part: None,
+                 products: torch.dtype | None = None, keep: bool | None = None):
         """Build it with the weights that `Transformer(args)` would draw now.
 
         prepare: does to each part, before it is sharded, what is done to a model from outside
+        products, keep: as in `shard`; keep None: as the GPU's memory allows
         """
         ranks.layout.check(args)
         self.args, self.ranks, self.dtype, self.parts = args, ranks, dtype, []
+        if keep is None:
+            keep = keeps_gathered(args, ranks.layout, ranks.memory)
+        self.keep, self.held_whole = keep, []
         for stage in ranks.layout.stages_of(ranks.pipeline_rank):
             part = empty_model(args, dtype)
             if ranks.layout.pipeline > 1:
                 cut(part, stage, ranks)
             prepare(part)
-            shard(part, ranks)
+            shard(part, ranks, products, keep)
+            self.held_whole += held_whole(part)
             self.parts.append(part)
         initialise_parts(self.parts, args)
         self.pipeline = Pipeline(self.parts, ranks) if ranks.layout.pipeline > 1 else None
@@ -88,14 +101,20 @@ class ParallelModel:
         Returns the means over all micro-batches and ranks, and the sum of the loads.
         """
         total = 0
-        for tokens, targets in batches:
+        if self.keep:  # a GPU still takes its last step: it gathers then, and nothing waits for it
+            for unit in self.parts[0].layers:
+                unit.unshard(async_op=True)
+        for number, (tokens, targets) in enumerate(batches, start=1):
             samples = (tokens == begin_id).cumsum(1) if separate else None
             if self.pipeline:
                 losses = self.pipeline.step(tokens, targets, weights, samples)
             else:
+                if self.keep:
+                    expect(self.parts[0], last=number == len(batches))
                 losses = self.backward(tokens, targets, weights, samples, len(batches))
             flat = torch.cat([torch.stack(losses[:5]).double(), losses.loads.flatten().double()])
             total = total + flat  # counts are exact up to 2^53
+        self.join_gradients()
         total = sum_over_ranks(total)
         return Losses(*total[:5], total[5:].to(torch.int64).view_as(losses.loads))
 
@@ -110,9 +129,16 @@ class ParallelModel:
         (losses.total * share).backward()
         return Losses(*(part.detach() * share for part in losses[:5]), losses.loads)
 
+    def join_gradients(self) -> None:
+        """Add up over ranks the gradients of what each holds whole, after a step's last backward
+        pass; all ranks call this, where they have not called `step`."""
+        sum_gradients(self.held_whole, self.ranks)
+
     def norm(self, parameters: list[nn.Parameter]) -> Tensor:
         """Return the norm of these parameters' gradient over all ranks, a scalar."""
         twice = self.pipeline.second_embedding() if self.pipeline else []
+        if self.ranks.dense.get_local_rank("fsdp"):
+            twice = twice + self.held_whole
         return norm(parameters, self.ranks, counted_elsewhere=twice)
 
     def update_gate_bias(self, loads: Tensor, speed: float) -> None:

@@ -51,6 +51,11 @@ class Ranks:
         return place("replicate") * self.layout.fsdp + place("fsdp")
 
     @property
+    def memory(self) -> int:
+        """Return the bytes of this rank's GPU; 0 on a CPU, whose memory ranks share."""
+        return torch.cuda.mem_get_info(self.device)[1] if self.device.type == "cuda" else 0
+
+    @property
     def pipeline_rank(self) -> int:
         """Return this rank's place in its pipeline."""
         return self.dense.get_local_rank("pipeline")

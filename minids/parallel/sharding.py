@@ -1,9 +1,16 @@
 """Build a model whose parameters are spread over ranks, and whose initial weights are one rank's.
 
-Each block is sharded by FSDP2 (`fully_shard`): a rank holds a share of every parameter, gathers a
-block's parameters before the block runs, and adds up its gradients afterwards. Experts spread over
-ranks are a unit of their own, on the sparse mesh; where no two ranks hold the same ones, their
-parameters are left as they are, with nothing to gather and nothing to add up.
+Each block is sharded by FSDP2 (`fully_shard`): a rank holds a share of every matrix in FP32,
+gathers a block's matrices before the block runs, and adds up its gradients afterwards, in FP32. The
+matrices travel in the precision of their products, to which one process rounds the same numbers.
+Gates and norms, which are small, compute in FP32: every rank holds them whole, and their gradients
+are added up at the end of a step. So are embedding and head gathered as they are, in FP32.
+
+Experts spread over ranks are a unit of their own, on the sparse mesh; where no two ranks hold the
+same ones, their parameters are left as they are, with nothing to gather and nothing to add up.
+
+Where memory allows (`keeps_gathered`), a step gathers once: a block's matrices then stay until the
+backward pass of the step's last micro-batch, and gradients travel only then.
 
 Every unit adds gradients up and divides by nothing. Averages would be wrong for experts: they hold
 the gradients of the tokens of all ranks in their group already, while their unit has fewer ranks
@@ -14,16 +21,23 @@ import os
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from torch.distributed.tensor import Shard
 
 from minids.apply.compile import Compiled, is_compiled
 from minids.config import ModelArgs
+from minids.costs import count_parameters
 from minids.kernels.experts import weighed
 from minids.model.initial import initial_weights
 from minids.model.sparse_attention import in_indexer
 from minids.model.transformer import Transformer
 from minids.parallel.experts import share_experts
+from minids.parallel.layout import Layout
 from minids.parallel.ranks import Ranks
 from minids.parallel.shards import local, own_part, place
 
@@ -34,11 +48,51 @@ def empty_model(args: ModelArgs, dtype: torch.dtype = torch.float32) -> Transfor
         return Transformer(args).to(dtype)
 
 
-def shard(model: Transformer, ranks: Ranks) -> None:
-    """Shard a model, or a stage of one, that lies on "meta"; then give it memory on the device."""
-    layout, alone = ranks.layout, set()
+KEPT = 1 / 8  # of a GPU's memory, for gathered matrices and their gradients
+
+
+def keeps_gathered(args: ModelArgs, layout: Layout, memory: float) -> bool:
+    """Return whether a GPU has room for all that a step gathers, until the step ends.
+
+    memory: of a GPU, bytes
+    A number takes 2 bytes in BF16, and its gradient 4 until all micro-batches have added to it.
+    The schedules of a pipeline keep both in any case.
+    """
+    count = count_parameters(args)
+    layers = sum(map(args.is_moe_layer, range(args.n_layers + args.n_mtp_layers)))
+    experts = layers * args.n_routed_experts * 3 * args.moe_inter_dim * args.dim
+    own = experts / layout.expert_parallel * (layout.expert_fsdp * layout.replicate > 1)
+    gathered = count.total + count.mtp - experts + own
+    return layout.pipeline == 1 and 6 * gathered <= KEPT * memory
+
+
+def expect(model: nn.Module, last: bool) -> None:
+    """Say whether the next backward pass is a step's last, in which gradients travel and gathered
+    matrices are given up; without a word, every pass is. torch's schedules do so themselves."""
+    for unit in model.modules():
+        if isinstance(unit, FSDPModule):
+            unit.set_is_last_backward(last)
+            unit.set_requires_gradient_sync(last, recurse=False)
+            unit.set_reshard_after_backward(last, recurse=False)
+
+
+def held_whole(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that no rank shares: gates, and the vectors of norms."""
+    return [p for name, p in model.named_parameters()
+            if p.ndim == 1 or name.endswith("gate.weight")]
+
+
+def shard(model: Transformer, ranks: Ranks, products: torch.dtype | None = None,
+          keep: bool = False) -> None:
+    """Shard a model, or a stage of one, that lies on "meta"; then give it memory on the device.
+
+    products: the precision in which matrices of blocks travel; None: their own
+    keep: whether gathered matrices stay until a step ends, see `expect`
+    """
+    layout, alone = ranks.layout, set(held_whole(model))
     share_experts(model, ranks.sparse["expert"])
-    options = dict(reshard_after_forward=layout.pipeline == 1)
+    policy = MixedPrecisionPolicy(products, products and torch.float32, cast_forward_inputs=False)
+    options = dict(reshard_after_forward=layout.pipeline == 1 and not keep, mp_policy=policy)
     split = 1 if layout.splits_matrices(model.args) else 0  # rows of matrices, or experts
     options |= dict(shard_placement_fn=lambda p: Shard(split) if p.ndim == 3 else None)
     for block in model.blocks():

@@ -17,7 +17,7 @@ from minids.kernels import muon
 from minids.kernels.precision import in_fp32
 from minids.model.sparse_attention import in_indexer
 from minids.parallel.matrices import of_whole, sharing_rows
-from minids.parallel.shards import is_sharded, local
+from minids.parallel.shards import local
 from minids.runs.settings import LearnArgs, TrainArgs
 
 
@@ -64,7 +64,20 @@ class Muon(torch.optim.Optimizer):
             muon.move(local(p), step, decay, length)
 
 
-class AdamWInBF16(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW; over ranks it works on each one's shares as on whole tensors, in one kernel.
+
+    torch 2.11's own step of sharded tensors leaves some memory behind each time, if fused.
+    """
+
+    def _init_group(self, group: dict, *lists: list[Tensor]) -> bool:
+        found = super()._init_group(group, *lists)
+        for tensors in lists:  # parameters, gradients, moments, counts of steps
+            tensors[:] = map(local, tensors)
+        return found
+
+
+class AdamWInBF16(AdamW):
     """AdamW that keeps its moments in BF16 and computes in FP32 (V3 section 3.3.3)."""
 
     @torch.no_grad()
@@ -141,9 +154,8 @@ def build_optimizers(model: nn.Module, args: LearnArgs,
                    lr=indexer_lr if indexer else args.lr,
                    weight_decay=args.weight_decay if decays else 0)
               for indexer in (False, True) for decays in (True, False)]
-    adamw = (AdamWInBF16 if fp8 else torch.optim.AdamW)(
-        [group for group in groups if group["params"]], betas=(args.beta1, args.beta2),
-        fused=not any(map(is_sharded, named.values())))  # leaks in torch 2.11 where it is sharded
+    adamw = (AdamWInBF16 if fp8 else AdamW)([group for group in groups if group["params"]],
+                                            betas=(args.beta1, args.beta2), fused=True)
     optimizers = [adamw]
     if hidden:
         # A gradient, which Muon normalises first, may be too small for FP16.

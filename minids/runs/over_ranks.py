@@ -60,7 +60,13 @@ class OverRanks:
         self.saves_beside = True  # on a CPU too
 
     def build(self, model_args: ModelArgs) -> ParallelModel:
-        return ParallelModel(model_args, self.team.ranks, prepare=self.prepare)
+        """Return the model, whose blocks' matrices travel in the precision of their products.
+
+        FP8 rounds FP32 weights, and indexers, where they learn, compute in FP32.
+        """
+        as_they_are = getattr(self.args, "fp8", False) or getattr(self.args, "dsa", "")
+        products = self.dtype if self.dtype == torch.bfloat16 and not as_they_are else None
+        return ParallelModel(model_args, self.team.ranks, prepare=self.prepare, products=products)
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[Transformer]:
@@ -76,6 +82,11 @@ class OverRanks:
             compile = "false"
         rows = sequences // (layout.data_ranks * layout.micro_batches)
         super().speed_up(model, compile, rows, fp8, plain)
+
+    def accumulate(self) -> tuple[dict, Tensor | None]:
+        found = super().accumulate()
+        self.model.join_gradients()
+        return found
 
     def gradient_norms(self) -> dict[str, Tensor]:
         return {name: self.model.norm(parameters)

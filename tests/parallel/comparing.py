@@ -148,12 +148,12 @@ def compare_step(ranks: Ranks, parts: int = 1, args: ModelArgs = ARGS, weights: 
     assert error < close, f"{name} is {error:.1e} off after the biases moved"
 
 
-def train_in_parallel(ranks: Ranks, optimizer: str, steps: int = 3,
-                      model_args: ModelArgs = ARGS) -> None:
+def train_in_parallel(ranks: Ranks, optimizer: str, steps: int = 3, model_args: ModelArgs = ARGS,
+                      **options) -> None:
     """Take optimizer steps on all ranks and in one process; the weights stay equal."""
     args = TrainArgs(optimizer=optimizer, lr=0.02, muon_lr=0.02)
     model = scrambled(model_args).to(DEVICE)
-    parallel = spread(ranks, model)
+    parallel = spread(ranks, model, **options)
     pairs = [(parallel, build_optimizers(parallel, args, torch.float64)),
              (model, build_optimizers(model, args, torch.float64))]
     for step in range(steps):
@@ -175,10 +175,10 @@ def train_in_parallel(ranks: Ranks, optimizer: str, steps: int = 3,
     assert error < 1e-9, f"{name} is {error:.1e} off after {steps} steps of {optimizer}"
 
 
-def compare_validation(ranks: Ranks) -> None:
+def compare_validation(ranks: Ranks, **options) -> None:
     """Validate on windows that ranks cannot share evenly, then train on: nothing is left over."""
     model, _ = one_process()
-    parallel = spread(ranks, model)
+    parallel = spread(ranks, model, **options)
     text, n_bytes = random_tokens(ARGS, 1, 5 * LENGTH + 3)[0], torch.arange(ARGS.vocab_size) % 4 + 1
     for begin_id in (None, BEGIN):
         arguments = text, n_bytes, LENGTH, 2, None, begin_id

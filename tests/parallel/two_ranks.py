@@ -33,7 +33,8 @@ from minids import Transformer
 from minids.apply.fp8 import use_fp8
 from minids.apply.recompute import recompute_blocks
 from minids.model import initial
-from minids.parallel import experts
+from minids.parallel import experts, sharding
+from minids.parallel import model as parallel_model
 from minids.parallel.model import ParallelModel
 from minids.parallel.shards import local
 from minids.runs.optimizers import build_optimizers
@@ -63,6 +64,40 @@ def check_fsdp():
 
 def check_fsdp_in_micro_batches():
     compare_step(ranks_of(), parts=2)
+
+
+def check_gathered_once_a_step():
+    for fields in ({}, dict(replicate=2), dict(expert_parallel=2)):
+        compare_step(ranks_of(**fields), parts=2, keep=True)
+
+
+def check_gathered_anew_in_every_step():
+    train_in_parallel(ranks_of(), "adamw", keep=True)
+    compare_validation(ranks_of(), keep=True)
+
+
+def in_bf16(products: torch.dtype | None) -> list[torch.Tensor]:
+    """This rank's gradients where products are in BF16, and matrices travel in that precision."""
+    parallel = spread(ranks_of(), scrambled(ARGS, dtype=torch.float32).to(DEVICE),
+                      products=products)
+    with torch.autocast(DEVICE.type, torch.bfloat16, cache_enabled=False):
+        parallel.step(share(parallel.ranks, batch(), parts=2), WEIGHTS)
+    return [local(p.grad) for _, p in parallel.named_parameters()]
+
+
+def check_matrices_travel_in_bf16_and_change_no_bit():
+    wanted = in_bf16(None)
+    assert all(map(torch.equal, in_bf16(torch.bfloat16), wanted))
+
+
+def check_gates_that_travel_in_bf16_are_wrong():
+    wanted, usual = in_bf16(None), sharding.held_whole
+    norms = lambda model: [p for p in usual(model) if p.ndim == 1]  # noqa: E731
+    sharding.held_whole = parallel_model.held_whole = norms
+    try:
+        assert not all(map(torch.equal, in_bf16(torch.bfloat16), wanted))
+    finally:
+        sharding.held_whole = parallel_model.held_whole = usual
 
 
 def check_replicas():
@@ -104,7 +139,7 @@ class AtOnce(experts.Trip):
 class AtTheLastMoment(experts.Trip):
     """Rows arrive when they are waited for, and nothing that is read before is a number."""
 
-    def start(self, rows, sent, received):
+    def start(self, rows, sent, received, ready=None):
         self.message = rows, sent, received
         self.arriving = rows.new_full((sum(received) + 1, rows.size(1)), math.nan)
         return self.arriving
