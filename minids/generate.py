@@ -17,7 +17,6 @@ With --chat, each line that you enter is a message. Ctrl-C stops a reply, /new b
 conversation, /think, /direct and /free decide whether the model thinks, and Ctrl-D ends.
 """
 
-import codecs
 import contextlib
 import sys
 from collections.abc import Iterator
@@ -44,24 +43,6 @@ from minids.runs.together import opened
 from minids.text.bpe import GENERATION
 from minids.text.chat import MODES, Chat
 from minids.text.replies import ANSWER, THOUGHT, Piece, ReplyText
-from minids.text.tokenizer import Tokenizer
-
-
-class Writer:
-    """Print one sequence token by token, whole characters only."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokenizer, self.decoder = tokenizer, codecs.getincrementaldecoder("utf-8")("replace")
-
-    def write(self, row: int, token: int) -> None:
-        """Print the characters that this token completes; EOS prints nothing."""
-        if token not in self.tokenizer.eos_ids:
-            text = self.decoder.decode(self.tokenizer.decode_bytes([token]))
-            print(text, end="", flush=True)
-
-    def close(self) -> None:
-        """End the text; an incomplete character prints as U+FFFD."""
-        print(self.decoder.decode(b"", final=True), flush=True)
 
 
 @dataclass(frozen=True)
@@ -105,16 +86,22 @@ def own_defaults(folder: Path) -> dict:
 def write_sample(run: Source, prompt: list[int], how: tuple, number: int, args: GenerateArgs
                  ) -> None:
     """Print one sample as it comes, then a line of statistics on stderr."""
-    writer = Writer(run.tokenizer)
+    text = ReplyText(run.tokenizer)
     print(args.prompt, end="", flush=True)
     done = generate(run.model, [prompt], *how, args.seed + number, run.tokenizer.eos_ids,
-                    args.speculative, writer.write)
-    writer.close()
+                    args.speculative, lambda row, token: show(text.add(token)))
+    show(text.flush())
+    print(flush=True)
     drafted = (f"{done.tokens_per_pass:.2f} tokens per pass, drafts accepted: "
                + " ".join(f"{share:.0%}" for share in done.acceptance) + ", ")
     print(f"{len(done.tokens[0])} tokens after {done.prompt_tokens} in {done.seconds:.2f} s, "
           f"{done.tokens_per_second:.0f} tokens/s, {drafted if args.speculative else ''}"
           f"{run.path}", file=sys.stderr)
+
+
+def show(pieces: list[Piece]) -> None:
+    """Print some text of a sample; a character waits until its last token has come."""
+    print("".join(piece.text for piece in pieces), end="", flush=True)
 
 
 def converse(run: Source, args: GenerateArgs, precision) -> None:

@@ -15,7 +15,7 @@ from small_models import LITTLE, gap, random_tokens, scrambled
 from minids import ModelArgs, Transformer
 from minids.apply.folded import fold
 from minids.base.command_line import run_program
-from minids.generate import Writer, generate, main
+from minids.generate import generate, main, show
 from minids.infer.decoding import right_pad
 from minids.kernels.registry import recorded
 from minids.model.cache import LatentCache
@@ -23,6 +23,7 @@ from minids.model.mla import MLA
 from minids.runs import together
 from minids.runs.checkpoints import save_checkpoint
 from minids.runs.open import open_model
+from minids.text.replies import ReplyText
 from minids.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -204,11 +205,11 @@ TEXT = "naïve 漢字 🙂 def f():\n    return 'é'"
 
 
 def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    """What the writer prints for each token, and at the end."""
-    writer, parts = Writer(tokenizer), []
-    for call in [*([writer.write, 0, token] for token in tokens), [writer.close]]:
+    """What a sample prints for each token, and at the end."""
+    text, parts = ReplyText(tokenizer), []
+    for act, *given in [*([text.add, token] for token in tokens), [text.flush]]:
         with contextlib.redirect_stdout(io.StringIO()) as out:
-            call[0](*call[1:])
+            show(act(*given))
         parts.append(out.getvalue())
     return parts
 
@@ -217,10 +218,10 @@ def test_streaming_prints_the_text_in_whole_characters():
     tokenizer = Tokenizer.load()
     tokens = tokenizer.encode(TEXT)
     parts = streamed(tokenizer, [*tokens, tokenizer.eos_id])
-    assert "".join(parts) == TEXT + "\n" and "" in parts  # a character of several tokens waits
+    assert "".join(parts) == TEXT and "" in parts  # a character of several tokens waits
     assert "\ufffd" in "".join(tokenizer.decode([token]) for token in tokens)  # the wrong way
     cut = tokenizer.encode("🙂")[:-1]
-    assert "".join(streamed(tokenizer, cut)) == tokenizer.decode(cut) + "\n"
+    assert "".join(streamed(tokenizer, cut)) == tokenizer.decode(cut)
 
 
 @pytest.mark.parametrize("change, words", [
