@@ -61,8 +61,7 @@ from minids.parallel.layout import Layout
 from minids.parallel.team import speaking_first, world_size
 from minids.plots.runs import loss_curve
 from minids.runs import open as runs
-from minids.runs.device import memory_mib, prepare_cpu
-from minids.runs.folders import free_folders
+from minids.runs.device import memory_mib
 from minids.runs.learner import Learner
 from minids.runs.optimizers import batch_size_at, bias_speed_at, mtp_weight_at
 from minids.runs.settings import TrainArgs
@@ -147,7 +146,7 @@ class Trainer(Learner):
         return metric
 
     def validate(self, max_tokens: int | None) -> Evaluation:
-        """Evaluate the model on validation text, at most so many tokens; None: all of it."""
+        """Evaluate the model on at most `max_tokens` of the validation text; None: on all of it."""
         args = self.args
         return evaluate(self.model, self.data.valid, self.tokenizer.n_bytes, args.seq_len,
                         args.batch_size // args.grad_accum, max_tokens,
@@ -284,14 +283,11 @@ def train(args: TrainArgs, model: dict | None = None, layout: Layout | None = No
     """Train a model, or continue a run if `args.resume` is set; returns the run's folder.
 
     model: fields of `ModelArgs` that differ from the preset's
-    layout: of the ranks, if torchrun has started several processes: all of them call this
+    layout: as of `minids.runs.starting.in_folder`
     Raises `ValueError` for settings that do not fit, before anything is written, and for a NaN or
     Inf loss; `Stopped` after a signal, with the state saved.
     """
-    prepare_cpu(args.threads, args.bodies)
-    layout = (layout or Layout()).fitted(world_size())
-    wanted = [Path(args.out)] if args.out else free_folders(default_folder(args))
-    return in_folder(wanted, Trainer, layout, args.device,
+    return in_folder(args, lambda: default_folder(args), Trainer, layout,
                      lambda run, kind: train_in(run, args, model or {}, kind))
 
 
@@ -315,7 +311,6 @@ def train_in(run: Path, args: TrainArgs, model: dict, kind: type[Trainer]) -> No
 
 
 def main() -> None:
-    """The command line."""
     with speaking_first():
         given, given_model, layout = parse("minids.train", __doc__, TrainArgs, ModelArgs, Layout)
         args, layout = settings(given, given_model), Layout(**layout).fitted(world_size())

@@ -35,7 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from minids.base.fields import nearest
+from minids.base.fields import demand, nearest
 from minids.base.files import digest, discard, flush, is_sealed, publish, sealed, write_flushed
 from minids.parallel.parts import Parts
 
@@ -63,8 +63,7 @@ def save_checkpoint(run: Path, step: int, weights: dict[str, Tensor], state: dic
     `OSError` when the disk refuses, with the checkpoints before it intact.
     """
     check_plain(state, "state")
-    if metric is not None and not math.isfinite(metric):
-        raise ValueError(f"metric = {metric!r} is not valid: it must be finite, or None")
+    demand("metric", metric, metric is None or math.isfinite(metric), "finite, or None")
     final, temp = places(run, step)
     try:
         with telling(run, final):
@@ -109,12 +108,6 @@ def remove_leftovers(folder: Path) -> None:
     for aside in folder.glob("*.replaced"):
         if aside.with_suffix("").exists():
             discard(aside)
-
-
-def tidy(run: Path, newest: Path, keep_last: int) -> None:
-    """Remove what a killed save left, and the checkpoints that it would have removed."""
-    remove_leftovers(Path(run) / "checkpoints")
-    prune(run, newest, keep_last)
 
 
 def check_plain(value, where: str) -> None:

@@ -249,12 +249,16 @@ class Learner:
     def begin(self, source: Source | None) -> None:
         """Write what a run's folder holds from its first step on; source: of its weights"""
         if source:
-            self.begin_from(source)  # weights that cannot be read leave nothing behind
-        checkpoints.forget_beginning(self.run)
-        self.tokenizer.save(self.run / "tokenizer")
+            with self.team.together():
+                self.begin_from(source)  # weights that cannot be read leave nothing behind
+        with self.team.together():
+            if self.team.first:
+                checkpoints.forget_beginning(self.run)
+                self.tokenizer.save(self.run / "tokenizer")
         if source:
             self.save()  # the run's own folder is then all it needs
-        self.write_config()  # comes last, so a folder that has it is complete
+        with self.team.together():
+            self.write_config()  # comes last, so a folder that has it is complete
 
     def begin_from(self, source: Source) -> None:
         """Take over weights; step 0 is saved when this, and what a subclass adds, is done."""
@@ -286,7 +290,8 @@ class Learner:
             require(self.args, "steps", self.args.steps >= self.step,
                     f"at least {self.step}, the steps that the run in {self.run} has done")
             if self.team.first:
-                checkpoints.tidy(self.run, checkpoint, self.args.keep_last)
+                checkpoints.remove_leftovers(checkpoint.parent)
+                checkpoints.prune(self.run, checkpoint, self.args.keep_last)
         self.metrics = read_metrics(self.run, checkpoint)[:self.step]
         if self.team.first:
             write_whole(self.run / METRICS, b"".join(map(line_of, self.metrics)))
@@ -367,4 +372,5 @@ class Learner:
 
     def write_config(self) -> None:
         """Write config.json, sealed; written anew by a resumed run, which may have other values."""
-        write_whole(self.run / CONFIG, sealed(self.config()))
+        if self.team.first:
+            write_whole(self.run / CONFIG, sealed(self.config()))

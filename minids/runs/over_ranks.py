@@ -21,13 +21,14 @@ from minids.parallel.model import SECOND_EMBEDDING, ParallelModel
 from minids.parallel.parts import Part, Parts
 from minids.parallel.pipeline import Weights
 from minids.parallel.sharding import empty_model, load_parts
+from minids.parallel.shards import local
 from minids.parallel.team import Team
 from minids.parallel.validation import evaluate
 from minids.runs import checkpoints, optimizers, sharded
 from minids.runs.folders import locked
 from minids.runs.learner import Learner
 from minids.runs.metrics import settle, summary
-from minids.runs.open import Source, open_model
+from minids.runs.open import open_model
 from minids.text.loaders import Data
 
 NOT_WRITTEN = 1000  # among signals: a checkpoint could not be written
@@ -104,29 +105,8 @@ class OverRanks:
             self.writer.wait()
         return asked
 
-    def begin(self, source: Source | None) -> None:
-        if source:
-            with self.team.together():
-                self.begin_from(source)
-        with self.team.together():
-            if self.team.first:
-                checkpoints.forget_beginning(self.run)
-                self.tokenizer.save(self.run / "tokenizer")
-        if source:
-            self.save()
-        with self.team.together():
-            self.write_config()
-
     def take(self, weights: dict[str, Tensor]) -> None:
         load_parts(self.model.parts, weights)
-
-    def write_config(self) -> None:
-        if self.team.first:
-            super().write_config()
-
-    def restore(self) -> None:
-        with self.team.together():
-            super().restore()
 
     def load_into(self, model: ParallelModel, weights: Parts | dict[str, Tensor]) -> None:
         for part in model.parts:
@@ -157,11 +137,13 @@ class OverRanks:
         states = {name: tensor for name, tensor
                   in sharded.named_states(self.model, self.optimizers)
                   if not name.startswith(SECOND_EMBEDDING)}
-        finite = all(sharded.is_finite(tensor) for tensor in weights.values())
+        finite = all(local(tensor).isfinite().all() for tensor in weights.values())
         if not self.team.agree(int(finite), torch.distributed.ReduceOp.MIN):
             raise self.diverged("a weight is no longer a finite number")
         plain = {name: getattr(self, name) for name in self.numbers}
-        plain |= dict(rng=sharded.plain_rng(), **self.more_state())
+        rng = checkpoints.rng_state()  # of which training needs the CPU's, as JSON can hold them
+        plain |= dict(rng=dict(python=rng["python"], numpy=rng["numpy"],
+                               torch=rng["torch"].tolist()), **self.more_state())
         if self.team.first:
             settle(self.run)
         record = None

@@ -97,11 +97,6 @@ def fill(tensor: Tensor, part: Tensor) -> None:
         own.copy_(part)
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Return whether this rank's part of a tensor holds finite numbers only."""
-    return bool(local(tensor).isfinite().all())
-
-
 def held_parts(team: Team, kinds: dict[str, dict[str, Tensor | Part]]
                ) -> dict[str, dict[str, Part]]:
     """Return what this rank has to write, by the names of its files, copied to the host's memory.
@@ -142,13 +137,6 @@ def save(team: Team, run: Path, step: int, held: dict[str, dict[str, Part]], pla
         if team.first:
             shutil.rmtree(temp, ignore_errors=True)
     return final
-
-
-def plain_rng() -> dict:
-    """Return the state of the CPU's generators as JSON can hold it; training draws from no other.
-    """
-    state = checkpoints.rng_state()
-    return dict(python=state["python"], numpy=state["numpy"], torch=state["torch"].tolist())
 
 
 def merge(learner) -> Path:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from minids.base.files import digest
@@ -16,15 +16,19 @@ from minids.runs.settings import LearnArgs
 from minids.runs.signals import stopping
 
 
-def in_folder(wanted: Iterable[Path], kind: type[Learner], layout: Layout, device: str,
-              act: Callable[[Path, type[Learner]], None]) -> Path:
-    """Hold the first free folder and call `act` with it and the kind of run; return the folder.
+def in_folder(args: LearnArgs, default: Callable[[], Path], kind: type[Learner],
+              layout: Layout | None, act: Callable[[Path, type[Learner]], None]) -> Path:
+    """Hold a run's folder and call `act` with it and the kind of run; return the folder.
 
+    default: makes the name of a folder that `args.out` does not name; taken, it becomes NAME-2, ..
     kind: of one process; over ranks, `act` gets it with what they do otherwise
-    layout: fitted; device: as in the settings
+    layout: of the ranks, if torchrun has started several processes: all of them call this
     """
+    prepare_cpu(args.threads, args.bodies)
+    layout = (layout or Layout()).fitted(world_size())
+    wanted = [Path(args.out)] if args.out else free_folders(default())
     with speaking_first():
-        found = pick_device(device).type
+        found = pick_device(args.device).type
     with started(layout, found) as team:
         if team is None:
             with locked(wanted) as run:
@@ -46,7 +50,8 @@ def run_learner(learner: Learner, source: Source | None) -> None:
     """
     with stopping(learner):
         if resumes(learner.args):
-            learner.restore()
+            with learner.team.together():
+                learner.restore()
             learner.write_config()
             print(f"resumed at step {learner.step} of {learner.args.steps}", flush=True)
         else:
@@ -70,7 +75,7 @@ def learn(kind: type[Learner], args: LearnArgs, suffix: str, layout: Layout | No
     folder. Raises `ValueError` for settings that do not fit, before anything is written.
 
     suffix: what a new folder's name adds to the other run's, if `args.out` names none
-    layout: of the ranks, if torchrun has started several processes: all of them call this
+    layout: as of `in_folder`
     """
     def act(run: Path, kind: type[Learner]) -> None:
         changed = dataclasses.replace(args, out=str(run))
@@ -79,11 +84,8 @@ def learn(kind: type[Learner], args: LearnArgs, suffix: str, layout: Layout | No
         print(f"{kind.program:<8}{learner.describe()}; run {run}, on {learner.device}", flush=True)
         run_learner(learner, source)
 
-    prepare_cpu(args.threads, args.bodies)
-    layout = (layout or Layout()).fitted(world_size())
-    wanted = [Path(args.out)] if args.out else free_folders(
-        Path("runs") / (folder_of(args.from_run).name + suffix))
-    return in_folder(wanted, kind, layout, args.device, act)
+    return in_folder(args, lambda: Path("runs") / (folder_of(args.from_run).name + suffix), kind,
+                     layout, act)
 
 
 def alone(program: str) -> None:
