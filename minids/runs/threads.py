@@ -62,43 +62,10 @@ class Starvation:
         return waits / (ran + waits) if ran + waits > 0 else 0.0
 
 
-class Trial:
-    """Steps on fewer and fewer threads, for as long as fewer make them shorter.
-
-    most: the number to begin with; share: of the CPU time, in which threads had no core before
-    """
-
-    def __init__(self, most: int, share: float):
-        self.share = share
-        self.left = sorted({most, most * 3 // 4, most // 2, most // 4, 1} - {0})
-        self.times: dict[int, list[float]] = {}  # seconds of the steps, by the number of threads
-        self.try_fewer()
-
-    def try_fewer(self) -> None:
-        """Compute on the largest number that was not tried yet."""
-        number = self.left.pop()
-        torch.set_num_threads(number)
-        self.times[number] = []
-
-    def took(self, seconds: float) -> bool:
-        """Take note of a step, and go on; return whether the trial is over."""
-        newest = [*self.times.values()][-1]
-        newest.append(seconds)
-        if len(newest) < TRIAL:
-            return False
-        taken = [*self.medians().values()]
-        over = not self.left or len(taken) > 1 and taken[-1] >= taken[-2]
-        if not over:
-            self.try_fewer()
-        return over
-
-    def medians(self) -> dict[int, float]:
-        """Return the seconds of a step by the number of threads, in the order of the trial."""
-        return {number: statistics.median(times) for number, times in self.times.items()}
-
-
 class Threads:
     """Watches the steps of one run, and sets torch's number of threads.
+
+    A trial takes steps on fewer and fewer threads, for as long as fewer make them shorter.
 
     fixed: leave the number as it is; say: prints a line
     """
@@ -106,25 +73,26 @@ class Threads:
     def __init__(self, fixed: bool, say: Callable[[str], object] = print):
         self.most = torch.get_num_threads()
         self.say, self.watching = say, not fixed and self.most > 1
-        self.trial: Trial | None = None
-        self.steps, self.rest, self.starvation = 0, 0, Starvation()
+        self.times: dict[int, list[float]] = {}  # of a trial: seconds of its steps, by the number
+        self.left: list[int] = []  # numbers that it has not tried yet
+        self.steps, self.rest, self.starvation, self.share = 0, 0, Starvation(), 0.0
         self.told = 0  # the number that the last line named
 
     def took(self, seconds: float) -> None:
         """Take note of a step; seconds: of it, or of one of its tokens where steps differ."""
         if not self.watching:
             return
-        if self.trial:
-            if self.trial.took(seconds):
-                self.settle(self.trial)
-            return
+        if self.times:
+            return self.tried(seconds)
         self.steps += 1
         if self.steps % STEPS:
             return
-        share, self.rest = self.starvation.share(), self.rest - 1
-        if share > BUSY and self.rest <= 0:
-            self.trial = Trial(self.most, share)
-        elif share < QUIET and torch.get_num_threads() < self.most:
+        self.share, self.rest = self.starvation.share(), self.rest - 1
+        if self.share > BUSY and self.rest <= 0:
+            most = self.most
+            self.left = sorted({most, most * 3 // 4, most // 2, most // 4, 1} - {0})
+            self.try_fewer()
+        elif self.share < QUIET and torch.get_num_threads() < self.most:
             self.say(f"the machine is quiet again: going on with {self.most} threads")
             self.told = self.most
             torch.set_num_threads(self.most)
@@ -134,16 +102,30 @@ class Threads:
         if self.watching:
             torch.set_num_threads(self.most)
 
-    def settle(self, trial: Trial) -> None:
-        """Go on with the number that was fastest in a trial, and say so if it is another one."""
-        taken = trial.medians()
+    def try_fewer(self) -> None:
+        """Compute on the largest number that was not tried yet."""
+        number = self.left.pop()
+        torch.set_num_threads(number)
+        self.times[number] = []
+
+    def tried(self, seconds: float) -> None:
+        """Take note of a step of a trial; after the last one, go on with the fastest number, and
+        say so if it is another one."""
+        newest = [*self.times.values()][-1]
+        newest.append(seconds)
+        if len(newest) < TRIAL:
+            return
+        taken = {number: statistics.median(times) for number, times in self.times.items()}
+        medians = [*taken.values()]
+        if self.left and (len(medians) == 1 or medians[-1] < medians[-2]):
+            return self.try_fewer()
         best = min(taken, key=taken.get)
         torch.set_num_threads(best)
         if best != self.told:
             times = ", ".join(f"{taken[number] / taken[best]:.2f} with {number}"
                               for number in taken)
-            self.say(f"the machine is busy: {trial.share:.0%} of the time this run's threads have "
+            self.say(f"the machine is busy: {self.share:.0%} of the time this run's threads have "
                      f"no core; going on with {best} of {self.most} (time of a step, relative: "
                      f"{times}; --threads fixes the number)")
-        self.told, self.trial, self.rest = best, None, REST
+        self.told, self.times, self.rest = best, {}, REST
         self.starvation.share()
