@@ -61,13 +61,21 @@ class Session:
         self.cache, self.end = new_cache(self.model, batch, max_len), None
 
     def prefill(self, tokens: Tensor, lengths: Tensor) -> Hidden:
-        """Read prompts into the empty cache, in attention's naive form.
+        """Read prompts into the empty cache, in attention's naive form, on a GPU piece by piece.
 
         tokens: (B, S) int64 and lengths: (B,) int64, from `right_pad`
         Returns the hidden states of all positions, the padding's included.
         """
         self.end = lengths.clone()
-        return prefill(self.model, self.cache, tokens, lengths)
+        parts = [self.model.hidden(part, self.cache)
+                 for part in tokens.split(piece(tokens), dim=1)]
+        self.cache.truncate(lengths)
+        fold(self.model, self.cache)
+        if len(parts) == 1:
+            return parts[0]
+        routings = [Routing(*(torch.cat(t, dim=1) for t in zip(*each, strict=True)))
+                    for each in zip(*(part.routings for part in parts), strict=True)]
+        return Hidden(torch.cat([part.states for part in parts], dim=1), routings, [])
 
     def next_token(self, tokens: Tensor, longest: int) -> Hidden:
         """Read one more token of every sequence, (B,) int64, in attention's absorbed form.
@@ -76,7 +84,7 @@ class Session:
         """
         if self.static:
             self.cache.truncate(self.end, longest)
-        found = next_token(self.model, self.cache, tokens)
+        found = self.model.hidden(tokens.unsqueeze(1), self.cache, absorbed=True)
         if self.static:
             self.end += 1
         return found
@@ -96,23 +104,6 @@ class Session:
 def piece(tokens: Tensor) -> int:
     """Return how many tokens of each prompt (B, S) are read at a time."""
     return max(PIECE // len(tokens), SHORTEST) if graphed(tokens.device) else tokens.size(1)
-
-
-def prefill(model: Transformer, cache: LatentCache, tokens: Tensor, lengths: Tensor) -> Hidden:
-    """Read prompts into an empty cache, as `Session.prefill`, on a GPU piece by piece."""
-    parts = [model.hidden(part, cache) for part in tokens.split(piece(tokens), dim=1)]
-    cache.truncate(lengths)
-    fold(model, cache)
-    if len(parts) == 1:
-        return parts[0]
-    routings = [Routing(*(torch.cat(t, dim=1) for t in zip(*each, strict=True)))
-                for each in zip(*(part.routings for part in parts), strict=True)]
-    return Hidden(torch.cat([part.states for part in parts], dim=1), routings, [])
-
-
-def next_token(model: Transformer, cache: LatentCache, tokens: Tensor) -> Hidden:
-    """Read one more token of every sequence, (B,) int64, in attention's absorbed form."""
-    return model.hidden(tokens.unsqueeze(1), cache, absorbed=True)
 
 
 def last_states(states: Tensor, lengths: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ from queue import SimpleQueue
 import torch
 
 from minids.base.fields import demand
-from minids.config import ModelArgs
 from minids.infer.batch import Batch, Job, Request, Token
 from minids.infer.generation import check_arguments
 from minids.model.transformer import Transformer
@@ -31,13 +30,6 @@ class Full(Exception):
 
 class Stopped(Exception):
     """The engine was stopped before the request was done."""
-
-
-def check_drafts(args: ModelArgs, drafts: int) -> None:
-    """Raise `ValueError` for drafts that a model cannot make."""
-    demand("drafts", drafts, drafts in (0, 1), "0 or 1")
-    demand("drafts", drafts, drafts <= args.n_mtp_layers,
-           "0: this model has no MTP module to draft with")
 
 
 class Engine:
@@ -56,7 +48,9 @@ class Engine:
                  contextlib.nullcontext):
         self.args, self.queue, self.precision = model.args, queue, precision
         self.max_len = min(max_len or model.args.max_seq_len, model.args.max_seq_len)
-        check_drafts(model.args, drafts)
+        demand("drafts", drafts, drafts in (0, 1), "0 or 1")
+        demand("drafts", drafts, drafts <= model.args.n_mtp_layers,
+               "0: this model has no MTP module to draft with")
         with precision():
             self.batch = Batch(model, rows, self.max_len, chunk, drafts)
         self.wake, self.stopping = threading.Condition(), False

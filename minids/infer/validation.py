@@ -56,7 +56,7 @@ class Evaluation(NamedTuple):
 
     @property
     def max_vio(self) -> list[float]:
-        """MaxVio of each MoE layer over all of the text: "global" in arXiv 2408.15664."""
+        """Return MaxVio of each MoE layer over all of the text: "global" in arXiv 2408.15664."""
         return max_violation(self.loads).tolist() if self.loads.numel() else []
 
 

@@ -25,21 +25,16 @@ VIEW = "application/vnd.jupyter.widget-view+json"
 
 
 @dataclass(frozen=True)
-class Film:
-    """Values that a control also plays from first to last."""
+class film:
+    """Values for a control with a play button, in lower case as `range`.
+
+    seconds: from one picture to the next, more if drawing takes longer
+    first: the value of the still picture; None: the range's own first
+    """
 
     values: range
-    seconds: float
-    first: int
-
-
-def film(values: range, seconds: float = 0.2, first: int | None = None) -> Film:
-    """Return values for a control with a play button.
-
-    values: as a range; seconds: from one picture to the next, more if drawing takes longer
-    first: the value of the still picture, none for the range's own first
-    """
-    return Film(values, seconds, values[0] if first is None else first)
+    seconds: float = 0.2
+    first: int | None = None
 
 
 def move(draw: Callable, /, **controls) -> "Moving":
@@ -53,7 +48,7 @@ def move(draw: Callable, /, **controls) -> "Moving":
 
     Raises what `draw` raises for the first values; later errors become one sentence in its place.
     """
-    return Moving(draw, {name: values if isinstance(values, bool | str | Film | dict)
+    return Moving(draw, {name: values if isinstance(values, bool | str | film | dict)
                          else list(values) for name, values in controls.items()})
 
 
@@ -106,8 +101,8 @@ def first(values):
     """Return the value that stands in the still picture."""
     if isinstance(values, bool | str):
         return values
-    if isinstance(values, Film):
-        return values.first
+    if isinstance(values, film):
+        return values.values[0] if values.first is None else values.first
     return next(iter(values.values() if isinstance(values, dict) else values))
 
 
@@ -125,8 +120,8 @@ def control(name: str, values, letters: int = 0) -> list:
         return [ipywidgets.Text(values, continuous_update=False, layout={"width": "36em"}, **look)]
     if isinstance(values, dict):
         return [ipywidgets.Dropdown(options=list(values.items()), **look)]
-    if isinstance(values, Film):
-        steps = {"value": values.first, "min": min(values.values), "max": max(values.values),
+    if isinstance(values, film):
+        steps = {"value": first(values), "min": min(values.values), "max": max(values.values),
                  "step": abs(values.values.step)}
         slider = ipywidgets.IntSlider(**steps, layout={"width": "28em"}, **look)
         play = ipywidgets.Play(**steps, interval=round(1000 * values.seconds))

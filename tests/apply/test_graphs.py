@@ -154,10 +154,10 @@ def test_a_prompt_read_in_pieces_is_the_prompt_read_whole(monkeypatch):
         found = []
         for size in (64, 9):
             monkeypatch.setattr(decoding, "piece", lambda tokens, size=size: size)
-            cache = decoding.new_cache(model, 3, 48)
             with torch.inference_mode():
-                read = decoding.prefill(model, cache, tokens, lengths)
-            found.append((read, cache))
+                session = decoding.Session(model, 3, 48)
+                read = session.prefill(tokens, lengths)
+            found.append((read, session.cache))
         (whole, first), (pieces, second) = found
         seen = torch.arange(40) < lengths[:, None]
         assert torch.allclose(whole.states[seen], pieces.states[seen], atol=1e-9)
