@@ -5,7 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from minids.base.fields import Settings, option
+from minids.base.fields import Settings, demand, option
 from minids.config import ModelArgs
 from minids.costs.flops import flops_per_token
 from minids.costs.memory import Memory, Sharding, pipeline_pieces, training_memory
@@ -73,11 +73,9 @@ def api_price(prompt_tokens: int, cached_tokens: int, output_tokens: int, prices
     cached_tokens: how many of the prompt tokens the service has in its cache
     Raises ValueError if a count is negative or more tokens are cached than there are.
     """
-    if not 0 <= cached_tokens <= prompt_tokens:
-        raise ValueError(f"cached_tokens = {cached_tokens} is not valid: it must be between 0 and "
-                         f"prompt_tokens = {prompt_tokens}")
-    if output_tokens < 0:
-        raise ValueError(f"output_tokens = {output_tokens} is not valid: it must be 0 or more")
+    demand("cached_tokens", cached_tokens, 0 <= cached_tokens <= prompt_tokens,
+           f"between 0 and prompt_tokens = {prompt_tokens}")
+    demand("output_tokens", output_tokens, output_tokens >= 0, "0 or more")
     return ((prompt_tokens - cached_tokens) * prices.prompt_price
             + cached_tokens * prices.cached_price + output_tokens * prices.output_price) / 1e6
 

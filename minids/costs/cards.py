@@ -82,7 +82,7 @@ class CardPlan(NamedTuple):
 
 
 def expected_loss(parameters: float, tokens: float) -> float:
-    """Return the loss of a dense model of this size after so many tokens, nats per token."""
+    """Return the loss of a dense model of this size after this many tokens, nats per token."""
     return 1.8172 + 482.01 / parameters ** 0.3478 + 2085.43 / tokens ** 0.3658
 
 

@@ -6,6 +6,7 @@ Source: DeepSeek-V2 (arXiv 2405.04434) section 2.1 and table 1; "Insights into D
 
 from typing import NamedTuple
 
+from minids.base.fields import demand
 from minids.config import ModelArgs
 from minids.costs.parameters import BLOCK, block_parts, model_parts, mtp_join
 
@@ -20,8 +21,7 @@ def cache_bytes_per_token(args: ModelArgs, bytes_per_element: int = 2,
     "indexer" (its keys, in addition to "mla"). For "v3": mla 70272, mha 3997696.
     Raises ValueError if n_groups is below 1.
     """
-    if n_groups < 1:
-        raise ValueError(f"n_groups = {n_groups} is not valid: it must be at least 1")
+    demand("n_groups", n_groups, n_groups >= 1, "at least 1")
     pair = args.qk_nope_head_dim + args.v_head_dim
     widths = {"mla": args.kv_lora_rank + args.qk_rope_head_dim, "mha": args.n_heads * pair,
               "gqa": min(n_groups, args.n_heads) * pair, "mqa": pair}

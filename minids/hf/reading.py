@@ -49,7 +49,7 @@ class Source(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The precision of the embedding; released files store all that is not FP8 in it."""
+        """Return the embedding's precision; released files store all that is not FP8 in it."""
         return WIDE.get(self.headers["model.embed_tokens.weight"].dtype, torch.bfloat16)
 
     def is_fp8(self, name: str) -> bool:
@@ -221,20 +221,17 @@ def read_model(source: Source, dtype: torch.dtype, device: torch.device | str,
             return all(map(source.is_fp8, dict(to_hf(source.args, {name: tensor}, first_expert))))
 
         keep_blocks(model, dtype, is_fp8)
-    state = {name: torch.empty_like(tensor, device=device) if is_kept(name, tensor)
-             else torch.empty(tensor.shape, dtype=own_dtype(name, dtype), device=device)
-             for name, tensor in model.state_dict().items()}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        kept = tensor.dtype == FP8 or name.endswith(SCALE)  # a matrix in FP8, or its scales
+        state[name] = torch.empty_like(tensor, device=device, dtype=tensor.dtype if kept
+                                       else own_dtype(name, dtype))
     targets = dict(to_hf(source.args, state, first_expert))  # views of it
     order = [name for name in source.headers if name in targets]
     for name in tqdm(order, desc="load", unit="tensor", disable=None, delay=1):
         read_into(targets[name], source, name)
     model.load_state_dict(state, assign=True)
     return model.eval()
-
-
-def is_kept(name: str, tensor: Tensor) -> bool:
-    """Return whether a model keeps this tensor as FP8 files store it: a matrix, or its scales."""
-    return tensor.dtype == FP8 or name.endswith(SCALE)
 
 
 def read_into(target: Tensor, source: Source, name: str) -> None:

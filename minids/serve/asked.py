@@ -124,10 +124,10 @@ def read_asked(raw: bytes, kind: str, served: Served) -> Asked:
         prompts = [chat_prompt(body, mode, served)]
     else:
         prompts, echo = text_prompts(body, served)
-    n = body.number("n", 1, 1, served.rows)
-    if n * len(prompts) > served.most:
+    n, most = body.number("n", 1, 1, served.rows), served.rows + served.queue
+    if n * len(prompts) > most:
         raise invalid("n" if n > 1 else "prompt", f"{n * len(prompts)} replies are too many: at "
-                                                  f"most {served.most} fit the cache and the queue")
+                                                  f"most {most} fit the cache and the queue")
     stream = body.get("stream", bool, False, "true or false")
     return Asked(
         kind, prompts, mode, max_tokens(body, kind, prompts, served), sampling(body, served),

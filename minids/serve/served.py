@@ -47,11 +47,6 @@ class Served:
         return len(self.engine.batch.jobs)
 
     @property
-    def most(self) -> int:
-        """Return how many replies the engine can hold, running and waiting."""
-        return self.rows + self.queue
-
-    @property
     def max_len(self) -> int:
         """Return the tokens of a sequence, prompt and reply, at most."""
         return self.engine.max_len

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from minids.base.fields import demand
 from minids.text.corpora import open_corpus
 from minids.text.packing import encode_documents
 from minids.text.token_cache import CACHE, cached_tokens
@@ -223,13 +224,11 @@ def open_data(spec: str, tokenizer, seq_len: int, seed: int = 0, fim_rate: float
 
     Raises `ValueError` naming the setting, its value and what is valid.
     """
-    if not 0 <= fim_rate <= 1:
-        raise ValueError(f"fim_rate = {fim_rate!r} is not valid: it must be between 0 and 1")
-    if fim_rate and None in (tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id):
-        raise ValueError(f"fim_rate = {fim_rate!r} is not valid: it must be 0, since the tokenizer "
-                         "has no tokens for fill-in-the-middle")
-    if seq_len < 1:
-        raise ValueError(f"seq_len = {seq_len!r} is not valid: it must be at least 1")
+    fim_ids = tokenizer.fim_begin_id, tokenizer.fim_hole_id, tokenizer.fim_end_id
+    demand("fim_rate", fim_rate, 0 <= fim_rate <= 1, "between 0 and 1")
+    demand("fim_rate", fim_rate, not fim_rate or None not in fim_ids,
+           "0, since the tokenizer has no tokens for fill-in-the-middle")
+    demand("seq_len", seq_len, seq_len >= 1, "at least 1")
     workers = workers or os.cpu_count() or 1
     corpus = open_corpus(spec)
     tokens = cached_tokens(corpus, tokenizer, Path(cache), fim_rate, seed, workers)
