@@ -20,7 +20,7 @@ import pytest
 from hypothesis import strategies
 
 from minids.lab import lesson
-from minids.lab.exercises import Exercise, exercises, needed
+from minids.lab.exercises import HIDDEN, SOLUTION, Exercise, exercises, needed
 
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -92,8 +92,9 @@ def test_the_solution_gets_the_points(exercise, alone):
 
 @each_exercise
 def test_the_untouched_stub_gets_none(exercise, alone):
-    assert exercise.stub != exercise.solution
-    assert grade(exercise, exercise.stub) == (False, f"{exercise.name} is not written yet\n")
+    stub = SOLUTION.sub(r"\1raise NotImplementedError()", exercise.solution)
+    assert stub != exercise.solution
+    assert grade(exercise, stub) == (False, f"{exercise.name} is not written yet\n")
 
 
 @pytest.mark.slow
@@ -112,7 +113,7 @@ def test_memorised_answers_get_none(exercise, alone):
         space[exercise.name] = constant = lambda *given, answer=answer: answer
         constant.__name__ = exercise.name
         with pytest.raises(AssertionError):
-            exec(exercise.hidden, space)
+            exec(HIDDEN.search(exercise.test)[1], space)
 
 
 @pytest.mark.slow
@@ -154,7 +155,8 @@ def test_a_second_way_comes_to_the_same(exercise):
             exec(source, space)
     solved = space[exercise.name]
     if "def case_of(" not in exercise.test:
-        assert re.search(r"\bTrue, ", exercise.hidden) and "False, " in exercise.hidden
+        hidden = HIDDEN.search(exercise.test)[1]
+        assert re.search(r"\bTrue, ", hidden) and "False, " in hidden
         return
 
     @hypothesis.settings(derandomize=True, max_examples=60, database=None, deadline=None)

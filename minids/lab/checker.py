@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import CodeType, FunctionType, ModuleType
 
@@ -49,9 +49,7 @@ def borrowed(function: Callable) -> str:
     Functions that it calls are not inspected: this stops a short cut, not cheating.
     """
     own = "minids.config", "minids.lab.lesson"
-    codes = [function.__code__] if hasattr(function, "__code__") else []
-    for code in codes:  # grows during the loop, by nested functions
-        codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+    for code in codes_of(function):
         for step in dis.get_instructions(code):
             value = function.__globals__.get(step.argval) if step.opname == "LOAD_GLOBAL" else None
             made = isinstance(value, FunctionType | type) and value.__module__ or ""
@@ -67,12 +65,16 @@ def peeping(function: Callable) -> str:
 
     This, too, stops a short cut, not cheating: the answer lies in the memory of the same process.
     """
+    return next((name for code in codes_of(function)
+                 for name in sorted(PEEPING.intersection(code.co_names))), "")
+
+
+def codes_of(function: Callable) -> Iterator[CodeType]:
+    """Yield the code of a function written in Python, and of those nested in it."""
     codes = [function.__code__] if hasattr(function, "__code__") else []
-    for code in codes:  # grows during the loop, by nested functions
+    for code in codes:  # grows during the loop
         codes += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
-        for name in sorted(PEEPING.intersection(code.co_names)):
-            return name
-    return ""
+        yield code
 
 
 def forks() -> bool:

@@ -41,16 +41,6 @@ class Exercise:
         """Return the name of the function that the learner writes."""
         return ast.parse(self.solution).body[-1].name
 
-    @property
-    def stub(self) -> str:
-        """Return the cell that nbgrader hands out."""
-        return SOLUTION.sub(r"\1raise NotImplementedError()", self.solution)
-
-    @property
-    def hidden(self) -> str:
-        """Return the tests that the learner does not see."""
-        return HIDDEN.search(self.test)[1]
-
 
 @cache
 def names(source: str) -> tuple[set[str], set[str]]:

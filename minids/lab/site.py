@@ -157,11 +157,6 @@ def stylesheet() -> str:
     return rules
 
 
-def title_of(nb) -> str:
-    """Return a notebook's title."""
-    return nb.cells[0].source.splitlines()[0].lstrip("# ")
-
-
 def write_site(out: Path) -> list[str]:
     """Write all pages; return the formulas that stay as LaTeX."""
     import nbformat
@@ -172,7 +167,8 @@ def write_site(out: Path) -> list[str]:
     shows = dict(CARD.findall((ROOT / "figures" / "README.md").read_text(encoding="utf-8")))
     paths = sorted((ROOT / "notebooks").glob("*.ipynb"))
     books = [nbformat.read(path, as_version=4) for path in paths]
-    pages = [(f"{path.stem}.html", title_of(nb)) for path, nb in zip(paths, books, strict=True)]
+    pages = [(f"{path.stem}.html", nb.cells[0].source.splitlines()[0].lstrip("# "))
+             for path, nb in zip(paths, books, strict=True)]
     out.mkdir(parents=True, exist_ok=True)
     for i, (nb, page) in enumerate(zip(books, pages, strict=True)):
         body, _ = exporter.from_notebook_node(prepared(nb, formulas, shows))

@@ -24,7 +24,7 @@ from training_runs import Said, run_main
 from minids.lab import course as program
 from minids.lab import handouts
 from minids.lab.course import without_answers
-from minids.lab.exercises import SOLUTION, exercises
+from minids.lab.exercises import HIDDEN, SOLUTION, exercises
 
 if not find_spec("nbgrader"):  # imported by what needs it: it takes seconds
     pytest.skip("nbgrader is not installed: pip install nbgrader", allow_module_level=True)
@@ -133,7 +133,7 @@ def drive(course: Path, stem: str, whole: bool = False) -> None:
     text = "\n".join(sources)
     assert "BEGIN SOLUTION" not in text and "HIDDEN" not in text
     assert text.count("# Write your answer here.\n") == count
-    assert not any(exercise.hidden in text for exercise in exercises(source))
+    assert not any(HIDDEN.search(exercise.test)[1] in text for exercise in exercises(source))
 
     hand_in(course, "solved", stem, nbformat.read(source, 4))
     hand_in(course, "begun", stem, begun(source, release))
@@ -252,7 +252,7 @@ class TestStudents:
         secrets = []
         for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
             for exercise in exercises(path):
-                secrets += [SOLUTION.search(exercise.solution)[0], exercise.hidden,
+                secrets += [SOLUTION.search(exercise.solution)[0], HIDDEN.search(exercise.test)[1],
                             *wrong_answers(exercise).values()]
         assert len(secrets) > 500
         lines = {*text.splitlines(), *cells.splitlines()}  # most have one that no file has
