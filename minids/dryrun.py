@@ -72,17 +72,9 @@ class DryRunArgs(Settings):
         return (self.network or (400 if self.gpus <= HOST else 50)) * 1e9
 
 
-def two_moments(name: str, p: torch.Tensor) -> int:
-    """Return the bytes of AdamW's state per number of a parameter."""
-    return 8
-
-
-def muon_moments(name: str, p: torch.Tensor) -> int:
-    """Return the same for Muon, which leaves embedding, head and vectors to AdamW."""
-    return 4 if is_hidden_matrix(name, p) else 8
-
-
-STATE_BYTES = {"adamw": two_moments, "muon": muon_moments}
+# Of an optimizer's state, per number of a parameter; Muon leaves all but hidden matrices to AdamW.
+STATE_BYTES = {"adamw": lambda name, p: 8,
+               "muon": lambda name, p: 4 if is_hidden_matrix(name, p) else 8}
 
 
 class Rank(NamedTuple):

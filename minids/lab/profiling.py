@@ -24,7 +24,7 @@ from minids.infer.generation import generate
 from minids.lab.bench_alone import seconds_per_step, trainer
 from minids.lab.bench_setup import WARM_UP, Bench
 from minids.model.transformer import Transformer
-from minids.plots.speed import IDLE, STEPS, profile_figure
+from minids.plots.speed import IDLE, STEPS, idle, profile_figure
 
 PROFILED = {"training": 3, "decoding": 16}  # steps
 # The first pattern that a kernel's name holds decides; the last takes what is left.
@@ -41,8 +41,6 @@ KINDS = {
     "copies and casts": r"memcpy|memset|copy|cat|fill|zero",
     "norms and elementwise": r"",
 }
-
-
 ANNOTATION = re.compile(r"^[\w.]+#[\w.]+$|^ProfilerStep")  # a stretch of time with kernels in it
 
 
@@ -134,5 +132,4 @@ def profile_table(bench: Bench) -> Iterator[list[str]]:
     yield ["in all", *(f"{column['ms']:.2f}" for column in columns)]
     for kind in KINDS:
         yield [kind, *(f"{column['kinds'].get(kind, 0):.2f}" for column in columns)]
-    yield [IDLE, *(f"{max(column['ms'] - sum(column['kinds'].values()), 0):.2f}"
-                   for column in columns)]
+    yield [IDLE, *(f"{idle(column):.2f}" for column in columns)]

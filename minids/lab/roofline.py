@@ -33,7 +33,7 @@ SIDE = {"cuda": 8192, "cpu": 1024}  # of the square product whose rate is the pe
 COPIED = {"cuda": 2 ** 30, "cpu": 2 ** 26}  # bytes of the copy
 CACHES = {"cuda": 2 ** 28, "cpu": 2 ** 26}  # bytes of arguments that no cache holds
 MOST_COPIES = 32
-BLOCK, BLOCKS = "transformer.Block.forward", 7  # so many blocks' weights are in no cache
+BLOCK, BLOCKS = "transformer.Block.forward", 7  # no cache holds the weights of 7 blocks
 ROUNDS = {"cuda": 15, "cpu": 3}
 CLOCK = 2e9  # a GPU's cycles per second, at most
 # A body's result beside the plain one, relative to its length: BF16 rounds to 2^-9, FP32 to 2^-24.
@@ -72,24 +72,22 @@ def seconds_per_call(work: Callable, inputs: list[tuple], device: str) -> float:
     return statistics.median(once() for _ in range(ROUNDS[device])) / len(inputs)
 
 
-def product_rate(device: str, dtype: torch.dtype) -> float:
+def product_rate(device: str, dtype: torch.dtype, product: Callable = torch.matmul) -> float:
     """Return the FLOP/s of a large product of random matrices."""
     side = SIDE[device]
     pairs = [tuple(torch.randn(side, side, device=device).to(dtype) for _ in range(2))
              for _ in range(2)]
-    return 2 * side ** 3 / seconds_per_call(torch.matmul, pairs, device)
+    return 2 * side ** 3 / seconds_per_call(product, pairs, device)
 
 
 def fp8_rate() -> float:
     """Return the FLOP/s of a large product of E4M3 numbers, one scale per tensor; 0: not there."""
-    side, one = SIDE["cuda"], torch.ones((), device="cuda")
+    one = torch.ones((), device="cuda")
 
     def product(a: Tensor, b: Tensor) -> Tensor:
         return torch._scaled_mm(a, b.t(), one, one, out_dtype=torch.bfloat16)
     try:
-        pairs = [tuple(torch.randn(side, side, device="cuda").to(torch.float8_e4m3fn)
-                       for _ in range(2)) for _ in range(2)]
-        return 2 * side ** 3 / seconds_per_call(product, pairs, "cuda")
+        return product_rate("cuda", torch.float8_e4m3fn, product)
     except RuntimeError:  # a card without such units
         return 0.0
 
@@ -250,7 +248,7 @@ def require_equal(call: Call, ours, plain) -> None:
 
 
 def few_layers(bench: Bench, count: int) -> int:
-    """Return how many layers have `count` with experts among them, if there are so many."""
+    """Return how many layers to take to have `count` with experts among them, or all layers."""
     return min(bench.args.n_layers, bench.args.n_dense_layers + count)
 
 
@@ -276,16 +274,14 @@ def roofline_table(bench: Bench) -> Iterator[list[str]]:
     """Measure the peaks, then each body's share of them."""
     s, peaks = bench.settings, measure_peaks(bench.settings.device)
     yield ["body", "shapes", "ms", "TFLOP/s", "GB/s", "bound", "share"]
-    for dtype, rate in peaks.flops.items():
-        side = SIDE[s.device]
-        name = str(dtype).removeprefix("torch.")
-        yield [f"peak: product, {name}", f"{side}x{side}", f"{2e3 * side ** 3 / rate:.4f}",
-               f"{rate / 1e12:.1f}", "", "", ""]
-    if s.device == "cuda" and (rate := fp8_rate()):
-        side = SIDE["cuda"]
-        yield ["peak: scaled_mm, E4M3", f"{side}x{side}", f"{2e3 * side ** 3 / rate:.4f}",
-               f"{rate / 1e12:.1f}", "", "", ""]
-    count = COPIED[s.device] // 4
+    rates = {f"product, {str(dtype).removeprefix('torch.')}": rate
+             for dtype, rate in peaks.flops.items()}
+    rates["scaled_mm, E4M3"] = fp8_rate() if s.device == "cuda" else 0
+    side, count = SIDE[s.device], COPIED[s.device] // 4
+    for name, rate in rates.items():
+        if rate:
+            yield [f"peak: {name}", f"{side}x{side}", f"{2e3 * side ** 3 / rate:.4f}",
+                   f"{rate / 1e12:.1f}", "", "", ""]
     yield ["peak: copy", f"{count}", f"{8e3 * count / peaks.bytes_per_second:.4f}", "",
            f"{peaks.bytes_per_second / 1e9:,.0f}", "", ""]
     works = {"training": (functools.partial(training_calls, bench), True)}

@@ -26,32 +26,17 @@ PAGES = {  # dark or not -> background, text, quiet text, lines, share of a colo
 
 
 class Box(NamedTuple):
-    """A box's centre and size; its edges are points (x, y) for arrows."""
+    """A box's centre and size; the middles of its edges are points (x, y) for arrows."""
 
     x: float
     y: float
     width: float
     height: float
 
-    @property
-    def left(self) -> tuple[float, float]:
-        """Return the middle of the left edge."""
-        return self.x - self.width / 2, self.y
-
-    @property
-    def right(self) -> tuple[float, float]:
-        """Return the middle of the right edge."""
-        return self.x + self.width / 2, self.y
-
-    @property
-    def top(self) -> tuple[float, float]:
-        """Return the middle of the upper edge."""
-        return self.x, self.y - self.height / 2
-
-    @property
-    def bottom(self) -> tuple[float, float]:
-        """Return the middle of the lower edge."""
-        return self.x, self.y + self.height / 2
+    left = property(lambda self: (self.x - self.width / 2, self.y))
+    right = property(lambda self: (self.x + self.width / 2, self.y))
+    top = property(lambda self: (self.x, self.y - self.height / 2))
+    bottom = property(lambda self: (self.x, self.y + self.height / 2))
 
 
 def mix(colour: str, page: str, share: float) -> str:
