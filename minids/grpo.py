@@ -112,7 +112,7 @@ class GrpoArgs(ObjectiveArgs, LearnArgs):
 
     @property
     def modes(self) -> tuple[str, ...]:
-        """The modes of the prompts, which take turns."""
+        """Return the modes of the prompts, which take turns."""
         return dict(both=("think", "direct"), all=MODES).get(self.mode, (self.mode,))
 
     @classmethod
@@ -187,7 +187,7 @@ class Reinforcer(Learner):
         return self.learn(part) | self.batch.metrics | sampled, None
 
     def tell_silence(self) -> None:
-        """Say now and then why no group has a signal, unless the run has learned all there is."""
+        """Print now and then why no group has a signal, unless the run has learned all there is."""
         found = self.batch.metrics
         why, learned = why_no_signal(found), any(not why_no_signal(r) for r in self.metrics)
         done = learned and found["groups_all_right"] == 1
@@ -355,7 +355,7 @@ class Reinforcer(Learner):
         return 1 - max(marks["accuracy"] for marks in found.values())
 
     def finish(self) -> None:
-        """Say so if most of the steps had no signal."""
+        """Print a line if most of the steps had no signal."""
         reasons = Counter(filter(None, map(why_no_signal, self.metrics)))
         if 2 * reasons.total() > len(self.metrics):
             print(f"{reasons.total()} of {len(self.metrics)} steps had no signal, mostly because "

@@ -58,7 +58,6 @@ def build(args: TokenizerArgs) -> Tokenizer:
 
 
 def main() -> None:
-    """Run `python -m minids.tokenizer`."""
     (given,) = parse("minids.tokenizer", __doc__, TokenizerArgs)
     build(TokenizerArgs(**given))
 

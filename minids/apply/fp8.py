@@ -91,13 +91,13 @@ class ExpertsInFP8(Experts):
     rounded: tuple[kernels.Rounded, kernels.Rounded] | None = None
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
-        """As `Experts.forward`."""
+        """Run `Experts.forward` with one product for w1 and w3."""
         up, down = self.products(len(x), counts)
         x1, x3 = up(x).chunk(2, dim=-1)
         return down(F.silu(x1) * x3)
 
     def products(self, rows: int, counts: Tensor) -> tuple[Callable, Callable]:
-        """Return how so many rows are multiplied by [w1; w3], and by w2."""
+        """Return how this number of rows is multiplied by [w1; w3], and by w2."""
         if self.rounded is None or not torch.is_grad_enabled():
             return (lambda x: fp8_grouped_pair(x, self.w1, self.w3, counts),
                     lambda x: self.product(x, self.w2, counts))

@@ -164,7 +164,6 @@ MAKERS = {"train": train_table, "decode": decode_table, "memory": memory_table,
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
     with speaking_first():
         given, changes = parse("minids.lab.bench", __doc__, BenchArgs, ModelArgs, argv=argv)
         s = BenchArgs(**given)

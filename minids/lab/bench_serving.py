@@ -205,7 +205,6 @@ async def clients(ask: Callable, text: list[int], seed: int, count: int, request
     return served
 
 
-
 async def ask(host: str, port: int, body: dict, times: list[float], most: int = -1) -> str:
     """Send a completion's request and note when each chunk of its stream comes.
 

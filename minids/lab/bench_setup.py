@@ -72,22 +72,22 @@ class BenchArgs(Settings):
 
     @property
     def tables(self) -> list[str]:
-        """Names of the tables to make."""
+        """Return the names of the tables to make."""
         return list(DEFAULT_TABLES) if self.what == "all" else self.what.split(",")
 
     @property
     def dtypes(self) -> list[str]:
-        """Precisions of the tables that have a row for each."""
+        """Return the precisions of the tables that have a row for each."""
         return list(BOTH[self.device]) if self.dtype == "both" else [self.dtype]
 
     @property
     def decode_dtypes(self) -> list[str]:
-        """The same for decoding, where BF16 weights are BF16 weights."""
+        """Return the same for decoding, where both kinds of BF16 have weights in BF16."""
         return list(dict.fromkeys(name.removesuffix("-weights") for name in self.dtypes))
 
     @property
     def one_dtype(self) -> torch.dtype:
-        """Precision of the tables that run in one: FP32 unless BF16 is asked for."""
+        """Return the precision of the tables that run in one: FP32 unless BF16 is asked for."""
         return DTYPES[self.dtypes[-1]]
 
 

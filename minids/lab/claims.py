@@ -75,7 +75,7 @@ class Trained(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of the whole validation text after the last step."""
+        """Return the bits per byte of the whole validation text after the last step."""
         return self.metrics[-1]["valid_bpb"]
 
 
@@ -173,7 +173,6 @@ TABLES = {"balance": balance_table, "fp8": fp8_table}
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line."""
     [given] = parse("minids.lab.claims", __doc__, ClaimArgs, argv=argv)
     args = ClaimArgs(**given)
     ModelArgs.preset(args.preset)  # refuses what is not there before the first run

@@ -66,7 +66,6 @@ def markdown() -> str:
 
 
 def main() -> None:
-    """`python -m minids.lab.flags`."""
     [given] = command_line.parse("minids.lab.flags", __doc__, FlagsArgs)
     if not (page := FlagsArgs(**given).page):
         return print(markdown())

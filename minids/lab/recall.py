@@ -82,12 +82,12 @@ class RecallArgs(Machine):
 
     @property
     def k(self) -> int:
-        """Tokens that a query attends to."""
+        """Return the number of tokens that a query attends to."""
         return self.index_topk or self.seq_len // 8
 
     @property
     def keys(self) -> int:
-        """Words that are keys: tokens 0 to keys - 1; then come values and fillers."""
+        """Return the number of words that are keys: tokens 0, 1, ..; then values and fillers."""
         return max(self.seq_len // 8, 2 * FEWEST)
 
     def model(self) -> ModelArgs:

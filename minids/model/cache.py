@@ -41,7 +41,7 @@ class LatentCache:
 
     @property
     def room(self) -> int:
-        """Tokens that still fit."""
+        """Return how many more tokens fit."""
         return self.latents.size(2) - self.length
 
     def slots(self, count: int) -> Tensor:

@@ -25,7 +25,6 @@ class DrawingArgs(Settings):
 
 
 def main() -> None:
-    """Run `python -m minids.plots`."""
     (given,) = parse("minids.plots", __doc__, DrawingArgs)
     settings = DrawingArgs(**given)
     args = ModelArgs.preset(settings.preset)

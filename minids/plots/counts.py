@@ -26,7 +26,7 @@ def short(count: float) -> str:
 def parameter_map(counts: dict, path: style.File = None, title: str = ""):
     """Draw where the parameters are: all of them, and those that one token uses.
 
-    counts: model name -> its `minids.costs.ParameterCount` (parts and active_parts are read)
+    counts: model name -> its `ParameterCount` (parts and active_parts are read)
     title: the figure's message
     Left: both totals, on a log scale. Middle and right: the parts of each total, percent.
     """

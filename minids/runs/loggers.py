@@ -65,7 +65,7 @@ class TensorBoard:
         self.add(record["seconds"], step=record["step"], summary=dict(value=values))
 
     def close(self) -> None:
-        """Nothing is left to write."""
+        """Do nothing: each step's event is on the disk already."""
 
 
 class Wandb:

@@ -226,7 +226,7 @@ class Tokenizer:
 
     @property
     def n_bytes(self) -> torch.Tensor:
-        """(vocab_size,) int64, bytes of text per token; 0 for special and unused ids."""
+        """Return the bytes of text per token, (vocab_size,) int64; 0: special and unused ids."""
         lengths = torch.tensor([len(piece) for piece in self._bytes])
         lengths[list(self.special.values())] = 0
         return lengths
