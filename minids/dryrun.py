@@ -276,7 +276,7 @@ def table(run: DryRunArgs, rental: Rental) -> str:
         "none of this was run on GPUs."])
 
 
-def inference(preset: str, args: ModelArgs, run: DryRunArgs, layout: Layout, cards: list[Rental],
+def inference(preset: str, args: ModelArgs, layout: Layout, cards: list[Rental],
               sizes: tuple[int, ...]) -> str:
     """Return which GPUs hold a released checkpoint in FP8 blocks, and how much cache beside it.
 
@@ -318,7 +318,7 @@ def main(argv: list[str] | None = None) -> None:
         cards = [rental] if rented else [named_card({"gpu": gpu}) for gpu in ("H100", "H200")]
         own = layout.pipeline * layout.expert_parallel
         sizes = (run.gpus,) if "gpus" in given else (own,) if own > 1 else HELD_BY
-        return print(inference(name, args, run, layout, cards, sizes))
+        return print(inference(name, args, layout, cards, sizes))
     other = replace(run, recompute="none" if run.recompute == "blocks" else "blocks")
     memory = rental.gpu_memory * 1e9
     reports = (dry_run(args, run, layout, memory=memory),

@@ -146,7 +146,7 @@ def lent(text: str) -> str:
     return text if alone else "\n".join(ast.unparse(n) for n in body if isinstance(n, imports))
 
 
-def helpers(exercise: Exercise, answer: str, sent: Submission, given: set[str]) -> list[str]:
+def helpers(answer: str, sent: Submission, given: set[str]) -> list[str]:
     """Return the cells that the answer needs, in order: the student's own, and imports."""
     own = []
     for grade_id, text in sent.cells:
@@ -234,7 +234,7 @@ def grade_notebook(path: Path, class_: list[Submission], jobs: int, bar: tqdm) -
                     running.remove(one)
                     finish(*one)
             answer = answer_to(exercise, sent)
-            what = exercise, answer, helpers(exercise, answer, sent, given), space, earlier
+            what = exercise, answer, helpers(answer, sent, given), space, earlier
             copy = Copy(lambda tell, what=what: tell("judged", judge(*what)), LONGEST)
             running.append((copy, sent))
         for copy, sent in running:
