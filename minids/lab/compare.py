@@ -68,17 +68,12 @@ def tensor_difference(answer, expected: torch.Tensor) -> tuple[str, str]:
         place = (~close).nonzero()[0].tolist()
         one, other = (x.detach()[tuple(place)].item() for x in (answer, expected))
         at = f" at {place}" if place else ""
-        return (f"gives {shown(one, other)} instead of {shown(other, one)}{at}"
-                f"{fine(one, other)}", "value")
+        if type(one) is float and math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-9):
+            at += ": is something rounded to FP32 on the way?"
+        return f"gives {shown(one, other)} instead of {shown(other, one)}{at}", "value"
     if expected.requires_grad and not answer.requires_grad:
         return "gives the right numbers in a tensor without a gradient", "type"
     return "", ""
-
-
-def fine(one, other) -> str:
-    """Return a remark on two numbers that are equal to six digits."""
-    near = type(one) is float and math.isclose(one, other, rel_tol=1e-5, abs_tol=1e-9)
-    return ": is something rounded to FP32 on the way?" if near else ""
 
 
 def same(answer, expected) -> bool:

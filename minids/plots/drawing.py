@@ -11,6 +11,8 @@ are placed by their centre and know their edges, so that arrows start and end on
 Colours have a meaning: see `ROLES`. `dark=True` draws the same page for a dark background.
 """
 
+from itertools import pairwise
+from math import dist
 from typing import NamedTuple
 
 from minids.plots import style
@@ -109,7 +111,7 @@ class Drawing:
             shrinkA=0, shrinkB=0, color=colour or self.line, linewidth=1.2, capstyle="butt",
             linestyle="--" if dashed else "-", joinstyle="miter"))
         if label:
-            (x0, y0), (x1, y1) = max(zip(points, points[1:], strict=False), key=span)
+            (x0, y0), (x1, y1) = max(pairwise(points), key=lambda ends: dist(*ends))
             if y0 == y1:
                 self.label((x0 + x1) / 2, y0 - 3, label, va="bottom")
             else:
@@ -153,9 +155,3 @@ class Drawing:
     def done(self, alt: str, path: style.File = None):
         """Return the figure with its alt text, and write it as a PNG file if there is a path."""
         return style.finish(style.described(self.figure, alt), path)
-
-
-def span(part: tuple) -> float:
-    """Return the length of one straight part of an arrow."""
-    (x0, y0), (x1, y1) = part
-    return abs(x1 - x0) + abs(y1 - y0)

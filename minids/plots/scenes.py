@@ -10,8 +10,6 @@ from pathlib import Path
 from minids.base.files import write_whole
 from minids.plots import style
 
-FACE = dict(aspect="equal", xlim=(-1.15, 1.15), ylim=(-1.15, 1.15))
-
 
 @style.house_style()
 def clock_figure(frequencies: dict[str, list], pairs: list[int], position: int, trained: int,
@@ -21,12 +19,16 @@ def clock_figure(frequencies: dict[str, list], pairs: list[int], position: int, 
     frequencies: label -> radians per token of every pair; the first label is the trained model
     pairs: numbers of the pairs to draw; position: of the token; trained: tokens of a context
     """
+    from matplotlib.patches import Circle, Wedge
     figure = style.new_figure(9.8, 3.2)
     faces = figure.subplots(1, len(pairs))
     first, lost = next(iter(frequencies)), []
     for ax, pair in zip(faces, pairs, strict=True):
-        seen = min(trained * frequencies[first][pair], 2 * pi)
-        draw_face(ax, seen)
+        seen = min(trained * frequencies[first][pair], 2 * pi)  # radians from the top
+        ax.add_patch(Wedge((0, 0), 1, 90 - degrees(seen), 90, facecolor="#dddddd"))
+        ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=style.GREY))
+        ax.set(aspect="equal", xlim=(-1.15, 1.15), ylim=(-1.15, 1.15), xticks=[], yticks=[])
+        ax.axis("off")
         styles = zip(frequencies.items(), (style.RED, style.BLUE), (5.0, 2.0), strict=False)
         for (label, row), colour, width in styles:
             angle = position * row[pair] % (2 * pi)
@@ -43,15 +45,6 @@ def clock_figure(frequencies: dict[str, list], pairs: list[int], position: int, 
     return style.described(style.finish(figure, path), (
         f"Clock faces of rotary pairs {', '.join(map(str, pairs))} at position {position:,}, hands "
         f"for {' and '.join(frequencies)}; grey: angles seen in {trained:,} tokens of training"))
-
-
-def draw_face(ax, seen: float) -> None:
-    """Draw a clock's face and the sector of the angles up to `seen`, in radians from the top."""
-    from matplotlib.patches import Circle, Wedge
-    ax.add_patch(Wedge((0, 0), 1, 90 - degrees(seen), 90, facecolor="#dddddd"))
-    ax.add_patch(Circle((0, 0), 1, fill=False, edgecolor=style.GREY))
-    ax.set(**FACE, xticks=[], yticks=[])
-    ax.axis("off")
 
 
 @style.house_style()
