@@ -90,8 +90,8 @@ def short(request, monkeypatch):
 @inside
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("batch, queries, keys", [
-    (2, 5, 40), (1, 3, 7), pytest.param(1, 2, 300, marks=pytest.mark.slow),
-    pytest.param(1, 1, 5000, marks=pytest.mark.slow)])
+    (1, 3, 7), *(pytest.param(*shape, marks=pytest.mark.slow)
+                 for shape in ((2, 5, 40), (1, 2, 300), (1, 1, 5000)))])
 def test_the_choice_is_topks(batch, queries, keys):
     """Numbers of either sign; queries that see fewer than k, and none; one row in pieces."""
     torch.manual_seed(0)
@@ -156,7 +156,8 @@ def test_a_model_reads_and_continues_as_with_the_plain_definitions(monkeypatch):
 
 
 @inside
-@pytest.mark.parametrize("stage", [pytest.param("warmup", marks=pytest.mark.slow), "sparse"])
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["warmup", "sparse"])
 def test_both_stages_learn_as_with_the_plain_definitions(stage, monkeypatch):
     monkeypatch.setattr(indexer, "PIECE", 100)
     args = replace(LITTLE, **WIDTHS)
@@ -203,7 +204,8 @@ def test_scores_in_fp8_are_those_of_the_rounded_numbers():
 
 @inside
 @torch.inference_mode()
-@pytest.mark.parametrize("count, k", [(1, 6), (2, 6), (1, 100)])
+@pytest.mark.parametrize("count, k", [
+    (1, 6), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 6), (1, 100)))])
 def test_a_step_stores_what_the_plain_definitions_store(count, k):
     """Index keys and latents of new tokens; with k = 100 all are attended to."""
     caches, outs = [], []
