@@ -196,6 +196,7 @@ class Learner:
             self.scaler.unscale_(optimizer)  # clipping means the true gradient
         norms = self.gradient_norms()
         found = fetched(metrics | norms)  # the only wait for the device in a step
+        counted = None if loads is None else loads.cpu()  # later it would wait for the optimizers
         loss, norm = found["loss"], sum(found[name] for name in norms)
         scale = self.scaler.get_scale() if self.scaler.is_enabled() else 0
         overflow = scale >= 1 and not math.isfinite(norm)
@@ -216,7 +217,7 @@ class Learner:
                       lr=self.optimizers[0].param_groups[0]["lr"], seconds=round(self.seconds, 3))
         record |= {"loss_scale": scale} if scale else {}
         record |= {"overflow": True} if overflow else {}
-        return record | self.more_metrics(loads, elapsed) | ({"skipped": True} if skipped else {})
+        return record | self.more_metrics(counted, elapsed) | ({"skipped": True} if skipped else {})
 
     def train(self) -> None:
         """Take all steps that are left; measure, save and show progress on the way."""

@@ -63,6 +63,21 @@ def test_seed_decides_the_first_weights(home, tmp_path):
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+def test_a_step_asks_for_loads_before_the_optimizers_work(home, tmp_path, monkeypatch):
+    """On a GPU it would wait for them otherwise, after its clock has stopped."""
+    trainer, seen = make_trainer(home, tmp_path), []
+    plain = torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda t: seen.append("loads") or plain(t).clone())
+    for optimizer in trainer.optimizers:
+        monkeypatch.setattr(optimizer, "step", lambda: seen.append("step"))
+    monkeypatch.setattr(trainer, "after_update", seen.append)
+    monkeypatch.setattr(trainer, "more_metrics", lambda loads, _: dict(given=loads))
+    given = trainer.train_step()["given"]
+    *before, on_device = seen
+    assert before == ["loads", *["step"] * len(trainer.optimizers)]
+    assert given is not on_device and torch.equal(given, on_device)
+
+
 def test_killed_and_resumed_run_equals_an_unbroken_one(home, flags, unbroken):
     """Two kills; `python tests/kill_and_resume.py` has twenty, of the default nano run."""
     seconds = json.loads((unbroken / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
