@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from minids.fp8 import fp8_linear
 from minids.kernels import fp8 as kernels
-from minids.kernels.fp8_layout import BLOCK, group_tiles
+from minids.kernels.fp8_layout import BLOCK, Groups, Slots, group_tiles
 from minids.kernels.registry import bodies
 from minids.model.layers import Linear
 from minids.model.moe import Experts, each_expert
@@ -92,18 +92,28 @@ class ExpertsInFP8(Experts):
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
         """Run `Experts.forward` with one product for w1 and w3."""
-        up, down = self.products(len(x), counts)
+        if self.rounded is None or not torch.is_grad_enabled():
+            x1, x3 = fp8_grouped_pair(x, self.w1, self.w3, counts).chunk(2, dim=-1)
+            return self.product(F.silu(x1) * x3, self.w2, counts)
+        up, down = self.products(group_tiles(counts, len(x)))
         x1, x3 = up(x).chunk(2, dim=-1)
         return down(F.silu(x1) * x3)
 
-    def products(self, rows: int, counts: Tensor) -> tuple[Callable, Callable]:
-        """Return how this number of rows is multiplied by [w1; w3], and by w2."""
-        if self.rounded is None or not torch.is_grad_enabled():
-            return (lambda x: fp8_grouped_pair(x, self.w1, self.w3, counts),
-                    lambda x: self.product(x, self.w2, counts))
-        groups, (w13, w2) = group_tiles(counts, rows), self.rounded
-        return (lambda x: kernels.multiplied(x, [self.w1, self.w3], groups, w13),
-                lambda x: kernels.multiplied(x, [self.w2], groups, w2))
+    def products(self, groups: Groups, slots: Slots = (None, None)) -> tuple[Callable, Callable]:
+        """Return how kernels multiply rows by [w1; w3], and by w2; slots: of `from_tokens`"""
+        w13, w2 = self.rounded or (None, None)
+        into, out_of = ("x", "y") if slots[0] is not None else ("", "")
+        return (lambda x: kernels.multiplied(x, [self.w1, self.w3], groups, w13, into, slots),
+                lambda x: kernels.multiplied(x, [self.w2], groups, w2, out_of, slots))
+
+    def from_tokens(self, source: Tensor, slot: Tensor,
+                    counts: Tensor) -> tuple[Callable, Callable]:
+        """Return what `minids.kernels.experts.products` does, in kernels."""
+        return self.products(group_tiles(counts, len(source)), Slots(source, slot))
+
+    def in_kernels(self, x: Tensor) -> bool:
+        """Return whether kernels multiply x by all of its matrices."""
+        return kernels.pair_in_kernels.when(x, self.w1, self.w3, None) and kernels.takes(self.w2)
 
 
 @bodies(kernels.grouped_in_kernels)

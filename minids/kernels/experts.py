@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from minids.kernels.precision import UNTRIED, compute_dtype, in_fp32, wide
+from minids.kernels.precision import compute_dtype, in_fp32, wide
 from minids.kernels.registry import REGISTRY, body
 
 
@@ -81,9 +81,11 @@ def sum_slots(rows: Tensor, slot: Tensor, weights: Tensor | None = None) -> Tens
     if in_fp32(rows) and not is_compiling():  # a compiler makes such a kernel itself
         from minids.kernels import triton_experts
         return triton_experts.sum_slots(rows, slot, weights)
-    out = rows[slot]  # (N, K, D)
-    out = (out if weights is None else out * weights.unsqueeze(-1)).sum(1)
-    return out.to(rows.dtype)  # on a GPU autocast makes sums FP32
+    parts = [rows[own].to(wide(rows)) for own in slot.unbind(1)]  # one pass to a compiler
+    if weights is not None:
+        parts = [part * own.unsqueeze(-1) for part, own
+                 in zip(parts, weights.unbind(1), strict=True)]
+    return sum(parts).to(rows.dtype)
 
 
 def takes_grouped(x: Tensor, weight: Tensor, counts: Tensor) -> bool:
@@ -108,7 +110,7 @@ def trains_on_gpu(moe, x: Tensor, weights: Tensor, indices: Tensor) -> bool:
     if x.device.type != "cuda" or not torch.is_grad_enabled() or compute_dtype(x) != torch.bfloat16:
         return False
     if in_fp8(experts):
-        return UNTRIED
+        return experts.in_kernels(x)
     return "product" not in vars(experts) and all(
         takes_grouped(x, w, indices) for w in (experts.w1, experts.w2))
 
@@ -118,25 +120,26 @@ def weighted_inside(moe, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """Run `MoE.routed` for training on a GPU: x (N, D), weights and indices (N, K) -> (N, D)"""
     dtype = compute_dtype(x)
     source, slot, counts = REGISTRY["moe.sort_by_expert"](indices, len(moe.experts.w2))
-    up, down = products(moe.experts, dtype, len(source), counts)
-    rows = Dispatch.apply(x.to(dtype), source, slot)  # (M, D)
-    x1, x3 = up(rows).chunk(2, dim=-1)  # (M, moe_inter_dim)
+    up, down = products(moe.experts, dtype, source, slot, counts)
+    x1, x3 = up(x.to(dtype)).chunk(2, dim=-1)  # (M, moe_inter_dim)
     share = weights.new_zeros(len(source)).scatter(0, slot.flatten(), weights.flatten())  # (M,)
-    hidden = weighed(x1, x3, share)  # 0 in a slot without a pair
-    return SumSlots.apply(down(hidden), source, slot)
+    return down(weighed(x1, x3, share))  # 0 in a slot without a pair
 
 
-def products(experts, dtype: torch.dtype, rows: int, counts: Tensor) -> tuple[Callable, Callable]:
-    """Return how experts multiply their rows by [w1; w3] and by w2: their own way, or in BF16."""
+def products(experts, dtype: torch.dtype, source: Tensor, slot: Tensor,
+             counts: Tensor) -> tuple[Callable, Callable]:
+    """Return how experts multiply tokens, dispatched, by [w1; w3], and rows by w2, added up for
+    each token: their own way, or in BF16."""
     if in_fp8(experts):
-        return experts.products(rows, counts)
+        return experts.from_tokens(source, slot, counts)
     w13, w2 = matrices(experts, dtype)
-    return lambda x: grouped_fused(x, w13, counts), lambda x: grouped_fused(x, w2, counts)
+    return (lambda x: grouped_fused(Dispatch.apply(x, source, slot), w13, counts),
+            lambda x: SumSlots.apply(grouped_fused(x, w2, counts), source, slot))
 
 
 def in_fp8(experts) -> bool:
     """Return whether these are `minids.apply.fp8.ExpertsInFP8`."""
-    return hasattr(experts, "products")
+    return hasattr(experts, "from_tokens")
 
 
 def weighed(x1: Tensor, x3: Tensor, share: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ The passes over memory of one layer, x (N, K) and w (M, K), where BF16 has its t
 For the backward pass only the transposed copies are kept, one byte per number: the same bytes as
 of the simulation in `minids.fp8`, whose rounded numbers these are bit for bit. Experts run as one
 layer whose row tiles belong to one expert each (`fp8_layout.Groups`); no number of rows is asked of
-the device. w1 and w3 are one matrix to them: x is rounded once, and dx is one sum. Each direction
-is one operation for a compiler, which then compiles around it.
+the device. w1 and w3 are one matrix to them: x is rounded once, and dx is one sum. A token's row is
+fetched for each of its experts while it is rounded, and so is its gradient: no copies of them are
+written. Each direction is one operation for a compiler, which then compiles around it.
 """
 
 import importlib
@@ -24,11 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
+from minids.kernels.experts import sum_slots
 from minids.kernels.fp8_layout import (
     BLOCK,
     LEAST,
     LEAST_GRADIENT,
     Groups,
+    Slots,
     group_tiles,
     in_fours,
     in_gluon,
@@ -125,42 +128,51 @@ class Rounded(NamedTuple):
 
 
 def multiplied(x: Tensor, weights: list[Tensor], groups: Sequence[Tensor],
-               rounded: Rounded | None = None) -> Tensor:
+               rounded: Rounded | None = None, tokens: str = "",
+               slots: Slots = (None, None)) -> Tensor:
     """Multiply rows, in the type that a product has here, by matrices side by side.
 
     rounded: the weights, if they are rounded already
+    tokens: what has a row per token, where everything else has one per slot: "x", whose rows are
+        fetched, or "y", the result, whose rows are added up; slots: of these tokens
     """
     learns = torch.is_grad_enabled() and (x.requires_grad or weights[0].requires_grad)
     if rounded is None:
         rounded = round_weights([w.detach() for w in weights], learns, False)
     height = sum(w.size(1) for w in weights)
-    return InKernels.apply(x.to(compute_dtype(x)), learns, height, len(weights), *rounded,
-                           *weights, *groups)
+    return InKernels.apply(x.to(compute_dtype(x)), learns, height, len(weights), tokens, *slots,
+                           *rounded, *weights, *groups)
 
 
 class InKernels(torch.autograd.Function):
     """Rows by matrices, x (N, K) and stacks of weights (E, M, K) -> (N, M each), with gradients.
 
-    keep: whether a backward pass follows; height: M of all stacks; then `Rounded`, the stacks that
-    were rounded, and groups of `group_tiles` or none
+    keep: whether a backward pass follows; height: M of all stacks; tokens: of `multiplied`, and its
+    slots; then `Rounded`, the stacks that were rounded, and groups of `group_tiles` or none
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, keep: bool, height: int, stacks: int, q: Tensor, scale: Tensor,
-                q_t: Tensor, scale_t: Tensor, *tensors: Tensor) -> Tensor:
+    def forward(ctx, x: Tensor, keep: bool, height: int, stacks: int, tokens: str,
+                source: Tensor | None, slot: Tensor | None, q: Tensor, scale: Tensor, q_t: Tensor,
+                scale_t: Tensor, *tensors: Tensor) -> Tensor:
         weights, groups = tensors[:stacks], list(tensors[stacks:])
-        y, *kept = forward(x, q, scale, height, keep, groups)
-        ctx.save_for_backward(*kept, q_t, scale_t, *groups)
-        ctx.stacks, ctx.width, ctx.dtype = stacks, x.size(1), weights[0].dtype
-        return y
+        y, *kept = forward(x, q, scale, height, keep, groups, source if tokens == "x" else None)
+        other_way = {"": [], "x": [slot], "y": [source]}[tokens]
+        ctx.save_for_backward(*kept, q_t, scale_t, *groups, *other_way)
+        ctx.stacks, ctx.width, ctx.dtype, ctx.tokens = stacks, x.size(1), weights[0].dtype, tokens
+        return sum_slots(y, slot) if tokens == "y" else y
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
         kept, groups = ctx.saved_tensors[:4], list(ctx.saved_tensors[4:])
-        for_x, for_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[8]
-        found = backward(grad, *kept, ctx.stacks, ctx.width, ctx.dtype, for_x, for_weight, groups)
+        place = groups.pop() if ctx.tokens else None
+        for_x, for_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[11]
+        found = backward(grad, *kept, ctx.stacks, ctx.width, ctx.dtype, for_x, for_weight, groups,
+                         place if ctx.tokens == "y" else None)
         dx, *dw = found if for_x else [None, *found]
-        return (dx, *[None] * 7, *(dw if for_weight else [None] * ctx.stacks),
+        if for_x and ctx.tokens == "x":
+            dx = sum_slots(dx, place)
+        return (dx, *[None] * 10, *(dw if for_weight else [None] * ctx.stacks),
                 *[None] * len(groups))
 
 
@@ -181,25 +193,33 @@ def round_weights(weights: Sequence[Tensor], transposed: bool, ue8m0: bool
 
 @custom_op("minids::fp8_forward", mutates_args=())
 def forward(x: Tensor, w: Tensor, w_scale: Tensor, height: int, keep: bool,
-            groups: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return each row's products (N, height) in x's type, and x for `backward`, as it reads it."""
+            groups: Sequence[Tensor], source: Tensor | None
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return each row's products (N, height) in x's type, and x for `backward`, as it reads it.
+
+    source: (N,), the row of x that each row is
+    """
     from minids.kernels.triton_fp8 import NOT, OF_ROUNDED, round_tiles
-    own = Groups(*groups) if groups else None
-    q, scale, *kept = round_tiles(x, True, OF_ROUNDED if keep else NOT, groups=own)
-    return multiply(q, scale, w, w_scale, len(x), height, x.dtype, own), *kept
+    own, rows = Groups(*groups) if groups else None, len(x) if source is None else len(source)
+    q, scale, *kept = round_tiles(x, True, OF_ROUNDED if keep else NOT, groups=own, source=source)
+    return multiply(q, scale, w, w_scale, rows, height, x.dtype, own), *kept
 
 
 @custom_op("minids::fp8_backward", mutates_args=())
 def backward(grad: Tensor, x_t: Tensor, x_scale: Tensor, w_t: Tensor, w_scale: Tensor, stacks: int,
              width: int, dtype: torch.dtype, for_x: bool, for_weight: bool,
-             groups: Sequence[Tensor]) -> list[Tensor]:
-    """Return the gradients that are wanted: of x (N, width), and of each stack, of a type."""
+             groups: Sequence[Tensor], source: Tensor | None) -> list[Tensor]:
+    """Return the gradients that are wanted: of x (N, width), and of each stack, of a type.
+
+    source: (N,), the row of grad that each row is
+    """
     from minids.kernels.triton_fp8 import NOT, OF_X, round_tiles
     own, found = Groups(*groups) if groups else None, []
+    rows = len(grad) if source is None else len(source)
     q, scale, q_t, scale_t = round_tiles(grad, for_x, OF_X if for_weight else NOT,
-                                         least=LEAST_GRADIENT, groups=own)
+                                         least=LEAST_GRADIENT, groups=own, source=source)
     if for_x:
-        found.append(multiply(q, scale, w_t, w_scale, len(grad), width, grad.dtype, own))
+        found.append(multiply(q, scale, w_t, w_scale, rows, width, grad.dtype, own))
     height = grad.size(1) // stacks
     for first in range(0, grad.size(1), height) if for_weight else ():
         part = slice(first, first + whole(height))
@@ -270,14 +290,14 @@ def _(weights, transposed, ue8m0):
 
 
 @forward.register_fake
-def _(x, w, w_scale, height, keep, groups):
-    wide = whole(x.size(1))
-    tiles = keep * (len(groups[0]) if groups else whole(len(x)) // BLOCK)
-    return x.new_empty(len(x), height), numbers(x, wide, tiles * BLOCK), scales(x, tiles, wide)
+def _(x, w, w_scale, height, keep, groups, source):
+    wide, rows = whole(x.size(1)), len(x) if source is None else len(source)
+    tiles = keep * (len(groups[0]) if groups else whole(rows) // BLOCK)
+    return x.new_empty(rows, height), numbers(x, wide, tiles * BLOCK), scales(x, tiles, wide)
 
 
 @backward.register_fake
-def _(grad, x_t, x_scale, w_t, w_scale, stacks, width, dtype, for_x, for_weight, groups):
-    shape = len(w_t), grad.size(1) // stacks, width
+def _(grad, x_t, x_scale, w_t, w_scale, stacks, width, dtype, for_x, for_weight, groups, source):
+    shape, rows = (len(w_t), grad.size(1) // stacks, width), len(grad if source is None else source)
     dw = [grad.new_empty(shape, dtype=dtype) for _ in range(stacks * for_weight)]
-    return [grad.new_empty(len(grad), width)] * for_x + dw
+    return [grad.new_empty(rows, width)] * for_x + dw

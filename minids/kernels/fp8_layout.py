@@ -47,6 +47,13 @@ class Groups(NamedTuple):
     starts: Tensor  # (E + 1,), the number of each expert's first tile, and of all
 
 
+class Slots(NamedTuple):
+    """Where the pairs of tokens and experts stand, as `minids.model.moe.sort_by_expert` says."""
+
+    source: Tensor  # (M,), the token in each slot
+    slot: Tensor  # (N, K), the slot of each pair
+
+
 def group_tiles(counts: Tensor, rows: int) -> Groups:
     """Cut the rows of each expert into tiles, without asking the device how many there are.
 

@@ -23,13 +23,14 @@ NOT, OF_X, OF_ROUNDED = 0, 1, 2  # what the columns are rounded from
 
 
 @triton.jit
-def tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tokens,
+def tiles_kernel(x, source, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tokens,
                  least, ROWS: tl.constexpr, COLUMNS: tl.constexpr, UE8M0: tl.constexpr,
-                 GROUPED: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr,
-                 WARPS: tl.constexpr):
+                 GROUPED: tl.constexpr, FETCHED: tl.constexpr, SHORT: tl.constexpr,
+                 BLOCK: tl.constexpr, WARPS: tl.constexpr):
     """Round 128 x 128 numbers along the rows, along the columns, or both; columns go transposed.
 
-    q_rows: rows of q and of a tile's scales; tokens: columns of q_t, whole tiles
+    source: the row of x that each row is, if FETCHED; q_rows: rows of q and of a tile's scales
+    tokens: columns of q_t, whole tiles
     """
     tile, column = tl.program_id(1).to(tl.int64), tl.program_id(0)
     last = rows
@@ -42,7 +43,10 @@ def tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tok
     along = column * BLOCK + tl.arange(0, BLOCK)
     padded = tl.num_programs(0) * BLOCK
     inside = (at < last)[:, None] & (along < width)[None, :]
-    value = tl.load(x + at[:, None] * width + along[None, :], mask=inside, other=0.0)
+    row = at
+    if FETCHED:
+        row = tl.load(source + at, mask=at < last, other=0)
+    value = tl.load(x + row[:, None] * width + along[None, :], mask=inside, other=0.0)
     if ROWS or COLUMNS == 2:
         value = value.to(tl.float32)
         own = scale_of(tl.max(tl.abs(value), 1), least, UE8M0)  # (BLOCK,)
@@ -107,18 +111,20 @@ def chosen(x: Tensor, name: str) -> triton.JITFunction:
 
 
 def round_tiles(x: Tensor, rows: bool, columns: int = NOT, ue8m0: bool = False,
-                least: float = LEAST, groups: Groups | None = None
+                least: float = LEAST, groups: Groups | None = None, source: Tensor | None = None
                 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Round x (N, D) to tiles along its rows, along its columns, or both.
 
     rows: whether to round along rows; columns: of `NOT`, `OF_X`, `OF_ROUNDED`
     groups: columns' tiles are those of each expert, the first of which starts at its first row
+    source: (N,) int64, the row of x that each row is; x then has a row per token, and N is a
+        number of slots
 
     Returns, with all sizes in whole tiles except N if there are groups, and empty if not asked for,
         q: (N, D), scale: (D / 128, N);    q_t: (D, 128 T), scale_t: (T, D)
     """
     (n, d), x = x.shape, x.contiguous()
-    wide = whole(d)
+    n, wide = n if source is None else len(source), whole(d)
     tiles = whole(n) // BLOCK if groups is None else len(groups.first)
     q_rows = whole(n) if groups is None else n
     e4m3, fp32 = (dict(device=x.device, dtype=t) for t in (torch.float8_e4m3fn, torch.float32))
@@ -129,9 +135,10 @@ def round_tiles(x: Tensor, rows: bool, columns: int = NOT, ue8m0: bool = False,
     warps = 4 if columns == OF_X and in_gluon(x) else 8  # measured on an H200, and for blocks
     if n:
         chosen(x, "tiles_kernel")[wide // BLOCK, tiles](
-            x, q, scale, q_t, scale_t, first, end, n, d, q_rows, tiles * BLOCK, least, ROWS=rows,
-            COLUMNS=columns, UE8M0=ue8m0, GROUPED=groups is not None, SHORT=x.element_size() == 2,
-            BLOCK=BLOCK, WARPS=warps, num_warps=warps)
+            x, x if source is None else source, q, scale, q_t, scale_t, first, end, n, d, q_rows,
+            tiles * BLOCK, least, ROWS=rows, COLUMNS=columns, UE8M0=ue8m0,
+            GROUPED=groups is not None, FETCHED=source is not None,
+            SHORT=x.element_size() == 2, BLOCK=BLOCK, WARPS=warps, num_warps=warps)
     return q, scale, q_t, scale_t
 
 

@@ -17,10 +17,10 @@ scale_of, to_e4m3 = (gluon.jit(f.fn) for f in (triton_e4m3.scale_of, triton_e4m3
 
 
 @gluon.jit
-def hopper_tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tokens, least,
-                        ROWS: gl.constexpr, COLUMNS: gl.constexpr, UE8M0: gl.constexpr,
-                        GROUPED: gl.constexpr, SHORT: gl.constexpr, BLOCK: gl.constexpr,
-                        WARPS: gl.constexpr):
+def hopper_tiles_kernel(x, source, q, scale, q_t, scale_t, first, end, rows, width, q_rows, tokens,
+                        least, ROWS: gl.constexpr, COLUMNS: gl.constexpr, UE8M0: gl.constexpr,
+                        GROUPED: gl.constexpr, FETCHED: gl.constexpr, SHORT: gl.constexpr,
+                        BLOCK: gl.constexpr, WARPS: gl.constexpr):
     """As `tiles_kernel`."""
     ALONG: gl.constexpr = gl.BlockedLayout([1, 16], [4, 8], [WARPS, 1], [1, 0])  # 16 of a row each
     ACROSS: gl.constexpr = gl.BlockedLayout([16, 1], [8, 4], [1, WARPS], [0, 1])  # and of a column
@@ -35,7 +35,10 @@ def hopper_tiles_kernel(x, q, scale, q_t, scale_t, first, end, rows, width, q_ro
     along = column * BLOCK + gl.arange(0, BLOCK, gl.SliceLayout(0, ALONG))
     padded = gl.num_programs(0) * BLOCK
     inside = (at < last)[:, None] & (along < width)[None, :]
-    value = gl.load(x + at[:, None] * width + along[None, :], mask=inside, other=0.0)
+    row = at
+    if FETCHED:
+        row = gl.load(source + at, mask=at < last, other=0)
+    value = gl.load(x + row[:, None] * width + along[None, :], mask=inside, other=0.0)
     if ROWS or COLUMNS == 2:
         number = value.to(gl.float32)
         own = scale_of(gl.max(gl.abs(number), 1), least, UE8M0)  # (BLOCK,)

@@ -97,17 +97,19 @@ def kernel_rows(args: ModelArgs, copies: StepRounding, tokens: int,
     rows, width, height = tokens * args.n_activated_experts, args.dim, 2 * args.moe_inter_dim
     counts = torch.randint(args.n_routed_experts, (rows,), device=device).bincount(
         minlength=args.n_routed_experts)
-    groups = group_tiles(counts, rows)
+    groups, source = group_tiles(counts, rows), torch.randint(tokens, (rows,), device=device)
     rounded = next(rounded for weights, rounded in copies.pairs if len(weights) == 2)
-    x, dy = (drawn(rows, size, device=device) for size in (width, height))
-    mine = round_tiles(x, True, OF_ROUNDED, groups=groups)
+    x, dy = drawn(tokens, width, device=device), drawn(rows, height, device=device)
+    mine = round_tiles(x, True, OF_ROUNDED, groups=groups, source=source)
     theirs = round_tiles(dy, True, OF_X, groups=groups)
     peaks, fp8 = measure_peaks(device), fp8_rate()
-    for name, of, columns in (("rows", x, NOT), ("rows, and columns of them", x, OF_ROUNDED),
-                              ("rows and columns of gradients", dy, OF_X)):
-        taken = seconds_per_call(lambda of=of, columns=columns: round_tiles(
-            of, True, columns, groups=groups), [()], device)
-        moved = of.numel() * (of.element_size() + (1 + 4 / BLOCK) * (2 - (columns == NOT)))
+    for name, of, columns, of_slots in (
+            ("rows, fetched", x, NOT, source),
+            ("rows, fetched, and columns of them", x, OF_ROUNDED, source),
+            ("rows and columns of gradients", dy, OF_X, None)):
+        taken = seconds_per_call(lambda of=of, columns=columns, of_slots=of_slots: round_tiles(
+            of, True, columns, groups=groups, source=of_slots), [()], device)
+        moved = rows * of.size(1) * (of.element_size() + (1 + 4 / BLOCK) * (2 - (columns == NOT)))
         yield alone(f"  rounding {name}", taken, moved / peaks.bytes_per_second)
     dtype = x.dtype
     for name, product in (

@@ -95,9 +95,10 @@ def launch_fp8() -> None:
         for weight, groups in ((torch.randn(1, 256, 384), []),
                                (torch.randn(3, 256, 384), fp8.group_tiles(counts, 256))):
             w, scale, *turned = fp8.round_weights([weight.to(dtype)], True, True)
-            _, *kept = fp8.forward(x, w, scale, 256, True, list(groups))
-            fp8.backward(torch.randn(256, 256, dtype=dtype), *kept, *turned, 1, 384, dtype, True,
-                         True, list(groups))
+            for source in (None, torch.arange(256)) if groups else (None,):
+                _, *kept = fp8.forward(x, w, scale, 256, True, list(groups), source)
+                fp8.backward(torch.randn(256, 256, dtype=dtype), *kept, *turned, 1, 384, dtype,
+                             True, True, list(groups), source)
 
 
 def launch_hopper() -> None:
@@ -106,7 +107,9 @@ def launch_hopper() -> None:
     triton_fp8.in_gluon = lambda x: True
     x, counts = torch.randn(256, 384, dtype=BF16), torch.tensor([130, 0, 126])
     groups = fp8.group_tiles(counts, 256)
-    q, scale, *turned = triton_fp8.round_tiles(x, True, triton_fp8.OF_X, groups=groups)
+    triton_fp8.round_tiles(x, True, triton_fp8.OF_X, groups=groups)
+    q, scale, *turned = triton_fp8.round_tiles(x, True, triton_fp8.OF_ROUNDED, groups=groups,
+                                               source=torch.arange(256))
     w, w_scale, *_ = triton_fp8.round_blocks([torch.randn(3, 256, 384, dtype=BF16)], columns=True)
     triton_fp8.round_tiles(x.float(), True, triton_fp8.OF_ROUNDED)
     for dtype in (F32, BF16):
