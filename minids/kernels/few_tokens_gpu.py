@@ -7,6 +7,9 @@ torch's for the products with one matrix:
     norm   product   fold, rotate, store the latent   attend in pieces   merge   product
     add and norm   gate   choose   list by expert   experts up   experts down   add up
 
+With an indexer a second branch runs beside the fold: product, rotate and store the index key,
+scores, choose. Attention then waits for both.
+
 Attention looks at the slots that are filled and no others, whatever the cache has room for. Experts
 read each weight once, and only those that somebody chose.
 """
@@ -26,7 +29,6 @@ from minids.kernels.precision import (
     INTERPRETED,
     LOG2_E,
     TRITON,
-    UNTRIED,
     gluon_attends,
     in_triton,
     on_hopper,
@@ -38,7 +40,7 @@ KINDS = torch.bfloat16, torch.float16, torch.float32
 MANY = 1024  # tokens of a step; with more the plain definition's products are as quick
 MULTIPROCESSORS = 132  # of a large GPU; attention is cut into so many programs, or twice as many
 MOST_PIECES = 64  # more take longer to add up than they save
-MERGED = 32  # columns of W_UV that one program multiplies
+MERGED = 64  # columns of W_UV that one program multiplies
 OLDEST = 8, 0  # compute capability; before, V3's widths need more shared memory than a block has
 
 
@@ -66,7 +68,7 @@ def takes(args, weight: Tensor, dtype: torch.dtype) -> bool:
 
 def index_width(args, weight: Tensor) -> int:
     """Return the width of an index key if the indexer's kernels prepare a step, else 0."""
-    known = (args.has_indexer and (UNTRIED or INTERPRETED) and on_hopper(weight)
+    known = (args.has_indexer and on_hopper(weight)
              and fits(args.index_n_heads, args.index_head_dim) and is_tile(args.kv_lora_rank)
              and not args.index_hadamard and not args.index_fp8)
     return args.index_head_dim if known else 0
@@ -179,7 +181,7 @@ def beside(device: torch.device) -> Iterator[None]:
     stream = second_stream(device)
     if stream is not None:
         stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
+    with torch.cuda.stream(stream):  # None changes nothing
         yield
 
 

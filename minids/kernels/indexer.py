@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from minids.kernels.attention import causal
-from minids.kernels.precision import UNTRIED, compute_dtype, on_hopper
+from minids.kernels.precision import compute_dtype, on_hopper
 from minids.kernels.registry import REGISTRY, body
 
 SCORES = 2 ** 24  # numbers that all heads together may hold at a time
@@ -51,52 +51,59 @@ def scores_in_one_kernel(q: Tensor, weights: Tensor, keys: Tensor) -> Tensor:
 def select_in_pieces(indexer, x: Tensor, c_q: Tensor, keys: Tensor, rotation: Tensor,
                      visible: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """Score few queries against the keys that they see, choose, and forget the scores."""
-    kind = compute_dtype(x)
-    q, weights, scales = indexer.queries(c_q, rotation), indexer.weights(x), None
-    if indexer.args.index_fp8 and UNTRIED:
-        q, weights, keys, scales = in_e4m3(q, weights, keys)
-    else:
-        q, keys = q.to(kind), keys.to(kind)
-    return best_in_pieces(q, weights, keys, visible, k, scales)
+    kind, q, weights = compute_dtype(x), indexer.queries(c_q, rotation), indexer.weights(x)
+    return best_in_pieces(q.to(kind), weights, keys.to(kind), visible, k,
+                          indexer.args.index_fp8)
 
 
-def in_e4m3(q: Tensor, weights: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return queries and keys as E4M3 numbers, as deployed; queries' scales go into the weights.
+def in_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return vectors of an indexer, (.., d), as E4M3 numbers, as deployed, and their scales, (..).
 
     A vector has 128 numbers or fewer, so one scale, a power of two. What the indexer has rounded
-    before comes out as it is, and all products of scales are exact.
+    before comes out as it is.
     """
-    quantize = REGISTRY["fp8.quantize_activation"]
-    (q, q_scale), (keys, scales) = quantize(q, True), quantize(keys, True)
-    return q, weights * q_scale.squeeze(-1), keys, scales.squeeze(-1).contiguous()
+    rounded, scale = REGISTRY["fp8.quantize_activation"](x, True)
+    return rounded, scale.squeeze(-1)
+
+
+def scored(q: Tensor, weights: Tensor, keys: Tensor, first: int, scales: Tensor | None) -> Tensor:
+    """Return (B, S, T) scores in FP32; scales: (B, T), of keys in E4M3, and then q is rounded too.
+
+    Scales are powers of two, so it makes no difference where they are multiplied in.
+    """
+    from minids.kernels import triton_indexer
+    if scales is not None:
+        q, scale = in_e4m3(q)
+        weights, scales = weights * scale, scales.contiguous()
+    return triton_indexer.scores(q, weights, keys, first, scales)
 
 
 def best_in_pieces(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor | None, k: int,
-                   scales: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                   fp8: bool = False) -> tuple[Tensor, Tensor]:
     """Return each query's k best keys: indices int64, seen bool, (B, S, k)"""
-    tokens = best_tokens(q, weights, keys, visible, k, scales)
+    tokens = best_tokens(q, weights, keys, visible, k, fp8)
     return (tokens ^ (tokens >> 31)).long(), tokens >= 0
 
 
 def best_tokens(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor | None, k: int,
-                scales: Tensor | None = None) -> Tensor:
+                fp8: bool = False) -> Tensor:
     """Return each query's k best keys, (B, S, k) int32: t, and -1 - t of one that it does not see.
 
     visible: (B or 1, S, T) bool, or (B or 1, S) int64, the last key that each query sees; None: the
-        queries are the last of the T positions; scales: (B, T), of keys in E4M3
+        queries are the last of the T positions; fp8: multiply E4M3 numbers
     In memory stand PIECE scores, whatever S is, and no mask where queries see all before them.
     """
-    from minids.kernels import triton_choice, triton_indexer
+    from minids.kernels import triton_choice
     (batch, count), total = q.shape[:2], keys.size(1)
     tokens = torch.empty(batch, count, k, dtype=torch.int32, device=q.device)
+    keys, scales = in_e4m3(keys) if fp8 else (keys, None)
     for part in pieces(batch, count, total):
         first = total - count + part.start
         end = total if visible is not None else max(total - count + part.stop, k)
-        own = None if scales is None else scales[:, :end].contiguous()
-        scores = triton_indexer.scores(q[:, part], weights[:, part], keys[:, :end],
-                                       first if visible is None else end, own)
+        own = None if scales is None else scales[:, :end]
+        scores = scored(q[:, part], weights[:, part], keys[:, :end],
+                        first if visible is None else end, own)
         seen = visible if visible is None else visible[:, part]
-        seen = seen[..., :end] if visible is not None and visible.dim() == 3 else seen
         triton_choice.select(scores, seen, first, tokens[:, part])
     return tokens
 

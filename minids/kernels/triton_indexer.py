@@ -187,7 +187,7 @@ def prepare(indexer, x: Tensor, k: Tensor, q: Tensor | None, turn: Tensor, slots
     heads, width = args.index_n_heads, args.index_head_dim
     out = torch.empty(len(x), heads, width, dtype=index_keys.dtype, **new)
     weights = torch.empty(len(x), heads, dtype=torch.float32, **new)
-    norm, more = indexer.k_norm, 0 if q is None else 1 + triton.cdiv(heads, 4)
+    norm, more = indexer.k_norm, 0 if q is None else 1 + triton.cdiv(heads, 2)
     q = k if q is None else q
     prepare_index_kernel[(len(x), 1 + more)](
         q, k, x, turn, slots, norm.weight, norm.bias, indexer.weights_proj.weight, out, weights,
@@ -195,8 +195,8 @@ def prepare(indexer, x: Tensor, k: Tensor, q: Tensor | None, turn: Tensor, slots
         turn.stride(0) if len(turn) > 1 else 0, slots.stride(0) if len(slots) > 1 else 0,
         index_keys.stride(0), norm.eps, (heads * width) ** -0.5, heads, width,
         P=args.qk_rope_head_dim, HEADS=max(16, triton.next_power_of_2(heads)),
-        WIDTH=max(16, triton.next_power_of_2(width)), ROWS=4,
-        BLOCK=min(triton.next_power_of_2(x.size(1)), 1024))
+        WIDTH=max(16, triton.next_power_of_2(width)), ROWS=2,
+        BLOCK=min(triton.next_power_of_2(x.size(1)), 4096))
     return out, weights
 
 

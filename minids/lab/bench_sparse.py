@@ -22,7 +22,7 @@ from minids.apply.folded import joined
 from minids.config import ModelArgs
 from minids.costs.flops import pair_flops
 from minids.kernels import few_tokens_gpu
-from minids.kernels.indexer import best_in_pieces, best_tokens, in_e4m3, pieces
+from minids.kernels.indexer import best_in_pieces, best_tokens, in_e4m3, pieces, scored
 from minids.lab.bench_decoding import sparse_table
 from minids.lab.bench_setup import Bench
 from minids.lab.roofline import Peaks, measure_peaks
@@ -111,26 +111,23 @@ def prefill_rows(layer: Layer, length: int) -> Iterator[list[str]]:
     [attended] = layer.seconds([functools.partial(
         selected_attention, q, latent, args.kv_lora_rank, *chosen, scale)])
     del chosen, q, latent
-    scored = layer.pair["indexer"] * length * (length + 1) / 2
+    pairs = layer.pair["indexer"] * length * (length + 1) / 2
     work = layer.pair["mqa"] * (k * (k + 1) / 2 + (length - k) * k)
-    for kind, rounded in (("", lambda: (*index, None)), (", FP8 indexer", lambda: in_e4m3(*index))):
-        given = rounded()
-        scores, choice, rounding = layer.seconds([
-            lambda given=given: all_scores(*given),
-            lambda given=given: best_in_pieces(*given[:3], None, k, given[3]), rounded])
-        yield [f"prefill, {length:,} tokens{kind}", *sides(dense, rounding + choice + attended),
-               f"scores {1e3 * scores:.2f} ({scored / scores / layer.peak:.0%} of the peak), "
+    for kind, fp8 in (("", False), (", FP8 indexer", True)):
+        scores, choice = layer.seconds([functools.partial(all_scores, *index, fp8),
+                                        functools.partial(best_in_pieces, *index, None, k, fp8)])
+        yield [f"prefill, {length:,} tokens{kind}", *sides(dense, choice + attended),
+               f"scores {1e3 * scores:.2f} ({pairs / scores / layer.peak:.0%} of the peak), "
                f"choice {1e3 * (choice - scores):.2f}, attention {1e3 * attended:.2f} "
-               f"({work / attended / layer.peak:.0%})"
-               + (f", rounding {1e3 * rounding:.2f}" if kind else "")]
+               f"({work / attended / layer.peak:.0%})"]
 
 
-def all_scores(q: Tensor, weights: Tensor, keys: Tensor, scales: Tensor | None) -> None:
-    """Score as `best_in_pieces` does, and choose nothing."""
-    from minids.kernels.triton_indexer import scores
+def all_scores(q: Tensor, weights: Tensor, keys: Tensor, fp8: bool) -> None:
+    """Score as `best_in_pieces` does, rounding included, and choose nothing."""
+    keys, scales = in_e4m3(keys) if fp8 else (keys, None)
     for part in pieces(len(q), q.size(1), keys.size(1)):
-        own = None if scales is None else scales[:, :part.stop].contiguous()
-        scores(q[:, part], weights[:, part], keys[:, :part.stop], part.start, own)
+        scored(q[:, part], weights[:, part], keys[:, :part.stop], part.start,
+               None if scales is None else scales[:, :part.stop])
 
 
 def graphed(work: Callable[[], Tensor]) -> Callable[[], object]:

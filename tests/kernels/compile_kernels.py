@@ -184,8 +184,7 @@ def launch_sparse() -> None:
             for triton_choice.SHORT in (0, 16384):
                 indexer.best_in_pieces(*numbers, visible, 200)
         indexer.best_tokens(*numbers, torch.zeros(2, 700, dtype=torch.int64), 200)
-        q, weights, keys, scales = indexer.in_e4m3(*numbers)
-        indexer.best_in_pieces(q, weights, keys, None, 200, scales)
+        indexer.best_in_pieces(*numbers, None, 200, True)
         for dtype, widths in ((F32, {}), (BF16, V3_WIDTHS | dict(index_n_heads=64,
                                                                 index_head_dim=128))):
             joined_block()(*joined_case(1, dtype=dtype, **INDEXER | widths).call())

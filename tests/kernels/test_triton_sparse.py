@@ -180,24 +180,22 @@ def test_both_stages_learn_as_with_the_plain_definitions(stage, monkeypatch):
 @torch.no_grad()
 def test_scores_in_fp8_are_those_of_the_rounded_numbers():
     """Queries and keys of a deployed indexer are E4M3 numbers times powers of two."""
-    from minids.kernels import triton_indexer
     torch.manual_seed(0)
     q, keys = torch.randn(2, 19, 5, 24, device=DEVICE), torch.randn(2, 40, 24, device=DEVICE)
     q, keys = (t * torch.rand(t.size(-2), 1, device=DEVICE).exp2() ** 9 for t in (q, keys))
     weights = torch.randn(2, 19, 5, device=DEVICE)
     wanted = index_scores.plain(rounded_to_fp8(q), weights, rounded_to_fp8(keys))
 
-    def gap(q8: Tensor, weights: Tensor, keys8: Tensor, scales: Tensor) -> float:
-        found = triton_indexer.scores(q8, weights, keys8, 40, scales)
+    def gap(keys8: Tensor, scales: Tensor, q: Tensor) -> float:
+        found = indexer.scored(q, weights, keys8, 40, scales)
         return ((found - wanted).norm() / wanted.norm()).item()
 
-    given = indexer.in_e4m3(q, weights, keys)
-    again = indexer.in_e4m3(rounded_to_fp8(q), weights, rounded_to_fp8(keys))
-    assert all(torch.equal(a.float() * s, b.float() * z) for a, s, b, z in (
-        (given[2], given[3][..., None], again[2], again[3][..., None]),))  # rounds nothing again
+    given, again = indexer.in_e4m3(keys), indexer.in_e4m3(rounded_to_fp8(keys))
+    assert torch.equal(given[0].float() * given[1][..., None],
+                       again[0].float() * again[1][..., None])  # what is rounded stays
     near = 1e-5 if INTERPRETED else 5e-4  # Hopper adds up FP8 products in 14 bits or so
-    assert gap(*given) < near and gap(*again) < near
-    assert gap(*given[:3], given[3].roll(1, 1)) > 0.1
+    assert gap(*given, q) < near and gap(*again, rounded_to_fp8(q)) < near
+    assert gap(given[0], given[1].roll(1, 1), q) > 0.1
     plain = index_scores.plain(q, weights, keys)
     assert (plain - wanted).norm() / wanted.norm() > 1e-3
 

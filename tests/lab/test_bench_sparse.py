@@ -47,7 +47,7 @@ def test_the_rows_come_from_the_kernels(layer):
         whole, alone = decode_rows(layer, 30)
         warm, sparse = training_rows(layer, 12)
     require_row(plain, "prefill, 20 tokens", "scores .* of the peak", "choice")
-    require_row(rounded, "prefill, 20 tokens, FP8 indexer", "rounding")
+    require_row(rounded, "prefill, 20 tokens, FP8 indexer", "scores")
     require_row(whole, "decode, 30 tokens, the layer", "of its floor")
     require_row(alone, "decode, 30 tokens, attention alone", "by the sparse kernel", "choice")
     require_row(warm, "train, 12 tokens, warmup", "GiB")
