@@ -426,15 +426,15 @@ def test_weights_rounded_once_per_step_give_the_same_gradients():
 def a_layer(dtype: torch.dtype) -> tuple[MoE, list[Tensor], Tensor]:
     """Return experts in FP8, tokens and weights, and the experts chosen; some slots have no pair.
     """
-    args = replace(LITTLE, dim=256, moe_inter_dim=128, n_routed_experts=4, n_expert_groups=1,
+    args = replace(LITTLE, dim=128, moe_inter_dim=128, n_routed_experts=4, n_expert_groups=1,
                    n_limited_groups=1, n_activated_experts=2)
     torch.manual_seed(0)
     moe = MoE(args).to(dtype)
     for p in moe.experts.parameters():
         torch.nn.init.normal_(p, std=p.size(-1) ** -0.5)
     use_fp8_within(moe)
-    x, weights = torch.randn(90, args.dim, dtype=dtype), torch.rand(90, 2, dtype=dtype)
-    return moe, [x, weights], torch.rand(90, 4).argsort(1)[:, :2]
+    x, weights = torch.randn(70, args.dim, dtype=dtype), torch.rand(70, 2, dtype=dtype)
+    return moe, [x, weights], torch.rand(70, 4).argsort(1)[:, :2]
 
 
 def weights_inside_plainly(moe: MoE, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
@@ -464,9 +464,8 @@ LAYER_APART = {torch.float32: 2e-3 if DEVICE == "cpu" else 2e-2,
 
 
 @inside
-@KINDS
-@pytest.mark.parametrize("rounded_before", [False, True])
-def test_weights_inside_the_experts_equal_the_simulation(rounded_before, dtype):
+@pytest.mark.parametrize("dtype, rounded_before", [(torch.float32, False), (torch.bfloat16, True)])
+def test_weights_inside_the_experts_equal_the_simulation(dtype, rounded_before):
     moe, numbers, indices = a_layer(dtype)
     plain = plainly(of_layer, weights_inside_plainly, moe, numbers, indices)
     if rounded_before:
