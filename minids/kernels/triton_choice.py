@@ -58,19 +58,13 @@ def kth(numbers, k, BITS: tl.constexpr):
 
 
 @triton.jit
-def add_both(a, b, c, d):
-    """Add two pairs."""
-    return a + c, b + d
-
-
-@triton.jit
 def kth_of_few(numbers, k):
     """Do what `kth` does for up to 32,767 numbers, two bits at a time, in fewer steps that wait.
 
     It ends as soon as a bound is reached by k numbers exactly, wherever it lies between two.
     """
-    above, reach = tl.reduce(((numbers >= 0).to(tl.int32), (numbers > HIDDEN).to(tl.int32)), 0,
-                             add_both)
+    above = tl.sum((numbers >= 0).to(tl.int32), axis=0)
+    reach = tl.sum((numbers > HIDDEN).to(tl.int32), axis=0)
     many = above >= k
     bound = tl.where(many, 0, HIDDEN)
     reach = tl.where(reach < k, k, tl.where(many, above, reach))  # fewer are seen: nothing to find
@@ -79,14 +73,14 @@ def kth_of_few(numbers, k):
         low, middle = bound + (1 << shift), bound + (2 << shift)
         top = tl.where(shift == 30, low, middle + (1 << shift))
         middle = tl.where(shift == 30, low, middle)  # one bit, and then pairs of the other 30
-        two, one = tl.reduce(((numbers >= low).to(tl.int32)
-                              + ((numbers >= middle).to(tl.int32) << 16),
-                              (numbers >= top).to(tl.int32)), 0, add_both)
-        first, second = two & 65535, two >> 16
-        bound = tl.where(one >= k, top, tl.where(second >= k, middle,
-                                                 tl.where(first >= k, low, bound)))
-        reach = tl.where(one >= k, one, tl.where(second >= k, second,
-                                                 tl.where(first >= k, first, reach)))
+        two = (numbers >= low).to(tl.int32) + ((numbers >= middle).to(tl.int32) << 16)
+        counts = tl.sum(two.to(tl.int64) + ((numbers >= top).to(tl.int64) << 32), axis=0)
+        first, second = (counts & 65535).to(tl.int32), (counts >> 16 & 65535).to(tl.int32)
+        third = (counts >> 32).to(tl.int32)
+        bound = tl.where(third >= k, top, tl.where(second >= k, middle,
+                                                   tl.where(first >= k, low, bound)))
+        reach = tl.where(third >= k, third, tl.where(second >= k, second,
+                                                     tl.where(first >= k, first, reach)))
         shift -= 2
     return bound
 
