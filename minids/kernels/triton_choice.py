@@ -58,34 +58,6 @@ def kth(numbers, k, BITS: tl.constexpr):
 
 
 @triton.jit
-def kth_of_few(numbers, k):
-    """Do what `kth` does for up to 32,767 numbers, two bits at a time, in fewer steps that wait.
-
-    It ends as soon as a bound is reached by k numbers exactly, wherever it lies between two.
-    """
-    above = tl.sum((numbers >= 0).to(tl.int32), axis=0)
-    reach = tl.sum((numbers > HIDDEN).to(tl.int32), axis=0)
-    many = above >= k
-    bound = tl.where(many, 0, HIDDEN)
-    reach = tl.where(reach < k, k, tl.where(many, above, reach))  # fewer are seen: nothing to find
-    shift = tl.full((), 30, tl.int32)
-    while (shift >= 0) & (reach != k):
-        low, middle = bound + (1 << shift), bound + (2 << shift)
-        top = tl.where(shift == 30, low, middle + (1 << shift))
-        middle = tl.where(shift == 30, low, middle)  # one bit, and then pairs of the other 30
-        two = (numbers >= low).to(tl.int32) + ((numbers >= middle).to(tl.int32) << 16)
-        counts = tl.sum(two.to(tl.int64) + ((numbers >= top).to(tl.int64) << 32), axis=0)
-        first, second = (counts & 65535).to(tl.int32), (counts >> 16 & 65535).to(tl.int32)
-        third = (counts >> 32).to(tl.int32)
-        bound = tl.where(third >= k, top, tl.where(second >= k, middle,
-                                                   tl.where(first >= k, low, bound)))
-        reach = tl.where(third >= k, third, tl.where(second >= k, second,
-                                                     tl.where(first >= k, first, reach)))
-        shift -= 2
-    return bound
-
-
-@triton.jit
 def best_of_row_kernel(scores, visible, tokens, S, T, first, visible_batch, visible_row,
                        place_batch, k, SEES: tl.constexpr, ALL: tl.constexpr):
     """Write the k best of one row (B, S, T), by position: tokens (B, S, k) int32
@@ -96,7 +68,7 @@ def best_of_row_kernel(scores, visible, tokens, S, T, first, visible_batch, visi
     stop = stop_at(visible, b, s, T, first, visible_batch, visible_row, SEES)
     t, own = tl.arange(0, ALL), visible + b * visible_batch + s * visible_row
     number = numbers_at(scores + (b * S + s) * T, own, t, t < stop, SEES)
-    bound = kth_of_few(number, k)  # HIDDEN where fewer are seen, and then the first unseen fill up
+    bound = kth(number, k, 31)  # HIDDEN where fewer are seen, and then the first unseen fill up
     missing = k - tl.sum((number > bound).to(tl.int32), axis=0)
     equal = ((number == bound) & (t < T)).to(tl.int32)
     best = (number > bound) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= missing))
