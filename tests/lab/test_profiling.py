@@ -10,7 +10,7 @@ from torch.autograd import DeviceType
 from minids.config import ModelArgs
 from minids.lab import profiling
 from minids.lab.bench_setup import Bench
-from minids.lab.profiling import KINDS, by_kind, kind_of, profile_table
+from minids.lab.profiling import KINDS, by_kind, fitted, kind_of, profile_table
 from minids.plots.speed import COLOURS, IDLE
 
 NANO = replace(ModelArgs.preset("nano"), n_mtp_layers=0)
@@ -65,6 +65,12 @@ def test_a_gpu_s_kernels_are_added_up_and_stretches_of_time_are_not():
     assert by_kind(done, 2) == {"products": 2.0, "norms and elementwise": 0.25}
     done = SimpleNamespace(events=lambda: events[-1:])
     assert by_kind(done, 2) == {"products": 0.35}  # without a GPU, a CPU's operations
+
+
+def test_kernels_side_by_side_are_no_longer_than_their_step():
+    assert fitted({"products": 3.0, "routing": 1.0}, 2.0) == {"products": 1.5, "routing": 0.5}
+    assert fitted({"products": 3.0, "routing": 1.0}, 8.0) == {"products": 3.0, "routing": 1.0}
+    assert fitted({}, 2.0) == {}
 
 
 def test_only_the_later_steps_are_profiled(monkeypatch):
