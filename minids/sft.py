@@ -194,7 +194,7 @@ class FineTuner(Learner):
         tokens, targets, packed = self.rows.batch(self.step, args.batch_size, args.seed)
         learnt = int(packed.loss_mask.sum())
         tokens, targets, *packed = map(team.share, (tokens, targets, *packed))
-        share = int(packed[1].sum()) / max(learnt, 1)  # of this rank's mean in that over all
+        share = self.weight(int(packed[1].sum()), learnt)
         with self.autocast():
             losses = self.model.loss(self.send(tokens), self.send(targets), args.mtp_weight,
                                      args.balance_weight, packed=Packed(*map(self.send, packed)))
@@ -204,6 +204,11 @@ class FineTuner(Learner):
         self.scaler.scale(total).backward()
         loss, main = team.summed(torch.stack([total.detach(), main.detach()]))
         return dict(loss=loss, main=main, learnt=learnt), None
+
+    def weight(self, own: int, learnt: int) -> float:
+        """Return what the mean over this rank's tokens counts in that over all; own: their number
+        """
+        return own / max(learnt, 1)
 
     def measure(self, record: dict, last: bool) -> float | None:
         """Mark the model in each mode; the best checkpoint has the lowest mean error of thinking
