@@ -481,13 +481,13 @@ def test_weights_inside_the_experts_equal_the_simulation(dtype, rounded_before):
 
 @inside
 def test_a_compiler_finds_no_break_in_a_layer_with_weights_inside():
-    moe, numbers, indices = a_layer(torch.float32)
+    """In BF16, in which alone this body is chosen."""
+    moe, numbers, indices = a_layer(torch.bfloat16)
     ways = experts.weighted_inside, torch.compile(experts.weighted_inside, backend="aot_eager",
                                                   fullgraph=True)
     found = [of_layer(way, moe, numbers, indices) for way in ways]
-    for eager, compiled in zip(*found, strict=True):  # whose sigmoid may be another's on a card
-        off = (compiled - eager).norm() / eager.norm()
-        assert off == 0 if DEVICE == "cpu" else off < LAYER_APART[torch.float32]
+    for eager, compiled in zip(*found, strict=True):
+        assert eager.any() and torch.equal(eager, compiled)
 
 
 @inside
