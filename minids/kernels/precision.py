@@ -11,7 +11,6 @@ from minids.kernels.fp8_layout import in_gluon
 
 TRITON = find_spec("triton") is not None  # comes with torch's CUDA build; imported where it runs
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # then kernels run on a CPU, for tests
-UNTRIED = os.environ.get("MINIDS_UNTRIED") == "1"  # turns on what no card has run yet
 HOPPER = 9, 0  # compute capability
 LOG2_E = 1.4426950408889634  # kernels have exp2
 
