@@ -366,7 +366,7 @@ MESSAGES = {"_allgather_base_": "gather", "_reduce_scatter_base_": "reduce",
 def sent_bytes(name: str, first, second, *others) -> int:
     """Return the bytes that a rank sends to others in a collective; arguments: torch's own."""
     if name == "alltoall_base_":  # output, input, group, rows from each rank; without rows: counts
-        return second.nbytes if others[1] else 0  # a rank sends nothing to itself
+        return first.nbytes * (len(others[1]) - 1) // len(others[1]) if others[1] else 0
     if name == "allreduce_":  # of a ring: a sum of parts, then their way around
         return 2 * sum(tensor.nbytes for tensor in first)
     return abs(first.nbytes - second.nbytes)  # of output and input, or input and output
