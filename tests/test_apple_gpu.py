@@ -26,7 +26,7 @@ from minids.infer.validation import evaluate
 from minids.kernels.registry import using
 from minids.model.sparse_attention import freeze_all_but_indexers
 from minids.rl.rollout import log_probs, roll_out
-from minids.runs import checkpoints
+from minids.runs import checkpoints, optimizers
 from minids.runs.optimizers import build_optimizers, clip_gradients
 from minids.runs.settings import TrainArgs
 
@@ -88,8 +88,8 @@ def elsewhere(monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.startswith("minids.kernels.") and hasattr(module, "TRITON"):
             monkeypatch.setattr(module, "TRITON", True)
-    adamw = torch.optim.AdamW
-    monkeypatch.setattr(torch.optim, "AdamW", lambda *given, fused, **more: adamw(*given, **more))
+    adamw = optimizers.AdamW
+    monkeypatch.setattr(optimizers, "AdamW", lambda *given, fused, **more: adamw(*given, **more))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device=None: False)
     monkeypatch.setattr(torch.Tensor, "tolist", lambda t: [1] * t.numel())  # rows of each expert
     for number in ("item", "__float__"):
