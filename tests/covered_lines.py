@@ -163,7 +163,7 @@ def lines_of(code: CodeType) -> set[int]:
 
 
 class Covers:
-    """What `record` has noted, for the sources of a checkout in `root`."""
+    """Read what `record` has noted, for the sources of a checkout in `root`."""
 
     def __init__(self, path: Path, root: Path):
         self.tests = json.loads(path.read_text())

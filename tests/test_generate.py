@@ -205,7 +205,7 @@ TEXT = "naïve 漢字 🙂 def f():\n    return 'é'"
 
 
 def streamed(tokenizer: Tokenizer, tokens: list[int]) -> list[str]:
-    """What a sample prints for each token, and at the end."""
+    """Return what a sample prints for each token, and at the end."""
     text, parts = ReplyText(tokenizer), []
     for act, *given in [*([text.add, token] for token in tokens), [text.flush]]:
         with contextlib.redirect_stdout(io.StringIO()) as out:

@@ -115,7 +115,7 @@ def prepare_index_kernel(q, k, x, rotation, slots, norm, bias, proj, out, weight
                          DIM, q_stride, k_stride, rotation_stride, slot_stride, keys_batch, eps,
                          factor, H, D, P: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
                          ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """What the indexer makes of one new token: its key, which is stored, queries, head weights.
+    """Prepare one new token for the indexer: store its key, write its queries and head weights.
 
     q: (N, H * D), k: (N, D), rows of products; x: (N, DIM), for the weights' product, in FP32
     rotation: (B or 1, S, P / 2, 2); slots: (B or 1, S); the strides of one are 0

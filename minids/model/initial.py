@@ -1,7 +1,7 @@
 """Initial weights (V3 section 4.2): matrices from a normal of init_std, norms one, biases zero.
 
-A model of at most LARGE parameters is drawn from torch's generator, matrix after matrix: who needs
-the last one has to draw all before it. A larger one would keep a GPU of many waiting, for 671B
+A model of at most LARGE parameters is drawn from torch's generator, matrix after matrix: whoever
+needs the last one must draw all before it. A larger one would keep a GPU of many waiting, for 671B
 parameters an hour and more, so each ROWS rows of a matrix come from a generator of their own. Its
 seed is a number drawn from torch's generator plus the number of the block in the model, so that no
 two blocks are alike, ranks draw only the blocks that their shares touch, several at a time, and

@@ -127,7 +127,7 @@ print(json.dumps(faults))
 
 @pytest.fixture(scope="module")
 def faults() -> dict[str, str]:
-    """What is wrong with each, from one process: importing torch takes seconds."""
+    """Find what is wrong with each in one process, since importing torch takes seconds."""
     done = subprocess.run([sys.executable, "-c", RUN], input=json.dumps(SOURCES), text=True,
                           capture_output=True, timeout=300, env=os.environ | {
                               "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)})

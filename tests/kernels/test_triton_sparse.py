@@ -83,7 +83,7 @@ def require_topk(scores: Tensor, visible: Tensor | None, k: int) -> None:
 
 @pytest.fixture(params=[0, 16384], ids=["listed", "in registers"])
 def short(request, monkeypatch):
-    """Rows of so many scores stay in registers."""
+    """Set up to how many scores a row stays in registers."""
     monkeypatch.setattr("minids.kernels.triton_choice.SHORT", request.param)
 
 

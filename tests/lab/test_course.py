@@ -264,7 +264,7 @@ class TestStudents:
         assert sorted(names) == [f"{stem}.ipynb" for stem in STEMS]
 
     def test_handouts_alone_are_written(self, clone, tmp_path, monkeypatch):
-        """What they hold is test_handouts.py's."""
+        """test_handouts.py checks what they hold."""
         asked = []
         monkeypatch.setattr(handouts, "write_handouts", lambda *given: asked.append(given))
         done = laid_out(clone, "--handouts", str(tmp_path / "pages"))

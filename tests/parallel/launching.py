@@ -50,7 +50,7 @@ def launch(checks: str, world: int, folder: Path, limit: float,
     ends, said = start(HERE / checks, world, folder, limit, DEVICE_OF_RANKS=device,
                        PATIENCE=str(patience)), {}
     for number, (end, error) in enumerate(ends):
-        # Who hangs is ended; a check has said "did not end" then.
+        # A rank that hangs is ended; by then a check has said "did not end".
         assert end in (0, -signal.SIGTERM, -signal.SIGKILL), f"rank {number}: {end}: {error}"
         found = folder / f"said-{number}.json"
         assert found.exists(), f"rank {number} has not begun after {limit} seconds: {error}"

@@ -122,7 +122,7 @@ def test_a_place_without_files_is_refused_by_its_field(home, flags, monkeypatch)
 @pytest.mark.parametrize("attempt", range(STARTS))
 @pytest.mark.parametrize("named", [True, False])
 def test_two_trainings_at_once(home, flags, tmp_path, named, attempt):
-    """The program itself; a sample, as whoever comes first differs from one time to the next."""
+    """Start the program twice, a few times: which of the two comes first is left to chance."""
     words = ["--out", str(tmp_path / "run")] if named else []
     both = [subprocess.Popen([sys.executable, "-m", "minids.train", *flags, *words], cwd=tmp_path,
                              env=os.environ | {"PYTHONPATH": str(ROOT)}, text=True,
