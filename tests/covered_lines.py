@@ -48,6 +48,8 @@ class Recorder:
         self.shared = {}  # fixture of more than one test -> seconds
         self.spent = collections.Counter()  # file -> seconds
         self.most = float(os.environ["COVERED_SECONDS"])
+        known = Path(os.environ["COVERED_BEFORE"] or os.devnull).read_text()
+        self.known = set(json.loads(known or "[]"))
         os.register_at_fork(after_in_child=self.name_test)
 
     def name_test(self):
@@ -57,8 +59,8 @@ class Recorder:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item, nextitem):
         file = item.nodeid.partition("::")[0]
-        if self.spent[file] > self.most:
-            item.add_marker(pytest.mark.skip("its file has had its seconds"))
+        if item.nodeid in self.known or self.spent[file] > self.most:
+            item.add_marker(pytest.mark.skip("recorded before, or its file has had its seconds"))
             return (yield)
         self.test, begin, known = item.nodeid, computed(), set(self.shared)
         self.name_test()
@@ -119,16 +121,18 @@ def read_notes(folder: Path, root: Path) -> tuple[dict, set]:
     return tests, failed
 
 
-def record(root: Path, out: Path, jobs: int, most: float, mark: str, arguments: list[str]) -> None:
+def record(root: Path, out: Path, jobs: int, most: float, missing: bool, mark: str,
+           arguments: list[str]) -> None:
     """Run tests once, every process noting its lines, and add what they ran to `out`.
 
-    most: seconds after which the rest of a file's tests is skipped
+    most: seconds after which the rest of a file's tests is skipped; missing: those in `out`, too
     """
     with tempfile.TemporaryDirectory() as folder:
         configuration = Path(folder, "coverage.ini")
         configuration.write_text(CONFIGURATION.format(folder=folder, root=root))
         env = os.environ | dict(
             COVERED_LINES=folder, COVERED_SECONDS=str(most), OMP_NUM_THREADS="1",
+            COVERED_BEFORE=str(out) if missing and out.exists() else "",
             COVERAGE_PROCESS_START=str(configuration),
             PYTHONPATH=f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}")
         subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", HERE.stem,

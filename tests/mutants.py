@@ -8,6 +8,8 @@ a constant changed, a statement dropped, two arguments of a call exchanged, a co
 Each kind is drawn equally often. The tests that run one of its lines are tried, those of its own
 folder and the fastest first, up to --seconds of them; a mutant is killed if one fails, computes far
 longer than it does without the mutant, or waits for ever. Seconds are a processor's, not a clock's.
+The control: a test that kills for the first time is run again in the same way without the mutant,
+behind the tests that came before it. If it fails again, it is left out, and the mutant tried anew.
 
 `cover` adds to what earlier calls found. `try` collects all tests once; a fork of that process gets
 the changed functions and runs the tests. Where a change acts when the package is imported, a fork
@@ -21,10 +23,10 @@ import argparse
 import collections
 import contextlib
 import difflib
+import functools
 import gc
 import hashlib
 import importlib
-import inspect
 import json
 import math
 import multiprocessing
@@ -36,14 +38,14 @@ import signal
 import sys
 import tempfile
 import threading
-import time
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import NamedTuple
 
 import pytest
-from covered_lines import Covers, computed, functions, record
-from mutations import draw
+from covered_lines import Covers, computed, record
+from equivalent_mutants import EQUIVALENT
+from mutations import draw, swaps
 
 HERE = Path(__file__).resolve()
 FORK = multiprocessing.get_context("fork")
@@ -51,27 +53,8 @@ QUIET = 180  # seconds without any computing until tests count as waiting for ev
 MEMORY = 12 * 2 ** 30  # bytes of a mutant that allocates without end
 FILES_ANEW = 24  # of tests, for a mutant that needs them imported
 
-# (file, line before, line after) -> why no test can see the difference.
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
 # Kernels: tests/kernels tries them on a GPU, and the plain ones by Triton's interpreter.
 ON_A_GPU = "minids/kernels/triton_", "minids/kernels/few_tokens_gpu"
-
-
-def shape(code: CodeType, whole: bool) -> tuple:
-    """Return what code does, without its lines; the functions in it count if `whole`."""
-    consts = [(type(const), repr(const)) if not isinstance(const, CodeType)
-              else const.co_qualname if not whole and const.co_flags & inspect.CO_OPTIMIZED
-              else shape(const, whole) for const in code.co_consts]
-    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, consts
-
-
-def swaps(old: CodeType, new: CodeType) -> list[tuple[CodeType, CodeType]] | None:
-    """Return the functions that differ, before and after; None if more than functions differ."""
-    if shape(old, whole=False) != shape(new, whole=False):
-        return None
-    pairs = [pair for pair in zip(functions(old), functions(new), strict=True)
-             if shape(pair[0], whole=True) != shape(pair[1], whole=True)]
-    return pairs if all(a.co_freevars == b.co_freevars for a, b in pairs) else None
 
 
 class Task(NamedTuple):
@@ -136,7 +119,7 @@ def processes(session: int) -> dict[int, float]:
 
 def watched(run, arguments: tuple, limit: float) -> tuple[int | str, float]:
     """Run a function in a fork; return its status, or why it was ended, and seconds computed."""
-    begin, used, moved, status = computed(), 0.0, time.monotonic(), None
+    begin, used, still, status = computed(), 0.0, 0.0, None
     child = FORK.Process(target=run, args=arguments)
     child.start()
     while status is None:
@@ -144,9 +127,9 @@ def watched(run, arguments: tuple, limit: float) -> tuple[int | str, float]:
         if not child.is_alive():
             break
         now = sum(processes(child.pid).values())
-        if now > used + 0.02:
-            used, moved = now, time.monotonic()
-        if used > limit or time.monotonic() - moved > QUIET:
+        still = 0.0 if now > used + 0.02 else still + 0.5  # no clock: this process may be stopped
+        used = max(used, now)
+        if used > limit or still > QUIET:
             status = "computes" if used > limit else "waits"
     while left := processes(child.pid):  # what the tests have started ends with them
         for pid in left:
@@ -183,8 +166,9 @@ def alone() -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-def import_anew(folder: Path, tests: list[str]) -> None:
+def import_anew(folder: Path, tests: list[str], pairs: list | None) -> None:
     """Collect and run tests in this fork, which has not imported the package yet."""
+    assert not pairs, "the source is changed, and no function of a loaded module"
     alone()
     os._exit(pytest.main([*enter(folder), *tests], [Teller(folder / "by.txt")]))
 
@@ -208,25 +192,52 @@ def position(code: CodeType) -> tuple[str, str, int]:
     return code.co_filename, code.co_qualname, code.co_firstlineno
 
 
-def attempt(task: Task, folder: Path, run, arguments: tuple, args) -> None:
-    """Try one mutant in a copy of the checkout, and add a line about it to --out."""
-    path, by = folder / task.file, folder / "by.txt"
-    source, times = path.read_text(encoding="utf-8"), path.stat()
-    by.unlink(missing_ok=True)
-    status, used = "unreached", 0.0
-    if task.tests:
-        path.write_text(task.new, encoding="utf-8")
-        os.utime(path, (int(task.key[:7], 16),) * 2)  # no compiled file of another mutant fits
-        status, used = watched(run, arguments, 20 + 5 * task.seconds)
-        path.write_text(source, encoding="utf-8")
-        os.utime(path, (times.st_atime, times.st_mtime))
-    diff = [*difflib.unified_diff(source.splitlines(), task.new.splitlines(), n=0, lineterm="")]
-    row = dict(file=task.file, key=task.key, kind=task.kind, status=status,
-               killed=status not in (0, "unreached"), by=by.read_text() if by.exists() else "",
-               tests=len(task.tests), seconds=round(used, 2), anew=task.pairs is None,
-               diff=diff[2:])
-    with args.out.open("a") as out:
-        print(json.dumps(row), file=out)
+class Trial:
+    """Try mutants in a copy of the checkout, and the tests that kill without them.
+
+    run: runs the named tests in a fork, some functions (before, after) changed
+    """
+
+    def __init__(self, folder: Path, args, run):
+        self.folder, self.out, self.run = folder, args.out, run
+        rows = read(args.out).values()
+        self.passed = {row["by"] for row in rows if row["killed"]}
+        self.failed = {test for row in rows for test in row["fail"]}
+
+    def tests(self, task: Task, tests: list[str], pairs: list) -> tuple[int | str, float, str]:
+        """Run tests; return their status, seconds computed, and the name of the one that failed."""
+        (by := self.folder / "by.txt").unlink(missing_ok=True)
+        status, used = watched(self.run, (tests, pairs), 20 + 5 * task.seconds)
+        return status, used, by.read_text() if by.exists() else ""
+
+    def mutant(self, task: Task) -> None:
+        """Try one mutant, and add a line about it to --out."""
+        path = self.folder / task.file
+        source, times = path.read_text(encoding="utf-8"), path.stat()
+        while True:
+            tests = [test for test in task.tests if test not in self.failed]
+            status, used, by = "unreached", 0.0, ""
+            if tests:
+                path.write_text(task.new, encoding="utf-8")
+                os.utime(path, (int(task.key[:7], 16),) * 2)  # no compiled file of another fits
+                status, used, by = self.tests(task, tests, task.pairs)
+                path.write_text(source, encoding="utf-8")
+                os.utime(path, (times.st_atime, times.st_mtime))
+            if status in (0, "unreached") or by in self.passed:
+                break
+            upto = tests[:tests.index(by) + 1] if by in tests else tests
+            without, _, guilty = self.tests(task, upto, [])
+            if without == 0:
+                self.passed |= {by} - {""}
+                break
+            self.failed.update([guilty] if guilty else upto)
+        diff = [*difflib.unified_diff(source.splitlines(), task.new.splitlines(), n=0, lineterm="")]
+        row = dict(file=task.file, key=task.key, kind=task.kind, status=status,
+                   killed=status not in (0, "unreached"), by=by, tests=len(tests),
+                   seconds=round(used, 2), anew=task.pairs is None, diff=diff[2:],
+                   fail=sorted(self.failed.intersection(task.tests)))
+        with self.out.open("a") as out:
+            print(json.dumps(row), file=out)
 
 
 class Collected:
@@ -243,10 +254,10 @@ class Collected:
                 loaded[position(thing.__code__)].append(thing)
         gc.freeze()
         items = {item.nodeid: item for item in session.items}
+        trial = Trial(self.folder, self.args, lambda tests, pairs: run_swapped(
+            self.folder, session, [items[test] for test in tests if test in items], pairs, loaded))
         for task in self.tasks:
-            chosen = [items[test] for test in task.tests if test in items]
-            attempt(task, self.folder, run_swapped,
-                    (self.folder, session, chosen, task.pairs, loaded), self.args)
+            trial.mutant(task)
         return True
 
 
@@ -269,9 +280,10 @@ def work(folder: Path, todo: list[tuple], args) -> None:
         collector = FORK.Process(target=collect, args=(folder, files, swapped, args))
         collector.start()
         collector.join()
+    trial = Trial(folder, args, functools.partial(import_anew, folder))
     for task in tasks:
         if task.pairs is None:
-            attempt(task, folder, import_anew, (folder, task.tests), args)
+            trial.mutant(task)
     shutil.rmtree(folder)
 
 
@@ -288,10 +300,14 @@ def preload(modules: list[str]) -> None:
     assert threading.active_count() == 1, "a fork would miss a thread"
 
 
-def survives(row: dict) -> bool:
-    """Return whether a mutant with an effect was not noticed."""
+def fate(row: dict) -> str:
+    """Return what became of a mutant: a column of the table."""
     lines = [[line[1:].strip() for line in row["diff"] if line[0] == sign] for sign in "-+"]
-    return not row["killed"] and (row["file"], *map(" ".join, lines)) not in EQUIVALENT
+    if row["killed"]:
+        return "killed"
+    if any((row["file"], *map(" ".join, lines)) in same for same in EQUIVALENT.values()):
+        return "equivalent"
+    return "survived" if row["tests"] else "not reached"
 
 
 def read(out: Path) -> dict[tuple[str, str], dict]:
@@ -300,20 +316,25 @@ def read(out: Path) -> dict[tuple[str, str], dict]:
     return {(row["file"], row["key"]): row for row in map(json.loads, lines)}
 
 
-def table(rows: list[dict]) -> None:
-    """Print how many mutants of each file and folder were killed, and the survivors."""
-    files = collections.defaultdict(list)
+def table(rows: list[dict], kernels: list[str]) -> None:
+    """Print what became of the mutants of each folder, and those that were not killed."""
+    folders = collections.defaultdict(collections.Counter)
     for row in rows:
-        for name in (row["file"], f"{Path(row['file']).parent}/", "all"):
-            files[name].append(row)
-    print(f"\n{'file':36} mutants killed equivalent survived, unreached")
-    for file, some in sorted(files.items(), key=lambda pair: (pair[0] == "all", pair[0])):
-        killed, lived = sum(r["killed"] for r in some), sum(map(survives, some))
-        unreached = sum(r["status"] == "unreached" for r in filter(survives, some))
-        print(f"{file:36}{len(some):8} {killed:6} {len(some) - killed - lived:10} {lived:8} "
-              f"{unreached:10}")
-    for row in filter(survives, rows):
-        print(f"\n{row['file']} ({row['kind']}, {row['tests']} tests)", *row["diff"], sep="\n")
+        for name in (f"`{Path(row['file']).parent}/`", "together"):
+            folders[name].update(["mutants", fate(row)])
+    columns = "mutants", "killed", "survived", "equivalent", "not reached"
+    print(f"\n| folder | {' | '.join(columns)} |\n" + "|---" * 6 + "|")
+    for name, counts in sorted(folders.items(), key=lambda pair: (pair[0] == "together", pair[0])):
+        print("|", name, "|", " | ".join(str(counts[column]) for column in columns), "|")
+    print(f"\nNot drawn from: {len(kernels)} files of kernels, which run on a GPU or by Triton's "
+          "interpreter.")
+    killers = {row["by"] for row in rows if row["killed"]} - {""}
+    print(f"Control: {len(killers)} tests killed, and each passed without the mutant; left out, "
+          "because they fail without one:", *sorted({t for row in rows for t in row["fail"]}))
+    for row in rows:
+        if (found := fate(row)) in ("survived", "not reached"):
+            print(f"\n{row['file']} ({row['kind']}, {found}, {row['tests']} tests)", *row["diff"],
+                  sep="\n")
 
 
 def main() -> None:
@@ -331,6 +352,8 @@ def main() -> None:
                         help="what became of the mutants")
     parser.add_argument("--most", type=float, default=math.inf,
                         help="seconds of a file's tests that cover runs (default: all)")
+    parser.add_argument("--missing", action="store_true",
+                        help="cover runs only the tests that no earlier call has recorded")
     parser.add_argument("--mark", default="not slow and not exhaustive", help="-m, of cover")
     parser.add_argument("--root", type=Path, default=HERE.parent.parent, help="a checkout")
     parser.add_argument("--pytest", nargs="*", default=[], help="more arguments of cover's pytest")
@@ -339,17 +362,18 @@ def main() -> None:
     for path in (args.covers, args.out):
         path.parent.mkdir(parents=True, exist_ok=True)
     if args.what == "cover":
-        record(root, args.covers, args.jobs, args.most, args.mark, args.pytest)
+        record(root, args.covers, args.jobs, args.most, args.missing, args.mark, args.pytest)
         return
-    files = args.files or sorted(str(p.relative_to(root)) for p in root.glob("minids/**/*.py"))
-    files = [file for file in files if not file.startswith(ON_A_GPU)]
+    found = args.files or sorted(str(p.relative_to(root)) for p in root.glob("minids/**/*.py"))
+    files = [file for file in found if not file.startswith(ON_A_GPU)]
     mutants = [(file, *mutant) for file in files for mutant in draw(
         (root / file).read_text(encoding="utf-8"), args.per_file, f"{args.seed} {file}")]
     done = read(args.out)
     if args.what == "try":
         rows = [done.get((m[0], key_of(m[2]))) for m in mutants]
         todo = [(mutant, row["tests"] if row else -1)
-                for mutant, row in zip(mutants, rows, strict=True) if not row or survives(row)]
+                for mutant, row in zip(mutants, rows, strict=True)
+                if not row or fate(row) in ("survived", "not reached")]
         random.Random(args.seed).shuffle(todo)  # an interrupted run has tried some of each file
         preload(json.loads(args.covers.read_text())[""]["modules"])
         jobs = [FORK.Process(target=work, args=(clone(root), todo[i::args.jobs], args))
@@ -359,7 +383,8 @@ def main() -> None:
         for job in jobs:
             job.join()
         done = read(args.out)
-    table([done[name] for m in mutants if (name := (m[0], key_of(m[2]))) in done])
+    table([done[name] for m in mutants if (name := (m[0], key_of(m[2]))) in done],
+          [file for file in found if file not in files])
 
 
 if __name__ == "__main__":

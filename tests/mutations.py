@@ -2,8 +2,12 @@
 
 import ast
 import collections
+import inspect
 import itertools
 import random
+from types import CodeType
+
+from covered_lines import functions
 
 OPERATORS = {ast.Add: [ast.Sub], ast.Sub: [ast.Add], ast.Mult: [ast.Div, ast.Add],
              ast.Div: [ast.Mult], ast.FloorDiv: [ast.Mult], ast.Mod: [ast.Mult],
@@ -104,3 +108,20 @@ def draw(source: str, count: int, seed: str) -> list[tuple[str, str, range]]:
         for kind in filter(kinds.get, order):
             drawn.setdefault(kinds[kind].pop(), kind)
     return [(kind, *mutant) for mutant, kind in itertools.islice(drawn.items(), count)]
+
+
+def shape(code: CodeType, whole: bool) -> tuple:
+    """Return what code does, without its lines; the functions in it count if `whole`."""
+    consts = [(type(const), repr(const)) if not isinstance(const, CodeType)
+              else const.co_qualname if not whole and const.co_flags & inspect.CO_OPTIMIZED
+              else shape(const, whole) for const in code.co_consts]
+    return code.co_code, code.co_names, code.co_varnames, code.co_freevars, consts
+
+
+def swaps(old: CodeType, new: CodeType) -> list[tuple[CodeType, CodeType]] | None:
+    """Return the functions that differ, before and after; None if more than functions differ."""
+    if shape(old, whole=False) != shape(new, whole=False):
+        return None
+    pairs = [pair for pair in zip(functions(old), functions(new), strict=True)
+             if shape(pair[0], whole=True) != shape(pair[1], whole=True)]
+    return pairs if all(a.co_freevars == b.co_freevars for a, b in pairs) else None
