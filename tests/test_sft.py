@@ -120,6 +120,10 @@ def test_every_row_once_an_epoch(chat):
 def test_a_conversation_that_does_not_fit(chat):
     with pytest.raises(ValueError, match="seq_len = 20 is not valid: conversation 1 has"):
         Rows(chat, some(), seq_len=20)
+    longest = max(len(chat.sample(messages)[0]) for messages in some())
+    assert Rows(chat, some(), seq_len=longest).tokens.shape[1] == longest
+    with pytest.raises(ValueError, match=f"has {longest} tokens"):
+        Rows(chat, some(), seq_len=longest - 1)
 
 
 def run_sft(*flags: str) -> tuple[int, str, str]:

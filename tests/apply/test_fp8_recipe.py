@@ -6,7 +6,7 @@ from dataclasses import replace
 import torch
 from small_models import LITTLE, random_tokens, scrambled
 
-from minids.apply.fp8 import use_fp8
+from minids.apply.fp8 import ExpertsInFP8, use_fp8
 from minids.fp8 import (
     fp8_linear,
 )
@@ -28,6 +28,17 @@ def test_the_recipe_names_what_is_in_fp8_and_what_is_not():
         == {"head", "mtp.0.eh_proj", *(f"{block}.attn.indexer.weights_proj"
                                        for block in ("layers.0", "layers.1", "mtp.0.block"))}
     assert not any(isinstance(m, Gate) for name, m in model.named_modules() if name in inside)
+
+
+def test_plain_experts_get_the_form_of_fp8_and_others_keep_their_own():
+    class Elsewhere(Experts):
+        """Experts of a rank."""
+
+    model = scrambled(replace(LITTLE, n_layers=3))
+    plain, other = (model.layers[n].ffn.experts for n in (1, 2))
+    other.__class__ = Elsewhere
+    use_fp8(model)
+    assert (type(plain), type(other)) == (ExpertsInFP8, Elsewhere)
 
 
 def test_the_loss_on_equal_weights_moves_little_and_every_weight_learns():

@@ -1,6 +1,7 @@
 """The trace, what is made of the times, and that both ways of batching serve all of it."""
 
 import asyncio
+import time
 from dataclasses import replace
 
 import pytest
@@ -41,6 +42,8 @@ def test_requests_come_when_the_trace_says(most):
     gaps = [at - seen[0][1] for _, at in seen]
     assert gaps == pytest.approx([1e-4 * (a.at - SHORT[0].at) for a in SHORT])
     assert all(len(here) <= most for here, _ in coming(SHORT, 0.0, most))
+    for here, came in coming(SHORT, 1e-3, most):  # sleeps until somebody is there
+        assert len(here) and max(came) <= time.perf_counter()
 
 
 @pytest.mark.parametrize("how", ["static", "static, by the engine", "continuous"])

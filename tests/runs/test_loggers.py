@@ -6,6 +6,7 @@ The packages are optional, so fakes stand for them; TensorBoard's own reader is 
 import importlib
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -191,6 +192,16 @@ def test_tensorboard_takes_the_steps_of_the_resumed_run(tensorboard, tmp_path):
     follow("tensorboard", tmp_path, records(range(1, 4)), records(range(4, 7), scale=3.0))
     assert [values["loss"] for values in read_fake(tmp_path).values()] == [
         1, 1 / 2, 1 / 3, 3 / 4, 3 / 5, 3 / 6]
+
+
+def test_tensorboards_clock_is_the_runs_own(tensorboard, tmp_path):
+    """A resumed run's steps of before lie as far back as they took, the next ones follow on."""
+    begin = time.time()
+    follow("tensorboard", tmp_path, records(range(1, 6)), records(range(6, 8)))
+    [file] = (tmp_path / "tensorboard").glob(PATTERN)
+    times = [json.loads(line)["wall_time"] for line in file.read_text().splitlines()[2:]]
+    assert [end - times[0] for end in times] == pytest.approx([0, 1, 2, 3, 4, 5, 6], abs=1e-3)
+    assert begin <= times[4] <= time.time()  # step 5 was the last before the resumption
 
 
 def test_wandb_is_offline_and_quiet_unless_it_is_told(wandb, tmp_path, monkeypatch, capsys):
