@@ -215,12 +215,17 @@ class Team(Alone):
         except Exception as error:
             if getattr(error, "for_all", False):  # torchrun soon ends this rank too
                 raise
-            with contextlib.suppress(RuntimeError):  # the store is gone, or nobody else tells it
+            try:
                 if self.first:
                     self.store.set("failed", "1")
                 else:
                     self.store.wait(["failed"], SILENCE)
                     raise SystemExit(2) from None
+            except dist.DistNetworkError:  # rank 0 has told it, and its store has ended with it
+                if not is_lost(error):
+                    raise SystemExit(2) from None
+            except RuntimeError:  # nobody else tells it
+                pass
             if is_lost(error):
                 with contextlib.suppress(RuntimeError):
                     if self.store.check(["told"]):  # by the rank that was lost

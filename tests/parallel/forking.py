@@ -20,6 +20,9 @@ import traceback
 import warnings
 from pathlib import Path
 
+from torch.distributed import TCPStore
+
+HOST = "127.0.0.1"
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 GRACE = 30  # seconds that a rank has after SIGTERM, as torchrun gives it
@@ -32,8 +35,11 @@ def serve() -> None:
         job = json.loads(line)
         if not job["program"].endswith(".py"):
             importlib.import_module(job["program"])  # once for all ranks and jobs
-        print(json.dumps(ended([forked(job, rank) for rank in range(job["world"])],
-                               job["limit"])), flush=True)
+        ranks = [forked(job, rank) for rank in range(job["world"])]
+        # Outlives rank 0, as torchrun's store does. Made now: its threads would not be forked.
+        store = TCPStore(HOST, job["port"], is_master=True, wait_for_workers=False)
+        print(json.dumps(ended(ranks, job["limit"])), flush=True)
+        del store
 
 
 def forked(job: dict, rank: int) -> int:
@@ -44,7 +50,7 @@ def forked(job: dict, rank: int) -> int:
         world = str(job["world"])
         os.environ |= job["environment"] | dict(
             RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=world, LOCAL_WORLD_SIZE=world,
-            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]))
+            MASTER_ADDR=HOST, MASTER_PORT=str(job["port"]), TORCHELASTIC_USE_AGENT_STORE="True")
         os.chdir(job["folder"])
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
@@ -98,7 +104,7 @@ def server() -> subprocess.Popen:
 
 def free_port() -> int:
     """Return a port that nobody listens on."""
-    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as found:
+    with contextlib.closing(socket.create_server((HOST, 0))) as found:
         return found.getsockname()[1]
 
 

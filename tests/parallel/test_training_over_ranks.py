@@ -246,7 +246,7 @@ def test_a_killed_rank_is_started_again_and_ends_as_an_unbroken_run(home, flags,
     pytest.param(("--device", "cuda"), "device = 'cuda' is not valid", marks=pytest.mark.skipif(
         torch.cuda.is_available(), reason="this machine has a GPU"))])
 def test_a_mistake_is_one_line_of_rank_0(flags, tmp_path, wrong, words):
-    said = by_torchrun(*flags, "--out", str(tmp_path / "run"), *wrong)  # its store outlives rank 0
+    said = over_ranks(*flags, "--out", str(tmp_path / "run"), *wrong)
     lines = [line for line in said.err.splitlines() if line.startswith("python -m minids.train: ")]
     assert said.status != 0 and len(lines) == 1 and words in lines[0], said.err
     assert not (tmp_path / "run").exists()
@@ -254,7 +254,7 @@ def test_a_mistake_is_one_line_of_rank_0(flags, tmp_path, wrong, words):
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_ends_all_ranks_with_one_line(flags, tmp_path):
-    said = by_torchrun(*flags, "--out", str(tmp_path / "run"), "--lr", "1e30", "--muon-lr", "1e30")
+    said = over_ranks(*flags, "--out", str(tmp_path / "run"), "--lr", "1e30", "--muon-lr", "1e30")
     lines = [line for line in said.err.splitlines() if line.startswith("python -m minids.train: ")]
     assert said.status != 0 and len(lines) == 1, said.err
     assert "step " in lines[0] and "the last good checkpoint is" in lines[0]
