@@ -15,6 +15,7 @@ from queue import SimpleQueue
 import torch
 
 from minids.base.fields import demand
+from minids.base.openmp import end_team
 from minids.infer.batch import Batch, Job, Request, Token
 from minids.infer.generation import check_arguments
 from minids.model.transformer import Transformer
@@ -57,6 +58,7 @@ class Engine:
         self.accepted, self.broken = 0, None
         self.thread = threading.Thread(target=self.work, name="engine", daemon=True)
         self.thread.start()
+        end_team()  # with which this thread has made the model
 
     def check(self, request: Request) -> None:
         """Raise `ValueError` naming the setting of a request that is not valid."""
@@ -74,6 +76,7 @@ class Engine:
         for request in requests:
             self.check(request)
         batch = self.batch
+        end_team()  # of who asks: the worker computes now
         with self.wake:
             if self.stopping:
                 raise Stopped("the server is shutting down") from self.broken
@@ -161,6 +164,8 @@ class Engine:
     def wait(self) -> bool:
         """Wait for something to do; return false when the engine is stopped."""
         with self.wake:
+            if not (self.stopping or self.batch.busy):
+                end_team()
             while not (self.stopping or self.batch.busy):
                 self.wake.wait()
             return not self.stopping

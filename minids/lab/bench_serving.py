@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 
 from minids.base.command_line import one_line
+from minids.base.openmp import end_team
 from minids.infer.batch import CHUNK, Request
 from minids.infer.engine import Engine
 from minids.infer.generation import generate
@@ -273,16 +274,18 @@ def by_engine(engine: Engine, most: int, trace: list[Arrival], prompts: list[lis
     return served
 
 
-def by_transformers(manager, trace: list[Arrival], prompts: list[list[int]], gap: float) -> Served:
-    """Serve a trace with transformers' continuous batching."""
+def by_transformers(model: Transformer, rows: int, trace: list[Arrival], prompts: list[list[int]],
+                    gap: float) -> Served:
+    """Serve a trace with transformers' continuous batching, whose thread ends with it."""
     served, numbers = Served(), {}
-    for here, came in coming(trace, gap, 1):
-        for i, at in zip(here, came, strict=True):
-            times = served.add(at)
-            numbers[manager.add_request(prompts[i], max_new_tokens=trace[i].reply,
-                                        record_timestamps=True)] = times
-    for result in finished(manager, len(numbers)):
-        numbers[result.request_id].extend(result.timestamps)
+    with their_manager(model, rows) as manager:
+        for here, came in coming(trace, gap, 1):
+            for i, at in zip(here, came, strict=True):
+                times = served.add(at)
+                numbers[manager.add_request(prompts[i], max_new_tokens=trace[i].reply,
+                                            record_timestamps=True)] = times
+        for result in finished(manager, len(numbers)):
+            numbers[result.request_id].extend(result.timestamps)
     return served
 
 
@@ -323,6 +326,7 @@ def their_manager(model: Transformer, rows: int) -> Iterator:
         [found] = finished(manager, 1)
         if model.head.weight.dtype == torch.float32:
             assert found.generated_tokens == generate(model, [[*range(8)]], 4).tokens[0]
+        end_team()  # of this thread: theirs computes now
         yield manager
     finally:
         manager.stop(timeout=5)
@@ -369,8 +373,9 @@ def batching_table(bench: Bench) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         stack.callback(engine.stop)
         try:
-            manager = stack.enter_context(their_manager(model, s.rows))
-            ways["continuous, by transformers"] = functools.partial(by_transformers, manager), gap
+            with their_manager(model, s.rows):
+                theirs = functools.partial(by_transformers, model, s.rows)
+            ways["continuous, by transformers"] = theirs, gap
         except Exception as error:  # whatever it says about a model, a device or a version
             print(f"transformers: {one_line(error)[:300]}", file=sys.stderr, flush=True)
         found: dict[str, list[Served]] = {name: [] for name in ways}

@@ -1,6 +1,10 @@
 """The engine's thread: who may wait, who leaves, and what happens when it stops."""
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,3 +99,42 @@ def test_an_engine_that_breaks_leaves_nobody_waiting(engine, monkeypatch):
     with pytest.raises(Stopped) as refused:
         engine.submit(Request([1], 5))
     assert isinstance(refused.value.__cause__, ZeroDivisionError)
+
+
+TEAMS = """
+import os, time
+import torch
+from minids.infer.batch import Request
+from minids.infer.engine import Engine
+from small_models import LITTLE, scrambled
+
+def compute(*_):
+    torch.ones(2**17).add_(1)  # on two threads
+    return count()
+
+def count():
+    return len(os.listdir("/proc/self/task")) - before
+
+torch.set_num_threads(2)
+model, before, inside = scrambled(LITTLE), 0, []
+before = count()
+print(compute())
+engine = Engine(model, rows=1)
+print(count(), compute())
+for _ in engine.stream(Request([1], 3, take=lambda token: inside.append(compute()))):
+    pass
+end = time.monotonic() + 10
+while count() > 1 and time.monotonic() < end:
+    time.sleep(0.01)
+print(*inside, count())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP, and its threads, are Linux's")
+def test_only_the_thread_that_computes_has_a_team():
+    """Of two teams each sleeps at every product: the server would be three times slower."""
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(tests.parent), str(tests)])
+    said = subprocess.run([sys.executable, "-c", TEAMS], text=True, capture_output=True,
+                          env=os.environ | dict(PYTHONPATH=paths))
+    assert said.stdout.split("\n") == ["1", "1 2", "2 2 2 1", ""], said.stderr
