@@ -100,8 +100,9 @@ def mend_compiler() -> None:
     are in FP32, in BF16. It pads strides, and reads by padded ones what a reduction stored by those
     that it was told not to pad (as in pytorch pull request 180197): where MTP leaves an odd number
     of tokens, a rotated key's gradient was read from memory that nobody had written. And see
-    `wait_for_stores`.
+    `wait_for_stores` and `return_results_once`.
     """
+    import torch._dynamo.variables.higher_order_ops as tracing
     import torch._functorch.config as functorch
     import torch._inductor.config as inductor
     from torch._inductor.codegen.triton import TritonKernel
@@ -111,6 +112,7 @@ def mend_compiler() -> None:
     inductor.triton.autotune_pointwise = False  # trying shapes takes 10 s, and gains nothing
     if not hasattr(TritonKernel, "mended"):
         wait_for_stores(TritonKernel)
+        return_results_once(tracing)
         inductor.kernel_name_max_ops += 1  # a setting that its cache's keys hold: no kernel of old
 
 
@@ -142,3 +144,16 @@ def wait_for_stores(kernel_class: type) -> None:
         return value
 
     kernel_class.load, kernel_class.store, kernel_class.mended = load, store, True
+
+
+def return_results_once(tracing: types.ModuleType) -> None:
+    """Have a compiler return the results of an `autograd.Function`, and nothing that is the same.
+
+    In torch 2.11 the traced forward also returns all that it computes on the way. Where some of it
+    is the result under another name, as before a cast to its own type or a change in place, the
+    gradient goes there, and that of the inputs is zero, in silence (pytorch issue 180642; torch
+    2.13 leaves such names out by itself). So it was with FP32 experts on a GPU.
+    """
+    name = "speculate_subgraph_with_auto_output_flattening"
+    traced = functools.partial(getattr(tracing, name), filter_aliased_intermediates=True)
+    setattr(tracing, name, traced)

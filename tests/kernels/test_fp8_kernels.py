@@ -13,8 +13,10 @@ import torch
 import triton_interpreter
 from small_models import LITTLE, random_tokens, scrambled
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from minids import fp8
+from minids.apply.compile import mend_compiler
 from minids.apply.fp8 import (
     StepRounding,
     fp8_grouped_linear,
@@ -296,27 +298,38 @@ def test_a_compiler_finds_no_break():
         assert eager.any() and torch.equal(eager, compiled)
 
 
-SHAPES = "test_faketensor"
+def require_told(operation, given: tuple) -> None:
+    """Assert that an operation's types, shapes and strides are those that a compiler is told, and
+    that it changes no input."""
+    inputs = [t for t in tree_leaves(given) if isinstance(t, Tensor)]
+    before = [t.clone() for t in inputs]
+    torch.library.opcheck(operation, given, test_utils="test_faketensor")  # on copies
+    operation(*given)
+    assert all(torch.equal(*(t.view(torch.uint8) for t in pair))
+               for pair in zip(inputs, before, strict=True))
 
 
 @inside
-@pytest.mark.parametrize("groups", [False, True])
-def test_the_operations_shapes_are_those_that_a_compiler_is_told(groups):
-    x, w = torch.randn(50, 200), torch.randn(3 if groups else 1, 128, 200)
+@pytest.mark.parametrize("groups, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+def test_the_operations_are_what_a_compiler_is_told(groups, dtype):
+    x = torch.randn(50, 200, dtype=dtype)
+    w = torch.randn(3 if groups else 1, 128, 200, dtype=dtype)
     stacks = [w, w] if groups else [w]
     tiles = list(kernels.group_tiles(torch.tensor([40, 0, 10]), 50)) if groups else []
     source = torch.randint(20, (50,)) if groups else None
     for keep, of in ((True, None), (False, None), (True, source)):
-        torch.library.opcheck(kernels.round_weights, (stacks, keep, False), test_utils=SHAPES)
+        require_told(kernels.round_weights, (stacks, keep, False))
         w, scale, *turned = kernels.round_weights(stacks, True, False)
         given = x, w, scale, 128 * len(stacks), keep, tiles, of
-        torch.library.opcheck(kernels.forward, given, test_utils=SHAPES)
+        require_told(kernels.forward, given)
     kept = kernels.forward(x, w, scale, 128 * len(stacks), True, tiles, None)[1:]
     for *wanted, of in ((True, True, None), (True, False, None), (False, True, source)):
-        given = (torch.randn(50, 128 * len(stacks)), *kept, *turned, len(stacks), 200,
-                 torch.bfloat16, *wanted, tiles, of)
-        torch.library.opcheck(kernels.backward, given, test_utils=SHAPES)
-    torch.library.opcheck(kernels.round_activation, (x, True, LEAST), test_utils=SHAPES)
+        given = (torch.randn(50, 128 * len(stacks), dtype=dtype), *kept, *turned, len(stacks), 200,
+                 torch.float32, *wanted, tiles, of)
+        require_told(kernels.backward, given)
+    require_told(kernels.round_activation, (x, True, LEAST))
+    ops = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("minids::")}
+    assert ops == {f"minids::fp8_{name}" for name in ("tiles", "blocks", "forward", "backward")}
 
 
 # Of the largest value. FP32 by the interpreter: sums in another order. On a card: 14 bits of a sum
@@ -480,14 +493,17 @@ def test_weights_inside_the_experts_equal_the_simulation(dtype, rounded_before):
 
 
 @inside
-def test_a_compiler_finds_no_break_in_a_layer_with_weights_inside():
-    """In BF16, in which alone this body is chosen."""
-    moe, numbers, indices = a_layer(torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *[torch.float32] * (DEVICE == "cuda")])
+def test_a_compiler_finds_no_break_in_a_layer_with_weights_inside(dtype):
+    """On a card in FP32 too, although none is trained so: torch 2.11 lost these gradients there."""
+    mend_compiler()
+    moe, numbers, indices = a_layer(dtype)
     ways = experts.weighted_inside, torch.compile(experts.weighted_inside, backend="aot_eager",
                                                   fullgraph=True)
     found = [of_layer(way, moe, numbers, indices) for way in ways]
-    for eager, compiled in zip(*found, strict=True):
-        assert eager.any() and torch.equal(eager, compiled)
+    for eager, compiled in zip(*found, strict=True):  # whose sigmoid may be another's on a card
+        off = ((compiled - eager).float().norm() / eager.float().norm()).item()
+        assert off <= (0 if dtype == torch.bfloat16 else LAYER_APART[dtype])
 
 
 @inside
