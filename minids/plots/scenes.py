@@ -78,7 +78,7 @@ def loads_figure(shares: dict[str, list], step: int, limit: float, path: style.F
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import TwoSlopeNorm
     figure = style.new_figure(9.8, 2.9)
-    figure.set_layout_engine("none")  # a film draws many of these: fixed margins are much faster
+    figure.set_layout_engine(None)  # a film draws many of these: fixed margins are much faster
     colour = ScalarMappable(TwoSlopeNorm(1, 0, 4), "RdBu_r").to_rgba
     margins = dict(left=0.055, right=0.995, bottom=0.17, top=0.74, wspace=0.08)
     panels = figure.subplots(1, len(shares), sharey=True, gridspec_kw=margins)

@@ -70,7 +70,7 @@ def finish(figure, path: File):
     and moves the panels a little at every one.
     """
     figure.draw_without_rendering()
-    figure.set_layout_engine("none")
+    figure.set_layout_engine(None)  # not "none", which draws everything twice
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, png(figure))
