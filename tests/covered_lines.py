@@ -48,8 +48,10 @@ class Recorder:
         self.shared = {}  # fixture of more than one test -> seconds
         self.spent = collections.Counter()  # file -> seconds
         self.most = float(os.environ["COVERED_SECONDS"])
+        self.cases = int(os.environ["COVERED_CASES"])
         known = Path(os.environ["COVERED_BEFORE"] or os.devnull).read_text()
         self.known = set(json.loads(known or "[]"))
+        self.seen = collections.Counter(test.partition("[")[0] for test in self.known)
         os.register_at_fork(after_in_child=self.name_test)
 
     def name_test(self):
@@ -58,10 +60,12 @@ class Recorder:
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item, nextitem):
-        file = item.nodeid.partition("::")[0]
-        if item.nodeid in self.known or self.spent[file] > self.most:
-            item.add_marker(pytest.mark.skip("recorded before, or its file has had its seconds"))
+        file, name = item.nodeid.partition("::")[0], item.nodeid.partition("[")[0]
+        if (item.nodeid in self.known or self.seen[name] >= self.cases
+                or self.spent[file] > self.most):
+            item.add_marker(pytest.mark.skip("recorded before, or enough of its kind"))
             return (yield)
+        self.seen[name] += 1
         self.test, begin, known = item.nodeid, computed(), set(self.shared)
         self.name_test()
         result = yield
@@ -121,23 +125,22 @@ def read_notes(folder: Path, root: Path) -> tuple[dict, set]:
     return tests, failed
 
 
-def record(root: Path, out: Path, jobs: int, most: float, missing: bool, mark: str,
-           arguments: list[str]) -> None:
+def record(root: Path, out: Path, args) -> None:
     """Run tests once, every process noting its lines, and add what they ran to `out`.
 
-    most: seconds after which the rest of a file's tests is skipped; missing: those in `out`, too
+    args: the settings of `tests/mutants.py cover`
     """
     with tempfile.TemporaryDirectory() as folder:
         configuration = Path(folder, "coverage.ini")
         configuration.write_text(CONFIGURATION.format(folder=folder, root=root))
         env = os.environ | dict(
-            COVERED_LINES=folder, COVERED_SECONDS=str(most), OMP_NUM_THREADS="1",
-            COVERED_BEFORE=str(out) if missing and out.exists() else "",
+            COVERED_LINES=folder, COVERED_SECONDS=str(args.most), COVERED_CASES=str(args.cases),
+            COVERED_BEFORE=str(out) if args.missing and out.exists() else "", OMP_NUM_THREADS="1",
             COVERAGE_PROCESS_START=str(configuration),
             PYTHONPATH=f"{HERE.parent}:{os.environ.get('PYTHONPATH', '')}")
         subprocess.run([sys.executable, "-m", "pytest", "-q", "-p", HERE.stem,
-                        "-p", "no:cacheprovider", "-o", "addopts=", "-n", str(jobs),
-                        "--dist", "worksteal", "-m", mark, *(arguments or ["tests"])],
+                        "-p", "no:cacheprovider", "-o", "addopts=", "-n", str(args.jobs),
+                        "--dist", "worksteal", "-m", args.mark, *(args.pytest or ["tests"])],
                        cwd=root, env=env, check=False)
         tests, failed = read_notes(Path(folder), root)
     covers = json.loads(out.read_text()) if out.exists() else {"": dict(lines={}, modules=[])}

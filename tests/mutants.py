@@ -352,6 +352,8 @@ def main() -> None:
                         help="what became of the mutants")
     parser.add_argument("--most", type=float, default=math.inf,
                         help="seconds of a file's tests that cover runs (default: all)")
+    parser.add_argument("--cases", type=int, default=10 ** 6,
+                        help="cases of a parametrised test that cover runs (default: all)")
     parser.add_argument("--missing", action="store_true",
                         help="cover runs only the tests that no earlier call has recorded")
     parser.add_argument("--mark", default="not slow and not exhaustive", help="-m, of cover")
@@ -362,7 +364,7 @@ def main() -> None:
     for path in (args.covers, args.out):
         path.parent.mkdir(parents=True, exist_ok=True)
     if args.what == "cover":
-        record(root, args.covers, args.jobs, args.most, args.missing, args.mark, args.pytest)
+        record(root, args.covers, args)
         return
     found = args.files or sorted(str(p.relative_to(root)) for p in root.glob("minids/**/*.py"))
     files = [file for file in found if not file.startswith(ON_A_GPU)]
