@@ -177,6 +177,8 @@ def run_swapped(folder: Path, session, items: list, pairs: list, loaded: dict) -
     """Run collected tests in this fork, in which some functions are others."""
     alone()
     session.config.pluginmanager.register(Teller(folder / "by.txt"))
+    # What tests share there, as a finished run, a mutant may have made.
+    session.config._tmp_path_factory._basetemp = Path(tempfile.mkdtemp(dir=folder / "temporary"))
     for before, after in pairs:
         for function in loaded.get(position(before), ()):
             function.__code__ = after
@@ -207,7 +209,9 @@ class Trial:
     def tests(self, task: Task, tests: list[str], pairs: list) -> tuple[int | str, float, str]:
         """Run tests; return their status, seconds computed, and the name of the one that failed."""
         (by := self.folder / "by.txt").unlink(missing_ok=True)
+        (room := self.folder / "temporary").mkdir(exist_ok=True)
         status, used = watched(self.run, (tests, pairs), 20 + 5 * task.seconds)
+        shutil.rmtree(room, ignore_errors=True)
         return status, used, by.read_text() if by.exists() else ""
 
     def mutant(self, task: Task) -> None:
