@@ -1,4 +1,21 @@
 """Mutants that no test can tell from the code, by reason: (file, line before, line after)."""
 
 EQUIVALENT: dict[str, set[tuple[str, str, str]]] = {
+    "any length does for a drawn name or a short digest": {
+        ("minids/runs/loggers.py",
+         '(folder / "id.txt").write_text(uuid.uuid4().hex[:8], "utf-8")',
+         '(folder / "id.txt").write_text(uuid.uuid4().hex[:(9)], "utf-8")'),
+        ("minids/serve/served.py",
+         'questions, "fp_" + hashlib.sha256(head.numpy().tobytes()).hexdigest()[:12], queue)',
+         'questions, "fp_" + hashlib.sha256(head.numpy().tobytes()).hexdigest()[:(13)], queue)'),
+    },
+    "both tensors are on one device": {
+        ("minids/kernels/selected.py",
+         "return on_hopper(q, latent) and is_tile(rank) and is_tile(latent.size(-1) - rank)",
+         "return (on_hopper(latent, q)) and is_tile(rank) and is_tile(latent.size(-1) - rank)"),
+    },
+    "a square matrix is as tall as it is wide": {
+        ("minids/runs/optimizers.py", "tall = x.size(-2) > x.size(-1)",
+         "tall = (x.size(-2) >= x.size(-1))"),
+    },
 }

@@ -1,6 +1,7 @@
 """Pre-training: one optimizer step, and what a run leaves behind."""
 
 import json
+import re
 from dataclasses import asdict, replace
 
 import pytest
@@ -163,8 +164,13 @@ def test_evaluation_moves_nothing(tmp_path, home):
 
 def test_validation_and_samples_leave_the_weights_alone(tmp_path, unbroken, flags):
     run = tmp_path / "run"
-    run_train(*flags, "--out", str(run), "--eval-every", "1", "--sample-every", "3",
-              "--save-every", str(STEPS))
+    said = run_train(*flags, "--out", str(run), "--eval-every", "1", "--sample-every", "3",
+                     "--save-every", str(STEPS))
+    sampled = {int(step) for step in re.findall(r"^step (\d+): ", said.out, re.MULTILINE)}
+    assert sampled == {*range(3, STEPS, 3)}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    *some, everything = [sum(record["valid_loads"][0]) for record in records]
+    assert {*some} == {some[0]} and everything > some[0]  # the last step's is of the whole text
     name = f"checkpoints/step_{STEPS:06d}/model.safetensors"
     assert (run / name).read_bytes() == (unbroken / name).read_bytes()
 

@@ -8,7 +8,7 @@ import pytest
 
 from minids.serve.asked import FIELDS, IGNORED, NEUTRAL, read_asked
 from minids.serve.errors import Refused
-from minids.serve.served import Served, name_of
+from minids.serve.served import Served, fills_in, name_of
 from minids.text.chat import Chat
 from minids.tokenizer import Tokenizer
 
@@ -176,6 +176,15 @@ def test_infinite_numbers_are_refused():
     assert refusal(raw=b'{"messages": [], "temperature": 1e999}')[:2] in [
         (400, "messages"), (400, "temperature")]
     assert refusal("text", raw=b'{"prompt": "x", "temperature": 1e999}')[:2] == (400, "temperature")
+
+
+def test_a_run_fills_in_if_it_learnt_to(tmp_path):
+    def answer(begin: int | None, **train) -> bool:
+        tags = SimpleNamespace(fim_begin_id=begin, fim_hole_id=6, fim_end_id=7)
+        return fills_in(SimpleNamespace(tokenizer=tags, path=tmp_path, config=dict(train=train)))
+
+    assert answer(5, fim_rate=0.1)
+    assert not (answer(None, fim_rate=0.1) or answer(5, fim_rate=0.0) or answer(5))
 
 
 def test_a_name_is_the_folders():
