@@ -13,6 +13,7 @@ from minids import ModelArgs
 from minids.base import command_line
 from minids.costs import count_parameters
 from minids.runs import device as module
+from minids.runs import starting, together
 from minids.runs.device import check_memory, memory_mib, pick_device, pick_dtype, prepare_cpu
 
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
@@ -151,3 +152,27 @@ def test_all_weights_on_each_rank_count_as_memory(monkeypatch):
     with pytest.raises(ValueError, match="and all weights on each rank to write replies with"):
         check_memory(args, CPU, ranks=2, whole=True)
     check_memory(args, CPU, each=12, ranks=2, whole=True)
+
+
+@pytest.mark.parametrize("ranks, on, refused", [(1, MPS, False), (2, MPS, True), (2, CUDA, False)])
+def test_several_ranks_are_refused_on_apples_gpu(monkeypatch, ranks, on, refused):
+    class Started(Exception):
+        pass
+
+    def start(layout, kind):
+        raise Started(kind)
+
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    monkeypatch.setattr(together, "started", start)
+    machine = SimpleNamespace(device=on.type, prepare=lambda: on)
+    told = (ValueError, "device = 'mps' is not valid: it must be cpu or cuda over several ranks")
+    kind, words = told if refused else (Started, on.type)
+    with pytest.raises(kind, match=words):
+        together.opened("run", machine, SimpleNamespace(layout=lambda ranks: None)).__enter__()
+
+
+def test_a_program_of_one_process_refuses_a_second(monkeypatch):
+    starting.alone("r1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes are not valid: minids.r1 runs in one"):
+        starting.alone("r1")
