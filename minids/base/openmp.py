@@ -24,7 +24,7 @@ def end_team() -> None:
 
     Threads of a team wait for each other spinning only while OpenMP manages at most one thread per
     core. A second thread's team, which may do nothing, sends both to sleep at every product:
-    tokens of a small model then take three times as long, measured on two cores.
+    tokens of a small model then take two to three times as long, measured on two cores.
     """
     for lib in gnu_openmp():
         lib.omp_pause_resource_all(SOFT)

@@ -132,7 +132,7 @@ print(*inside, count())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP, and its threads, are Linux's")
 def test_only_the_thread_that_computes_has_a_team():
-    """Of two teams each sleeps at every product: the server would be three times slower."""
+    """Of two teams each sleeps at every product: the server would take twice as long."""
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join([str(tests.parent), str(tests)])
     said = subprocess.run([sys.executable, "-c", TEAMS], text=True, capture_output=True,
