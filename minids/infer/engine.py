@@ -164,8 +164,7 @@ class Engine:
     def wait(self) -> bool:
         """Wait for something to do; return false when the engine is stopped."""
         with self.wake:
-            if not (self.stopping or self.batch.busy):
-                end_team()
             while not (self.stopping or self.batch.busy):
+                end_team()
                 self.wake.wait()
             return not self.stopping

@@ -373,9 +373,9 @@ def batching_table(bench: Bench) -> Iterator[list[str]]:
     with contextlib.ExitStack() as stack:
         stack.callback(engine.stop)
         try:
-            with their_manager(model, s.rows):
-                theirs = functools.partial(by_transformers, model, s.rows)
-            ways["continuous, by transformers"] = theirs, gap
+            with their_manager(model, s.rows):  # does it take the model?
+                ways["continuous, by transformers"] = (
+                    functools.partial(by_transformers, model, s.rows), gap)
         except Exception as error:  # whatever it says about a model, a device or a version
             print(f"transformers: {one_line(error)[:300]}", file=sys.stderr, flush=True)
         found: dict[str, list[Served]] = {name: [] for name in ways}

@@ -2,6 +2,7 @@
 
 import socket
 from datetime import timedelta
+from types import SimpleNamespace
 
 import pytest
 from torch import distributed as dist
@@ -95,3 +96,19 @@ def test_other_ranks_leave_the_word_to_rank_0(error, waits, monkeypatch):
     with pytest.raises(SystemExit) as ended, team.speaking_first():
         raise error
     assert ended.value.code == (2 if waits else 0) and bool(slept) == waits
+
+
+def gone(*args):
+    """Answer as the store of a rank 0 that has ended."""
+    raise dist.DistNetworkError("failed to recv, got 0 bytes")
+
+
+@pytest.mark.parametrize("found, told", [
+    (ValueError("steps = 0 is not valid"), False), (dist.DistError("connection reset"), True)])
+def test_a_rank_whose_store_has_ended_tells_what_rank_0_cannot_have_told(found, told):
+    """All find a mistake; that rank 0 was lost, the others alone."""
+    second = Team.__new__(Team)
+    second.rank, second.store = 1, SimpleNamespace(set=gone, wait=gone, check=gone)
+    with pytest.raises(ValueError if told else SystemExit) as caught, second.alike():
+        raise found
+    assert not told or "another process of this run was lost" in str(caught.value)
