@@ -40,6 +40,25 @@ class Running:
 
         self.engine.batch.step = held
 
+    @contextlib.contextmanager
+    def standing_after(self, tokens: int) -> Iterator[Callable[[], None]]:
+        """Let the engine stand once it has written so many tokens; call what is yielded to wait
+        until it does. The last token arrives a moment earlier."""
+        step, left = self.engine.batch.step, [tokens]
+
+        def counted() -> None:
+            step()
+            left[0] -= len(wrote := self.engine.batch.log[-1].wrote)
+            if wrote and left[0] == 0:
+                self.still.clear()
+
+        self.engine.batch.step = counted
+        try:
+            yield lambda: until(lambda: not self.still.is_set())
+        finally:
+            self.engine.batch.step = step
+            self.still.set()
+
     def ended(self) -> None:
         """Wait until nobody is served any more."""
         until(lambda: not self.engine.batch.busy)

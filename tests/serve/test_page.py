@@ -75,28 +75,16 @@ def test_a_question_is_answered_with_its_thought_folded(page):
 
 
 def test_it_streams_and_stops(page, server):
-    step = server.engine.batch.step
-    count = []
-
-    def some() -> None:
-        step()
-        count.extend(wrote := server.engine.batch.log[-1].wrote)
-        if wrote and len(count) == 6:
-            server.still.clear()
-
-    server.engine.batch.step = some
-    try:
+    with server.standing_after(6) as stands:
         ask(page, wait=False, thinking="high")
         until(lambda: page.evaluate("reply?.tokens === 6"))
+        stands()
         assert page.locator("details.thought .text").inner_text() == "3*7=1+"
         assert page.locator("#stop").is_visible() and not page.locator("#send").is_visible()
         [job] = filter(None, server.engine.batch.jobs)
         page.keyboard.press("Escape")
         until(lambda: page.evaluate("reply.done === true"))
         until(lambda: job.cancelled)
-    finally:
-        server.engine.batch.step = step
-        server.still.set()
     server.ended()
     assert "stopped" in page.locator(".stats").last.inner_text()
     assert page.locator("#send").is_visible()
@@ -203,29 +191,16 @@ def test_who_reads_further_up_is_left_there(page, server):
 
 
 def test_a_thought_is_folded_by_keyboard_while_it_grows(page, server):
-    server.still.clear()
-    step, left = server.engine.batch.step, [3]
-
-    def some() -> None:
-        step()
-        left[0] -= bool(server.engine.batch.log[-1].wrote)
-        if left[0] == 0:
-            server.still.clear()
-
-    server.engine.batch.step = some
-    try:
+    with server.standing_after(3) as stands:
         ask(page, wait=False, thinking="high")
-        server.still.set()
         until(lambda: page.evaluate("reply?.tokens === 3"))
+        stands()
         page.locator("details.thought summary").last.focus()
         page.keyboard.press("Enter")
         server.still.set()
         until(lambda: page.evaluate("reply.done === true"))
         assert page.evaluate("document.activeElement.tagName") == "SUMMARY"
         assert not page.locator("details.thought").last.evaluate("fold => fold.open")
-    finally:
-        server.engine.batch.step = step
-        server.still.set()
 
 
 def test_a_stream_that_breaks_off_is_told(page):

@@ -287,26 +287,14 @@ def test_who_leaves_before_the_first_token_frees_the_place(client, server, strea
 
 
 def test_who_leaves_a_stream_midway_frees_the_row(client, server):
-    steps = server.engine.batch.step
-    written = []
-
-    def step() -> None:  # stand after the third token
-        steps()
-        written.extend(wrote := server.engine.batch.log[-1].wrote)
-        if wrote and len(written) == 3:
-            server.still.clear()
-
-    server.engine.batch.step = step
-    try:
+    with server.standing_after(3) as stands:
         with client.stream("POST", "/v1/chat/completions", json=ASK | dict(stream=True)) as answer:
             lines = filter(None, answer.iter_lines())
             for _ in range(3):  # the role, and what followed the tag
                 next(lines)
+            stands()
             [job] = filter(None, server.engine.batch.jobs)
         until(lambda: job.cancelled)
-    finally:
-        server.engine.batch.step = steps
-        server.still.set()
     server.ended()
     assert job.written == 3 and chat(client)["choices"][0]["finish_reason"] == "stop"
 
