@@ -41,12 +41,12 @@ def attention_drawing(args: ModelArgs, n_kv_heads: int = 0):
     page = Drawing(306, f"{name}{shared} caches {cached:,} numbers per token per layer")
     h = page.box(48, middle, 60, 44, "h", ACTIVE, f"{args.dim:,}")
     attend = look_back(page, 560, middle, 206, heads)
-    for symbol, y, name, count, width, colour in [
+    for symbol, y, what, count, width, colour in [
             ("Q", 75, "q", heads, q_width, ACTIVE), ("K", middle, "k", kv, q_width, CACHED),
             ("V", 235, "v", kv, v_width, CACHED)]:
         matrix = weight(page, 182, y, symbol)
         page.arrow(h.right, (112, middle), (112, y), matrix.left)
-        result = page.box(360, y, 130, 44, name, colour, f"{count:,} × {width}",
+        result = page.box(360, y, 130, 44, what, colour, f"{count:,} × {width}",
                           strong=colour == CACHED)
         page.arrow(matrix.right, result.left, label=f"{count * width:,}")
         page.arrow(result.right, (attend.left[0], y))

@@ -72,7 +72,8 @@ def moe_drawing(args: ModelArgs):
     return page.done(
         f"A token of {args.dim:,} numbers on its way through a MoE layer: a gate scores "
         f"{experts} experts and keeps {active}, here {chosen}; the token is copied to them and to "
-        f"{args.n_shared_experts} shared experts; the outputs are weighted and added.")
+        f"{args.n_shared_experts} shared expert{'s' * (args.n_shared_experts != 1)}; the outputs "
+        "are weighted and added.")
 
 
 def gates(page: Drawing, args: ModelArgs, token: Box, scores: list, choice: list,

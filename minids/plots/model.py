@@ -144,5 +144,5 @@ def mtp_figure(kinds: dict[str, tuple], tokens_per_pass: dict[str, list], path: 
     left.figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return style.described(style.finish(left.figure, path), (
         "Left: bars of the accepted drafts, for the whole text and by kind. Right: tokens per "
-        "pass over drafts per pass: " + "; ".join(f"{label} {row[0]:.1f} to {row[-1]:.1f}"
-                                                  for label, row in tokens_per_pass.items())))
+        f"pass against drafts per pass, from none to {drafts[-1]}: " + "; ".join(
+            f"{label} {row[0]:.1f} to {row[-1]:.1f}" for label, row in tokens_per_pass.items())))

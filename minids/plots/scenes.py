@@ -123,7 +123,7 @@ def speed_figure(curves: dict[float, list], chosen: float, path: style.File = No
     ax.set_title(f"Speed {chosen:g}: {verdict}")
     ax.set(xlabel="step", ylabel="MaxVio (times the mean)", ylim=(0, None))
     return style.described(style.finish(ax.figure, path), (
-        f"MaxVio over steps for {len(curves)} speeds of the bias; {chosen:g} is stressed, it goes "
+        f"MaxVio over steps for {len(curves)} speeds of the bias; {chosen:g} stands out, it goes "
         f"from {row[0]:.2f} to {row[-1]:.2f}"))
 
 

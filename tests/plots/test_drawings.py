@@ -234,7 +234,7 @@ def test_attention_with_fewer_key_value_heads():
     assert faults(figure) == []
     words = [text.get_text() for text in figure.axes[0].texts]
     assert words[0] == "MQA with 1 key/value head caches 256 numbers per token per layer"
-    assert words.count("1 × 128") == 2
+    assert words.count("1 × 128") == 2 and figure.get_label().startswith("MQA from left")
 
 
 @pytest.mark.parametrize("modules", [0, 2, 3])
