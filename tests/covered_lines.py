@@ -18,6 +18,7 @@ from pathlib import Path
 from types import CodeType
 
 import coverage
+import psutil
 import pytest
 
 HERE = Path(__file__).resolve()
@@ -34,18 +35,22 @@ disable_warnings = no-data-collected, module-not-imported, module-not-measured, 
 
 
 def computed() -> float:
-    """Return the seconds that this process and those it has waited for have computed."""
-    return sum(os.times()[:4])
+    """Return the seconds that this process and those it has started have computed."""
+    seconds, this = 0.0, psutil.Process()
+    for process in (this, *this.children(recursive=True)):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            seconds += sum(process.cpu_times()[:4])  # its own, and of those it has waited for
+    return seconds
 
 
 class Recorder:
     """Name the running test to coverage, and note what each test and each shared fixture costs."""
 
     def __init__(self):
-        self.test = ""
+        self.test = self.phase = ""
         self.tests = {}
         self.failed = set()
-        self.shared = {}  # fixture of more than one test -> seconds
+        self.shared = {}  # fixture of more than one test -> seconds, and the test that set it up
         self.spent = collections.Counter()  # file -> seconds
         self.most = float(os.environ["COVERED_SECONDS"])
         self.cases = int(os.environ["COVERED_CASES"])
@@ -56,7 +61,7 @@ class Recorder:
 
     def name_test(self):
         with contextlib.suppress(Exception):  # a fork that measures nothing
-            coverage.Coverage.current().switch_context(self.test)
+            coverage.Coverage.current().switch_context(self.test + self.phase)
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item, nextitem):
@@ -66,26 +71,42 @@ class Recorder:
             item.add_marker(pytest.mark.skip("recorded before, or enough of its kind"))
             return (yield)
         self.seen[name] += 1
+        self.end_server()
         self.test, begin, known = item.nodeid, computed(), set(self.shared)
         self.name_test()
         result = yield
         self.spent[file] += computed() - begin
         fixtures = {f for found in item._fixtureinfo.name2fixturedefs.values() for f in found}
-        shared = max((self.shared[f] for f in fixtures & set(self.shared)), default=0.0)
-        new = max((self.shared[f] for f in set(self.shared) - known), default=0.0)
+        shared = [self.shared[f] for f in fixtures & set(self.shared)]
+        new = max((self.shared[f][0] for f in set(self.shared) - known), default=0.0)
         self.tests[item.nodeid] = dict(
-            seconds=max(computed() - begin - new, 0.001), shared=shared, lines={})
+            seconds=max(computed() - begin - new, 0.001), lines={},
+            shared=max((seconds for seconds, _ in shared), default=0.0),
+            after=sorted({test for _, test in shared} - {item.nodeid}))
         self.test = ""
         self.name_test()
         return result
 
+    def end_server(self):
+        """End the process that forks ranks: what they run is noted for the test that started it."""
+        forking = sys.modules.get("forking")
+        if forking and forking.server.cache_info().currsize:
+            forking.server().kill()
+            forking.server.cache_clear()
+
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef):
-        begin = computed()
-        result = yield
-        if fixturedef.scope != "function":
-            self.shared[fixturedef] = computed() - begin
-        return result
+        if fixturedef.scope == "function":
+            return (yield)
+        begin, phase = computed(), self.phase
+        self.phase = " (setup)"
+        self.name_test()
+        try:
+            return (yield)
+        finally:
+            self.phase = phase
+            self.name_test()
+            self.shared[fixturedef] = computed() - begin, self.test
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -107,6 +128,7 @@ def pytest_configure(config) -> None:
 def read_notes(folder: Path, root: Path) -> tuple[dict, set]:
     """Return what each test ran and costs, "" for what ran on import, and the tests that failed."""
     tests, failed = {"": dict(lines={}, modules=[])}, set()
+    begun = collections.defaultdict(set)  # test -> lines of the shared fixtures that it set up
     for note in folder.glob("tests-*"):
         found, red = json.loads(note.read_text())
         modules = {*tests[""]["modules"], *found[""]["modules"]}
@@ -122,6 +144,11 @@ def read_notes(folder: Path, root: Path) -> tuple[dict, set]:
                     test = re.sub(r" \((setup|call|teardown)\)(\|.*)?$", "", context)
                     if test in tests:
                         tests[test]["lines"].setdefault(file, set()).add(line)
+                    if "(setup)" in context:
+                        begun[test].add((file, line))
+    for what in tests.values():
+        for file, line in set().union(*(begun[test] for test in what.pop("after", ()))):
+            what["lines"].setdefault(file, set()).add(line)
     return tests, failed
 
 
@@ -194,7 +221,8 @@ class Covers:
     def choose(self, file: str, lines: range | None, limit: float) -> tuple[list[str], float]:
         """Return tests that run one of these lines, or any of the file, and their seconds.
 
-        Those of the file's own folder and the fastest come first; `limit` bounds the seconds.
+        Those of the file's own folder and the fastest come first, but the tests of one file together,
+        because some fixtures can only be set up once. `limit` bounds the seconds.
         """
         ran = self.read(file)[2]
         found = [test for test, own in ran.items() if lines is None or own.intersection(lines)]
@@ -202,16 +230,18 @@ class Covers:
         home = f"tests/test_{name}" if folder == "minids" else f"tests/{folder}/"
 
         def rank(test: str) -> tuple[float, str]:
-            """Return how late a test is tried; tests of one fixture stay together."""
+            """Return how late a test is tried."""
             what = self.tests[test]
             return max(what["seconds"], what["shared"]) * (1 if test.startswith(home) else 4), test
 
-        seconds, chosen, begun = 0.0, [], set()
+        chosen, seconds = [], collections.Counter()  # of a file of tests
+        weight = collections.Counter()
         for test in sorted(found, key=rank):
             module, what = test.partition("::")[0], self.tests[test]
-            more = what["seconds"] + (0 if module in begun else what["shared"])
-            if not chosen or seconds + more <= limit:
-                seconds += more
-                begun.add(module)
+            more = what["seconds"] + (0 if module in seconds else what["shared"])
+            if not chosen or seconds.total() + more <= limit:
+                seconds[module] += more
+                weight[module] += rank(test)[0]
                 chosen.append(test)
-        return chosen, seconds
+        chosen.sort(key=lambda test: (weight[module := test.partition("::")[0]], module))
+        return chosen, seconds.total()
