@@ -221,8 +221,8 @@ class Covers:
     def choose(self, file: str, lines: range | None, limit: float) -> tuple[list[str], float]:
         """Return tests that run one of these lines, or any of the file, and their seconds.
 
-        Those of the file's own folder and the fastest come first, but the tests of one file together,
-        because some fixtures can only be set up once. `limit` bounds the seconds.
+        Those of the file's own folder and the fastest come first, the tests of one file together:
+        some fixtures of a file can be set up only once. `limit` bounds the seconds.
         """
         ran = self.read(file)[2]
         found = [test for test, own in ran.items() if lines is None or own.intersection(lines)]

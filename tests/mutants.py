@@ -6,8 +6,8 @@
 A mutant is the file with one small change of its code: an operator swapped, a comparison turned,
 a constant changed, a statement dropped, two arguments of a call exchanged, a condition negated.
 Each kind is drawn equally often. The tests that run one of its lines are tried, up to --seconds of
-them, file by file, those of its own folder and the fastest first; a mutant is killed if one fails,
-computes far longer than it does without the mutant, or waits for ever. Seconds are a processor's, not a clock's.
+them, file by file, those of its own folder and the fastest first. A mutant is killed if one fails,
+computes far longer than without the mutant, or waits for ever. Seconds are a processor's time.
 The control: a test that kills for the first time is run again in the same way without the mutant,
 behind the tests that came before it. If it fails again, it is left out, and the mutant tried anew.
 

@@ -124,6 +124,22 @@ def test_fp8_table(settings, peaks, monkeypatch):
         assert float(pair["FP8 ms"]) > 0 and float(pair["times as fast"]) > 0
 
 
+def test_the_fp8_tables_shares_are_of_the_machines_peaks(monkeypatch, peaks):
+    """Rounding moves bytes, BF16 in, 1 and a scale out; a product computes."""
+    monkeypatch.setattr(bench_fp8, "measure_peaks", bench_alone.measure_peaks)
+    monkeypatch.setattr(bench_fp8, "seconds_per_call", lambda work, inputs, device: 1e-4)
+    moved = 64 * 256 * (2 + 1 + 4 / 128)
+    assert bench_fp8.rounding_row(64, 256, "cpu")[3:5] == ["0.100", f"{moved / 1e5:.0%}"]
+    computed = 3 * 2 * 8 * 128 * 256  # the result and two gradients
+    assert bench_fp8.linear_row(8, 128, 256, "cpu")[1:6] == [
+        "0.100", share := f"{computed / 1e5:.0%}", "0.100", share, "1.00"]
+    args = replace(NANO, dim=128, moe_inter_dim=128)
+    layers, leaves = bench_fp8.expert_layers(args, "cpu")
+    computed = 3 * 2 * 3 * 128 * 128 * 12 * (args.n_activated_experts + args.n_shared_experts)
+    assert bench_fp8.experts_row(args, layers, leaves, 3, 4, "cpu")[:3] == [
+        "experts, 12 tokens", "0.100", f"{computed / 1e5:.0%}"]
+
+
 def test_the_two_layers_of_the_fp8_table_share_their_weights():
     """A layer of V3 would not fit twice."""
     args = replace(NANO, dim=128, moe_inter_dim=128)

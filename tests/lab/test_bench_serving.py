@@ -1,6 +1,7 @@
 """The trace, what is made of the times, and that both ways of batching serve all of it."""
 
 import asyncio
+import threading
 import time
 from dataclasses import replace
 
@@ -77,8 +78,10 @@ def test_the_rate_at_which_first_tokens_come_as_late():
 def test_the_table_of_batching(settings, monkeypatch, capsys, rotated):
     """Transformers' cache takes two tensors of equal width only: it has a row, or its reason."""
     monkeypatch.setattr(bench_serving, "arrivals", lambda count: SHORT)
+    before = threading.enumerate()
     flags = "--rows=4", "--kv-lora-rank=16", f"--qk-rope-head-dim={rotated}"
     head, *body = run(settings, "batching", capsys, *flags)
+    assert not [t for t in threading.enumerate() if t.name == "engine" and t not in before]
     names = ["static", "static, by the engine", "continuous", "continuous, twice the rate",
              "continuous, as late as static"]
     theirs = ["continuous, by transformers"] if rotated == 16 else []

@@ -113,6 +113,20 @@ def test_wrong_chunks_are_caught():
         assert cross_entropy_gap(wrong, 9, 12) > 1e-3
 
 
+def test_chunks_in_fp16_are_short():
+    """A sum of gradients of more rows could leave FP16's range; FP32 has room."""
+    rows = []
+
+    def seen(logits, targets):
+        rows.append(len(logits))
+        return kernel.loss_and_gradient(logits, targets)
+
+    for dtype in (torch.float16, torch.float32):
+        x, weight = torch.zeros(5000, 2, dtype=dtype), torch.zeros(3, 2, dtype=dtype)
+        Chunked.apply(x, weight, torch.zeros(5000, dtype=torch.int64), 5000, seen)
+    assert rows == [4096, 904, 5000]
+
+
 def test_cross_entropy_in_bf16_rounds_the_logits_only():
     torch.manual_seed(0)
     x, weight = torch.randn(40, 32), torch.randn(50, 32) / 32 ** 0.5
