@@ -222,7 +222,7 @@ class Covers:
         """Return tests that run one of these lines, or any of the file, and their seconds.
 
         Those of the file's own folder and the fastest come first, the tests of one file together:
-        some fixtures of a file can be set up only once. `limit` bounds the seconds.
+        some fixtures of a file can be set up only once. `limit` bounds the seconds after the first.
         """
         ran = self.read(file)[2]
         found = [test for test, own in ran.items() if lines is None or own.intersection(lines)]
@@ -239,7 +239,8 @@ class Covers:
         for test in sorted(found, key=rank):
             module, what = test.partition("::")[0], self.tests[test]
             more = what["seconds"] + (0 if module in seconds else what["shared"])
-            if not chosen or seconds.total() + more <= limit:
+            limit += 0 if chosen else more
+            if seconds.total() + more <= limit:
                 seconds[module] += more
                 weight[module] += rank(test)[0]
                 chosen.append(test)
