@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -124,3 +125,17 @@ def test_k_is_the_flags_the_models_or_an_eighth_of_a_window(monkeypatch, index_n
     monkeypatch.setattr(module, "selection_table", lambda rows, told: found.append(told))
     evaluate_here(monkeypatch, "--device", "cpu", "--selections", *flags)
     assert found == [k, k]
+
+
+@pytest.mark.parametrize("words, team, refused", [
+    (["--fp8", "--keep-fp8"], None, "fp8"), (["--fp8"], "ranks", "fp8"), (["--fp8"], None, ""),
+    (["--keep-fp8"], "ranks", ""), (["--selections", "--pipeline", 2], "ranks", "selections"),
+    (["--pipeline", 2], "ranks", ""), (["--selections"], "ranks", "")])
+def test_what_does_not_go_together_is_refused(monkeypatch, words, team, refused):
+    reported = []
+    monkeypatch.setattr(module, "opened", lambda *_: nullcontext((None, team)))
+    monkeypatch.setattr(module, "report", lambda run, args, team: reported.append(team))
+    with pytest.raises(ValueError, match=f"{refused} = True .* false") if refused else (
+            nullcontext()):
+        evaluate_here(monkeypatch, *words)
+    assert reported == ([] if refused else [team])

@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from minids import ModelArgs
+from minids.costs import count_parameters
 from minids.parallel import layout as layouts
 from minids.parallel.experts import leaving
 from minids.parallel.layout import SCHEDULES, Layout, Spread, check_batch
+from minids.parallel.sharding import keeps_gathered
 
 TINY = ModelArgs.preset("tiny")
 
@@ -118,3 +120,17 @@ def test_a_token_leaves_once_for_each_rank_that_has_one_of_its_experts():
     slot, source, numbers = leaving(torch.tensor([[3, 2, 0], [2, 3, 1]]), 4, 3)
     assert slot.tolist() == [[0, 2, 2], [1, 2, 2]] and source[:2].tolist() == [0, 1]
     assert numbers.tolist() == [[2, 6], [0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize("experts, replicas, gathered", [(8, 1, 0), (4, 1, 2), (2, 1, 4),
+                                                         (8, 2, 1), (1, 1, 8)])
+def test_gathered_matrices_are_kept_where_they_fit(experts, replicas, gathered):
+    """All but the experts, and this rank's experts where others have parts of them too; 2 bytes
+    each and 4 of a gradient, in an eighth of the memory."""
+    count, each = count_parameters(TINY), 3 * TINY.moe_inter_dim * TINY.dim
+    moe = TINY.n_layers - TINY.n_dense_layers + TINY.n_mtp_layers
+    rest = count.total + count.mtp - moe * TINY.n_routed_experts * each
+    least = 8 * 6 * (rest + moe * each * gathered)
+    layout = Layout(expert_parallel=experts, replicate=replicas).fitted(8 * replicas)
+    assert keeps_gathered(TINY, layout, least) and not keeps_gathered(TINY, layout, least - 1)
+    assert not keeps_gathered(TINY, replace(layout, pipeline=2), 100 * least)

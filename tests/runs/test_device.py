@@ -4,6 +4,7 @@ import os
 import resource
 import sys
 import warnings
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -169,6 +170,25 @@ def test_several_ranks_are_refused_on_apples_gpu(monkeypatch, ranks, on, refused
     kind, words = told if refused else (Started, on.type)
     with pytest.raises(kind, match=words):
         together.opened("run", machine, SimpleNamespace(layout=lambda ranks: None)).__enter__()
+
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_cut_a_model_and_keep_what_is_stored(monkeypatch, ranks):
+    """Matrices in FP8 stay so over several ranks, and else if asked for."""
+    team = SimpleNamespace(device=CPU, first=True, ranks="the ranks", together=nullcontext,
+                           alike=lambda advice: nullcontext()) if ranks > 1 else None
+    monkeypatch.setattr(together, "started", lambda layout, kind: nullcontext(team))
+    monkeypatch.setattr(together, "open_model", lambda *inputs, **options: (inputs, options))
+    machine, found = SimpleNamespace(device="cpu", prepare=lambda: CPU), []
+    for kept in (False, True):
+        spread = SimpleNamespace(layout=lambda ranks: None, keep_fp8=kept)
+        with together.opened("a run", machine, spread) as ((inputs, options), own):
+            assert inputs == ("a run", CPU) and own is team
+            found.append(options)
+    assert [options["keep_fp8"] for options in found] == [ranks > 1, True]
+    cut = [options["cut"].keywords for options in found if "cut" in options]
+    assert cut == [dict(ranks="the ranks")] * 2 * (ranks > 1)
 
 
 def test_a_program_of_one_process_refuses_a_second(monkeypatch):
