@@ -13,9 +13,11 @@ import torch
 from minids import ModelArgs
 from minids.base import command_line
 from minids.costs import count_parameters
+from minids.parallel.layout import Layout
 from minids.runs import device as module
 from minids.runs import starting, together
 from minids.runs.device import check_memory, memory_mib, pick_device, pick_dtype, prepare_cpu
+from minids.runs.learner import Learner
 
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
 
@@ -196,3 +198,13 @@ def test_a_program_of_one_process_refuses_a_second(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes are not valid: minids.r1 runs in one"):
         starting.alone("r1")
+
+
+def test_a_run_starts_with_the_layout_and_device_that_were_asked_for(monkeypatch, tmp_path):
+    found = []
+    monkeypatch.setattr(starting, "prepare_cpu", lambda threads, bodies: None)
+    monkeypatch.setattr(starting, "started", lambda *inputs: nullcontext(found.append(inputs)))
+    args = SimpleNamespace(threads=1, bodies="auto", device="cpu", out=str(tmp_path / "run"))
+    layout = Layout(schedule="GPipe")
+    run = starting.in_folder(args, lambda: None, Learner, layout, lambda *run: found.append(run))
+    assert found == [(layout.fitted(1), "cpu"), (run, Learner)] and run == tmp_path / "run"

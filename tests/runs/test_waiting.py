@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -89,6 +90,21 @@ def test_a_notebooks_threads_sleep_and_a_programs_are_watched():
     assert run(SHOW, GOMP_SPINCOUNT="5", KMP_BLOCKTIME="7") == ["5", "7"]
     assert run(NAMES, PROGRAM) == ["MainThread", "waiting"]  # one, however often it is asked for
     assert run(NAMES) == run(NAMES, PROGRAM, OMP_WAIT_POLICY="passive") == ["MainThread"]
+
+
+
+@pytest.mark.parametrize("there, chosen, begun", [
+    (["MainThread", "engine"], {}, ["waiting"]), (["MainThread", "waiting"], {}, []),
+    (["MainThread"], {"GOMP_SPINCOUNT": "5"}, []), (["MainThread"], {"OMP_WAIT_POLICY": ""}, [])])
+def test_one_watcher_begins_unless_the_environment_decides(monkeypatch, there, chosen, begun):
+    made = []
+    monkeypatch.setattr(waiting.os, "environ", {"OMP_NUM_THREADS": "1"} | chosen)
+    monkeypatch.setattr(waiting, "threading", SimpleNamespace(
+        enumerate=lambda: [SimpleNamespace(name=name) for name in there],
+        Thread=lambda target, name, daemon: SimpleNamespace(
+            start=lambda: made.append(name) if daemon else None)))
+    waiting.watch_waiting()
+    assert made == begun
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux lists a process's threads")
