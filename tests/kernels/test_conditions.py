@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from minids.kernels import precision, routing
+from minids.kernels import precision, routing, selected
+from minids.kernels.fp8_layout import group_tiles
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -54,3 +55,27 @@ def test_kernels_in_fp32_take_what_is_no_wider(card):
     assert not precision.in_fp32(tensor("cuda", F32), tensor("cpu", F32))
     assert [precision.in_triton(tensor("cuda", dtype)) for dtype in (F32, BF16)] == ["ieee", "tf32"]
     assert [precision.wide(tensor("cuda", dtype)) for dtype in (BF16, F32, F64)] == [F32, F32, F64]
+
+
+def test_attention_to_selected_latents_takes_widths_that_are_powers_of_two(card):
+    card()
+    assert [width for width in range(1, 1025) if selected.is_tile(width)] == [
+        16, 32, 64, 128, 256, 512]
+
+    def takes(rank: int, rotated: int, dtype: torch.dtype = BF16) -> bool:
+        latent = tensor("cuda", dtype)
+        latent.size = (2, 7, rank + rotated).__getitem__
+        return selected.takes(tensor("cuda", BF16), latent, rank)
+
+    assert takes(512, 64) and takes(16, 16)
+    assert not (takes(512, 24) or takes(96, 64) or takes(512, 64, F64))
+
+
+def test_rows_are_cut_into_tiles_of_one_expert_each():
+    """As many tiles as the rows could need; those of no expert begin behind its rows."""
+    groups = group_tiles(torch.tensor([129, 0, 128, 3]), 260)
+    assert groups.starts.tolist() == [0, 2, 2, 3, 4] and groups.expert.tolist() == [
+        0, 0, 2, 3, 3, 3, 3]
+    assert groups.first.tolist() == [0, 128, 129, 257, 385, 513, 641]
+    assert groups.end.tolist() == [129, 129, 257, 260, 260, 260, 260]
+    assert {t.dtype for t in groups} == {torch.int32}

@@ -175,10 +175,10 @@ def test_several_ranks_are_refused_on_apples_gpu(monkeypatch, ranks, on, refused
 
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_ranks_cut_a_model_and_keep_what_is_stored(monkeypatch, ranks):
-    """Matrices in FP8 stay so over several ranks, and else if asked for."""
-    team = SimpleNamespace(device=CPU, first=True, ranks="the ranks", together=nullcontext,
+@pytest.mark.parametrize("ranks, first", [(1, True), (2, True), (2, False)])
+def test_ranks_cut_a_model_and_keep_what_is_stored(monkeypatch, capsys, ranks, first):
+    """Matrices in FP8 stay so over several ranks, and else if asked for; the first rank speaks."""
+    team = SimpleNamespace(device=CPU, first=first, ranks="the ranks", together=nullcontext,
                            alike=lambda advice: nullcontext()) if ranks > 1 else None
     monkeypatch.setattr(together, "started", lambda layout, kind: nullcontext(team))
     monkeypatch.setattr(together, "open_model", lambda *inputs, **options: (inputs, options))
@@ -188,6 +188,8 @@ def test_ranks_cut_a_model_and_keep_what_is_stored(monkeypatch, ranks):
         with together.opened("a run", machine, spread) as ((inputs, options), own):
             assert inputs == ("a run", CPU) and own is team
             found.append(options)
+            print("a remark", file=sys.stderr)
+    assert capsys.readouterr().err == "a remark\n" * 2 * first
     assert [options["keep_fp8"] for options in found] == [ranks > 1, True]
     cut = [options["cut"].keywords for options in found if "cut" in options]
     assert cut == [dict(ranks="the ranks")] * 2 * (ranks > 1)
