@@ -60,10 +60,10 @@ def moe_drawing(args: ModelArgs):
     page.label(130, 238, f"dispatch: a copy to each of {count} experts", ha="left")
     page.label(130, 384, f"combine: the weighted sum; an expert is {args.dim:,} → "
                          f"{args.moe_inter_dim:,} → {args.dim:,}", ha="left")
-    if args.n_shared_experts:
-        n = args.n_shared_experts
-        shared = page.box(388, 420, 516, 26, f"{n} shared expert{'s' if n > 1 else ''}, "
-                          "for every token, without a weight", ROLES["shared"])
+    n = args.n_shared_experts
+    every = f"{n} shared expert{'s' * (n != 1)}, for every token, without a weight"
+    if n:
+        shared = page.box(388, 420, 516, 26, every, ROLES["shared"])
         page.arrow(token.bottom, (50, 420), shared.left)
         page.arrow(shared.right, (706, 420), total.bottom)
     out = page.box(764, 368, 56, 44, "out", detail=f"{args.dim:,}")
@@ -72,8 +72,7 @@ def moe_drawing(args: ModelArgs):
     return page.done(
         f"A token of {args.dim:,} numbers on its way through a MoE layer: a gate scores "
         f"{experts} experts and keeps {active}, here {chosen}; the token is copied to them and to "
-        f"{args.n_shared_experts} shared expert{'s' * (args.n_shared_experts != 1)}; the outputs "
-        "are weighted and added.")
+        f"{every}; the outputs are weighted and added.")
 
 
 def gates(page: Drawing, args: ModelArgs, token: Box, scores: list, choice: list,
