@@ -7,8 +7,10 @@ writes and speaks; the others print nothing, unless one of them alone has troubl
 import contextlib
 import copy
 import os
+import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -25,7 +27,7 @@ MEETING = timedelta(minutes=5)  # for the others to start: torchrun starts all a
 # to wait: torchrun ends the others.
 WAITING = timedelta(minutes=15)
 SILENCE = timedelta(seconds=5)  # for rank 0 to find the error that another rank has found
-PATIENCE = 15  # seconds that other ranks give rank 0 to report a mistake before they have met
+PATIENCE = 60  # seconds that other ranks give rank 0 to report a mistake before they have met
 
 
 def world_size() -> int:
@@ -54,6 +56,12 @@ def speaking_first() -> Iterator[None]:
             raise SystemExit(2) from None
         finally:
             sys.stdout, sys.stderr = out, err
+
+
+def last_words() -> None:
+    """Let this rank tell why it ends: torchrun sends SIGTERM to all once one of them has ended."""
+    if threading.current_thread() is threading.main_thread():  # no other thread may
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def meeting_address() -> tuple[str, int]:
@@ -195,6 +203,7 @@ class Team(Alone):
             yield
         except Exception as caught:
             error = caught
+            last_words()  # the others end as soon as they know
         failed = self.agree(self.rank if error else self.world, dist.ReduceOp.MIN)
         if failed == self.rank:
             error.for_all = True
@@ -213,28 +222,27 @@ class Team(Alone):
         try:
             yield
         except Exception as error:
-            if getattr(error, "for_all", False):  # torchrun soon ends this rank too
-                raise
-            try:
-                if self.first:
-                    self.store.set("failed", "1")
-                else:
-                    self.store.wait(["failed"], SILENCE)
-                    raise SystemExit(2) from None
-            except dist.DistNetworkError:  # rank 0 has told it, and its store has ended with it
-                if not is_lost(error):
-                    raise SystemExit(2) from None
-            except RuntimeError:  # nobody else tells it
-                pass
+            last_words()
+            if not self.tells(error):
+                raise SystemExit(2) from None
             if is_lost(error):
-                with contextlib.suppress(RuntimeError):
-                    if self.store.check(["told"]):  # by the rank that was lost
-                        raise SystemExit(2) from None
                 raise ValueError("another process of this run was lost, or does not answer; "
                                  f"{after_loss} ({error})") from error
-            with contextlib.suppress(RuntimeError):
-                self.store.set("told", "1")
             raise
+
+    def tells(self, error: Exception) -> bool:
+        """Return whether this rank tells of an error: of those that have one, exactly one does.
+
+        It is rank 0, unless that has none `SILENCE` after another rank has.
+        """
+        agreed = getattr(error, "for_all", False)
+        try:
+            if not (self.first or agreed):
+                with contextlib.suppress(dist.DistStoreError):  # rank 0 has found none so far
+                    self.store.wait(["told"], SILENCE)
+            return self.store.add("told", 1) == 1 or agreed
+        except RuntimeError:  # the store has ended with rank 0, which has told what all found
+            return agreed or is_lost(error)
 
     def in_turn(self, act: Callable):
         """Return act(), which one process per machine runs first, so that the rest find its files.

@@ -9,8 +9,9 @@ import threading
 @contextlib.contextmanager
 def stopping(learner):
     """Let Ctrl-C, SIGTERM and a closed terminal finish the step; a second signal interrupts at
-    once, but not one of many ranks: torchrun passes on what a terminal has sent already. Under
-    nohup, a closed terminal stays ignored."""
+    once, but not one of many ranks: torchrun passes on what a terminal has sent already, and sends
+    SIGTERM to all once one has ended, so they heed signals in this way until they have ended.
+    Under nohup, a closed terminal stays ignored."""
     def ask(number, _frame):
         if learner.stop_signal and learner.team.world == 1:
             raise KeyboardInterrupt
@@ -29,5 +30,5 @@ def stopping(learner):
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in before.items() if learner.team.world == 1 else ():
             signal.signal(number, handler)

@@ -4,7 +4,6 @@ Under torchrun each rank imports torch, and torchrun does too: longer than a sho
 """
 
 import atexit
-import contextlib
 import functools
 import importlib
 import json
@@ -35,17 +34,24 @@ def serve() -> None:
         job = json.loads(line)
         if not job["program"].endswith(".py"):
             importlib.import_module(job["program"])  # once for all ranks and jobs
-        ranks = [forked(job, rank) for rank in range(job["world"])]
+        at = socket.create_server((HOST, 0))  # nobody else gets its port any more
+        job["port"] = at.getsockname()[1]
+        ranks = [forked(job, rank, at) for rank in range(job["world"])]
         # Outlives rank 0, as torchrun's store does. Made now: its threads would not be forked.
-        store = TCPStore(HOST, job["port"], is_master=True, wait_for_workers=False)
+        store = TCPStore(HOST, job["port"], is_master=True, wait_for_workers=False,
+                         master_listen_fd=at.detach())
         print(json.dumps(ended(ranks, job["limit"])), flush=True)
         del store
 
 
-def forked(job: dict, rank: int) -> int:
-    """Fork a rank and return its process; it runs the program as `python -m` would, or a file."""
+def forked(job: dict, rank: int, at: socket.socket) -> int:
+    """Fork a rank and return its process; it runs the program as `python -m` would, or a file.
+
+    at: where the ranks meet, for the store that the parent makes
+    """
     if process := os.fork():
         return process
+    at.close()
     try:
         world = str(job["world"])
         os.environ |= job["environment"] | dict(
@@ -102,13 +108,7 @@ def server() -> subprocess.Popen:
     return made
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on."""
-    with contextlib.closing(socket.create_server((HOST, 0))) as found:
-        return found.getsockname()[1]
-
-
-def fork_ranks(*flags: str, program: str, world: int = 2, limit: float = 120,
+def fork_ranks(*flags: str, program: str, world: int = 2, limit: float = 600,
                folder: Path | None = None, **environment: str) -> tuple[list[int], str, str]:
     """Run a program, or a file, on ranks in a folder; return how each ended, and what they wrote.
 
@@ -117,8 +117,7 @@ def fork_ranks(*flags: str, program: str, world: int = 2, limit: float = 120,
     with tempfile.TemporaryDirectory() as scratch:
         files = {name: str(Path(scratch) / name) for name in ("out", "err")}
         job = dict(flags=[*map(str, flags)], program=program, world=world, limit=limit,
-                   folder=str(folder or Path.cwd()), port=free_port(),
-                   environment=environment, **files)
+                   folder=str(folder or Path.cwd()), environment=environment, **files)
         made = server()
         made.stdin.write(json.dumps(job) + "\n")
         made.stdin.flush()

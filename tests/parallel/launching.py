@@ -39,12 +39,12 @@ class Said(NamedTuple):
     err: str
 
 
-def launch(checks: str, world: int, folder: Path, limit: float,
-           device: str = "cpu", patience: int = 30) -> dict[str, list[str]]:
+def launch(checks: str, world: int, folder: Path, limit: float = 600,
+           device: str = "cpu", patience: int = 120) -> dict[str, list[str]]:
     """Run a file of checks on `world` ranks; return what each rank says to each: "" is right.
 
     limit: seconds until ranks that hang are ended; device: cpu or cuda
-    patience: seconds that a rank waits for the others after a check
+    patience: seconds that a rank waits for the others after a check, such as one that failed alone
     """
     start = forked_ranks if device == "cpu" else started_ranks
     ends, said = start(HERE / checks, world, folder, limit, DEVICE_OF_RANKS=device,
@@ -96,13 +96,13 @@ def begin_ranks(*flags: str, program: str, world: int = 2, restarts: int = 0) ->
                             stderr=subprocess.PIPE)
 
 
-def run_ranks(*flags: str, program: str, world: int = 2, limit: float = 120) -> Said:
+def run_ranks(*flags: str, program: str, world: int = 2, limit: float = 600) -> Said:
     """Run ranks, forked from one process, to the end or for `limit` seconds."""
     ends, out, err = fork_ranks(*flags, program=program, world=world, limit=limit)
     return Said(int(any(ends)), out, err)
 
 
-def torchrun(*flags: str, limit: float = 120, **options) -> Said:
+def torchrun(*flags: str, limit: float = 600, **options) -> Said:
     """Run ranks as a user starts them, to the end or for `limit` seconds."""
     ranks = begin_ranks(*flags, **options)
     try:
@@ -133,7 +133,7 @@ def run_checks(names: dict) -> None:
     folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
     world, said = int(os.environ["WORLD_SIZE"]), {}
     torch.set_num_threads(1)
-    limit, device = timedelta(seconds=120), device_of_rank()
+    limit, device = timedelta(seconds=600), device_of_rank()
     store = dist.FileStore(str(folder / "store"), world)
     if device.type == "cuda":
         torch.cuda.set_device(device)

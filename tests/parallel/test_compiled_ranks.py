@@ -13,7 +13,7 @@ CHECKS = re.findall(r"^def (check_\w+)",
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What two ranks said, in one launch."""
-    return launch("compiled_ranks.py", 2, tmp_path_factory.mktemp("ranks"), limit=400)
+    return launch("compiled_ranks.py", 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ CHECKS = re.findall(r"^def (check_\w+)", (Path(__file__).parent / "four_ranks.py
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What four ranks said, in one launch."""
-    return launch("four_ranks.py", 4, tmp_path_factory.mktemp("ranks"), limit=400)
+    return launch("four_ranks.py", 4, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ from launching import launch
 
 
 def test_checks_after_one_that_fails_are_reached(tmp_path):
-    said = launch("failing_ranks.py", 2, tmp_path, limit=60, patience=1)
+    said = launch("failing_ranks.py", 2, tmp_path)
     first, on_all, on_one, between, left = said.values()
     assert first == between == ["", ""]
     assert all(fault.endswith("AssertionError: on all\n") for fault in on_all)

@@ -113,11 +113,11 @@ def test_a_mistake_is_one_line_of_rank_0(base, tmp_path, program, wrong, line):
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_a_signal_to_one_rank_stops_all_after_the_same_step(base, tmp_path, program):
     run = tmp_path / "run"
-    ranks = begin_ranks(*words(program, base, run), "--steps", "400", "--eval-every", "0",
-                        "--save-every", "400", program=f"minids.{program}")
+    ranks = begin_ranks(*words(program, base, run), "--steps", "100000", "--eval-every", "0",
+                        "--save-every", "100000", program=f"minids.{program}")
     wait_for_steps(run, 2, ranks)
     os.kill(ranks_below(ranks.pid)[-1], signal.SIGTERM)
-    out, err = ranks.communicate(timeout=100)
+    out, err = ranks.communicate(timeout=600)
     steps = len(read_records(run))
-    assert checkpoints.verify(checkpoints.resolve(run))["step"] == steps < 400, (out, err)
+    assert checkpoints.verify(checkpoints.resolve(run))["step"] == steps, (out, err)
     assert f"continue with: python -m minids.{program} --resume --out {run}" in out

@@ -1,10 +1,11 @@
 """How the processes of a run find each other, and what each says when they do not."""
 
-import socket
+from collections.abc import Iterator
 from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+from kept_port import kept_port
 from torch import distributed as dist
 
 from minids.parallel import team
@@ -13,11 +14,10 @@ from minids.parallel.team import Team
 
 
 @pytest.fixture
-def port() -> int:
+def port() -> Iterator[int]:
     """A port at which nobody listens."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    with kept_port() as port:
+        yield port
 
 
 @pytest.fixture
@@ -98,6 +98,21 @@ def test_other_ranks_leave_the_word_to_rank_0(error, waits, monkeypatch):
     assert ended.value.code == (2 if waits else 0) and bool(slept) == waits
 
 
+def one_of_two(rank: int, store) -> Team:
+    """A rank of two that have met."""
+    made = Team.__new__(Team)
+    made.rank, made.world, made.store = rank, 2, store
+    return made
+
+
+@pytest.fixture
+def undisturbed(monkeypatch) -> list:
+    """Note that ranks stay when torchrun ends them, which this process must not."""
+    noted = []
+    monkeypatch.setattr(team.signal, "signal", lambda *how: noted.append(how))
+    return noted
+
+
 def gone(*args):
     """Answer as the store of a rank 0 that has ended."""
     raise dist.DistNetworkError("failed to recv, got 0 bytes")
@@ -105,10 +120,31 @@ def gone(*args):
 
 @pytest.mark.parametrize("found, told", [
     (ValueError("steps = 0 is not valid"), False), (dist.DistError("connection reset"), True)])
-def test_a_rank_whose_store_has_ended_tells_what_rank_0_cannot_have_told(found, told):
+def test_a_rank_whose_store_has_ended_tells_what_rank_0_cannot_have_told(found, told, undisturbed):
     """All find a mistake; that rank 0 was lost, the others alone."""
-    second = Team.__new__(Team)
-    second.rank, second.store = 1, SimpleNamespace(set=gone, wait=gone, check=gone)
+    second = one_of_two(1, SimpleNamespace(wait=gone, add=gone))
     with pytest.raises(ValueError if told else SystemExit) as caught, second.alike():
         raise found
     assert not told or "another process of this run was lost" in str(caught.value)
+
+
+def agreed() -> ValueError:
+    """An error that a rank raises after all have agreed that it does."""
+    error = ValueError("heat")
+    error.for_all = True
+    return error
+
+
+@pytest.mark.parametrize("first, then", [
+    (0, ValueError("heat")), (1, ValueError("heat")), (0, dist.DistError("connection reset")),
+    (1, dist.DistError("connection reset")), (0, agreed()), (1, agreed())])
+def test_of_all_that_find_an_error_one_tells(first, then, monkeypatch, undisturbed):
+    """Also where rank 0 finds it long after another rank, or is lost by it."""
+    monkeypatch.setattr(team, "SILENCE", timedelta(seconds=0.01))
+    store, ends = dist.HashStore(), []
+    for rank, error in ((first, then), (1 - first, dist.DistError("connection closed"))):
+        with pytest.raises((ValueError, SystemExit)) as end, one_of_two(rank, store).alike():
+            raise error
+        ends.append(end.type)
+    assert ends == [ValueError, SystemExit]
+    assert undisturbed == [(team.signal.SIGTERM, team.signal.SIG_IGN)] * 2

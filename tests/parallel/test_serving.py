@@ -23,7 +23,7 @@ CHECKS, MORE = (re.findall(r"^def (check_\w+)", (HERE / name).read_text(), re.M)
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What two ranks said, in one launch."""
-    return launch("two_ranks_serving.py", 2, tmp_path_factory.mktemp("ranks"), limit=120)
+    return launch("two_ranks_serving.py", 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -35,7 +35,7 @@ def test_two_ranks_equal_one_process(said, check):
 @pytest.fixture(scope="module")
 def four_said(tmp_path_factory):
     """What four ranks said, in one launch."""
-    return launch("four_ranks_serving.py", 4, tmp_path_factory.mktemp("ranks"), limit=170)
+    return launch("four_ranks_serving.py", 4, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow

@@ -41,7 +41,7 @@ def run(folder: Path, program: str, *flags: str, world: int = 1, device: str = "
     before = ["-m"] if world == 1 else ["-m", "torch.distributed.run", "--standalone",
                                         "--nproc-per-node", str(world), "-m", "--"]
     flags = [f"minids.{program}", *flags, "--device", device, "--threads", "1"]
-    done = subprocess.run([sys.executable, *before, *flags], cwd=folder, text=True, timeout=170,
+    done = subprocess.run([sys.executable, *before, *flags], cwd=folder, text=True, timeout=600,
                           capture_output=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
     return Said(done.returncode, done.stdout, done.stderr)
 

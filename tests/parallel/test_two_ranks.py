@@ -14,7 +14,7 @@ CHECKS, LEARNING = (
 @pytest.fixture(scope="module")
 def said(tmp_path_factory):
     """What two ranks said, in one launch."""
-    return launch("two_ranks.py", 2, tmp_path_factory.mktemp("ranks"), limit=120)
+    return launch("two_ranks.py", 2, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("check", CHECKS + LEARNING)
