@@ -3,9 +3,15 @@
 import contextlib
 import ctypes
 import functools
+import os
+import threading
 from pathlib import Path
 
+FORKED = threading.local()  # `here` in the thread that a fork copied, without its team's threads
 SOFT = 1  # of <omp.h>, omp_pause_soft: settings stay, and the next product makes a new team
+
+
+os.register_at_fork(after_in_child=lambda: setattr(FORKED, "here", True))
 
 
 @functools.cache
@@ -26,5 +32,5 @@ def end_team() -> None:
     core. A second thread's team, which may do nothing, sends both to sleep at every product:
     tokens of a small model then take two to three times as long, measured on two cores.
     """
-    for lib in gnu_openmp():
+    for lib in () if hasattr(FORKED, "here") else gnu_openmp():  # it would wait for them for ever
         lib.omp_pause_resource_all(SOFT)

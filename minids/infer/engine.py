@@ -20,6 +20,8 @@ from minids.infer.batch import Batch, Job, Request, Token
 from minids.infer.generation import check_arguments
 from minids.model.transformer import Transformer
 
+IDLE = 1.0  # seconds after which a worker that nobody woke looks whether to end
+
 
 class Full(Exception):
     """The queue is full; `seconds` until a request is likely to find a place."""
@@ -122,7 +124,8 @@ class Engine:
     def close(self) -> None:
         """Ask the worker to end every request with `Stopped`, and itself.
 
-        A signal's handler may call this, in whatever it interrupts: it waits for no lock.
+        A signal's handler may call this, in whatever it interrupts: it waits for no lock. Where
+        another thread holds it, the worker sees by itself that it is to end.
         """
         self.stopping = True
         if self.wake.acquire(blocking=False):
@@ -166,5 +169,5 @@ class Engine:
         with self.wake:
             while not (self.stopping or self.batch.busy):
                 end_team()
-                self.wake.wait()
+                self.wake.wait(IDLE)
             return not self.stopping

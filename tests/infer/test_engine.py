@@ -12,6 +12,7 @@ from small_models import LITTLE, scrambled
 from test_batch import LONG, PROMPTS
 
 from minids.generate import generate
+from minids.infer import engine as module
 from minids.infer.batch import Request
 from minids.infer.engine import Engine, Full, Stopped
 
@@ -60,9 +61,11 @@ def test_a_full_queue_refuses_all_or_none(engine):
 
 
 def test_a_closed_stream_frees_its_row(engine):
-    stream = engine.stream(Request([1, 2], 590))
+    goes_on = threading.Event()  # until then the worker stands, having written a token
+    stream = engine.stream(Request([1, 2], 590, take=lambda token: not goes_on.wait()))
     next(stream)
     stream.close()
+    goes_on.set()
     assert len(list(engine.stream(Request([3], 5)))) == 5
     while engine.state()["running"]:  # the step under way ends first
         pass
@@ -79,16 +82,32 @@ def test_requests_that_are_not_valid_are_refused(engine, request_, named):
 
 
 def test_a_stopped_engine_ends_all(engine):
-    stream = engine.stream(Request([1, 2], 590))
+    goes_on, ended = threading.Event(), []
+    stream = engine.stream(Request([1, 2], 590, take=lambda token: not goes_on.wait()))
     next(stream)
-    ended = []
     engine.submit(*[Request([3], 590, end=lambda *how: ended.append(how))] * 3)
+    engine.close()
+    goes_on.set()
     engine.stop()
     with pytest.raises(Stopped):
         list(stream)
     assert [reason for reason, _ in ended] == ["error"] * 3
     with pytest.raises(Stopped):
         engine.submit(Request([1], 5))
+
+
+def test_closing_while_the_worker_falls_asleep_ends_it(engine, monkeypatch):
+    """A signal's handler finds the lock taken: by the worker, which has just looked."""
+    def close_beside() -> None:
+        if threading.current_thread() is engine.thread:
+            handler = threading.Thread(target=engine.close)
+            handler.start()
+            handler.join()
+
+    monkeypatch.setattr(module, "end_team", close_beside)
+    assert len(list(engine.stream(Request([1], 1)))) == 1
+    engine.thread.join(60)
+    assert not engine.thread.is_alive()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -108,33 +127,70 @@ from minids.infer.batch import Request
 from minids.infer.engine import Engine
 from small_models import LITTLE, scrambled
 
-def compute(*_):
+def compute(expected):
     torch.ones(2**17).add_(1)  # on two threads
-    return count()
+    return count(expected)
 
-def count():
-    return len(os.listdir("/proc/self/task")) - before
+def count(expected):  # threads that have ended are listed for another moment
+    while (found := len(os.listdir("/proc/self/task")) - before) != expected:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.001)
+    return found
 
 torch.set_num_threads(2)
-model, before, inside = scrambled(LITTLE), 0, []
-before = count()
-print(compute())
+model, inside, end = scrambled(LITTLE), [], time.monotonic() + 120
+before = len(os.listdir("/proc/self/task"))
+print(compute(1))
 engine = Engine(model, rows=1)
-print(count(), compute())
-for _ in engine.stream(Request([1], 3, take=lambda token: inside.append(compute()))):
+print(count(1), compute(2))
+for _ in engine.stream(Request([1], 3, take=lambda token: inside.append(compute(2)))):
     pass
-end = time.monotonic() + 10
-while count() > 1 and time.monotonic() < end:
-    time.sleep(0.01)
-print(*inside, count())
+print(*inside, count(1))
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP, and its threads, are Linux's")
-def test_only_the_thread_that_computes_has_a_team():
-    """Of two teams each sleeps at every product: the server would take twice as long."""
+def run(code: str) -> list[str]:
+    """Run code in a process of its own; return its lines."""
     tests = Path(__file__).parents[1]
     paths = os.pathsep.join([str(tests.parent), str(tests)])
-    said = subprocess.run([sys.executable, "-c", TEAMS], text=True, capture_output=True,
+    said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
                           env=os.environ | dict(PYTHONPATH=paths))
-    assert said.stdout.split("\n") == ["1", "1 2", "2 2 2 1", ""], said.stderr
+    assert said.returncode == 0, said.stderr
+    return said.stdout.splitlines()
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP is Linux's")
+
+
+@linux
+def test_only_the_thread_that_computes_has_a_team():
+    """Of two teams each sleeps at every product: the server would take twice as long."""
+    assert run(TEAMS) == ["1", "1 2", "2 2 2 1"]
+
+
+FORK = """
+import os, signal, threading
+import torch
+from minids.base.openmp import end_team
+
+def compute():
+    torch.ones(2**17).add_(1)  # on two threads
+
+torch.set_num_threads(2)
+compute()
+if (child := os.fork()) == 0:
+    signal.alarm(60)
+    end_team()
+    thread = threading.Thread(target=lambda: (compute(), end_team()))
+    thread.start()
+    thread.join()
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@linux
+def test_a_fork_has_no_team_to_wait_for():
+    """The team's threads were not copied: ending them would take for ever."""
+    assert run(FORK) == ["0"]

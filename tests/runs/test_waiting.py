@@ -12,7 +12,8 @@ from minids.runs import threads, waiting
 from minids.runs.waiting import BUSY, CALM, QUIET, Watcher
 
 ROOT = Path(__file__).resolve().parents[2]
-WITHOUT = {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY", "OMP_NUM_THREADS"}
+WITHOUT = {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY", "OMP_NUM_THREADS",
+           "MKL_NUM_THREADS"}
 
 
 class Guest:
@@ -116,13 +117,13 @@ torch.ones(2 ** 20).add_(1)
 from minids.runs.waiting import Guest
 count = lambda: len(os.listdir("/proc/self/task"))
 before, guest = count(), Guest()
-for _ in range(500):
+for _ in range(6000):
     if count() == before + 2:
         break
     time.sleep(0.02)
 during = count() - before
 guest.end()
-for _ in range(500):
+for _ in range(6000):
     if count() == before:
         break
     time.sleep(0.02)
