@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -167,12 +166,11 @@ def test_mistake_in_a_process_of_its_own(tmp_path, flags):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_network_is_said_within_two_seconds(tmp_path, flags, monkeypatch):
-    """Nobody listens on port 9. Two seconds besides the import of torch, which is done here."""
+def test_no_network_is_said_before_a_library_tries_for_a_minute(tmp_path, flags, monkeypatch):
+    """Nobody listens on port 9."""
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    begin = time.monotonic()
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it is an error
     said = run_train(*flags, "--data", "hf:roneneldan/TinyStories", "--out", str(tmp_path / "run"))
-    assert time.monotonic() - begin < 2
     assert_refused(said, "no network", "127.0.0.1:9", "pystdlib")
     assert list(tmp_path.iterdir()) == []
 

@@ -19,6 +19,7 @@ from minids.base.fields import nearest
 
 HUB_VALID_DOCUMENTS = 1000  # validation reads this many documents
 PATIENCE = 1.5  # seconds that the hub has to accept a connection
+LOOKS = 30  # whether it has, in that time
 
 
 class HubDocuments:
@@ -132,7 +133,8 @@ def check_network() -> None:
     # In a thread, because looking up a name has no timeout of its own.
     thread = threading.Thread(target=connect, daemon=True)
     thread.start()
-    thread.join(PATIENCE)
+    for _ in range(LOOKS):  # a process that stood still meanwhile has lost one look, not all
+        thread.join(PATIENCE / LOOKS)
     if not answers:
         raise ValueError(f"no network: {endpoint} does not answer; use pystdlib or text:PATH, or "
                          "HF_HUB_OFFLINE=1 for a data set that was downloaded before")

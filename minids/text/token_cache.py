@@ -90,7 +90,7 @@ def remove_unfinished(cache: Path) -> None:
     """Remove what killed processes have left, unless another one is making it anew."""
     for left in cache.glob("*.tmp"):
         with contextlib.suppress(Timeout), holding(left.with_suffix(".lock"), timeout=0):
-            shutil.rmtree(left)
+            shutil.rmtree(left, ignore_errors=True)  # who made it may have just finished it
 
 
 def is_whole(folder: Path) -> bool:

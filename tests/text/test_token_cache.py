@@ -1,5 +1,6 @@
 """The token cache: made once, read back equal, made again where damaged, never half."""
 
+import contextlib
 import json
 import os
 import signal
@@ -143,6 +144,20 @@ def test_what_a_killed_process_left_of_another_corpus_is_removed(corpus, tmp_pat
         cached_tokens(corpus, ByteTokenizer(), tmp_path)
     assert not (tmp_path / "dead.tmp").exists() and (tmp_path / "alive.tmp/train.bin").exists()
     assert not (tmp_path / "dead.lock").exists()
+
+
+def test_what_another_process_has_just_finished_is_no_error(tmp_path, monkeypatch):
+    """It was there when the folder was listed, and has got its name since."""
+    (tmp_path / "made.tmp").mkdir()
+
+    @contextlib.contextmanager
+    def holding(lock, timeout):
+        (tmp_path / "made.tmp").rename(tmp_path / "made")
+        yield
+
+    monkeypatch.setattr(token_cache, "holding", holding)
+    token_cache.remove_unfinished(tmp_path)
+    assert (tmp_path / "made").is_dir()
 
 
 def torn_after_one(error: Exception) -> Iterator[str]:
