@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from kept_port import kept_port
+from running import LONGEST
 from training_runs import run_main
 
 from minids import ModelArgs, Transformer
@@ -66,29 +68,35 @@ def lines(answer) -> Iterator[str]:
     return filter(None, answer.iter_lines())
 
 
-def test_a_signal_ends_streams_with_an_error_event_and_the_port_is_free_again():
-    with program("--port", "0", held=True) as (server, url):
-        port = url.rpartition(":")[2]
-        with httpx.stream("POST", f"{url}/v1/completions", json=ASK | dict(n=16)) as answer:
+@pytest.fixture
+def port() -> Iterator[str]:
+    with kept_port() as port:
+        yield str(port)
+
+
+def test_a_signal_ends_streams_with_an_error_event_and_the_port_is_free_again(port):
+    stream_of = partial(httpx.stream, "POST", timeout=LONGEST)
+    with program("--port", port, held=True) as (server, url):
+        with stream_of(f"{url}/v1/completions", json=ASK | dict(n=16)) as answer:
             stream = lines(answer)
             for _ in range(3):
                 next(stream)
             server.send_signal(signal.SIGTERM)
             *_, last = stream
         assert json.loads(last[6:])["error"]["code"] == "server_shutting_down"
-        _, err = server.communicate(timeout=60)
+        _, err = server.communicate(timeout=LONGEST)
         assert server.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM) and err == ""
     with program("--port", port, held=True) as (server, url):
-        with httpx.stream("POST", f"{url}/v1/completions", json=ASK) as answer:
+        with stream_of(f"{url}/v1/completions", json=ASK) as answer:
             stream = lines(answer)
             next(stream)
             server.kill()  # nothing is said; the connection breaks
             with pytest.raises((httpx.RemoteProtocolError, httpx.ReadError)):
                 list(stream)
     with program("--port", port) as (server, url):
-        assert httpx.get(f"{url}/health").json()["status"] == "ok"
+        assert httpx.get(f"{url}/health", timeout=LONGEST).json()["status"] == "ok"
         server.send_signal(signal.SIGINT)
-        assert server.wait(60) == 130
+        assert server.wait(LONGEST) == 130
         assert server.stderr.read() == "python -m minids.serve: interrupted\n"
 
 
@@ -112,7 +120,8 @@ def test_a_folder_that_changes_underneath_is_not_read_again(kind, tmp_path):
     with program("--port", "0", "--run", str(folder)) as (server, url):
         def ask() -> list:
             asked = ASK | dict(stream=False)
-            return httpx.post(f"{url}/v1/completions", json=asked, timeout=60).json()["choices"]
+            return httpx.post(f"{url}/v1/completions", json=asked,
+                              timeout=LONGEST).json()["choices"]
 
         before = ask()
         for file in filter(Path.is_file, folder.rglob("*")):

@@ -3,7 +3,7 @@
 import asyncio
 
 import pytest
-from running import running, until
+from running import running
 
 for package in ("starlette", "uvicorn"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -93,16 +93,12 @@ def test_errors_are_the_clients_own(client, server):
         create(model="gpt-4")
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="wrong").models.list()
-    server.still.clear()
-    try:
+    with server.standing():
         replies = [client.chat.completions.create(**ASK, stream=True, n=8) for _ in range(3)]
-        until(lambda: server.engine.accepted and sum(
-            server.engine.state()[name] for name in ("running", "waiting")) == 24)
+        server.asked(24)
         with pytest.raises(openai.RateLimitError) as refused:
             create()
         assert int(refused.value.response.headers["retry-after"]) >= 1
-    finally:
-        server.still.set()
     assert all(len([*reply]) > 10 for reply in replies)
 
 

@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from running import running, until
+from running import LONGEST, running, until
 
 for package in ("starlette", "uvicorn", "playwright"):
     pytest.importorskip(package, reason=f"{package} is not installed")
@@ -19,7 +19,8 @@ QUESTION = "3*7+5-2*4+1*3"
 def browser():
     from playwright.sync_api import sync_playwright
     with sync_playwright() as tools:
-        made = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        made = tools.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"],
+                                     timeout=1000 * LONGEST)
         yield made
         made.close()
 
@@ -34,6 +35,7 @@ def server():
 def page(browser, server):
     """The page, which asks nobody but its server, and complains of nothing."""
     context = browser.new_context(viewport=dict(width=1000, height=700))
+    context.set_default_timeout(1000 * LONGEST)
     made, asked, said = context.new_page(), [], []
     made.on("request", lambda request: asked.append(request.url))
     made.on("console", lambda message: said.append(message.text))
@@ -177,14 +179,11 @@ def test_who_reads_further_up_is_left_there(page, server):
         ask(page, thinking="none")
     top = "document.querySelector('main').scrollTop"
     assert page.evaluate(top) > 0  # the newest is in view
-    server.still.clear()
-    try:
+    with server.standing():
         ask(page, wait=False, thinking="high")
         until(lambda: page.evaluate("abort !== null && reply.tokens === 0"))
         assert page.get_attribute("#messages", "aria-busy") == "true"
         page.evaluate("document.querySelector('main').scrollTop = 0")
-    finally:
-        server.still.set()
     until(lambda: page.evaluate("reply.done === true"))
     assert page.evaluate(top) == 0
     assert page.get_attribute("#messages", "aria-busy") == "false"
@@ -215,6 +214,7 @@ def test_a_stream_that_breaks_off_is_told(page):
 def test_a_key_is_asked_for_where_a_phone_shows_it(browser):
     with running(limits=dict(key="secret"), rows=1) as server:
         made = browser.new_page(viewport=dict(width=360, height=640))
+        made.set_default_timeout(1000 * LONGEST)
         made.goto(server.url)
         until(lambda: made.locator("#key").is_visible())
         assert "API key" in made.locator("#hint").inner_text()
@@ -229,6 +229,7 @@ def test_a_key_is_asked_for_where_a_phone_shows_it(browser):
 def test_a_base_model_has_a_box(browser):
     with running("data/r1/base", rows=1) as server:
         made = browser.new_page()
+        made.set_default_timeout(1000 * LONGEST)
         made.goto(server.url)
         until(lambda: made.evaluate("model !== null"))
         assert not made.locator("#question").is_visible()

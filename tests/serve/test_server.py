@@ -7,7 +7,6 @@ import json
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
@@ -35,19 +34,8 @@ def server():
 
 @pytest.fixture(scope="module")
 def client(server):
-    with httpx.Client(base_url=server.url, timeout=60) as made:
+    with httpx.Client(base_url=server.url, timeout=LONGEST) as made:
         yield made
-
-
-@contextmanager
-def standing(server):
-    """Let the engine stand still."""
-    server.still.clear()
-    try:
-        yield
-    finally:
-        server.still.set()
-        server.ended()
 
 
 def chat(client, **fields) -> dict:
@@ -253,16 +241,18 @@ def test_completions(client):
 def test_sixteen_at_once_get_what_they_get_alone(client, server):
     fields = [dict(temperature=1.0, seed=i, max_tokens=20) for i in range(8)]
     alone = [chat(client, **f)["choices"] for f in fields]
-    with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(lambda f: chat(client, **f)["choices"], fields)) == alone
+    with ThreadPoolExecutor(8) as pool, server.standing():
+        asked = [pool.submit(chat, client, **f) for f in fields]
+        server.asked(8)
+        server.still.set()
+        assert [reply.result()["choices"] for reply in asked] == alone
     assert max(len(step.wrote) for step in server.engine.batch.log) == 4
 
 
 def test_a_full_queue_says_when_to_come_back(client, server):
-    with standing(server), ThreadPoolExecutor(8) as pool:
+    with server.standing(), ThreadPoolExecutor(8) as pool:
         asked = [pool.submit(chat, client) for _ in range(8)]
-        until(lambda: server.engine.accepted and sum(
-            server.engine.state()[name] for name in ("running", "waiting")) == 8)
+        server.asked(8)
         answer = client.post("/v1/chat/completions", json=ASK)
         error(answer, 429, code="rate_limit_exceeded")
         assert int(answer.headers["retry-after"]) >= 1
@@ -273,7 +263,7 @@ def test_a_full_queue_says_when_to_come_back(client, server):
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_before_the_first_token_frees_the_place(client, server, stream):
     body = json.dumps(ASK | dict(stream=stream)).encode()
-    with standing(server):
+    with server.standing():
         wrote = sum(len(step.wrote) for step in server.engine.batch.log)
         gone = socket.create_connection(client.base_url.netloc.decode().split(":"))
         gone.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: "
@@ -349,7 +339,7 @@ def test_at_no_moment_is_leaving_an_error(server, moment, stream):
         async with asyncio.timeout(LONGEST):
             await app(scope, receive, send)
 
-    with standing(server):  # which waits at its end until nobody is served
+    with server.standing():  # which waits at its end until nobody is served
         asyncio.run(leave())
     if moment == "in the reply" and stream:
         assert sent[0]["status"] == 200 and b"assistant" in sent[1]["body"]
@@ -358,7 +348,8 @@ def test_at_no_moment_is_leaving_an_error(server, moment, stream):
 
 def test_a_connection_goes_on_after_each_refusal(server, client):
     """Bodies that nobody read must not be taken for the next request."""
-    line = http.client.HTTPConnection(client.base_url.host, client.base_url.port, timeout=60)
+    line = http.client.HTTPConnection(client.base_url.host, client.base_url.port,
+                                     timeout=LONGEST)
     body = json.dumps(ASK | dict(max_tokens=2)).encode()
     first = None
     for method, path, send, headers, status in (
@@ -420,7 +411,8 @@ def test_no_other_page_may_ask_unless_it_is_named(client):
 
 def test_a_key_and_named_pages():
     limits = dict(key="secret", cors=("https://a.example",), seconds=0.001)
-    with running(limits=limits, rows=1) as server, httpx.Client(base_url=server.url) as client:
+    with running(limits=limits, rows=1) as server, httpx.Client(
+            base_url=server.url, timeout=LONGEST) as client:
         for headers in ({}, {"authorization": "Bearer wrong"}):
             error(client.get("/v1/models", headers=headers), 401, code="invalid_api_key")
         assert client.get("/").status_code == client.get("/health").status_code == 200
@@ -439,7 +431,8 @@ def test_a_key_and_named_pages():
 
 
 def test_a_stopped_server_ends_its_streams_with_an_error():
-    with running(rows=1) as server, httpx.Client(base_url=server.url, timeout=60) as client:
+    with running(rows=1) as server, httpx.Client(
+            base_url=server.url, timeout=LONGEST) as client:
         server.still.clear()
         with client.stream("POST", "/v1/chat/completions", json=ASK | dict(stream=True)) as answer:
             threading.Thread(target=server.engine.stop).start()
@@ -452,7 +445,8 @@ def test_a_stopped_server_ends_its_streams_with_an_error():
 
 
 def test_a_base_model_completes_and_does_not_talk():
-    with running("data/r1/base", rows=1) as server, httpx.Client(base_url=server.url) as client:
+    with running("data/r1/base", rows=1) as server, httpx.Client(
+            base_url=server.url, timeout=LONGEST) as client:
         error(client.post("/v1/chat/completions", json=ASK), 400, "messages", "no_chat_template")
         answer = client.post("/v1/completions", json=dict(prompt="3*7", temperature=0))
         assert answer.json()["choices"][0]["text"]
