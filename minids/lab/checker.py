@@ -31,6 +31,8 @@ from types import CodeType, FunctionType, ModuleType
 
 import torch
 
+from minids.runs import threads
+
 PATIENCE = 4.0  # seconds that a check waits for a learner's function, all cases together
 WAITING = 20.0  # seconds more, at most, on a machine whose cores are busy
 MEMORY = 2 * 2 ** 30  # bytes that it may allocate
@@ -104,11 +106,8 @@ def run(work: Callable[[Tell], None]) -> tuple[list[tuple[str, object]], str]:
 
 
 def waited(process: int) -> float:
-    """Return the seconds in which a process could have run and other programs had the cores."""
-    try:
-        return int(Path(f"/proc/{process}/schedstat").read_text("utf-8").split()[1]) / 1e9
-    except (OSError, IndexError):  # a kernel that does not count them
-        return 0.0
+    """Return the seconds in which a process's threads had no core, as other programs had them."""
+    return threads.waited(Path(f"/proc/{process}/task"))[1] / 1e9
 
 
 class Copy:

@@ -42,7 +42,8 @@ def test_a_run_without_a_reader_stores_the_still_picture_alone():
               "    figure.subplots().plot([x], [0], 'o')\n    return figure\n")
     nb = new_notebook(cells=[new_code_cell(source), new_code_cell("move(dot, x=range(3, 9))"),
                              new_code_cell("move(dot, x=range(3, 9))"), new_code_cell("dot(3)")])
-    NotebookClient(nb, kernel_name="python3", timeout=120).execute(stderr=subprocess.DEVNULL)
+    client = NotebookClient(nb, kernel_name="python3", timeout=600, startup_timeout=600)
+    client.execute(stderr=subprocess.DEVNULL)
     [one], [two], [plain] = (cell.outputs for cell in nb.cells[1:])
     assert set(one.data) == {"image/png", "text/plain"} == set(plain.data)
     assert png(one) == png(two) == png(plain) and one.data["text/plain"] == plain.data["text/plain"]

@@ -39,7 +39,7 @@ def run_cell(folder: Path, before: str, after: str = "", address: str = "",
     cell = opening.CELL.format(address=address).replace(*change)
     alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     return subprocess.run([sys.executable, "-c", "\n".join([before, cell, after])], cwd=folder,
-                          capture_output=True, text=True, timeout=120, env=alone)
+                          capture_output=True, text=True, timeout=600, env=alone)
 
 
 @pytest.fixture

@@ -83,7 +83,7 @@ class Killer:
 
     def close(self) -> None:
         self.process.stdin.close()
-        self.process.wait(timeout=30)
+        self.process.wait(timeout=600)
         self.process.stdout.close()
 
 

@@ -253,8 +253,7 @@ def test_the_next_command_is_quoted(tmp_path, flags):
 def test_a_reader_that_leaves_does_not_stop_a_run(tmp_path, flags, unbroken):
     """`python -m minids.train | head -1`."""
     process = start(flags, tmp_path / "run")
-    assert process.stdout.readline()
-    process.stdout.close()
+    process.stdout.close()  # at once: a run could end before a slow test has read a line
     [line] = process.stderr.read().splitlines()
     assert line == "<stdout> takes no more text (Broken pipe); the program goes on"
     assert process.wait() == 0 and differences(unbroken, tmp_path / "run") == []
@@ -271,7 +270,7 @@ def test_a_closed_terminal_saves_the_step(tmp_path, flags):
         wait_for_steps(process, run, 2)
         os.close(main)
         process.send_signal(signal.SIGHUP)
-        assert process.wait(60) == 129
+        assert process.wait(600) == 129
     assert newest_step(run) == len((run / "metrics.jsonl").read_text().splitlines())
 
 
