@@ -37,6 +37,7 @@ WEIGHTS = Weights(mtp_weight=0.7, balance_weight=1.0)
 CLOSE = 1e-12
 
 
+@cache
 def ranks_of(**fields) -> Ranks:
     """The ranks of this process group in a layout."""
     return Ranks.of(Layout(**fields).fitted(dist.get_world_size()), DEVICE)

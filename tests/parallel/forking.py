@@ -5,6 +5,7 @@ Under torchrun each rank imports torch, and torchrun does too: longer than a sho
 
 import atexit
 import functools
+import gc
 import importlib
 import json
 import os
@@ -30,6 +31,7 @@ GRACE = 30  # seconds that a rank has after SIGTERM, as torchrun gives it
 def serve() -> None:
     """Run the job in each line of stdin; print how its ranks ended."""
     importlib.import_module("torch._dynamo")  # an optimizer imports it
+    gc.freeze()  # else each rank's collections read, and so copy, all that is imported
     for line in sys.stdin:
         job = json.loads(line)
         if not job["program"].endswith(".py"):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from forking import fork_ranks
+from forking import HOST, fork_ranks
 from torch import distributed as dist
 
 HERE = Path(__file__).resolve().parent
@@ -134,7 +134,10 @@ def run_checks(names: dict) -> None:
     world, said = int(os.environ["WORLD_SIZE"]), {}
     torch.set_num_threads(1)
     limit, device = timedelta(seconds=600), device_of_rank()
-    store = dist.FileStore(str(folder / "store"), world)
+    if "MASTER_PORT" in os.environ:  # forked: of the process that forks
+        store = dist.TCPStore(HOST, int(os.environ["MASTER_PORT"]), is_master=False)
+    else:
+        store = dist.FileStore(str(folder / "store"), world)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl",

@@ -41,6 +41,7 @@ def whole() -> Transformer:
     return hf.load_hf(folder(), torch.float64)
 
 
+@cache
 def ranks_of(**fields) -> Ranks:
     """The ranks of this process group, which share a model."""
     return Ranks.of(Spread(**fields).layout(dist.get_world_size()), torch.device("cpu"))
