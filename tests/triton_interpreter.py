@@ -58,12 +58,12 @@ def multiply_and_add(builder, x, y, z):
         a.astype("f8") * b.astype("f8") + c.astype("f8")).astype(a.dtype))
 
 
-def run(file: str, *arguments: str, mark: str = "not slow and not exhaustive") -> None:
-    """Run a file's tests of a mark in a subprocess with the interpreter; skip without Triton."""
+def run(*tests: str, mark: str = "not slow and not exhaustive") -> None:
+    """Run tests of a mark in a subprocess with the interpreter; skip without Triton."""
     if find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-m", mark, "-p",
-         "no:cacheprovider", "-p", "no:nbval", file, *arguments],  # which takes seconds to import
+         "no:cacheprovider", "-p", "no:nbval", *tests],  # nbval takes seconds to import
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]

@@ -49,8 +49,8 @@ class Case:
     triton: bool = False
 
     def skip_where_it_cannot_run(self) -> None:
-        if self.triton and not INTERPRETED:
-            pytest.skip("runs in the interpreter's subprocess")
+        if self.triton != INTERPRETED:
+            pytest.skip("runs in the subprocess of `test_interpreted.py`, and nothing else there")
 
 
 INTERPRETED = triton_interpreter.running()
@@ -432,19 +432,6 @@ def test_a_cpu_takes_no_body_of_a_gpu_where_triton_is_installed(monkeypatch):
     for key, (case, *_) in CASES.items():
         _, record = outcome(REGISTRY[key[0]], case)
         assert bool(record[key]) != case.triton, key
-
-
-OF_TRITON = " or ".join(name for (_, name), cases in CASES.items() if cases[0].triton)
-
-
-def test_bodies_in_triton_by_its_interpreter():
-    """The tests above, of the bodies that this process skips: one example of each."""
-    triton_interpreter.run(__file__, "-k", OF_TRITON)
-
-
-@pytest.mark.slow
-def test_bodies_in_triton_by_its_interpreter_broken_and_of_all_shapes():
-    triton_interpreter.run(__file__, "-k", OF_TRITON, mark="slow")
 
 
 @pytest.mark.parametrize("rows, width, wanted", [

@@ -33,7 +33,7 @@ from minids.model.moe import MoE, sort_by_expert
 INTERPRETED = triton_interpreter.running()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 inside = pytest.mark.skipif(not kernels.run_on(torch.device(DEVICE)),
-                            reason="runs on a card with FP8 units, or in a subprocess")
+                            reason="runs on a card with FP8 units, or in the subprocess of `test_interpreted.py`")
 ROUNDING = {("fp8.quantize_activation", "tiles_in_one_pass"): fp8.quantize_activation,
             ("fp8.quantize_weight", "blocks_in_one_pass"): fp8.quantize_weight}
 KINDS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -43,17 +43,6 @@ KINDS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def on_the_device():
     with torch.device(DEVICE):
         yield
-
-
-def test_by_the_interpreter():
-    if not INTERPRETED and DEVICE == "cpu":
-        triton_interpreter.run(__file__)
-
-
-@pytest.mark.slow
-def test_what_takes_long_by_the_interpreter():
-    if not INTERPRETED and DEVICE == "cpu":
-        triton_interpreter.run(__file__, mark="slow")
 
 
 def sample(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -310,7 +299,8 @@ def require_told(operation, given: tuple) -> None:
 
 
 @inside
-@pytest.mark.parametrize("groups, dtype", [(False, torch.float32), (True, torch.bfloat16)])
+@pytest.mark.parametrize("groups, dtype", [
+    (True, torch.bfloat16), pytest.param(False, torch.float32, marks=pytest.mark.slow)])
 def test_the_operations_are_what_a_compiler_is_told(groups, dtype):
     x = torch.randn(50, 200, dtype=dtype)
     w = torch.randn(3 if groups else 1, 128, 200, dtype=dtype)
@@ -493,6 +483,7 @@ def test_weights_inside_the_experts_equal_the_simulation(dtype, rounded_before):
 
 
 @inside
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, *[torch.float32] * (DEVICE == "cuda")])
 def test_a_compiler_finds_no_break_in_a_layer_with_weights_inside(dtype):
     """On a card in FP32 too, although none is trained so: torch 2.11 lost these gradients there."""

@@ -1,0 +1,22 @@
+"""Kernels in Triton, by its interpreter: the tests that an everyday process skips.
+
+One subprocess goes through all of them, since importing torch and Triton takes seconds.
+"""
+
+from pathlib import Path
+
+import pytest
+import triton_interpreter
+
+HERE = Path(__file__).parent
+TESTS = [str(HERE / "test_fp8_kernels.py"), str(HERE / "test_triton_sparse.py"), *(
+    f"{HERE / 'test_bodies.py'}::test_{name}"
+    for name in ("a_body_equals_its_plain_definition", "a_broken_body_is_noticed",
+                 "a_fallback_in_silence_is_noticed"))]
+
+
+@pytest.mark.parametrize("mark", [
+    "not slow and not exhaustive", pytest.param("slow", marks=pytest.mark.slow)])
+def test_by_the_interpreter(mark):
+    """One example of each body, and small shapes; or each broken, and all shapes."""
+    triton_interpreter.run(*TESTS, mark=mark)
