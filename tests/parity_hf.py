@@ -204,16 +204,16 @@ def differences(ours: Transformer, theirs: PreTrainedModel) -> tuple[float, floa
     return gap(logits, expected), max(gap(mine[name], exact[name]) for name in exact)
 
 
-def same_tokens(ours: Transformer, theirs: PreTrainedModel) -> int:
+def same_tokens(ours: Transformer, theirs: PreTrainedModel, new: int = NEW) -> int:
     """Return how many of the greedily generated tokens are equal, up to the first that is not."""
     prompt = random_tokens(ours.args, 1, 9)
-    mine = generate(ours, prompt.tolist(), NEW).tokens[0]
+    mine = generate(ours, prompt.tolist(), new).tokens[0]
     theirs.generation_config.eos_token_id = None
     with quiet():
-        out = theirs.generate(prompt, max_new_tokens=NEW, do_sample=False, use_cache=True,
+        out = theirs.generate(prompt, max_new_tokens=new, do_sample=False, use_cache=True,
                               attention_mask=torch.ones_like(prompt), pad_token_id=0)
     pairs = zip(mine, out[0, prompt.size(1):].tolist(), strict=True)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), NEW)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), new)
 
 
 # transformers knows one MTP layer by its number, 61: so the model has 61 layers, little ones.

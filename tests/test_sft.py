@@ -24,6 +24,7 @@ from minids.runs.device import fetched
 from minids.runs.open import open_model, open_source
 from minids.runs.settings import TrainArgs
 from minids.sft import PRESETS, FineTuner, Rows, SftArgs, conversation, open_conversations
+from minids.text import corpora
 from minids.text.chat import Chat
 from minids.text.tasks import open_task
 from minids.tokenizer import Tokenizer
@@ -41,7 +42,8 @@ def chat() -> Chat:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("sft") / "base"
-    with contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpora, "EXAMPLES", 2000)
         train(TrainArgs.for_preset("micro", out=str(run), steps=2, eval_every=0, threads=1))
     return run
 

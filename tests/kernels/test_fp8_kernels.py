@@ -33,7 +33,7 @@ from minids.model.moe import MoE, sort_by_expert
 INTERPRETED = triton_interpreter.running()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 inside = pytest.mark.skipif(not kernels.run_on(torch.device(DEVICE)),
-                            reason="runs on a card with FP8 units, or in the subprocess of `test_interpreted.py`")
+                            reason="runs on a card with FP8 units, or in a subprocess")
 ROUNDING = {("fp8.quantize_activation", "tiles_in_one_pass"): fp8.quantize_activation,
             ("fp8.quantize_weight", "blocks_in_one_pass"): fp8.quantize_weight}
 KINDS = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

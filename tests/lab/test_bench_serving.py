@@ -109,10 +109,16 @@ def test_clients_read_all_or_leave():
         server.ended()
 
 
+@pytest.fixture
+def few_clients(monkeypatch):
+    """One client and two, with short replies and pauses."""
+    for name, value in dict(CLIENTS=(1, 2), EACH=1, MOST=8, PAUSE=0.01).items():
+        monkeypatch.setattr(bench_serving, name, value)
+
+
+@pytest.mark.usefixtures("few_clients")
 @pytest.mark.parametrize("of", ["a run with a module", "random weights"])
 def test_the_table_of_clients_without_http(settings, monkeypatch, capsys, tmp_path, of):
-    monkeypatch.setattr(bench_serving, "CLIENTS", (1, 2))
-    monkeypatch.setattr(bench_serving, "EACH", 1)
     monkeypatch.setattr(bench_serving, "find_spec", lambda name: None)
     folder = a_run(tmp_path) if of == "a run with a module" else ""
     head, *body = run(settings, "serve", capsys, f"--run={folder}")
@@ -123,10 +129,9 @@ def test_the_table_of_clients_without_http(settings, monkeypatch, capsys, tmp_pa
 
 
 @pytest.mark.slow
-def test_the_table_of_clients(settings, monkeypatch, capsys):
+@pytest.mark.usefixtures("few_clients")
+def test_the_table_of_clients(settings, capsys):
     pytest.importorskip("uvicorn", reason="uvicorn is not installed")
-    monkeypatch.setattr(bench_serving, "CLIENTS", (1, 2))
-    monkeypatch.setattr(bench_serving, "EACH", 1)
     head, *body = run(settings, "serve", capsys, "--run=data/r1/rl")
     assert [row[0] for row in body] == ["1 client, over HTTP", "2 clients, over HTTP"]
     assert all(len(row) == len(head) and float(row[2]) > 0 for row in body)
