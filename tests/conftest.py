@@ -22,12 +22,15 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(2 ** 28))
 os.environ.setdefault("MALLOC_TOP_PAD_", str(2 ** 26))
 
 # What takes longest comes first, so that the last minute is left to what is short. A check of an
-# answer copies its process, so the three files of checks come before anything that fills memory.
+# answer copies its process, so the files of checks come before anything that fills memory.
 FIRST = ("tests/lab/test_checker.py", "tests/lab/test_grading.py", "tests/test_graders.py",
+         "tests/lab/test_lesson.py", "tests/lab/test_mine.py", "tests/lab/test_variants.py",
          "notebooks/", "tests/parallel/", "tests/kernels/", "tests/test_readme.py", "tests/runs/",
          "tests/test_stages_train.py", "tests/test_r1.py", "tests/infer/",
          "tests/test_parity_hf.py", "tests/test_mistakes_train.py", "tests/test_train.py",
-         "tests/test_grpo.py", "tests/hf/", "tests/text/")
+         "tests/test_grpo.py", "tests/test_sft.py", "tests/test_crash_points.py",
+         "tests/test_dryrun.py", "tests/test_generate.py", "tests/plots/", "tests/apply/",
+         "tests/hf/", "tests/text/", "tests/lab/")
 
 
 def pytest_collection_modifyitems(items: list) -> None:

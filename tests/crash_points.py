@@ -15,6 +15,7 @@ One process imports torch and forks the runs.
 import argparse
 import contextlib
 import errno
+import gc
 import json
 import os
 import random
@@ -109,7 +110,7 @@ def work(job: dict) -> None:
     os.chdir(job["folder"])
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(job[name], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    main, run_program = program(job["words"][0], Path(job["folder"]), job["until"])
+    main, run_program = program(job["words"][0], Path(job["folder"]), job["until"], job["wrong"])
     sys.argv = job["words"]
     disk = Disk(job["folder"], job["point"] and Point(*job["point"]))
     status = 1
@@ -131,6 +132,7 @@ def work(job: dict) -> None:
 def serve() -> None:
     """Fork the runs of each line of stdin at once; print how they ended."""
     import crash_setup  # noqa: F401  (imports torch, once)
+    gc.freeze()  # else each run's collections read, and so copy, all that is imported
     for line in sys.stdin:
         children = []
         for job in json.loads(line):
@@ -144,13 +146,12 @@ def serve() -> None:
 class Server:
     """The process that forks the runs; `scratch` holds what they print.
 
-    wrong: the wrong variant, which leaves files that the next start takes for somebody else's
+    wrong: whether runs are the wrong variant, whose files the next start takes for somebody else's
     """
 
-    def __init__(self, scratch: Path, wrong: bool = False):
-        self.scratch = scratch
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false",
-                                    "OTHER_NAMES": "yes" if wrong else ""}
+    def __init__(self, scratch: Path):
+        self.scratch, self.wrong = scratch, False
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         self.process = subprocess.Popen([sys.executable, __file__, "--serve"], env=environment,
                                         text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
@@ -172,7 +173,8 @@ class Server:
 
     def job(self, name: str, **what) -> dict:
         """Return the job for `work`; the names of its output files begin with `name`."""
-        return what | {kind: str(self.scratch / f"{name}{kind}") for kind in ("out", "err", "seen")}
+        files = {kind: str(self.scratch / f"{name}{kind}") for kind in ("out", "err", "seen")}
+        return what | files | {"wrong": self.wrong}
 
     def end(self, jobs: list[dict]) -> list[tuple[int, str]]:
         """Run these at once; the status and the stderr of each."""

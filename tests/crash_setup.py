@@ -29,14 +29,15 @@ with tempfile.TemporaryDirectory() as scratch:  # imports what draws, once
 SETTINGS = {"resume", "seal", "overwrite"}  # of the second start
 
 
-def program(name: str, folder: Path, until: str = ""):
+def program(name: str, folder: Path, until: str = "", wrong: bool = False):
     """Return the `main` of a program, made short, with its cache in `folder`; and its runner.
 
     until: stage of r1 after which it ends; "": at its own end
+    wrong: whether it writes as the wrong variant does
     """
     train.Trainer.sample = lambda self, _, count=1: SAMPLE(self, 2, count)
     train.open_data = partial(loaders.open_data, cache=folder / "cache")
-    if os.environ["OTHER_NAMES"]:
+    if wrong:
         text_tokenizer.write_whole = write_under_another_name
     if name == "r1":
         shorten(pytest.MonkeyPatch())

@@ -16,11 +16,17 @@ from crash_setup import differences
 DRAWN = int(os.environ.get("MINIDS_POINTS", "12"))
 
 
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """One process forks the runs of all tests: it imports torch once."""
+    made = Server(tmp_path_factory.mktemp("said"))
+    yield made
+    made.close()
+
+
 @pytest.fixture
-def trial(request, tmp_path):
-    server = Server(tmp_path)
-    yield Trial(request.param, tmp_path, server)
-    server.close()
+def trial(request, tmp_path, server):
+    return Trial(request.param, tmp_path, server)
 
 
 def wrong(trial: Trial, points: list) -> dict:
@@ -35,13 +41,11 @@ def test_every_point_of_a_program(trial):
     assert len(trial.points) > 15 and wrong(trial, trial.points) == {}
 
 
-def test_the_check_notices_files_that_stay(tmp_path):
+def test_the_check_notices_files_that_stay(tmp_path, server, monkeypatch):
     """Wrong variant: a temporary file with a name that the next start does not know."""
-    server = Server(tmp_path, wrong=True)
+    monkeypatch.setattr(server, "wrong", True)
     trial = Trial("tokenizer", tmp_path, server)
-    noticed = any(map(trial.problems, trial.points))  # the first one is enough
-    server.close()
-    assert noticed
+    assert any(map(trial.problems, trial.points))  # the first one is enough
 
 
 @pytest.mark.slow
@@ -67,8 +71,6 @@ def test_two_starts_at_once(trial, tmp_path):
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", COMMANDS)
-def test_all_points(name, tmp_path):
-    server = Server(tmp_path)
+def test_all_points(name, tmp_path, server):
     found = [wrong(trial, trial.points) for trial in trials(name, tmp_path, server)]
-    server.close()
     assert found and not any(found)

@@ -51,6 +51,7 @@ def test_stages_have_the_parameters_that_costs_counts(layout):
         assert found.ranks[0].weights == found.ranks[0].state // 2 == own + 3 * small
 
 
+@pytest.mark.slow
 def test_the_bill_is_that_of_costs(capsys):
     main(["--preset", "nano", "--gpus", "1", "--tokens", "1e15", "--seq-len", "64"])
     due = training_bill(flops_per_token(ModelArgs.preset("nano"), 64), 1e15, 1, Rental())

@@ -375,7 +375,8 @@ def test_another_tokenizer_is_refused(run, tmp_path, capsys, monkeypatch):
     assert status == 2 and "fingerprint" in err and err.count("\n") == 1
 
 
-def test_the_command_itself(run):
+@pytest.mark.slow
+def test_the_command_in_a_process_of_its_own(run):
     words = ["--run", run, "--prompt", "x = ", "--max-new-tokens", "3"]
     done = subprocess.run([sys.executable, "-m", "minids.generate", *words], capture_output=True,
                           text=True, cwd=ROOT)

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kill_and_resume import differences
+from training_runs import no_picture
 
 from minids import grpo as grpo_module
 from minids.base.command_line import run_program
@@ -42,6 +43,7 @@ def base(tmp_path_factory) -> Path:
     home = tmp_path_factory.mktemp("grpo")
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "EXAMPLES", 2000)
+        patch.setattr("minids.train.loss_curve", no_picture)
         train(TrainArgs.for_preset("micro", out=str(home / "base"), steps=10, eval_every=0,
                                    threads=1))
         sft(SftArgs.for_preset(from_run=str(home / "base"), out=str(home / "sft"), steps=20,

@@ -92,9 +92,9 @@ PEAKS = dict(SIDE=64, COPIED=2 ** 20, CACHES=2 ** 16)
 # A program that is only named: its help.
 NAMED = {"python -m minids.grpo"}
 
-# These take more than ten seconds, and other tests run what they run.
+# These take longest, and other tests run what they run.
 SLOW = ("python tests/", "python -m minids.lab.bench --what moe-vs-dense",
-        "python -m minids.dryrun --gpus",
+        "python -m minids.dryrun", "python -m minids.lab.bench --what speculative",
         "python -m minids.lab.bench --device cuda",
         "python -m minids.train --")  # the plain one is `first_run`
 

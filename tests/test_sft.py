@@ -11,6 +11,7 @@ import pytest
 import torch
 from kill_and_resume import differences
 from small_models import LITTLE, gap, random_tokens, scrambled
+from training_runs import no_picture
 
 from minids import sft as sft_module
 from minids.base.command_line import run_program
@@ -44,6 +45,7 @@ def base(tmp_path_factory) -> Path:
     run = tmp_path_factory.mktemp("sft") / "base"
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "EXAMPLES", 2000)
+        patch.setattr("minids.train.loss_curve", no_picture)
         train(TrainArgs.for_preset("micro", out=str(run), steps=2, eval_every=0, threads=1))
     return run
 

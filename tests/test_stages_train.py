@@ -97,7 +97,7 @@ def test_the_check_of_the_warmup_notices(home, unbroken, tmp_path, monkeypatch):
     assert "layers.0.attn.wo.weight" in moved(weights_of(unbroken), weights_of(run))
 
 
-@pytest.mark.parametrize("stage", ["warm", "sparse"])
+@pytest.mark.parametrize("stage", ["warm", pytest.param("sparse", marks=pytest.mark.slow)])
 def test_a_stage_has_the_same_bytes_twice(stage, tmp_path, request, unbroken, warm):
     """From the command line, and by the settings that its folder states."""
     first = request.getfixturevalue(stage)

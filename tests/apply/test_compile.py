@@ -27,7 +27,7 @@ def step(model) -> tuple[float, list]:
     return losses.total.item(), [p.grad.clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("how", ["none", "selective"])
+@pytest.mark.parametrize("how", ["none", pytest.param("selective", marks=pytest.mark.slow)])
 def test_blocks_are_traced_whole_and_only_in_training(how, monkeypatch):
     torch.compiler.reset()
     graphs = []
@@ -55,6 +55,7 @@ def test_blocks_are_traced_whole_and_only_in_training(how, monkeypatch):
     assert len(graphs) == before
 
 
+@pytest.mark.slow
 def test_batches_of_another_size_and_products_it_does_not_know_are_left_out(monkeypatch):
     """A ramp's smaller batches run as they are; FP32 experts run between two graphs."""
     torch.compiler.reset()

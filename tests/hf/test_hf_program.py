@@ -195,11 +195,14 @@ def test_a_new_tokenizer_replaces_the_old_one_whole(exported, tmp_path):
         assert json.loads((folder / "generation_config.json").read_text())[name] == own == new
 
 
-def test_the_command_itself(exported, tmp_path, capsys, monkeypatch):
-    """In a process of its own, and a mistake, in this one."""
+@pytest.mark.slow
+def test_the_command_in_a_process_of_its_own(exported):
     done = subprocess.run([sys.executable, "-m", "minids.hf", "--folder", exported],
                           capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
     assert done.returncode == 0 and "DeepseekV3ForCausalLM" in done.stdout and not done.stderr
+
+
+def test_a_mistake_in_a_file_of_settings_is_one_line(tmp_path, capsys, monkeypatch):
     (tmp_path / CONFIG).write_text(json.dumps(V3_CONFIG | {"index_topk": 0, "topk_group": 9}))
     assert call(capsys, monkeypatch, "--folder", tmp_path) == (
         2, "", f"python -m minids.hf: {tmp_path / CONFIG}: topk_group = 9 is not valid: it must be "

@@ -57,7 +57,7 @@ from safetensors.torch import load_file
 from minids import hf
 from minids import ModelArgs, Transformer
 
-args = ModelArgs(vocab_size=1024, dim=512, inter_dim=512, moe_inter_dim=512, n_layers=3, n_heads=2,
+args = ModelArgs(vocab_size=1024, dim=512, inter_dim=512, moe_inter_dim=512, n_layers=2, n_heads=2,
                  n_dense_layers=0, n_routed_experts=16, n_mtp_layers=0)
 folder, mb = {folder!r}, 2 ** 20
 
@@ -109,6 +109,7 @@ print(json.dumps(grown))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc to measure with")
 def test_memory_stays_below_the_model_and_a_tensor(tmp_path):
     tests = Path(__file__).resolve().parents[1]
@@ -118,7 +119,7 @@ def test_memory_stays_below_the_model_and_a_tensor(tmp_path):
     assert done.returncode == 0, done.stderr
     grown = json.loads(done.stdout.splitlines()[-1])
     largest, other = 2, 6  # MiB: the embedding; what else a process needs
-    assert 120 < grown["size"] < 200
+    assert 90 < grown["size"] < 130
     assert grown["load"] < grown["size"] + largest + other, grown
     assert grown["mapped"] > 1.5 * grown["size"] and grown["all"] > 1.5 * grown["size"], grown
     # A shard of 8, and what the allocator does not give back between two; all at once is the model.

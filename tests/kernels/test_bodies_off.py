@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from training_runs import no_picture
 
 from minids.generate import generate
 from minids.kernels.registry import recorded, use
@@ -24,7 +25,8 @@ def weights(run: Path, step: int) -> dict:
     return load_file(run / "checkpoints" / f"step_{step:06d}" / "model.safetensors")
 
 
-def test_plain_definitions_train_resume_and_sample(tmp_path):
+def test_plain_definitions_train_resume_and_sample(tmp_path, monkeypatch):
+    monkeypatch.setattr("minids.train.loss_curve", no_picture)
     text = tmp_path / "text"
     text.mkdir()
     for n in range(4):

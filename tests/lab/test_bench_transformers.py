@@ -377,6 +377,7 @@ def test_one_batch_size_is_one_row(nothing_runs):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.slow
 def test_memory_is_measured_in_a_fresh_process(settings):
     ballast = torch.ones(2**27)  # 512 MiB that the measuring process must not have
     before, peak = beside.in_fresh_process("training", settings, NANO, "fp32", None)

@@ -78,10 +78,11 @@ def test_a_step_asks_for_loads_before_the_optimizers_work(home, tmp_path, monkey
     assert given is not on_device and torch.equal(given, on_device)
 
 
-def test_killed_and_resumed_run_equals_an_unbroken_one(home, flags, unbroken):
-    """Two kills; `python tests/kill_and_resume.py` has twenty, of the default nano run."""
+@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_and_resumed_run_equals_an_unbroken_one(home, flags, unbroken, kills):
+    """`python tests/kill_and_resume.py` has twenty kills, of the default nano run."""
     seconds = json.loads((unbroken / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    kill_and_resume(flags, unbroken, seconds + 1, home / "killed", kills=2)
+    kill_and_resume(flags, unbroken, seconds + 1, home / f"killed-{kills}", kills)
 
 
 def forget_position(loader: PackedLoader, state: dict) -> None:
@@ -250,6 +251,7 @@ def test_the_next_command_is_quoted(tmp_path, flags):
     assert words == ["python", "-m", "minids.generate", "--run", str(run), "--prompt", "def read_"]
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_does_not_stop_a_run(tmp_path, flags, unbroken):
     """`python -m minids.train | head -1`."""
     process = start(flags, tmp_path / "run")
@@ -259,6 +261,7 @@ def test_a_reader_that_leaves_does_not_stop_a_run(tmp_path, flags, unbroken):
     assert process.wait() == 0 and differences(unbroken, tmp_path / "run") == []
 
 
+@pytest.mark.slow  # its signal is tried above, in this process
 def test_a_closed_terminal_saves_the_step(tmp_path, flags):
     """Its signal comes, and nothing can be printed any more."""
     run, (main, child) = tmp_path / "run", os.openpty()

@@ -89,6 +89,10 @@ def test_a_notebooks_threads_sleep_and_a_programs_are_watched():
     assert run(SHOW) == ["0", "0"]
     assert run(SHOW, PROGRAM) == ["None", "0"]
     assert run(SHOW, GOMP_SPINCOUNT="5", KMP_BLOCKTIME="7") == ["5", "7"]
+
+
+@pytest.mark.slow  # who starts a watcher is tried in this process
+def test_a_program_has_one_watcher_and_a_notebook_none():
     assert run(NAMES, PROGRAM) == ["MainThread", "waiting"]  # one, however often it is asked for
     assert run(NAMES) == run(NAMES, PROGRAM, OMP_WAIT_POLICY="passive") == ["MainThread"]
 

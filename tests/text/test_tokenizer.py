@@ -94,7 +94,8 @@ def test_wrong_variant_pattern_that_lacks_an_alternative_is_caught(small, droppe
     assert drops_characters(variant(small, pattern="|".join(rest)))
 
 
-@pytest.mark.parametrize("run", [" ", "\n", "\t ", "a", "!", "\n ", "1", "\u3000", "=\n"])
+@pytest.mark.parametrize("run", [" ", "\n", "a", "!", "1", *(
+    pytest.param(run, marks=pytest.mark.slow) for run in ("\t ", "\n ", "\u3000", "=\n"))])
 def test_a_very_long_run_comes_back(run):
     assert text_is_kept(COMMITTED, (run * 1_000_000 + "x").encode())
 
