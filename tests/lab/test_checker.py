@@ -155,7 +155,7 @@ def fills(x):
 
 def spreads(x):
     """The same in Python, whose error is another one."""
-    return [x] * 2 ** 28
+    return [x] * 2 ** 29  # 4 GiB
 
 
 @linux
