@@ -1,11 +1,13 @@
 """On which devices and for which types the GPU's bodies run, asked with stand-ins for tensors."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from minids.kernels import precision, routing, selected
+from minids import ModelArgs
+from minids.kernels import fp8_layout, precision, routing, selected
 from minids.kernels.fp8_layout import group_tiles
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -79,3 +81,32 @@ def test_rows_are_cut_into_tiles_of_one_expert_each():
     assert groups.first.tolist() == [0, 128, 129, 257, 385, 513, 641]
     assert groups.end.tolist() == [129, 129, 257, 260, 260, 260, 260]
     assert {t.dtype for t in groups} == {torch.int32}
+
+
+def test_one_line_says_why_a_card_runs_sparse_attention_without_kernels(card, monkeypatch):
+    v32 = ModelArgs.preset("v3.2")
+    args = replace(v32, index_n_heads=selected.WIDEST, index_head_dim=selected.WIDEST)
+    monkeypatch.setattr(selected, "TRITON", True)
+
+    def missing(device: str = "cuda", **fields) -> str:
+        return selected.missing(replace(args, **fields), torch.device(device))
+
+    card()
+    assert missing() == missing("cpu", kv_lora_rank=96) == missing(
+        index_n_heads=0, kv_lora_rank=96) == ""
+    assert missing(kv_lora_rank=96).startswith("kv_lora_rank = 96 is no power")
+    assert missing(qk_rope_head_dim=24).startswith("qk_rope_head_dim = 24 is no power")
+    wider = 2 * selected.WIDEST
+    for name in ("index_n_heads", "index_head_dim"):
+        assert missing(**{name: wider}) == f"{name} = {wider} is above {selected.WIDEST}"
+    card((8, 9))
+    assert "older than Hopper" in missing()
+    monkeypatch.setattr(selected, "TRITON", False)
+    assert missing() == "Triton is not installed"
+
+
+def test_scaled_products_need_a_hopper_itself(card):
+    for capability, taken in (((9, 0), True), ((8, 9), False), ((10, 0), False)):
+        card(capability)
+        assert fp8_layout.on_hopper(tensor("cuda", BF16)) == taken
+        assert not fp8_layout.on_hopper(tensor("cpu", BF16))

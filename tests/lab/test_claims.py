@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from types import SimpleNamespace
 
 import pytest
 from training_runs import write_texts
@@ -53,6 +54,27 @@ def test_fp8_trains_beside_full_precision_and_goes_on(tmp_path, capsys, monkeypa
     claims.main(flags)  # nothing is trained again
     assert capsys.readouterr().out == first
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+
+@pytest.mark.parametrize("found, words", [
+    ([], ["--preset", "nano", "--seed", "1"]), ([dict(step=2)], ["--resume"]),
+    ([dict(step=2, valid_bpb=1.5)], ["--resume"]), ([dict(step=4, valid_bpb=1.5)], [])])
+def test_each_run_is_trained_to_its_end_by_a_command(tmp_path, monkeypatch, found, words):
+    commands = []
+    monkeypatch.setattr(claims, "read_metrics", lambda folder: list(found))
+    monkeypatch.setattr(claims, "read_config", lambda folder: dict(train=dict(steps=4)))
+    monkeypatch.setattr(claims, "is_run", lambda folder: bool(found))
+    monkeypatch.setattr(claims.subprocess, "run", lambda command, **_: commands.append(
+        command[1:]) or SimpleNamespace(returncode=0))
+    runs = claims.train_all(ClaimArgs(what="fp8", out=str(tmp_path), **SHORT))
+    folders = {regime: [tmp_path / f"fp8/{regime}-seed-{seed}" for seed in range(2)]
+               for regime in claims.REGIMES["fp8"]}
+    assert {regime: [run.folder for run in own] for regime, own in runs.items()} == folders
+    regime, last = list(folders)[-1], ["--steps", "4"] * (not found)
+    wanted = ["-m", "minids.train", *words, *(claims.REGIMES["fp8"][regime] if not found else []),
+              *last, "--out", str(folders[regime][1]), "--device", "cpu", "--threads", "1"]
+    assert (wanted in commands) == bool(words) and len(commands) == 2 * len(folders) * bool(words)
 
 
 @pytest.mark.parametrize("flags, told", [

@@ -75,3 +75,9 @@ def test_a_large_model_is_drawn_from_the_runs_generator():
     assert torch.equal(first, again) and not torch.equal(first, other)
     # The estimate of a deviation from n numbers is off by less than 5 / sqrt(2 n).
     assert abs(first.std() / 0.5 - 1) < 5 / (2 * first.numel()) ** 0.5
+
+
+@pytest.mark.parametrize("shape, each", [((ROWS, 4), 1), ((ROWS + 1, 4), 2), ((3, ROWS + 1, 4), 6),
+                                         ((2, 3, 5, 4), 6)])
+def test_a_stack_has_blocks_of_each_of_its_matrices(shape, each):
+    assert Blocks(torch.Size(shape), 0.3, 0).count == each

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from minids.serve import served
 from minids.serve.asked import FIELDS, IGNORED, NEUTRAL, read_asked
 from minids.serve.errors import Refused
-from minids.serve.served import Served, fills_in, name_of
+from minids.serve.served import SMALLEST, Served, fills_in, name_of
 from minids.text.chat import Chat
 from minids.tokenizer import Tokenizer
 
@@ -191,3 +192,23 @@ def test_a_name_is_the_folders():
     assert [name_of(Path(p)) for p in ("runs/r1/final", "runs/tiny", "data/r1/rl", "/x")] == [
         "r1-final", "tiny", "r1-rl", "x"]
     assert len(set(IGNORED) & set(NEUTRAL)) == 0
+
+
+@pytest.mark.parametrize("config, talking, size, task", [
+    ({"grpo": {"task": "countdown:3"}}, True, 9, "countdown:3"),
+    ({"sft": {"data": "task:calculator:2"}}, True, 9, "calculator:2"),
+    ({"sft": {"data": "jsonl:x"}}, True, 9, None), ({"grpo": {"task": "gsm8k"}}, True, 9, None),
+    ({}, True, SMALLEST, "calculator"), ({}, False, SMALLEST, None), ({}, True, 9, None),
+    ({"grpo": {"task": "gsm8k"}}, True, SMALLEST, None)])
+def test_the_pages_questions_are_of_the_runs_task(monkeypatch, config, talking, size, task):
+    """A folder without a run that talks in bytes is taken for one of `minids.r1`."""
+    problems = SimpleNamespace(some=lambda count, side, seed: [SimpleNamespace(
+        question=f"{side} {seed}")] * count)
+    opened = []
+    monkeypatch.setattr(served, "open_task", lambda name: opened.append(name) or problems)
+    monkeypatch.setattr(served, "talks", lambda source: talking)
+    source = SimpleNamespace(config=config, tokenizer=SimpleNamespace(n_tokens=size))
+    found = served.questions_for(source, "")
+    assert opened == [task] * bool(task) and found == ["held-out 0"] * (
+        served.QUESTIONS if task else 0)
+    assert served.questions_for(source, "countdown") and opened[-1] == "countdown"

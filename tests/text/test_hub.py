@@ -8,6 +8,7 @@ import textwrap
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from byte_tokens import write_rows
@@ -189,3 +190,60 @@ def test_a_process_that_stood_still_asks_on(monkeypatch):
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.getsockname()[1]}")
         hub.check_network()
     assert sum(joins) == pytest.approx(hub.PATIENCE)
+
+
+class Rows(list):
+    """Stands for a stream of the library."""
+
+    def take(self, count: int) -> "Rows":
+        return Rows(self[:count])
+
+    def skip(self, count: int) -> "Rows":
+        return Rows(self[count:])
+
+
+@pytest.fixture
+def library(monkeypatch):
+    """Let the library open these splits, or fail; returns what it was asked for."""
+    errors = SimpleNamespace(DatasetNotFoundError=type("NotFound", (Exception,), {}))
+    asked = []
+
+    def put(splits: dict | Exception) -> list:
+        def load_dataset_builder(name, config, revision):
+            asked[:] = [name, config, revision]
+            if isinstance(splits, Exception):
+                raise splits
+            return SimpleNamespace(as_streaming_dataset=lambda: splits, hash="h",
+                                   config=SimpleNamespace(name="default"))
+        monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(
+            load_dataset_builder=load_dataset_builder,
+            disable_progress_bars=lambda: asked.append("no bars")))
+        return asked
+    monkeypatch.setitem(sys.modules, "datasets.exceptions", errors)
+    monkeypatch.setattr(hub, "check_network", lambda: None)
+    return put
+
+
+def test_validation_is_the_first_of_a_set_without_such_a_split(library):
+    rows = Rows(dict(text=f"text {n}", id=n) for n in range(hub.HUB_VALID_DOCUMENTS + 3))
+    asked = library({"train": rows})
+    train, valid, name = hub.open_hub("some/set@12ab")
+    assert asked == ["some/set", None, "12ab"] and name == "some/set@h:default:text"
+    assert list(valid.dataset) == rows[:-3] and list(train.dataset) == rows[-3:]
+    library({"train": rows, "test": Rows(rows[:2])})
+    train, valid, name = hub.open_hub("some/set:part:text")
+    assert asked == ["some/set", "part", None]
+    assert list(valid.dataset) == rows[:2] and list(train.dataset) == rows
+
+
+@pytest.mark.parametrize("given, spec, words", [
+    ({"test": Rows()}, "some/set", "no split train, only test"),
+    ({"train": Rows([dict(id=1)])}, "some/set", "choose with hf:NAME:CONFIG:COLUMN"),
+    (ValueError("BuilderConfig 'prat' not found. Available: ['part', 'all']"), "some/set:prat",
+     "did you mean 'part'.*choose with hf:some/set:CONFIG"),
+    (OSError("no room\nfor it"), "some/set", "no room for it")])
+def test_what_the_library_says_becomes_one_line(library, given, spec, words):
+    library(given)
+    with pytest.raises(ValueError, match=words) as error:
+        hub.open_hub(spec)
+    assert "\n" not in str(error.value)
