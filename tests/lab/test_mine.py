@@ -166,6 +166,8 @@ def test_a_learners_own_part_is_used(tmp_path, patient, capsys):
         6, "yours")
     answer, remark = found(tmp_path, "def double(x):\n    return 2.5 * x")
     assert answer == 7.5 and "but wrong" in remark and "0.5" in remark
+    line = "import linecache; assert 'getline' in linecache.getline('77_test.ipynb, cell 0', 1)"
+    assert found(tmp_path, f"{line}\ndef double(x):\n    return 2 * x") == (6, "yours")
     _, remark = found(tmp_path, "def double(x):\n    return torch.ones(1)")
     assert "shape (1,) instead of shape (2,)" in remark
     assert capsys.readouterr().out == ""

@@ -431,6 +431,8 @@ def test_balance_figure_shows_the_numbers_given():
     assert [ax.get_title("left") for ax in maps] == list("abcd") and collisions(figure) == []
     assert [ax.images[0].get_array().T.tolist() for ax in maps] == [*shares.values()]
     assert maps[0].images[0].norm(1.0) == 0.5  # the even share is the middle of the colours
+    numbered = [ax.yaxis.get_tick_params()["labelleft"] for ax in maps]
+    assert numbered == [True, False, False, False]
     assert lines_of(below) == max_vio
 
 

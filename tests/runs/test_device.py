@@ -5,6 +5,7 @@ import resource
 import sys
 import warnings
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -210,3 +211,10 @@ def test_a_run_starts_with_the_layout_and_device_that_were_asked_for(monkeypatch
     layout = Layout(schedule="GPipe")
     run = starting.in_folder(args, lambda: None, Learner, layout, lambda *run: found.append(run))
     assert found == [(layout.fitted(1), "cpu"), (run, Learner)] and run == tmp_path / "run"
+
+
+def test_a_run_that_is_given_no_folder_is_named_after_the_one_before(monkeypatch):
+    monkeypatch.setattr(starting, "folder_of", Path)
+    monkeypatch.setattr(starting, "in_folder", lambda args, default, *_: default())
+    args = SimpleNamespace(from_run="elsewhere/x", out="")
+    assert starting.learn(Learner, args, "-sft") == Path("runs/x-sft")
