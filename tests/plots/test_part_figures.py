@@ -81,5 +81,8 @@ def test_bill_map_draws_lines_of_equal_cost():
         assert ends == pytest.approx([10.0 ** power] * 2)
     assert ax.get_title("left") == "1B active parameters, 0.01T tokens: 10,000,000 USD"
     assert axes_without_a_unit(figure) == []
-    (ax,) = counts.bill_map({}, (1e9, 1e10), 1.2e12).axes  # a million would buy just 2e9 tokens
+
+
+def test_bill_map_names_no_line_whose_name_would_leave_it():
+    (ax,) = counts.bill_map({}, (1e9, 1e10), 1.2e12).axes  # a million buys just 2e9 tokens
     assert ax.texts[0].get_text() == "$10,000,000"
