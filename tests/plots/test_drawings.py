@@ -1,5 +1,7 @@
 """The drawings follow the settings; nothing in them overlaps, crosses a word or leaves the page."""
 
+import json
+from base64 import b64decode
 from dataclasses import replace
 from io import BytesIO
 from itertools import combinations, product
@@ -227,6 +229,38 @@ def test_numbers_come_from_the_settings(name):
         assert set(wanted) <= found[model]
     # No text of one model but common words may stand in the other's drawing.
     assert not set(NUMBERS[name][0]) - set(NUMBERS[name][1]) & found["tiny"]
+
+
+def stored(source: str) -> tuple[Path, bytes, str]:
+    """Return the notebook, picture and alt text of the cell that ends with this call."""
+    for path in sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb")):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
+            if cell["cell_type"] == "code" and "".join(cell["source"]).endswith(source):
+                output = cell["outputs"][0]
+                return path, b64decode(output["data"]["image/png"]), (
+                    output["metadata"]["image/png"]["alt"])
+    raise LookupError(source)
+
+
+@pytest.mark.parametrize("source, figure", [
+    ('model_drawing(v3, "tokens")', lambda v3: drawn_model.model_drawing(v3, "tokens")),
+    ('model_drawing(v3, "attention")', lambda v3: drawn_model.model_drawing(v3, "attention")),
+    ('model_drawing(v3, "mla")', lambda v3: drawn_model.model_drawing(v3, "mla")),
+    ('model_drawing(v3, "rope")', lambda v3: drawn_model.model_drawing(v3, "rope")),
+    ("attention_drawing(v3)", drawn_attention.attention_drawing),
+    ("mla_drawing(v3)", drawn_attention.mla_drawing),
+    ("tokens_drawing(v3)", drawn_work.tokens_drawing),
+    ('moe_drawing(ModelArgs.preset("v3"))', drawn_experts.moe_drawing),
+    ('mtp_drawing(ModelArgs.preset("v3"))', drawn_work.mtp_drawing)])
+def test_a_notebook_s_drawing_is_today_s(source, figure, tmp_path):
+    """The alt text, and the title's dots but for their smoothing: another title differs by 0.06."""
+    path, picture, alt = stored(source)
+    drawn = figure(MODELS["v3"])
+    assert drawn.get_label() == alt, path
+    title = imread(BytesIO(drawn._repr_png_()[0]))[:60]
+    other = imread(BytesIO(drawn_model.model_drawing(MODELS["tiny"])._repr_png_()[0]))[:60]
+    assert abs(imread(BytesIO(picture))[:60] - title).mean() < 0.02, path
+    assert abs(other - title).mean() > 0.03  # wrong variant
 
 
 def test_attention_with_fewer_key_value_heads():
