@@ -27,7 +27,7 @@ def table(header: Iterable[str], rows: Iterable[Iterable]):
     from IPython.display import Markdown
 
     def is_number(entry: str) -> bool:  # with or without a unit, or empty
-        return not entry or entry[0].isdigit() and len(entry.split()) <= 2
+        return not entry or entry.lstrip("-")[:1].isdigit() and len(entry.split()) <= 2
 
     rows = [[f"{value:,}" if type(value) is int else str(value) for value in row] for row in rows]
     numeric = [all(map(is_number, column)) for column in zip(*rows, strict=True)]

@@ -369,7 +369,7 @@ def test_a_table_puts_numbers_to_the_right():
     shown = table(["name", "size", "note"], [("a", 1234567, "7 of 8"), ("b", "", "0.2 KB")])
     assert shown.data.split("\n") == ["| name | size | note |", "| :-- | --: | :-- |",
                                       "| a | 1,234,567 | 7 of 8 |", "| b |  | 0.2 KB |"]
-    right = table(["size", "share"], [(1, "7.5%"), (22, "0.2 KB")]).data.split("\n")
+    right = table(["size", "share"], [(1, "7.5%"), (-22, "-0.2 KB")]).data.split("\n")
     assert right[1] == "| --: | --: |"
 
 
