@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch import distributed as dist
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -322,12 +322,18 @@ class Watch(TorchDispatchMode):
             self.count(storage, size)
             return resize(storage, size)
 
+        self.own_tolist = FakeTensor.tolist
         torch.UntypedStorage.resize_ = counted
+        FakeTensor.tolist = lambda tensor: self.listed(tensor.shape)
         return super().__enter__()
 
     def __exit__(self, *error):
-        torch.UntypedStorage.resize_ = self.own_resize
+        torch.UntypedStorage.resize_, FakeTensor.tolist = self.own_resize, self.own_tolist
         return super().__exit__(*error)
+
+    def listed(self, shape: tuple[int, ...]):
+        """Return asked numbers in this shape; torch makes a fake tensor of each, which takes long."""
+        return [self.listed(shape[1:]) for _ in range(shape[0])] if shape else next(self.asked)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
