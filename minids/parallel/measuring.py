@@ -332,7 +332,7 @@ class Watch(TorchDispatchMode):
         return super().__exit__(*error)
 
     def listed(self, shape: tuple[int, ...]):
-        """Return asked numbers in this shape; torch makes a fake tensor of each, which takes long."""
+        """Return asked numbers in this shape; torch would make a fake tensor of each."""
         return [self.listed(shape[1:]) for _ in range(shape[0])] if shape else next(self.asked)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
