@@ -1,6 +1,6 @@
 """FP8 as DeepSeek stores and computes it: E4M3 numbers, one scale for each small block.
 
-E4M3 has 4 bits of exponent and 3 of mantissa: it spans 2^-9 to 448 and resolves two digits at best.
+E4M3 has 4 bits of exponent and 3 of mantissa: it spans 2^-9 to 448, to little more than one digit.
 A tensor must be scaled to fit, and with one scale for a whole tensor a single outlier pushes the
 small values below the range. So each scale serves few numbers (V3 section 3.3.2):
     activations  one scale per token and 128 channels (tiles of 1 x 128)
