@@ -56,7 +56,6 @@ def test_fp8_trains_beside_full_precision_and_goes_on(tmp_path, capsys, monkeypa
     assert (folder / "metrics.jsonl").stat().st_mtime_ns == before
 
 
-
 @pytest.mark.parametrize("found, words", [
     ([], ["--preset", "nano", "--seed", "1"]), ([dict(step=2)], ["--resume"]),
     ([dict(step=2, valid_bpb=1.5)], ["--resume"]), ([dict(step=4, valid_bpb=1.5)], [])])

@@ -49,7 +49,7 @@ def serve() -> None:
 def forked(job: dict, rank: int, at: socket.socket) -> int:
     """Fork a rank and return its process; it runs the program as `python -m` would, or a file.
 
-    at: where the ranks meet, for the store that the parent makes
+    at: the socket at which the parent's store listens, and the ranks meet
     """
     if process := os.fork():
         return process

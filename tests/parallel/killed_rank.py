@@ -7,7 +7,7 @@ from minids import train
 from minids.base.command_line import run_program
 from minids.runs.over_ranks import TrainerOverRanks
 
-enough = TrainerOverRanks.accumulate
+whole_step = TrainerOverRanks.accumulate
 
 
 def accumulate(learner):
@@ -15,7 +15,7 @@ def accumulate(learner):
     first = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
     if learner.step == 4 and learner.team.rank == learner.team.world - 1 and first:
         os.kill(os.getpid(), signal.SIGKILL)
-    return enough(learner)
+    return whole_step(learner)
 
 
 if __name__ == "__main__":

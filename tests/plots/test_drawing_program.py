@@ -11,7 +11,7 @@ from minids.plots import __main__ as program
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """What the program wants drawn."""
+    """Return the list of drawings that the program asks for, none of which is made."""
     drawn = []
 
     def draw(*what):

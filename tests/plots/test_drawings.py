@@ -253,7 +253,8 @@ def stored(source: str) -> tuple[Path, bytes, str]:
     ('moe_drawing(ModelArgs.preset("v3"))', drawn_experts.moe_drawing),
     ('mtp_drawing(ModelArgs.preset("v3"))', drawn_work.mtp_drawing)])
 def test_a_notebook_s_drawing_is_today_s(source, figure, tmp_path):
-    """The alt text, and the title's dots but for their smoothing: another title differs by 0.06."""
+    """Its alt text is equal, and so are the pixels of its title, except where letters are smoothed:
+    0.02 on average bounds that; another title differs by 0.06."""
     path, picture, alt = stored(source)
     drawn = figure(MODELS["v3"])
     assert drawn.get_label() == alt, path

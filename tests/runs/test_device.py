@@ -175,7 +175,6 @@ def test_several_ranks_are_refused_on_apples_gpu(monkeypatch, ranks, on, refused
         together.opened("run", machine, SimpleNamespace(layout=lambda ranks: None)).__enter__()
 
 
-
 @pytest.mark.parametrize("ranks, first", [(1, True), (2, True), (2, False)])
 def test_ranks_cut_a_model_and_keep_what_is_stored(monkeypatch, capsys, ranks, first):
     """Matrices in FP8 stay so over several ranks, and else if asked for; the first rank speaks."""

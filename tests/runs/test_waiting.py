@@ -97,7 +97,6 @@ def test_a_program_has_one_watcher_and_a_notebook_none():
     assert run(NAMES) == run(NAMES, PROGRAM, OMP_WAIT_POLICY="passive") == ["MainThread"]
 
 
-
 @pytest.mark.parametrize("there, chosen, begun", [
     (["MainThread", "engine"], {}, ["waiting"]), (["MainThread", "waiting"], {}, []),
     (["MainThread"], {"GOMP_SPINCOUNT": "5"}, []), (["MainThread"], {"OMP_WAIT_POLICY": ""}, [])])
