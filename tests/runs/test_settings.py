@@ -5,8 +5,10 @@ from dataclasses import replace
 import pytest
 
 from minids.config import ModelArgs
+from minids.grpo import GrpoArgs
 from minids.runs.optimizers import batch_size_at, learning_rate_factor
 from minids.runs.settings import TRAIN_PRESETS, TrainArgs
+from minids.sft import SftArgs
 
 TRAINING_MISTAKES = [
     (dict(constant_until=0.9, decay_until=0.5), "decay_until", "constant_until = 0.9 or more"),
@@ -63,6 +65,40 @@ def test_presets_of_released_models_have_the_papers_tokens_and_rates(name):
     assert off_the_papers(name) == []
     assert off_the_papers(name, batch_start=0)[-1:] or name in ("v2-lite", "kimi-k2")
     assert off_the_papers(name, final_lr=0.5)
+
+
+# What the papers state beside tokens and rates: V3 section 4.2, V2 section 3.1.2, appendix B, and
+# for K2 67M tokens in a batch; R1 (Nature 645:633, Methods) for sft's and grpo's "r1".
+USUAL = dict(beta1=0.9, beta2=0.95, weight_decay=0.1, clip=1.0)
+STATED = {
+    "v3": USUAL | dict(optimizer="adamw", warmup_steps=2000, seq_len=4096, batch_start=3072,
+                       batch_size=15360, fim_rate=0.1, mtp_weight=0.3, mtp_weight_late=0.1,
+                       balance_weight=1e-4, bias_speed=0.001, separate=False, final_lr=0.1),
+    "v2": USUAL | dict(optimizer="adamw", warmup_steps=2000, seq_len=4096, batch_start=2304,
+                       batch_size=9216, decay="steps", final_lr=0.1),
+    "v2-lite": USUAL | dict(optimizer="adamw", warmup_steps=2000, seq_len=4096, batch_start=0,
+                            batch_size=4608, decay="steps"),
+    "moonlight": USUAL | dict(optimizer="muon", warmup_steps=2000, seq_len=8192, batch_start=2048,
+                              batch_size=4096, bias_speed=0.001, bias_until=1.0),
+    "kimi-k2": USUAL | dict(optimizer="muon", warmup_steps=500, seq_len=4096, batch_size=16384),
+}
+STATED_OF_R1 = {
+    SftArgs: USUAL | dict(lr=5e-5, final_lr=0.1, constant_until=0.0, decay_until=1.0,
+                          decay="cosine", seq_len=32768, batch_size=128, steps=12_500),
+    GrpoArgs: dict(lr=3e-6, steps=10_400, questions=32 * 16, group=16, updates=16, kl_beta=0.001,
+                   temperature=1.0, top_p=1.0, clip_low=10.0, clip_high=10.0, reference_every=400,
+                   accuracy_weight=1.0, format_weight=1.0, language_weight=0.0, kl="k3",
+                   max_new_tokens=32768, mode="think", advantage="std", normalise="sequence"),
+}
+
+
+def test_presets_have_what_the_papers_state():
+    made = {name: (TrainArgs.for_preset(name), stated) for name, stated in STATED.items()}
+    made |= {kind: (kind.for_preset("r1"), stated) for kind, stated in STATED_OF_R1.items()}
+    for name, (args, stated) in made.items():
+        assert {field: getattr(args, field) for field in stated} == stated, name
+    v3 = TrainArgs.for_preset("v3")  # the late weight after 10T of 14.8T tokens, rest after 14.3T
+    assert (v3.mtp_switch, v3.bias_until) == pytest.approx((10 / 14.8, 14.3 / 14.8), abs=5e-3)
 
 
 def test_balance_losses_of_released_models_work_over_ranks():
