@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from minids import ModelArgs
-from minids.kernels import fp8_layout, precision, routing, selected
+from minids.kernels import attention, experts, fp8_layout, precision, routing, selected
 from minids.kernels.fp8_layout import group_tiles
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -71,6 +71,60 @@ def test_attention_to_selected_latents_takes_widths_that_are_powers_of_two(card)
 
     assert takes(512, 64) and takes(16, 16)
     assert not (takes(512, 24) or takes(96, 64) or takes(512, 64, F64))
+
+
+def taken(condition, *changes: dict, **usual) -> list[bool]:
+    """Whether a body takes the usual tensors, then with each of the changes.
+
+    Tensors, without numbers, are given as their shapes; their type and device by these names.
+    """
+    found = []
+    for change in ({}, *changes):
+        given = dict(dtype=BF16, device="cuda") | usual | change
+        dtype, there = given.pop("dtype"), dict(device=torch.device(given.pop("device")))
+        kind = type("There", (torch.Tensor,), there)
+        found.append(bool(condition(**{
+            name: torch.empty(value, dtype=dtype, device="meta").as_subclass(kind)
+            if isinstance(value, tuple) else value for name, value in given.items()})))
+    return found
+
+
+def test_attention_s_kernels_take_these_widths_and_lengths(card, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91100)
+    usual = dict(q=(1, 8, 2, 192), k=(1, 8, 2, 192), v=(1, 8, 2, 128), visible=None, scale=1.0)
+    yes = (dict(dtype=F16), dict(k=(1, 8, 2, 256)), dict(k=(1, 8, 2, 136)), dict(v=(1, 8, 2, 184)))
+    no = (dict(dtype=F32), dict(device="cpu"), dict(visible=(1, 8, 8)), dict(q=(1, 7, 2, 192)),
+          dict(v=(1, 8, 2, 192)), dict(k=(1, 8, 2, 128), v=(1, 8, 2, 64)), dict(k=(1, 8, 2, 264)),
+          dict(v=(1, 8, 2, 124)), dict(k=(1, 8, 2, 196)))
+    assert taken(attention.takes_unequal, *yes, **usual) == [True] * 5
+    assert taken(attention.takes_unequal, *no, **usual) == [True] + [False] * 9
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91099)
+    assert taken(attention.takes_unequal, **usual) == [False]
+
+    prefill = usual | dict(q=(1, 9, 2, 64), k=(1, 12, 2, 64))
+    yes = (dict(dtype=F16), dict(k=(1, 9, 2, 64)), dict(device="cpu"))
+    no = (dict(dtype=F32), dict(visible=(1, 9, 12)), dict(q=(1, 8, 2, 64)),
+          dict(device="cpu", k=(1, 9, 2, 64)))
+    with torch.no_grad():
+        assert taken(attention.takes_parts, *yes, **prefill) == [True] * 4
+        assert taken(attention.takes_parts, *no, **prefill) == [True] + [False] * 4
+    assert taken(attention.takes_parts, **prefill) == [False]
+    for capability, fits in (((8, 0), True), ((7, 5), False)):
+        card(capability)
+        with torch.no_grad():
+            assert taken(attention.takes_parts, **prefill) == [fits]
+
+
+def test_grouped_products_take_rows_of_whole_sixteen_bytes():
+    grouped = dict(x=(4, 64), weight=(2, 32, 64), counts=None)
+    changes = (dict(weight=(2, 8, 64)), dict(weight=(2, 4, 64)), dict(weight=(2, 32, 60)),
+               dict(dtype=F32), dict(dtype=F16), dict(device="cpu"))
+    assert taken(experts.takes_grouped, *changes, **grouped) == [
+        True, True, False, False, False, False, True]
+    on_cpu = grouped | dict(device="cpu", dtype=F32)
+    changes = (dict(weight=(2, 4, 64)), dict(weight=(2, 2, 64)), dict(dtype=F64))
+    assert taken(experts.takes_grouped, *changes, **on_cpu) == [True, True, False, False]
 
 
 def test_rows_are_cut_into_tiles_of_one_expert_each():

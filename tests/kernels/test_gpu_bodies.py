@@ -182,6 +182,28 @@ def test_triton_adds_up_slots(weighted):
     assert torch.allclose(found, exact.sum(1), rtol=1e-5, atol=1e-5)
 
 
+class OnGpu(torch.Tensor):
+    """Numbers of the CPU that say they lie on a GPU."""
+
+    device, is_cuda = torch.device("cuda"), True
+
+
+def test_a_gpu_s_forms_in_torch_s_operations_are_the_cpu_s(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(precision, "TRITON", False)
+    rows, slot, weights = torch.randn(7, 5), torch.randint(7, (4, 3)), torch.rand(4, 3)
+    x, poly = torch.randn(2, 3, 5), torch.randn(2, 3, 3)
+    for form in (torch.Tensor, OnGpu):
+        here = rows.as_subclass(form)
+        for w in (None, weights):
+            wanted = (rows[slot] * (1 if w is None else w.unsqueeze(-1))).sum(1)
+            torch.testing.assert_close(experts.sum_slots(here, slot, w).as_subclass(Tensor), wanted)
+        own = poly.clone()
+        found = muon.times_and_more(x.as_subclass(form), own, 1.7).as_subclass(Tensor)
+        torch.testing.assert_close(found, 1.7 * x + poly @ x)
+        assert torch.equal(own, poly) == (form is Tensor)  # which of the two forms it was
+
+
 def test_a_slot_without_a_pair_changes_nothing(monkeypatch):
     """`SumSlots` sends gradients into empty slots; weights of zero keep them from the matrices."""
     torch.manual_seed(0)
