@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 import minids.__main__
 from minids.__main__ import programs
+from minids.base import command_line
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -31,6 +33,23 @@ def test_each_module_that_calls_run_program_is_listed():
                for path in root.rglob("*.py")
                if 'if __name__ == "__main__":' in path.read_text(encoding="utf-8")}
     assert calling - {"__main__"} == {name for name, _ in programs()}
+
+
+# They write files, and go on when nobody reads what they print.
+LASTING = {"distill", "grpo", "hf", "r1", "sft", "tokenizer", "train", "lab.claims", "lab.course",
+           "lab.grading", "lab.recall"}
+
+
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")
+def test_each_program_runs_its_own_main_under_its_own_name(monkeypatch):
+    begun = {}
+    monkeypatch.setattr(command_line, "run_program", lambda program, main, lasting=False: (
+        begun.update({program: (main.__name__, main.__module__, lasting)})))
+    for name, _ in programs():
+        monkeypatch.setattr(sys, "argv", [name])
+        runpy.run_module(f"minids.{name}", run_name="__main__", alter_sys=True)
+    assert begun == {f"minids.{name}": ("main", "__main__", name in LASTING)
+                     for name, _ in programs()}
 
 
 @pytest.mark.parametrize("text, listed", [

@@ -3,13 +3,17 @@
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from small_models import LITTLE, scrambled
 
+from minids.infer.engine import Engine
 from minids.runs import threads, waiting
 from minids.runs.waiting import BUSY, CALM, QUIET, Watcher
+from minids.runs.writer import Writer
 
 ROOT = Path(__file__).resolve().parents[2]
 WITHOUT = {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "OMP_WAIT_POLICY", "OMP_NUM_THREADS",
@@ -55,6 +59,20 @@ def test_they_sleep_while_it_is_busy_and_spin_again_after(look):
     assert look(QUIET - 0.01, CALM - 1) == 1 and look(BUSY + 0.01) == 1  # not quiet for long
     assert look(QUIET - 0.01, CALM - 1) == 1 and look(QUIET - 0.01) == 0
     assert look(0.5) == 1
+
+
+def test_no_thread_keeps_a_process_from_ending(monkeypatch):
+    begun = {}
+    monkeypatch.setattr(threading.Thread, "start",
+                        lambda thread: begun.update({thread.name: thread.daemon}))
+    monkeypatch.setattr(threading, "enumerate", list)  # a test before may have begun a watcher
+    for name in WITHOUT:
+        monkeypatch.delenv(name, raising=False)
+    waiting.Guest()
+    waiting.watch_waiting()
+    Engine(scrambled(LITTLE))
+    (writer := Writer()).run(Path, beside=True)
+    assert begun == {"guest": True, "waiting": True, "engine": True, writer.thread.name: True}
 
 
 def test_nothing_ran_is_quiet(look, monkeypatch):
