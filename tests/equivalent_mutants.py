@@ -52,6 +52,11 @@ EQUIVALENT: dict[str, set[tuple[str, str, str]]] = {
          "share = weights.new_zeros(len(source)).scatter((-1), slot.flatten(), "
          "weights.flatten())  # (M,)"),
     },
+    "no bin begins a thousandth below the edge of a zone": {
+        ("minids/plots/scales.py",
+         "inside = (bins[:-1] >= left * 0.999) & (bins[:-1] < right * 0.999)",
+         "inside = ((bins[:-1] > left * 0.999)) & (bins[:-1] < right * 0.999)"),
+    },
     "other seeds, and as many": {
         ("minids/grpo.py",
          "generator = torch.Generator(self.device).manual_seed(args.seed * 1_000_003 + number)",

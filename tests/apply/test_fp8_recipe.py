@@ -6,10 +6,8 @@ from dataclasses import replace
 import torch
 from small_models import LITTLE, random_tokens, scrambled
 
-from minids.apply.fp8 import ExpertsInFP8, use_fp8
-from minids.fp8 import (
-    fp8_linear,
-)
+from minids.apply.fp8 import ExpertsInFP8, RoundedProduct, kernels, use_fp8, use_fp8_within
+from minids.fp8 import fp8_linear
 from minids.model.layers import Linear
 from minids.model.moe import Experts, Gate
 from minids.runs.optimizers import AdamWInBF16, build_optimizers
@@ -71,6 +69,27 @@ def test_experts_in_fp8_are_one_expert_at_a_time():
         out = fp8_linear(hidden * fp8_linear(rows, experts.w3[e]), experts.w2[e])
         assert torch.equal(mine[start:start + count], out)
         start += count
+
+
+def test_a_steps_copies_serve_passes_with_gradients_only(monkeypatch):
+    """On a GPU; here a stand-in for the kernels' product says which copy it was given."""
+    experts, given = scrambled(FP8_ARGS, dtype=torch.float32).layers[1].ffn.experts, []
+
+    def product(x, weights, groups, rounded, *_):
+        given.append(rounded)
+        return x.new_zeros(len(x), sum(w.size(-2) for w in weights))
+
+    monkeypatch.setattr(kernels, "multiplied", product)
+    use_fp8_within(torch.nn.ModuleList([experts]))
+    linear = RoundedProduct("w")
+    x, counts = torch.ones(2, 3, 128), torch.tensor([6, 0, 0, 0, 0, 0, 0, 0])
+    for copies in (None, ("w13", "w2")):
+        experts.rounded = copies
+        for gradients in (True, False):
+            with torch.set_grad_enabled(gradients):
+                assert linear(x, experts.w1[0]).shape == (2, 3, 128)
+                assert experts(x.flatten(0, 1), counts).shape == (6, 128)
+    assert given == ["w", "w", "w13", "w2"]
 
 
 def test_moments_rest_in_bf16_and_a_resumed_step_is_the_same():

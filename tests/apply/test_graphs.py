@@ -184,6 +184,16 @@ def test_sizes_double_and_each_starts_without_a_graph(static):
     assert seen == [3]
 
 
+def test_the_first_size_is_256_slots(monkeypatch):
+    monkeypatch.setattr(graphs, "graphed", lambda device: True)
+    seen = []
+    run = Steps(seen.append, 5000, torch.device("cpu"))
+    run.captures = False
+    for longest in (1, 256, 257, 512, 513, 2049):
+        run(longest)
+    assert seen == [256, 256, 512, 512, 1024, 5000]  # 4096 is almost all that there is
+
+
 def test_graphs_are_for_a_gpu_with_bodies():
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert graphs.graphed(gpu) and not graphs.graphed(cpu)

@@ -88,7 +88,10 @@ def test_only_the_later_steps_are_profiled(monkeypatch):
 
 
 def test_profile_table(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(profiling, "PROFILED", {"training": 1, "decoding": 2})
+    timed, measure = [], profiling.seconds_per_step
+    monkeypatch.setattr(profiling, "PROFILED", {"training": 1, "decoding": 3})
+    monkeypatch.setattr(profiling, "seconds_per_step", lambda model, prompts, steps: (
+        timed.append(steps), measure(model, prompts, steps))[1])
     file = tmp_path / "new" / "profile.json"
     command = f"--preset nano --batch-size 2 --seq-len 32 --data {settings.data}"
     bench = Bench(replace(settings, record=str(file), command=command, label="one"), NANO)
@@ -96,6 +99,7 @@ def test_profile_table(settings, tmp_path, monkeypatch):
     assert head[1:] == ["training, one", "decoding, one"]
     assert [row[0] for row in rows] == ["in all", *KINDS, IDLE]
     kept = json.loads(file.read_text())
+    assert timed == [6]  # as many steps as the profile's generation has
     assert kept["one"]["training"]["what"] == command and "torch" in kept["one"]["where"]
     assert kept["one"]["training"]["kinds"]["products"] > 0
     first = file.with_suffix(".png").read_bytes()

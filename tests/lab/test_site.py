@@ -9,10 +9,11 @@ from pathlib import Path
 
 import nbformat
 import pytest
+from matplotlib.path import Path as Outline
 from nbformat.v4 import new_code_cell, new_output
 
 from minids.lab import site
-from minids.lab.formulas import MATHS, Formulas, plainer, svg
+from minids.lab.formulas import MATHS, Formulas, outline, plainer, svg
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = [path.stem for path in sorted((ROOT / "notebooks").glob("*.ipynb"))]
@@ -153,6 +154,14 @@ def test_a_formula_becomes_a_picture(formula):
     picture = svg(formula)
     assert picture.startswith("<svg") and 'd="M' in picture and svg(formula) == picture
     assert r"\dfrac{1}{T}" in plainer(r"\frac1T", block=True)
+
+
+def test_an_outline_has_every_line_and_curve_and_is_closed():
+    move, line, curve3, curve4, close = 1, 2, 3, 4, 79  # matplotlib's codes
+    path = Outline([(1, 2), (3, 4), (5, 6), (7, 8), (1, 1), (2, 2), (3, 3), (0, 0)],
+                   [move, line, curve3, curve3, curve4, curve4, curve4, close])
+    assert outline(path) == (
+        "M1.0 -2.0L3.0 -4.0Q5.0 -6.0 7.0 -8.0C1.0 -1.0 2.0 -2.0 3.0 -3.0Z")
 
 
 def test_an_unknown_formula_stays_as_it_is_and_is_told():

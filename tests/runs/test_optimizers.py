@@ -288,6 +288,23 @@ def test_indexers_have_groups_of_their_own(choice, monkeypatch):
     assert indexer_faults(build_optimizers(model, args, torch.float32), names, args)
 
 
+def test_restored_optimizers_keep_the_peak_rates_that_they_have_now():
+    model, _ = model_and_names(SPARSE)
+    rates = dict(lr=1.0, muon_lr=2.0, indexer_lr=3.0)
+    before, now = (build_optimizers(model, TrainArgs(optimizer="muon", **{
+        name: factor * rate for name, rate in rates.items()}), torch.float32) for factor in (1, 10))
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    for optimizer in before:
+        optimizer.step()
+    saved = [optimizer.state_dict() for optimizer in before]
+    optim.restore(now, saved)
+    peaks = [[group["peak_lr"] for group in o.param_groups] for o in now]
+    assert peaks == [[10, 10, 30, 30], [20]]
+    for optimizer, states in zip(now, saved, strict=True):
+        assert str(optimizer.state_dict()["state"]) == str(states["state"]) != "{}"
+
+
 def test_frozen_parameters_are_in_no_group():
     model, names = model_and_names(SPARSE)
     freeze_all_but_indexers(model)

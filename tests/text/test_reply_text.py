@@ -1,5 +1,6 @@
 """Replies as text while they come: thought apart, whole characters, stop strings across tokens."""
 
+import itertools
 import random
 
 import pytest
@@ -99,6 +100,20 @@ def test_notes_come_with_their_text():
         given += [(piece.text, piece.notes) for piece in text.add(token, note)]
     assert given == [("a", ["a"]), ("b", ["b"]), ("cx", ["c", "x"])]
     assert text.stopped and text.flush() == []
+
+
+def test_a_note_comes_with_the_last_of_its_tokens_text():
+    """Also where a stop string may begin within a token, whose text then comes in two pieces."""
+    rng = random.Random(0)
+    for _ in range(300):
+        tokens = ["".join(rng.choice("abcd") for _ in range(rng.randint(1, 4))) for _ in range(6)]
+        text, given, notes = ReplyText(BYTES, stop=("bca", "dd")), "", []
+        for number, token in enumerate(tokens):
+            pieces = [] if text.stopped else text.put(token, number)
+            given += "".join(piece.text for piece in pieces)
+            notes += [note for piece in pieces for note in piece.notes]
+            ends = list(itertools.accumulate(map(len, tokens)))
+            assert notes == [i for i, end in enumerate(ends) if end <= len(given)], (tokens, given)
 
 
 def test_what_may_begin_a_stop_string():

@@ -68,6 +68,9 @@ def test_the_rows_are_a_multiple_of_64(size):
     assert t.n_tokens == size and t.vocab_size % 64 == 0 and 0 <= t.vocab_size - size < 64
 
 
+SHORT = ["def a():\n", "é = 1", "not read"]  # few tokens, so that one byte more or less shows
+
+
 @dataclasses.dataclass
 class FakeCorpus:
     train: list
@@ -76,12 +79,12 @@ class FakeCorpus:
 
 def test_the_command_builds_and_reports(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr("minids.tokenizer.open_corpus",
-                        lambda name: FakeCorpus(TEXTS[2:], TEXTS))
-    size = len("".join(TEXTS[:2]).encode())  # the text that reaches the limit is the last
+                        lambda name: FakeCorpus(TEXTS[2:], SHORT))
+    size = len("".join(SHORT[:2]).encode())  # the text that exceeds the limit is the last
     args = program.TokenizerArgs(vocab_size=400, out=str(tmp_path / "t"), max_bytes=size - 1)
     built = program.build(args)
     assert Tokenizer.load(tmp_path / "t").fingerprint == built.fingerprint
-    expected = size / sum(len(built.encode(text)) for text in TEXTS[:2])
+    expected = size / sum(len(built.encode(text)) for text in SHORT[:2])
     assert f"validation text: {expected:.3f} bytes per token" in capsys.readouterr().out
 
 
