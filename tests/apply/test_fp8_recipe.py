@@ -76,7 +76,7 @@ def test_a_steps_copies_serve_passes_with_gradients_only(monkeypatch):
     experts, given = scrambled(FP8_ARGS, dtype=torch.float32).layers[1].ffn.experts, []
 
     def product(x, weights, groups, rounded, *_):
-        given.append(rounded)
+        given.append((rounded, torch.is_grad_enabled()))
         return x.new_zeros(len(x), sum(w.size(-2) for w in weights))
 
     monkeypatch.setattr(kernels, "multiplied", product)
@@ -89,7 +89,7 @@ def test_a_steps_copies_serve_passes_with_gradients_only(monkeypatch):
             with torch.set_grad_enabled(gradients):
                 assert linear(x, experts.w1[0]).shape == (2, 3, 128)
                 assert experts(x.flatten(0, 1), counts).shape == (6, 128)
-    assert given == ["w", "w", "w13", "w2"]
+    assert given == [(name, True) for name in ("w", "w", "w13", "w2")]
 
 
 def test_moments_rest_in_bf16_and_a_resumed_step_is_the_same():
