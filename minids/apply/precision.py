@@ -9,6 +9,7 @@ nothing could last for a step, and each use casts what was gathered.
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class StepCopies:
     def refresh(self) -> None:
         """Cast all parameters anew: a fused optimizer's step leaves no mark that one changed."""
         parameters, copies = zip(*self.pairs, strict=True)
-        torch._foreach_copy_(copies, parameters)
+        copy_matrices(copies, parameters)
 
 
 class ProductOfCopy:
@@ -63,12 +64,22 @@ class ProductOfCopy:
         return self.product(x, weight)
 
 
+def copy_matrices(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy matrices and stacks of them, each matrix whole: a stack of parts takes twice as long."""
+    torch._foreach_copy_(*([matrix for tensor in tensors for matrix in
+                            (tensor if tensor.ndim == 3 else tensor[None]).unbind()]
+                           for tensors in (targets, sources)))
+
+
 @torch.no_grad()
 def hand_on(parameters: tuple[nn.Parameter, ...], rows: list[int], copy: Tensor) -> None:
     """Add a copy's gradient to its parameters' and forget it."""
-    for parameter, grad in zip(parameters, copy.grad.split(rows, dim=-2), strict=True):
-        if parameter.grad is None:
-            parameter.grad = grad.to(parameter.dtype, memory_format=torch.contiguous_format)
-        else:
+    grads = copy.grad.split(rows, dim=-2)
+    if parameters[0].grad is None:
+        for parameter in parameters:
+            parameter.grad = torch.empty_like(parameter)
+        copy_matrices([parameter.grad for parameter in parameters], grads)
+    else:
+        for parameter, grad in zip(parameters, grads, strict=True):
             parameter.grad.add_(grad)
     copy.grad = None

@@ -75,7 +75,7 @@ def scored(q: Tensor, weights: Tensor, keys: Tensor, first: int, scales: Tensor 
     if scales is not None:
         q, scale = in_e4m3(q)
         weights, scales = weights * scale, scales.contiguous()
-    return triton_indexer.scores(q, weights, keys, first, scales)
+    return triton_indexer.scores(q, weights, keys, first, scales, padded=True)
 
 
 def best_in_pieces(q: Tensor, weights: Tensor, keys: Tensor, visible: Tensor | None, k: int,

@@ -44,35 +44,53 @@ def numbers_at(row, own, t, there, SEES: tl.constexpr):
 def kth(numbers, k, BITS: tl.constexpr):
     """Return the largest bound that k of the numbers or more reach; HIDDEN if fewer are seen.
 
+    The search ends where k reach a bound exactly: the same numbers reach the largest.
     BITS: how many of its 31 are found; with 20 it is lower by a 4,096th of a score at most
     """
-    many = tl.sum((numbers >= 0).to(tl.int32), axis=0) >= k
-    bound = tl.where(many, 0, HIDDEN)
+    seen = tl.sum((numbers > HIDDEN).to(tl.int32), axis=0)
+    above = tl.sum((numbers >= 0).to(tl.int32), axis=0)
+    bound = tl.where(above >= k, 0, HIDDEN)
+    reach = tl.where(above >= k, above, tl.maximum(seen, k))
     step = tl.full((), 1073741824, tl.int32)
-    for _ in range(BITS):
-        guess = bound + step
-        reach = tl.sum((numbers >= guess).to(tl.int32), axis=0)
-        bound = tl.where(reach >= k, guess, bound)
+    while (step >= 1 << (31 - BITS)) & (reach != k):
+        count = tl.sum((numbers >= bound + step).to(tl.int32), axis=0)
+        bound = tl.where(count >= k, bound + step, bound)
+        reach = tl.where(count >= k, count, reach)
         step = step >> 1
     return bound
 
 
 @triton.jit
-def best_of_row_kernel(scores, visible, tokens, S, T, first, visible_batch, visible_row,
+def places(numbers, there, bound, k, MANY: tl.constexpr):
+    """Return which numbers are the k best, and the place of each among them.
+
+    bound: of `kth`; there: those that may be chosen; of equal ones the earliest are best
+    One sum counts both kinds, those above the bound and those at it; MANY: above 16,384 numbers
+    """
+    kind: tl.constexpr = tl.int64 if MANY else tl.int32
+    HALF: tl.constexpr = 32 if MANY else 16
+    above, equal = numbers > bound, there & (numbers == bound)
+    missing = k - tl.sum(above.to(tl.int32), axis=0)
+    counts = tl.cumsum(above.to(kind) + (equal.to(kind) << HALF), axis=0)
+    equals = (counts >> HALF).to(tl.int32)
+    before = (counts & ((1 << HALF) - 1)).to(tl.int32) + tl.minimum(equals, missing)
+    return above | (equal & (equals <= missing)), before - 1
+
+
+@triton.jit
+def best_of_row_kernel(scores, visible, tokens, S, T, pitch, first, visible_batch, visible_row,
                        place_batch, k, SEES: tl.constexpr, ALL: tl.constexpr):
     """Write the k best of one row (B, S, T), by position: tokens (B, S, k) int32
 
-    Of equal scores the earliest are best. ALL: a power of two not below T
+    pitch: numbers from one row to the next, T or more; ALL: a power of two not below T
     """
     s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     stop = stop_at(visible, b, s, T, first, visible_batch, visible_row, SEES)
     t, own = tl.arange(0, ALL), visible + b * visible_batch + s * visible_row
-    number = numbers_at(scores + (b * S + s) * T, own, t, t < stop, SEES)
+    number = numbers_at(scores + (b * S + s) * pitch, own, t, t < stop, SEES)
     bound = kth(number, k, 31)  # HIDDEN where fewer are seen, and then the first unseen fill up
-    missing = k - tl.sum((number > bound).to(tl.int32), axis=0)
-    equal = ((number == bound) & (t < T)).to(tl.int32)
-    best = (number > bound) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= missing))
-    at = b * place_batch + s * k + tl.cumsum(best.to(tl.int32), axis=0) - 1
+    best, place = places(number, t < T, bound, k, ALL > 16384)
+    at = b * place_batch + s * k + place
     tl.store(tokens + at, tl.where(number == HIDDEN, -1 - t, t), mask=best)
 
 
@@ -134,16 +152,16 @@ def listed(row, own, t, there, bound, numbers, positions, found, SEES: tl.conste
 
 
 @triton.jit
-def candidates_kernel(scores, visible, numbers, positions, counts, S, T, first, visible_batch,
-                      visible_row, piece, k, SEES: tl.constexpr, SAMPLE: tl.constexpr,
-                      MOST: tl.constexpr, BLOCK: tl.constexpr):
+def candidates_kernel(scores, visible, numbers, positions, counts, S, T, pitch, first,
+                      visible_batch, visible_row, piece, k, SEES: tl.constexpr,
+                      SAMPLE: tl.constexpr, MOST: tl.constexpr, BLOCK: tl.constexpr):
     """List what may be among the k best in one piece of one row of scores (B, S, T).
 
     numbers, positions: (B, S, pieces, MOST) int32; counts: (B, S, pieces) int32, above MOST where
     the list has no room. All pieces of a row look at the same sample, and so have the same bound.
     """
     s, b, part = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
-    row, own = scores + (b * S + s) * T, visible + b * visible_batch + s * visible_row
+    row, own = scores + (b * S + s) * pitch, visible + b * visible_batch + s * visible_row
     stop = stop_at(visible, b, s, T, first, visible_batch, visible_row, SEES)
     stride = tl.cdiv(stop, SAMPLE)
     at = tl.arange(0, SAMPLE) * stride
@@ -167,12 +185,12 @@ def candidates_kernel(scores, visible, numbers, positions, counts, S, T, first, 
 
 
 @triton.jit
-def best_kernel(scores, visible, numbers, positions, counts, tokens, S, T, first,
+def best_kernel(scores, visible, numbers, positions, counts, tokens, S, T, pitch, first,
                 visible_batch, visible_row, place_batch, pieces, k, SEES: tl.constexpr,
                 MOST: tl.constexpr, BLOCK: tl.constexpr):
     """Do what `best_of_row_kernel` does, with what `candidates_kernel` listed."""
     s, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    row, own = scores + (b * S + s) * T, visible + b * visible_batch + s * visible_row
+    row, own = scores + (b * S + s) * pitch, visible + b * visible_batch + s * visible_row
     i = tl.arange(0, MOST)
     number, t = tl.full((MOST,), HIDDEN, tl.int32), tl.zeros((MOST,), tl.int32)
     total = tl.full((), 0, tl.int32)
@@ -186,12 +204,8 @@ def best_kernel(scores, visible, numbers, positions, counts, tokens, S, T, first
         total += count
     to = b * place_batch + s * k
     if (total >= k) & (total <= MOST):
-        bound = kth(number, k, 31)
-        missing = k - tl.sum((number > bound).to(tl.int32), axis=0)
-        equal = (number == bound).to(tl.int32)
-        best = (number > bound) | ((equal > 0) & (tl.cumsum(equal, axis=0) <= missing))
-        at = to + tl.cumsum(best.to(tl.int32), axis=0) - 1
-        tl.store(tokens + at, t, mask=best)
+        best, place = places(number, i < total, kth(number, k, 31), k, MOST > 16384)
+        tl.store(tokens + to + place, t, mask=best)
     else:
         stop = stop_at(visible, b, s, T, first, visible_batch, visible_row, SEES)
         search_row(row, own, tokens + to, T, stop, k, SEES, BLOCK)
@@ -199,6 +213,8 @@ def best_kernel(scores, visible, numbers, positions, counts, tokens, S, T, first
 
 def select(scores: Tensor, visible: Tensor | None, first: int, tokens: Tensor) -> None:
     """Write the k best of each row of scores (B, S, T) FP32 to tokens, (B, S, k) int32
+
+    scores: contiguous, or the first T of longer rows that are
 
     visible: (B or 1, S, T) bool, or (B or 1, S) int64, the last position that each query sees;
         None: query s sees the positions up to first + s
@@ -208,10 +224,10 @@ def select(scores: Tensor, visible: Tensor | None, first: int, tokens: Tensor) -
     if sees == 1:
         mask = (mask if mask.stride(2) == 1 else mask.contiguous()).view(torch.uint8)
     strides = mask.stride(0) if len(mask) > 1 else 0, mask.stride(1)
-    few = batch * count <= PROGRAMS
+    edges, few = (count, total, scores.stride(1), first), batch * count <= PROGRAMS
     if total <= (SHORT if few else SHORT // 4):
         best_of_row_kernel[(count, batch)](
-            scores, mask, tokens, count, total, first, *strides, tokens.stride(0), k, SEES=sees,
+            scores, mask, tokens, *edges, *strides, tokens.stride(0), k, SEES=sees,
             ALL=max(16, triton.next_power_of_2(total)),
             num_warps=4 if total <= 2048 else 8 if total <= 8192 else 16)
         return
@@ -222,7 +238,7 @@ def select(scores: Tensor, visible: Tensor | None, first: int, tokens: Tensor) -
     numbers, positions = torch.empty(2, batch, count, pieces, most, dtype=torch.int32,
                                      device=scores.device)
     counts = numbers.new_empty(batch, count, pieces)
-    given, edges = (scores, mask, numbers, positions, counts), (count, total, first)
+    given = scores, mask, numbers, positions, counts
     how = dict(SEES=sees, MOST=most, num_warps=8 if most >= 1024 else 4)
     sample = min(2 * most, max(16, triton.next_power_of_2(total) // 8))  # tells as much as all
     candidates_kernel[(count, batch, pieces)](*given, *edges, *strides, piece, k, SAMPLE=sample,

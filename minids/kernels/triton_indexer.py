@@ -27,11 +27,11 @@ def tile(start, rows: tl.constexpr, stop, base, D, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def scores_kernel(q, weights, keys, scales, out, S, T, first, q_batch, weights_batch, keys_batch,
-                  H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-                  KEYS: tl.constexpr, QUERIES: tl.constexpr, PRECISION: tl.constexpr,
-                  SCALED: tl.constexpr):
-    """Equation 1 of V3.2 for KEYS keys and QUERIES queries: out (B, S, T)
+def scores_kernel(q, weights, keys, scales, out, S, T, pitch, first, q_batch, weights_batch,
+                  keys_batch, H: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+                  WIDTH: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+                  PRECISION: tl.constexpr, SCALED: tl.constexpr):
+    """Equation 1 of V3.2 for KEYS keys and QUERIES queries: out (B, S, pitch), the first T of it
 
     If SCALED, a key is its numbers times its scale: scales (B, T) FP32
 
@@ -53,7 +53,7 @@ def scores_kernel(q, weights, keys, scales, out, S, T, first, q_batch, weights_b
         weight = tl.load(weights + b * weights_batch + s * H + h, mask=h < H, other=0.0)
         products = tl.dot(key, tl.trans(rows), input_precision=PRECISION)  # (KEYS, HEADS)
         score = tl.sum(tl.maximum(products, 0.0) * weight[None, :], axis=1)
-        tl.store(out + (b * S + s) * T + t, score * scale if SCALED else score, mask=t < T)
+        tl.store(out + (b * S + s) * pitch + t, score * scale if SCALED else score, mask=t < T)
 
 
 @triton.jit
@@ -200,23 +200,25 @@ def prepare(indexer, x: Tensor, k: Tensor, q: Tensor | None, turn: Tensor, slots
     return out, weights
 
 
-def scores(q: Tensor, weights: Tensor, keys: Tensor, first: int, scales: Tensor | None = None
-           ) -> Tensor:
+def scores(q: Tensor, weights: Tensor, keys: Tensor, first: int, scales: Tensor | None = None,
+           padded: bool = False) -> Tensor:
     """Return (B, S, T) FP32; query s sees keys up to first + s, and the rest may be unwritten.
 
     scales: (B, T) FP32, of keys in E4M3; those of the queries are in the weights
+    padded: whether each row begins at a multiple of 64 bytes, and is then read faster
     """
     (batch, count, heads, width), total = q.shape, keys.size(1)
     q, weights, keys = rows(q), rows(weights), rows(keys)
     half = q.element_size() < 4
     block = (256 if count > QUERIES else 128) if half else 32
-    out = torch.empty(batch, count, total, dtype=torch.float32, device=q.device)
+    pitch = -(-total // 16) * 16 if padded else total
+    out = torch.empty(batch, count, pitch, dtype=torch.float32, device=q.device)
     scores_kernel[(triton.cdiv(total, block), triton.cdiv(count, QUERIES), batch)](
-        q, weights, keys, weights if scales is None else scales, out, count, total, first,
-        q.stride(0), weights.stride(0), keys.stride(0), heads, width, KEYS=block, QUERIES=QUERIES,
-        SCALED=scales is not None, num_warps=8 if block == 256 else 4,
+        q, weights, keys, weights if scales is None else scales, out, count, total, pitch,
+        first, q.stride(0), weights.stride(0), keys.stride(0), heads, width, KEYS=block,
+        QUERIES=QUERIES, SCALED=scales is not None, num_warps=8 if block == 256 else 4,
         num_stages=3 if half else 1, **sizes(q))
-    return out
+    return out[..., :total]
 
 
 def add_gradients(q: Tensor, weights: Tensor, keys: Tensor, grad: Tensor, dkeys: Tensor

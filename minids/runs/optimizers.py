@@ -124,9 +124,8 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
     x = x.mT if tall else x
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = torch.bmm(x, x.mT)  # (n, r, r)
-        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
-        x = muon.times_and_more(x, poly, a)
+        gram = muon.gram(x)  # (n, r, r)
+        x = muon.times_and_more(x, muon.and_square(gram, b, c), a)
     return x.mT if tall else x
 
 

@@ -149,6 +149,9 @@ def launch_all() -> None:
         weights = [torch.randn(1, 3000) for _ in range(3)]
         triton_muon.look_ahead(*weights[:2], 0.95, torch.empty(1, 1, 3000, dtype=step))
         triton_muon.move(weights[2], torch.randn(1, 3000, dtype=step), 0.9, 0.02)
+    for stack in (torch.randn(2, 136, 72, dtype=BF16), torch.randn(2, 72, 136, dtype=BF16).mT):
+        triton_muon.mirrored(stack, 1.0, 0.0)
+        triton_muon.mirrored(torch.randn(2, 136, 136, dtype=BF16), 2.0, -4.0)
     moments = [torch.randn(3000, dtype=BF16) for _ in range(2)]
     triton_adamw.move(torch.randn(3000), torch.randn(3000), dict(
         zip(("exp_avg", "exp_avg_sq", "step"), (*moments, torch.ones(())), strict=True)),

@@ -39,6 +39,8 @@ for vocab_size in (1, 11, 64, 8200):  # masked, whole, and more than one block
 """
 MUON = """
 import torch
+import triton_interpreter
+assert triton_interpreter.running()  # a loop's bound is a kernel's argument
 from minids.kernels import muon, triton_muon
 torch.manual_seed(0)
 for size in (1, 2048, 3000):  # a masked block, a whole one, and one and a half
@@ -56,6 +58,18 @@ for size in (1, 2048, 3000):  # a masked block, a whole one, and one and a half
     other = weight.clone()
     triton_muon.move(other, step, 0.9, 0.03)
     assert not torch.allclose(other, found[0][1], rtol=1e-3), size
+
+for rows, columns in ((8, 64), (136, 72), (264, 40)):  # a tile of 128, and more with a rest
+    for tall in (False, True):
+        x = torch.randn(2, *((columns, rows) if tall else (rows, columns))).half()
+        x = x.mT if tall else x
+        assert muon.is_mirrored(x)
+        g = muon.gram(x)
+        exact, wide = x.double() @ x.double().mT, g.double()
+        for mine, right in ((g, exact), (muon.and_square(g, -4.5, 0.01),
+                                         0.01 * wide @ wide - 4.5 * wide)):
+            assert (mine - right).norm() < 5e-4 * right.norm(), (rows, tall)  # rounded by 2^-11
+            assert (mine - 1.001 * right).norm() > 5e-4 * right.norm(), (rows, tall)
 """
 ADAMW = """
 import torch

@@ -53,10 +53,12 @@ def test_what_the_kernels_lack_is_said_once(monkeypatch, capsys, changes, card, 
 
 
 def chosen(scores: Tensor, visible: Tensor | None, k: int) -> Selection:
+    """Choose with the kernels, from rows that end with what is no score."""
     from minids.kernels import triton_choice
     batch, count, total = scores.shape
     tokens = torch.full((batch, count, k), 2 ** 30, dtype=torch.int32, device=scores.device)
-    triton_choice.select(scores, visible, total - count, tokens)
+    rows = torch.nn.functional.pad(scores, (0, 3), value=torch.nan)[..., :total]
+    triton_choice.select(rows, visible, total - count, tokens)
     return Selection((tokens ^ (tokens >> 31)).long(), tokens >= 0)
 
 
