@@ -221,7 +221,7 @@ class Covers:
     def choose(self, file: str, lines: range | None, limit: float) -> tuple[list[str], float]:
         """Return tests that run one of these lines, or any of the file, and their seconds.
 
-        Those of the file's own folder and the fastest come first, the tests of one file together:
+        Its own file of tests comes first, then those of its folder and the fastest, file by file:
         some fixtures of a file can be set up only once. `limit` bounds the seconds after the first.
         """
         ran = self.read(file)[2]
@@ -247,5 +247,7 @@ class Covers:
                 seconds[module] += more
                 weight[module] += rank(test)[0]
                 chosen.append(test)
-        chosen.sort(key=lambda test: (weight[module := test.partition("::")[0]], module))
+        modules = {test: test.partition("::")[0] for test in chosen}
+        chosen.sort(key=lambda test: (not modules[test].endswith(f"/test_{name}.py"),
+                                      weight[modules[test]], modules[test]))
         return chosen, seconds.total()

@@ -251,7 +251,9 @@ def test_dense_model_trains(tmp_path, flags):
 
 
 def test_end_says_what_was_reached_and_what_to_do_next(tmp_path, flags):
-    said = run_train(*flags, "--out", str(tmp_path / "run"), "--steps", "2")
+    said = run_train(*flags, "--out", str(tmp_path / "run"), "--steps", "3", "--eval-every", "2")
+    steps = [line.split(":")[0] for line in said.out.splitlines() if line.startswith("step ")]
+    assert steps == ["step 2/3", "step 3/3"]  # without a terminal: where it validates, at the end
     assert "bits per byte" in said.out and "MaxVio of each layer" in said.out
     assert f"python -m minids.generate --run {tmp_path / 'run'} --prompt" in said.out
 
