@@ -40,7 +40,7 @@ def card(name: str, memory: float, price: float, mfu: float, preset: str,
     return Card(Rental(name, memory, PEAK_FLOPS[name] / 1e12, price, mfu), preset, measured)
 
 
-CARDS = (card("H100", 80, 2.5, 0.42, "gpu-80gb", measured=True),
+CARDS = (card("H100", 80, 2.5, 0.41, "gpu-80gb", measured=True),
          card("A100", 80, 1.5, 0.40, "gpu-80gb"),
          card("RTX 4090", 24, 0.4, 0.25, "gpu-24gb"), card("RTX 3090", 24, 0.25, 0.35, "gpu-24gb"))
 
