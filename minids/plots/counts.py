@@ -178,4 +178,6 @@ def bill_map(runs: dict[str, tuple], own: tuple[float, float], flops_per_usd: fl
            ylabel="active parameters (count, log scale)",
            title=f"{own[0] / 1e9:g}B active parameters, {own[1] / 1e12:g}T tokens: "
            f"{usd:,.0f} USD")
-    return style.finish(ax.figure, path)
+    return style.described(style.finish(ax.figure, path), (
+        "Active parameters over tokens on log axes; diagonals of equal cost, from 10 dollars to a "
+        f"billion; {', '.join([*runs, f'and as a star a run of {usd:,.0f} USD'])}"))

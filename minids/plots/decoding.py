@@ -30,7 +30,10 @@ def cache_figure(sizes: dict[str, float], memory: float, bytes_per_second: float
            xlim=(min(giga) / 3, 500 * max(*giga, memory / 1e9)))
     ax.set_ylim(len(sizes) - 0.1, -0.6)  # the first on top, and room for the note
     ax.grid(axis="y", visible=False)
-    return style.finish(figure, path)
+    told = ", ".join(f"{name} {three(size)} GB" for name, size in zip(sizes, giga, strict=True))
+    return style.described(style.finish(figure, path), (
+        f"A bar for each form of attention, the cache of one request on a log axis: {told}; a line "
+        f"at the memory of one GPU, {memory / 1e9:.0f} GB"))
 
 
 @style.house_style()
@@ -86,4 +89,9 @@ def roofline_figure(forms: dict[str, tuple[float, float]], flops: float, bandwid
               ylabel="rate (GFLOP/s, log scale)", ylim=(min(rates) / 8, 5 * flops / 1e9),
               title="Left of the ridge memory is the limit")
     figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=3)
-    return style.finish(figure, path)
+    told = "; ".join(f"{name} {three(a)} and {three(b)} ms, {three(ratio)} FLOPs per byte"
+                     for (name, ratio), a, b in zip(ratios.items(), reading, computing,
+                                                    strict=True))
+    return style.described(style.finish(figure, path), (
+        "Left, bars of the time to read and to compute; right, the same forms under a roofline "
+        f"with its ridge at {three(ridge)} FLOPs per byte: {told}"))

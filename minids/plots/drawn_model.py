@@ -70,14 +70,15 @@ def model_drawing(args: ModelArgs, where: str = "", dark: bool = False, path: st
         valid = ", ".join(filter(None, PARTS))
         raise ValueError(f"where = {where!r} is no part: valid are {valid}")
     known = facts(args)
-    page = Parts(556, PARTS[where].format(**known), dark, where)
+    title = PARTS[where].format(**known)
+    page = Parts(556, title, dark, where)
     block = stack(page, args, known)
     inside = one_block(page, block)
     attention(page, args, inside)
     experts(page, args, inside)
     if not page.drawn & page.looked_at:
         raise ValueError(f"where = {where!r}: a model of these settings has no such part")
-    there = f" Highlighted: {where}." if where else ""
+    there = f" Highlighted: {title}." if where else ""
     modules = f"{args.n_mtp_layers} MTP module{'s' * (args.n_mtp_layers != 1)}"
     return page.done(
         f"The model from bottom to top: embedding of {known['vocab']} tokens, {known['dense']} "

@@ -232,4 +232,4 @@ def r1_drawing(where: str = ""):
         "The stages of DeepSeek-R1. From the base model: RL alone gives R1-Zero; a cold start, "
         "then reasoning RL, whose right replies become 800,000 samples; on these the base model "
         "is fine-tuned again and a final RL gives R1. The samples also teach small models."
-        + (f" Highlighted: {where}." if where else ""))
+        + (f" Highlighted: {R1[where]}." if where else ""))

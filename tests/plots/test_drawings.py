@@ -150,7 +150,8 @@ def test_the_readme_s_drawing_is_this_one(dark, name, tmp_path):
 @pytest.mark.parametrize("where", drawn_work.R1)
 def test_every_stage_of_r1_can_be_highlighted(where):
     figure = drawn_work.r1_drawing(where)
-    assert faults(figure) == [] and where in figure.get_label()
+    assert faults(figure) == []
+    assert (f"Highlighted: {drawn_work.R1[where]}." in figure.get_label()) == bool(where)
     strong = [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2.2]
     assert bool(strong) == bool(where)
 
@@ -166,7 +167,8 @@ def test_every_part_can_be_highlighted(where):
     assert faults(figure) == []
     strong = [patch for patch in figure.axes[0].patches if patch.get_linewidth() == 2.2]
     assert bool(strong) == bool(where)
-    assert not where or f"Highlighted: {where}." in figure.get_label()
+    title = drawn_model.PARTS[where].format(**drawn_model.facts(MODELS["v3.2"]))
+    assert (f"Highlighted: {title}." in figure.get_label()) == bool(where)
 
 
 def test_matrices_are_those_that_v3_multiplies_in_fp8():

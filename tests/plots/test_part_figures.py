@@ -80,6 +80,7 @@ def test_bill_map_draws_lines_of_equal_cost():
     for power, ends in enumerate(costs, 1):
         assert ends == pytest.approx([10.0 ** power] * 2)
     assert ax.get_title("left") == "1B active parameters, 0.01T tokens: 10,000,000 USD"
+    assert figure.get_label().endswith("; small, and as a star a run of 10,000,000 USD")
     assert axes_without_a_unit(figure) == []
 
 

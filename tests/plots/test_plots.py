@@ -331,6 +331,7 @@ def test_a_roofline_shows_floors_and_rates():
     rates = {line.get_xdata()[0]: line.get_ydata()[0] for line in right.lines[1:]}
     assert rates == pytest.approx({1.0: 1e-8, 2176 / 9: 2e-6, 262_784 / 9: 2e-6})
     assert right.lines[0].get_xdata()[1] == 200
+    assert "ridge at 200 FLOPs per byte: plain 51,200 and 256 ms, 1" in figure.get_label()
     taken = decoding.roofline_figure(FORMS, 2000.0, 10.0, "b", {"plain": 64.0, "absorbed": 2.0,
                                                                 "naive": 200.0}).axes
     assert taken[1].lines[1].get_ydata()[0] == pytest.approx(8e-9)
@@ -343,6 +344,7 @@ def test_a_cache_is_written_in_bytes_and_in_time():
     texts = [text.get_text() for text in figure.axes[0].texts]
     assert texts == ["524 GB, 156 ms to read", "9.2 GB, 2.75 ms to read",
                      "memory of one GPU, 80 GB"]
+    assert "MHA 524 GB, MLA 9.2 GB; a line" in figure.get_label()
 
 
 YARN = dict(
