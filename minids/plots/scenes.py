@@ -3,6 +3,7 @@
 clock hands of rotary pairs | routes of a sentence | loads of one step | drafts on a time line
 """
 
+from collections.abc import Iterable
 from io import BytesIO
 from math import cos, degrees, pi, sin
 from pathlib import Path
@@ -75,27 +76,36 @@ def loads_figure(shares: dict[str, list], step: int, limit: float, path: style.F
     shares: regime -> for each step the load of each expert, in times the even share
     step: to draw, from 1; limit: the largest load that is possible, in times the even share
     """
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import TwoSlopeNorm
     figure = style.new_figure(9.8, 2.9)
     figure.set_layout_engine(None)  # a film draws many of these: fixed margins are much faster
-    colour = ScalarMappable(TwoSlopeNorm(1, 0, 4), "RdBu_r").to_rgba
     margins = dict(left=0.055, right=0.995, bottom=0.17, top=0.74, wspace=0.08)
     panels = figure.subplots(1, len(shares), sharey=True, gridspec_kw=margins)
-    for ax, (label, rows) in zip(panels, shares.items(), strict=True):
-        row = rows[step - 1]
-        ax.bar(range(len(row)), row, 0.85, color=colour(row), edgecolor=style.GREY, linewidth=0.5)
+    for ax, rows in zip(panels, shares.values(), strict=True):
+        ax.bar(range(len(rows[0])), 0, 0.85, edgecolor=style.GREY, linewidth=0.5)
         ax.axhline(1, color=style.BLACK, linewidth=0.8)
-        starved = sum(share < 0.1 for share in row)
-        ax.set(title=f"{label}\nbusiest {max(row):.1f} times, {starved} starved", ylim=(0, limit),
-               xlabel="expert (number)")
+        ax.set(ylim=(0, limit), xlabel="expert (number)")
     panels[0].set_ylabel("load (times the even share)")
+    return style.finish(at_step(figure, shares, step), path)
+
+
+@style.house_style()
+def at_step(figure, shares: dict[str, list], step: int):
+    """Move a `loads_figure` to a step, much faster than a new one is drawn, and return it."""
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import TwoSlopeNorm
+    colour = ScalarMappable(TwoSlopeNorm(1, 0, 4), "RdBu_r").to_rgba
+    for ax, (label, rows) in zip(figure.axes, shares.items(), strict=True):
+        row = rows[step - 1]
+        for bar, height, shade in zip(ax.patches, row, colour(row), strict=True):
+            bar.set(height=height, facecolor=shade)
+        starved = sum(share < 0.1 for share in row)
+        ax.set_title(f"{label}\nbusiest {max(row):.1f} times, {starved} starved")
     busiest = {label: max(rows[step - 1]) for label, rows in shares.items()}
     most, least = (pick(busiest, key=busiest.get) for pick in (max, min))
     figure.suptitle(f"Step {step}: busiest expert at {busiest[most]:.1f} times the even share "
                     f"({most}), at {busiest[least]:.1f} ({least})", x=0.01, ha="left")
     told = ", ".join(f"{label} {share:.1f}" for label, share in busiest.items())
-    return style.described(style.finish(figure, path), (
+    return style.described(figure, (
         f"Loads of the experts at step {step} under {len(shares)} ways of balancing, as bars; the "
         f"busiest in times the even share: {told}"))
 
@@ -167,9 +177,10 @@ def token(ax, column: int, height: float, text: str, colour, struck: bool = Fals
 
 
 @style.house_style()
-def gif(figures: list, path: style.File, milliseconds: int = 120, dpi: int = 80) -> bytes:
+def gif(figures: Iterable, path: style.File, milliseconds: int = 120, dpi: int = 80) -> bytes:
     """Return figures as an animated GIF, also written to `path`; equal figures give equal bytes.
 
+    figures: in turn, so that they may be one figure that moves
     milliseconds: that a figure is shown; the last one stays ten times as long
     """
     from PIL import Image

@@ -68,6 +68,12 @@ def test_loads_are_those_of_the_step(step):
     assert figure.get_suptitle() == title[step]
 
 
+def test_a_figure_that_moves_equals_the_one_drawn_for_the_step():
+    moved = scenes.at_step(scenes.loads_figure(SHARES, 1, 4), SHARES, 2)
+    drawn = scenes.loads_figure(SHARES, 2, 4)
+    assert (png(moved), moved.get_label()) == (png(drawn), drawn.get_label())
+
+
 def test_speed_says_when_it_settles():
     assert SCENES["speed"]().axes[0].get_title("left") == (
         "Speed 0.01: settles after 2 steps, then swings up to 0.20")
