@@ -95,21 +95,24 @@ def grpo_figure(runs: dict[str, list[dict]], path: style.File = None, title: str
 
     runs: name -> lines of a run's metrics.jsonl, of which step, reward_accuracy (share of the
         sampled replies that are right), thinking (share that think), length (tokens) and kl (nats
-        per token) are read
+        per token) are read; the titles tell how the first run begins and ends
     title: the message of the whole figure
     """
     figure = style.new_figure(8.6, 5.6)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=11.5)
-    panels = [("reward_accuracy", "right answers", "replies (share)"),
-              ("thinking", "thinking", "replies (share)"),
-              ("length", "length", "length of a reply (tokens)"),
-              ("kl", "distance from the reference", "KL (nats per token)")]
-    for ax, (name, title, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
+    panels = [("reward_accuracy", "Right answers", "replies (share)"),
+              ("thinking", "Thinking", "replies (share)"),
+              ("length", "Length", "length of a reply (tokens)"),
+              ("kl", "Distance", "KL (nats per token)")]
+    first = next(iter(runs), "")
+    for ax, (name, what, unit) in zip(figure.subplots(2, 2).flat, panels, strict=True):
         for (label, metrics), dash in zip(runs.items(), cycle(style.DASHES), strict=False):
             steps, values = column(metrics, name)
             style.lines(ax, steps, {label: values}, [dash])
-        ax.set(title=title, xlabel="step", ylabel=unit,
+        told = column(runs.get(first, []), name)[1]
+        course = f": from {told[0]:.2g} to {told[-1]:.2g} ({first})" if told else ""
+        ax.set(title=what + course, xlabel="step", ylabel=unit,
                ylim=(-0.04, 1.05) if "share" in unit else (0, None))  # a line at 0 stays visible
     if len(runs) > 1:
         figure.legend(*ax.get_legend_handles_labels(), loc="outside lower center",

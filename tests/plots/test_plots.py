@@ -459,6 +459,9 @@ def test_grpo_figure_shows_the_numbers_given():
     for ax, name in zip(figure.axes, ("reward_accuracy", "thinking", "length", "kl"), strict=True):
         assert lines_of(ax) == {run: [m[name] for m in ms] for run, ms in given.items()}
     assert axes_without_a_unit(figure) == [] and collisions(figure) == []
+    told = [ax.get_title("left") for ax in figure.axes]
+    assert told == ["Right answers: from 0.25 to 1 (reward)", "Thinking: from 0.25 to 1 (reward)",
+                    "Length: from 3 to 12 (reward)", "Distance: from 0.01 to 0.04 (reward)"]
 
 
 def test_group_figure_colours_replies_by_their_advantage():
