@@ -85,8 +85,8 @@ MISSING = "raise ModuleNotFoundError('No module named {0}', name='{0}')"
     ("sft", "torch", "raise KeyboardInterrupt", 130, "interrupted")])
 def test_imports_that_end_are_told_in_one_line(tmp_path, program, package, body, status, line):
     (tmp_path / f"{package}.py").write_text(body.format(package), "utf-8")
-    run = subprocess.run([sys.executable, "-m", f"minids.{program}"], capture_output=True,
-                         encoding="utf-8", cwd=tmp_path,
+    run = subprocess.run([sys.executable, "-m", f"minids.{program}", "--device", "cpu"],
+                         capture_output=True, encoding="utf-8", cwd=tmp_path,
                          env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"})
     told = f"python -m minids: {line.format(package)}\n"
     assert (run.returncode, run.stdout, run.stderr) == (status, "", told)

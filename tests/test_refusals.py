@@ -10,23 +10,36 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from small_models import LITTLE
 from starlette.requests import ClientDisconnect
 
-from minids import distill, evaluate, generate
+from minids import Transformer, distill, evaluate, generate
+from minids.costs import count_parameters
+from minids.costs.bill import Prices, api_price
+from minids.costs.decoding import cache_bytes_per_token
+from minids.costs.memory import Sharding
 from minids.evaluate import EvaluateArgs
+from minids.infer.sampling import COLDEST
+from minids.infer.validation import attention_recall, windows
 from minids.lab import bench_decoding, grading
 from minids.lab.bench_setup import Bench, BenchArgs
 from minids.parallel.layout import Layout
+from minids.rl.examination import check_room
+from minids.rl.objectives import ObjectiveArgs
 from minids.runs import metrics
+from minids.runs.device import check_memory
 from minids.runs.over_ranks import OverRanks, TrainerOverRanks
 from minids.runs.settings import LearnArgs, TrainArgs
 from minids.runs.sharded import fill
+from minids.runs.stages import fit_model, stretched
 from minids.serve.app import Limits, Refused, read_body
 from minids.sft import SftArgs, open_conversations
+from minids.solve import SolveArgs
 from minids.text import corpora
+from minids.text.loaders import PackedLoader
 
 
 def over(layout: Layout, kind: type = TrainerOverRanks, **given):
@@ -52,12 +65,12 @@ def chat_over_ranks(tmp_path, patch):
     generate.main()
 
 
-def drafts_without_modules(tmp_path, patch):
+def drafts_without_modules(tmp_path, patch, seq_len: int = 0):
     data = SimpleNamespace(valid=[], name="n")
     patch.setattr(evaluate, "open_data", lambda *_: data)
     run = SimpleNamespace(config={}, path="r", tokenizer=SimpleNamespace(n_bytes=0),
                           model=SimpleNamespace(args=LITTLE, mtp=[]))
-    evaluate.report(run, EvaluateArgs(run="r", drafts=True), None)
+    evaluate.report(run, EvaluateArgs(run="r", drafts=True, seq_len=seq_len), None)
 
 
 def corpus(*words: str, taken: bool = False):
@@ -98,6 +111,17 @@ def bench(**changed):
         settings = dict(seq_len=32, prompt=8, new_tokens=4, decode_batch=3)
         Bench(BenchArgs(**settings | {k: v for k, v in changed.items() if k != "model"}), model)
     return call
+
+
+def on_bench(**changed) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        bench(**changed)(None, patch)
+
+
+def recall_of(k: int) -> None:
+    """Select k of 8 tokens; one step further, and the model is missing."""
+    with contextlib.suppress(AttributeError):
+        attention_recall(None, torch.zeros(1, 8), k)
 
 
 def changed_metrics(tmp_path, patch):
@@ -163,9 +187,94 @@ def test_a_mistake_is_named_in_one_line(mistake, told, tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_what_just_fits_is_taken(tmp_path, monkeypatch):
-    for fits in (bench(), bench(seq_len=48), bench(new_tokens=40), bench(decode_batch=12)):
-        fits(tmp_path, monkeypatch)
-    bench_decoding.require_same_text([[1]] * 16, [[2]] * 2 + [[1]] * 14)
-    fill(own := torch.zeros(2, 3), torch.ones(2, 3))
-    assert own.eq(1).all()
+def fitting(**given) -> None:
+    """Fit a model of up to 8 tokens, with an MTP module, to a tokenizer of 280."""
+    args = TrainArgs(preset="nano", seq_len=given.pop("seq_len", 8))
+    fit_model(args, dict(max_seq_len=8, n_mtp_layers=1) | given, SimpleNamespace(vocab_size=280))
+
+
+def longer(context: int) -> None:
+    """Extend the context of a model that has learnt 48 tokens, by a factor of 4 at most."""
+    source = SimpleNamespace(args=LITTLE, config={"train": {"seq_len": 48}}, folder="f")
+    stretched(SimpleNamespace(context=context), {"rope_factor": 4.0}, source)
+
+
+def writing(max_new_tokens: int) -> None:
+    """Ask for replies to a question of 5 tokens, in 20."""
+    task = SimpleNamespace(some=lambda *_, **__: [SimpleNamespace(question="q")])
+    form = SimpleNamespace(prompt=lambda question, mode: [0] * 5)
+    check_room(SimpleNamespace(max_new_tokens=max_new_tokens, eval_problems=1), 20, form, task)
+
+
+def on_a_gpu_of(memory: int) -> None:
+    """Train a model on a GPU of so many bytes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
+        check_memory(LITTLE, torch.device("cuda"))
+
+
+def evaluated(seq_len: int) -> None:
+    """Evaluate a model of 48 tokens; it would go on, and has no module to draft with."""
+    with pytest.MonkeyPatch.context() as patch:
+        try:
+            drafts_without_modules(None, patch, seq_len)
+        except ValueError as error:
+            if "no MTP module" not in str(error):
+                raise
+
+
+def sized(limit: int) -> None:
+    """Read a body of 5 bytes."""
+    async def stream():
+        yield b"12345"
+    kind = {"content-type": "application/json"}
+    asyncio.run(read_body(SimpleNamespace(stream=stream, headers=kind),
+                          replace(Limits(), body=limit)))
+
+
+COUNT = count_parameters(LITTLE)
+NEEDED = 16 * (COUNT.total + COUNT.mtp)
+# A call, the last number that it takes, the next one that it does not take, and what it then says
+EDGES = {
+    "evaluate": (evaluated, 48, 49, "seq_len = 49"),
+    "batch_start": (lambda n: TrainArgs(batch_start=n), 8, 9, "batch_start = 9"),
+    "decay_until": (lambda n: TrainArgs(constant_until=0.5, decay_until=n), 0.5, 0.499, "decay_un"),
+    "direct": (lambda n: distill.CorpusArgs(teacher="t", corpus="c", direct=n), 0.999, 1.0,
+               "direct"),
+    "tries": (lambda n: distill.CorpusArgs(teacher="t", corpus="c", tries=2, temperature=n),
+              COLDEST, COLDEST / 2, "tries = 2"),
+    "samples": (lambda n: SolveArgs(samples=2, temperature=n), COLDEST, COLDEST / 2, "samples = 2"),
+    "clip_both": (lambda n: ObjectiveArgs(clip_both=n), 1.001, 1.0, "clip_both = 1"),
+    "cached tokens": (lambda n: api_price(5, n, 0, Prices()), 5, 6, "cached_tokens = 6"),
+    "no cached token": (lambda n: api_price(5, n, 0, Prices()), 0, -1, "cached_tokens = -1"),
+    "output": (lambda n: api_price(5, 0, n, Prices()), 0, -1, "output_tokens = -1"),
+    "groups": (lambda n: cache_bytes_per_token(LITTLE, n_groups=n), 1, 0, "n_groups = 0"),
+    "pieces": (lambda n: Sharding(gpus=n, pipeline=n, expert_parallel=1, dualpipe=False).check(
+        LITTLE), 5, 6, "pipeline = 6"),
+    "stages": (lambda n: Layout(pipeline=n).check(LITTLE), 2, 3, "pipeline = 3"),
+    "vocabulary": (lambda n: fitting(vocab_size=n), 280, 279, "vocab_size = 279"),
+    "seq_len": (lambda n: fitting(seq_len=n), 8, 9, "seq_len = 9"),
+    "modules": (lambda n: fitting(seq_len=n), 2, 1, "seq_len = 1"),
+    "context": (longer, 49, 48, "context = 48"),
+    "factor": (longer, 192, 193, "context = 193"),
+    "room": (writing, 15, 16, "max_new_tokens = 16"),
+    "memory": (on_a_gpu_of, NEEDED, NEEDED - 1, "does not fit"),
+    "body": (sized, 5, 4, "the body is too large"),
+    "validation": (lambda n: windows(torch.arange(9), n), 8, 9, "seq_len = 9"),
+    "training": (lambda n: PackedLoader(np.arange(9), n), 8, 9, "seq_len = 9"),
+    "selection": (lambda n: recall_of(n), 7, 8, "index_topk = 8"),
+    "bench, seq_len": (lambda n: on_bench(seq_len=n), 48, 49, "seq_len = 49"),
+    "bench, new_tokens": (lambda n: on_bench(new_tokens=n), 40, 41, "new_tokens = 41"),
+    "bench, decode_batch": (lambda n: on_bench(decode_batch=n), 12, 13, "decode_batch = 13"),
+    "other texts": (lambda n: bench_decoding.require_same_text([1] * 16, [2] * n + [1] * (16 - n)),
+                    2, 3, "3 of 16 texts differ"),
+    "cache": (lambda n: Transformer(LITTLE).context(torch.zeros(1, n, dtype=torch.int64)), 48, 49,
+              "49 tokens are too many"),
+}
+
+
+@pytest.mark.parametrize("call, last, beyond, told", EDGES.values(), ids=EDGES)
+def test_the_last_number_is_taken_and_the_next_is_not(call, last, beyond, told):
+    call(last)
+    with pytest.raises((ValueError, Refused), match=told):
+        call(beyond)

@@ -5,6 +5,7 @@ import ctypes
 import itertools
 import os
 import re
+import resource
 import select
 import subprocess
 import sys
@@ -252,6 +253,22 @@ def test_what_an_answer_prints_is_shown_up_to_a_bound(capfd, apart):
 
     assert problems(talks, CASES) == []
     assert capfd.readouterr().out == "here 3\nhere 0.1\n"
+
+
+@linux
+def test_a_copy_may_compute_and_allocate_so_much():
+    """A minute, and ten times as long as it is waited for; beside what was copied, its memory."""
+    found = {}
+    for seconds, memory in ((3.0, 2 ** 30), (2.5, 2 ** 31)):
+        bounds = resource.RLIMIT_CPU, resource.RLIMIT_AS
+        copy = checker.Copy(lambda tell, bounds=bounds: tell(
+            "bounds", [resource.getrlimit(what)[0] for what in bounds]), seconds, memory)
+        while copy.running():
+            time.sleep(0.002)
+        [(_, found[seconds])], fate = copy.close()
+        assert fate == ""
+    assert (found[3.0][0], found[2.5][0]) == (90, 85)
+    assert found[2.5][1] - found[3.0][1] == pytest.approx(2 ** 30, abs=2 ** 24)
 
 
 @linux

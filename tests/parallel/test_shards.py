@@ -1,4 +1,4 @@
-"""A rank's part of a parameter, and of a gradient's norm, without ranks."""
+"""A rank's part of a parameter, of a gradient and of validation text, without ranks."""
 
 from itertools import product
 from types import SimpleNamespace
@@ -7,9 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from minids.parallel.gradients import scale
+from minids.parallel import serving, validation
+from minids.parallel.gradients import norm, scale
 from minids.parallel.ranks import Ranks
 from minids.parallel.shards import own_part
+from minids.runs.sharded import fill
 
 GRID = torch.arange(7 * 5).view(7, 5)
 
@@ -47,6 +49,45 @@ def test_a_gradient_is_scaled_as_torch_clips_it(longest):
     scale(mine, longest, 5.0)
     for p, other in zip(mine, torchs, strict=True):
         assert other.grad is None or torch.equal(p.grad, other.grad)
+
+
+def test_the_norm_is_the_root_of_all_squares_but_those_counted_elsewhere(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    ranks = SimpleNamespace(device=torch.device("cpu"), dense=SimpleNamespace(get_group=str))
+    own = [nn.Parameter(torch.zeros(2)) for _ in range(4)]
+    for p, values in zip(own, ([3.0, 0.0], [0.0, 4.0], [7.0, 7.0]), strict=False):
+        p.grad = torch.tensor(values)
+    assert norm(own, ranks, own[2:3]).item() == 5 and norm([], ranks).item() == 0
+
+
+def test_a_part_is_copied_where_it_fits():
+    fill(own := torch.zeros(2, 3), torch.ones(2, 3))
+    fill(nothing := torch.zeros(0, 3), torch.ones(2, 3))  # of a rank that holds nothing of it
+    assert own.eq(1).all() and not nothing.numel()
+
+
+@pytest.mark.parametrize("module", [validation, serving])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("count, size", [(1, 1), (4, 2), (7, 2), (7, 3), (9, 2)])
+def test_every_window_is_counted_once_in_batches_of_one_shape(module, ranks, count, size,
+                                                              monkeypatch):
+    """All ranks go through equally many, and no more than are needed."""
+    monkeypatch.setattr(module, "counted", lambda args, batches, *_: list(batches))
+    text, dealt = torch.arange(count * 4 + 1), []
+    for rank in range(ranks):
+        layout = SimpleNamespace(data_ranks=ranks, expert_parallel=ranks, pipeline=1)
+        place = SimpleNamespace(get_local_rank=lambda name, rank=rank: rank)
+        here = SimpleNamespace(layout=layout, data_rank=rank, pipeline_rank=0, sparse=place,
+                               device=torch.device("cpu"))
+        model = SimpleNamespace(args=SimpleNamespace(n_dense_layers=0), ranks=here, parts=[],
+                                layers=[], head=nn.Linear(1, 1))
+        dealt.append(module.evaluate(model, text, None, 4, size))
+    assert {len(batches) for batches in dealt} == {-(-count // (ranks * size))}
+    for batches in zip(*dealt, strict=True):
+        assert all(0 < len(batch) <= size and held <= len(batch) for batch, held in batches)
+        assert module is validation or len({batch.shape for batch, _ in batches}) == 1
+    begun = [int(row[0]) for batches in dealt for batch, held in batches for row in batch[:held]]
+    assert sorted(begun) == list(range(0, count * 4, 4))
 
 
 def test_a_ranks_memory_is_its_whole_gpu_s(monkeypatch):
