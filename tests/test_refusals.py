@@ -103,10 +103,10 @@ def graded(*folders: str):
 
 
 def bench(**changed):
-    """A benchmark of a little model, on 100 tokens of text."""
+    """A benchmark of a little model, on 96 tokens of text."""
     def call(tmp_path, patch):
         model = changed.get("model", LITTLE)
-        text = SimpleNamespace(loader=None, valid=torch.arange(100))
+        text = SimpleNamespace(loader=None, valid=torch.arange(96))
         patch.setattr("minids.lab.bench_setup.open_data", lambda *_, **__: text)
         settings = dict(seq_len=32, prompt=8, new_tokens=4, decode_batch=3)
         Bench(BenchArgs(**settings | {k: v for k, v in changed.items() if k != "model"}), model)

@@ -99,6 +99,13 @@ def test_stages_hold_each_layer_once(preset, schedule):
             assert held[0] == [0, chosen.n_stages - 1], "both ends on one rank (V3 3.2.3)"
 
 
+def test_a_layout_in_words():
+    assert Layout(expert_parallel=2).fitted(4).describe() == (
+        "4 = pipeline 1 x replicate 1 x fsdp 4, experts over 2")
+    assert Layout(pipeline=2, replicate=2, micro_batches=6).fitted(4).describe() == (
+        "4 = pipeline 2 x replicate 2 x fsdp 1, experts over 1; 1F1B with 6 micro-batches")
+
+
 def test_v3_on_sixteen_ranks():
     """61 layers, an MTP module and the head: the last stage has the fewest layers."""
     chosen = Layout(pipeline=16)

@@ -5,11 +5,13 @@ from datetime import timedelta
 from types import SimpleNamespace
 
 import pytest
+import torch
 from kept_port import kept_port
 from torch import distributed as dist
 
 from minids.parallel import team
 from minids.parallel.layout import Layout
+from minids.parallel.ranks import Ranks
 from minids.parallel.team import Team
 
 
@@ -84,6 +86,27 @@ def test_a_card_missing_from_the_host_is_told_by_its_first_process(second_of_two
         assert not slept and "8 processes on this machine, which has 7 GPUs" in str(caught.value)
     else:
         assert slept == [team.PATIENCE] and caught.value.code == 2
+
+
+@pytest.mark.parametrize("kind, device, backend", [
+    ("cuda", torch.device("cuda", 1), "cpu:gloo,cuda:nccl"), ("cpu", torch.device("cpu"), "gloo")])
+def test_a_rank_computes_on_its_own_card_or_on_the_cpu(second_of_two, monkeypatch, kind, device,
+                                                      backend):
+    begun, cards = [], []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(team, "meeting_place", lambda *_: None)
+    monkeypatch.setattr(Team, "have_one_device", lambda *_: None)
+    monkeypatch.setattr(dist, "init_process_group", lambda kinds, **how: begun.append(
+        (kinds, how["device_id"], how["rank"], how["world_size"])))
+    monkeypatch.setattr(dist, "new_group", lambda backend, **_: backend)
+    monkeypatch.setattr(Ranks, "of", lambda layout, device: device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", cards.append)
+    made = Team(Layout().fitted(2), kind)
+    assert made.device == made.ranks == device and made.writers.group == "gloo"
+    assert begun == [(backend, device if kind == "cuda" else None, 1, 2)]
+    assert cards == [device] * (kind == "cuda") and (made.rank, made.world) == (1, 2)
 
 
 @pytest.mark.parametrize("error, waits", [

@@ -11,6 +11,7 @@ from minids.parallel import serving, validation
 from minids.parallel.gradients import norm, scale
 from minids.parallel.ranks import Ranks
 from minids.parallel.shards import own_part
+from minids.rl.over_ranks import ReinforcerOverRanks
 from minids.runs.sharded import fill
 
 GRID = torch.arange(7 * 5).view(7, 5)
@@ -88,6 +89,66 @@ def test_every_window_is_counted_once_in_batches_of_one_shape(module, ranks, cou
         assert module is validation or len({batch.shape for batch, _ in batches}) == 1
     begun = [int(row[0]) for batches in dealt for batch, held in batches for row in batch[:held]]
     assert sorted(begun) == list(range(0, count * 4, 4))
+
+
+class Next(nn.Module):
+    """A stage of a model that adds 1."""
+
+    layers, head = [], nn.Identity()
+
+    def forward(self, x, samples):
+        return x + 1, [], None
+
+
+@pytest.mark.parametrize("rank, came, went", [(0, [1], [(1, 1)]), (1, [0], [(0, 7)])])
+def test_a_stage_takes_what_the_one_before_it_gave_also_on_its_own_rank(rank, came, went,
+                                                                       monkeypatch):
+    """Of four stages in V's shape; what comes from another rank is 5."""
+    received, sent = [], []
+    monkeypatch.setattr(torch.distributed, "recv", lambda x, group, group_src: (
+        received.append(group_src), x.fill_(5)))
+    monkeypatch.setattr(torch.distributed, "send", lambda x, group, group_dst: sent.append(
+        (group_dst, x.max().item())))
+    layout = SimpleNamespace(pipeline=2, stages_of=lambda rank: ([0, 3], [1, 2])[rank])
+    ranks = SimpleNamespace(layout=layout, pipeline_rank=rank, dense=SimpleNamespace(get_group=str))
+    parts = [Next(), Next()]
+    if rank == 0:
+        parts[1].head = "the model's"
+    model = SimpleNamespace(ranks=ranks, parts=parts, dtype=torch.float32,
+                            args=SimpleNamespace(dim=3, n_dense_layers=0))
+    head, states, _ = validation.forward(model, torch.zeros(2, 4, dtype=torch.int64), None)
+    assert (received, sent) == (came, went) and states.max() == (6 if rank == 0 else 7)
+    assert head == ("the model's" if rank == 0 else None)
+
+
+@pytest.mark.parametrize("rank, of, came, went, told, states", [
+    (0, 1, [], [], [], 2), (0, 3, [], [(1, 2)], [2], 2), (1, 3, [0], [(2, 7)], [2], 7),
+    (2, 3, [1], [], [2], 7)])
+def test_states_go_from_each_rank_to_the_next_and_from_the_last_to_all(
+        rank, of, came, went, told, states, monkeypatch):
+    """Each rank has two layers that add 1; what comes from another rank is 5."""
+    received, sent, asked = [], [], []
+    monkeypatch.setattr(torch.distributed, "recv", lambda x, group, group_src: (
+        received.append(group_src), x.fill_(5)))
+    monkeypatch.setattr(torch.distributed, "send", lambda x, group, group_dst: sent.append(
+        (group_dst, x.max().item())))
+    monkeypatch.setattr(serving, "from_rank", lambda x, last, group: (asked.append(last), x)[1])
+    model = SimpleNamespace(
+        context=lambda *_: None, embed=lambda tokens: torch.zeros(*tokens.shape, 3), pipe="pipe",
+        layers=[lambda x, context: (x + 1, None, None)] * 2, norm=lambda x: x,
+        ranks=SimpleNamespace(pipeline_rank=rank, layout=SimpleNamespace(pipeline=of)))
+    found = serving.SpreadModel.hidden(model, torch.zeros(2, 4, dtype=torch.int64)).states
+    assert (received, sent, asked, found.max().item()) == (came, went, told, states)
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_a_checkpoint_of_grpo_over_ranks_holds_its_reference_and_a_rollout_in_use(in_use):
+    rollout = SimpleNamespace(parts=lambda updates, team: (updates, team))
+    made = SimpleNamespace(reference=nn.Linear(1, 1), in_use=lambda: in_use, team="team",
+                           args=SimpleNamespace(updates=4), batch=SimpleNamespace(rollout=rollout))
+    kinds = ReinforcerOverRanks.more_tensors(made)
+    assert kinds.pop("reference").keys() == {"weight", "bias"}
+    assert kinds == (dict(rollout=(4, "team")) if in_use else {})
 
 
 def test_a_ranks_memory_is_its_whole_gpu_s(monkeypatch):
