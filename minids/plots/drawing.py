@@ -54,7 +54,8 @@ class Drawing:
         """height: units, 1/100 inch; title: the drawing's message"""
         self.page, self.ink, self.quiet, self.line, self.share = PAGES[dark]
         self.figure = style.new_figure(WIDTH / 100, height / 100)
-        self.figure.set(facecolor=self.page, layout_engine="none")
+        self.figure.set_facecolor(self.page)
+        self.figure.set_layout_engine(None)
         self.ax = self.figure.add_axes((0, 0, 1, 1), xlim=(0, WIDTH), ylim=(height, 0))
         self.ax.set_axis_off()
         self.text(16, 22, title, TITLE, ha="left", weight="bold")

@@ -67,9 +67,10 @@ def finish(figure, path: File):
     """Fix the figure's ticks and layout, save it as a PNG file if there is a path, and return it.
 
     Left to itself matplotlib makes the ticks at the first drawing, in the style of that moment,
-    and moves the panels a little at every one.
+    and moves the panels a little at every one. A drawing has no ticks, and its panel is the page.
     """
-    figure.draw_without_rendering()
+    if figure.get_layout_engine() or any(ax.axison for ax in figure.axes):
+        figure.draw_without_rendering()
     figure.set_layout_engine(None)  # not "none", which draws everything twice
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)

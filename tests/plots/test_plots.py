@@ -369,11 +369,15 @@ def test_yarn_figure_shows_wavelengths_and_answers():
     assert levels == [4096, 163_840]
 
 
-def test_yarn_figure_names_the_three_regions():
-    texts = {text.get_text() for text in model.yarn_figure(**YARN).axes[0].texts}
+def test_yarn_figure_is_readable_and_names_the_three_regions():
+    figure = model.yarn_figure(**YARN)
+    assert axes_without_a_unit(figure) == [] and collisions(figure) == []
+    texts = {text.get_text() for text in figure.axes[0].texts}
     assert texts == {"left alone\n0-10", "mixed\n11-22", "divided\n23-31", "4,096", "163,840"}
     shifted = model.yarn_figure(**YARN | dict(low=11)).axes[0].texts  # wrong variant
     assert {text.get_text() for text in shifted} != texts
+    figure.axes[1].set_ylabel("right")  # wrong variant
+    assert axes_without_a_unit(figure) == ["y1"]
 
 
 def test_yarn_figure_has_one_line_style_a_label():
@@ -383,13 +387,6 @@ def test_yarn_figure_has_one_line_style_a_label():
     assert len(set(styles[1])) == 4 and styles[0] == [styles[1][0], styles[1][2]]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == list(YARN["right"]["near"])
-
-
-def test_yarn_figure_is_readable():
-    figure = model.yarn_figure(**YARN)
-    assert axes_without_a_unit(figure) == [] and collisions(figure) == []
-    figure.axes[1].set_ylabel("right")  # wrong variant
-    assert axes_without_a_unit(figure) == ["y1"]
 
 
 def test_moe_figure_shows_the_numbers_given():
