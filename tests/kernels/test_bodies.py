@@ -413,7 +413,9 @@ def test_a_broken_body_is_noticed(key):
             check(broken(function, key[1], how), *key, case)
 
 
-@pytest.mark.parametrize("key", CASES, ids="-".join)
+@pytest.mark.parametrize("key", [
+    pytest.param(key, id="-".join(key), marks=slow_if(cases[0].triton))
+    for key, cases in CASES.items()])
 def test_a_fallback_in_silence_is_noticed(key):
     function = REGISTRY[key[0]]
     CASES[key][0].skip_where_it_cannot_run()

@@ -9,7 +9,7 @@ import pytest
 import triton_interpreter
 
 HERE = Path(__file__).parent
-TESTS = [str(HERE / "test_fp8_kernels.py"), str(HERE / "test_triton_sparse.py"), *(
+TESTS = [*(str(HERE / f"test_{name}.py") for name in ("fp8_kernels", "triton", "triton_sparse")), *(
     f"{HERE / 'test_bodies.py'}::test_{name}"
     for name in ("a_body_equals_its_plain_definition", "a_broken_body_is_noticed",
                  "a_fallback_in_silence_is_noticed"))]
