@@ -31,7 +31,6 @@ GRPO = GrpoArgs(steps=4, questions=4, group=3, updates=2, micro_batch=2, max_new
                 top_p=0.9, mode="direct", language_weight=1.0, kl_beta=0.5, reference_every=3,
                 lr=0.02, normalise="tokens", eval_problems=5, warmup_steps=0, dtype="fp32",
                 device="cpu")
-LAYOUTS = dict(replicate=2), dict(expert_parallel=2)
 # FP64: three steps of AdamW divide by roots of squared gradients, which magnifies what rounding
 # leaves in those that are nearly zero, as in `train_in_parallel`.
 CLOSE = 1e-9
@@ -88,8 +87,8 @@ def compare_learning(over, alone) -> None:
 
 
 def check_fine_tuning():
-    for fields in LAYOUTS:
-        compare_learning(learner(FineTuner, SFT, team_of(**fields)), learner(FineTuner, SFT))
+    """On replicas; programs over ranks (test_learning_over_ranks.py) have the other layouts."""
+    compare_learning(learner(FineTuner, SFT, team_of(replicate=2)), learner(FineTuner, SFT))
 
 
 def check_a_mean_of_the_ranks_means_is_wrong():
@@ -179,13 +178,13 @@ def check_a_stream_is_read_once_and_tokenised_in_shares():
 
 
 def check_reinforcement():
-    for fields in LAYOUTS:
-        over, alone = (learner(Reinforcer, GRPO, team) for team in (team_of(**fields), None))
-        compare_learning(over, alone)
-        mine, whole = over.batch.rollout, alone.batch.rollout.part(over.own())
-        assert torch.equal(mine.tokens, whole.tokens) and torch.equal(mine.written, whole.written)
-        assert len(set(alone.batch.lengths.tolist())) > 1
-        assert alone.batch.advantage.ne(0).any()
+    """With experts on both ranks, which their exchange has to meet in every step."""
+    over, alone = (learner(Reinforcer, GRPO, team) for team in (team_of(expert_parallel=2), None))
+    compare_learning(over, alone)
+    mine, whole = over.batch.rollout, alone.batch.rollout.part(over.own())
+    assert torch.equal(mine.tokens, whole.tokens) and torch.equal(mine.written, whole.written)
+    assert len(set(alone.batch.lengths.tolist())) > 1
+    assert alone.batch.advantage.ne(0).any()
 
 
 def check_weights_of_tokens_by_the_ranks_own_counts_are_wrong():
