@@ -25,8 +25,14 @@ from minids.lab.exercises import HIDDEN, SOLUTION, Exercise, exercises, needed
 ROOT = Path(__file__).resolve().parent.parent
 PATHS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 ALL = [exercise for path in PATHS for exercise in exercises(path)]
-each_exercise = pytest.mark.parametrize("exercise", ALL,
-                                        ids=[f"{e.notebook[:2]}-{e.name}" for e in ALL])
+# What these need takes half a second and more; their notebooks grade them in every run.
+HEAVY = {"attention_numbers", "mtp_numbers", "nothing_idle", "own_group", "rotary_attention",
+         "same_alone", "learns_the_reply", "same_on_any_ranks"}
+NAMED = [(f"{e.notebook[:2]}-{e.name}", e) for e in ALL]
+each_exercise = pytest.mark.parametrize("exercise", ALL, ids=[name for name, _ in NAMED])
+quick_exercises = pytest.mark.parametrize("exercise", [
+    pytest.param(e, id=name, marks=pytest.mark.slow if e.name in HEAVY else ())
+    for name, e in NAMED])
 
 
 @cache
@@ -84,13 +90,13 @@ def wrong_answers(exercise: Exercise, kind: str = "wrong_answers") -> dict[str, 
             if isinstance(node, ast.FunctionDef) and node.name == exercise.name}
 
 
-@each_exercise
+@quick_exercises
 def test_the_solution_gets_the_points(exercise, alone):
     right, told = grade(exercise, exercise.solution)
     assert right and re.fullmatch(rf"{exercise.name} is right in (\d) of \1 cases\n", told), told
 
 
-@each_exercise
+@quick_exercises
 def test_the_untouched_stub_gets_none(exercise, alone):
     stub = SOLUTION.sub(r"\1raise NotImplementedError()", exercise.solution)
     assert stub != exercise.solution

@@ -77,11 +77,9 @@ MISSING = "raise ModuleNotFoundError('No module named {0}', name='{0}')"
 
 @pytest.mark.parametrize("program, package, body, status, line", [
     ("generate", "torch", MISSING, 2, "{0} is not installed: pip install {0}"),
-    ("train", "tqdm", MISSING, 2, "{0} is not installed: pip install {0}"),
-    pytest.param("evaluate", "filelock", MISSING, 2, "{0} is not installed: pip install {0}",
-                 marks=pytest.mark.slow),  # these two import torch first
-    pytest.param("hf", "safetensors", MISSING, 2, "{0} is not installed: pip install {0}",
-                 marks=pytest.mark.slow),
+    *(pytest.param(program, package, MISSING, 2, "{0} is not installed: pip install {0}",
+                   marks=pytest.mark.slow)  # these import torch first
+      for program, package in (("train", "tqdm"), ("evaluate", "filelock"), ("hf", "safetensors"))),
     ("sft", "torch", "raise KeyboardInterrupt", 130, "interrupted")])
 def test_imports_that_end_are_told_in_one_line(tmp_path, program, package, body, status, line):
     (tmp_path / f"{package}.py").write_text(body.format(package), "utf-8")

@@ -96,6 +96,7 @@ NAMED = {"python -m minids.grpo"}
 SLOW = ("python tests/", "python -m minids.lab.bench --what moe-vs-dense",
         "python -m minids.dryrun", "python -m minids.lab.bench --what speculative",
         "python -m minids.lab.bench --device cuda",
+        "python -m minids.tokenizer --data hf:",  # GSM8K comes from the hub in every run
         "python -m minids.train --")  # the plain one is `first_run`
 
 # What is not run here, and where it is.

@@ -83,7 +83,8 @@ OWN = {
 }
 
 
-@pytest.mark.parametrize("kind", OWN)
+@pytest.mark.parametrize("kind", [
+    pytest.param(kind, marks=() if i % 2 == 0 else pytest.mark.slow) for i, kind in enumerate(OWN)])
 def test_a_folders_defaults_stand_unless_a_flag_says_otherwise(kind, folder, capsys, monkeypatch):
     given, how = OWN[kind]
     edit(folder / GENERATION, given)

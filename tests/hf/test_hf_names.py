@@ -56,7 +56,8 @@ def test_gradients_are_named_as_the_weights_are():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [
+    torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.slow)], ids=str)
 def test_a_model_returns_bit_for_bit(kind, dtype, tmp_path, monkeypatch):
     args = KINDS[kind]
     model = scrambled(args, dtype=dtype)

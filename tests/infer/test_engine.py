@@ -150,23 +150,7 @@ print(*inside, count(1))
 """
 
 
-def run(code: str) -> list[str]:
-    """Run code in a process of its own; return its lines."""
-    tests = Path(__file__).parents[1]
-    paths = os.pathsep.join([str(tests.parent), str(tests)])
-    said = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True,
-                          env=os.environ | dict(PYTHONPATH=paths))
-    assert said.returncode == 0, said.stderr
-    return said.stdout.splitlines()
-
-
 linux = pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP is Linux's")
-
-
-@linux
-def test_only_the_thread_that_computes_has_a_team():
-    """Of two teams each sleeps at every product: the server would take twice as long."""
-    assert run(TEAMS) == ["1", "1 2", "2 2 2 1"]
 
 
 FORK = """
@@ -190,7 +174,24 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.fixture(scope="module")
+def said() -> list[str]:
+    """Run both in one process of their own, since importing torch takes seconds; its lines."""
+    tests = Path(__file__).parents[1]
+    paths = os.pathsep.join([str(tests.parent), str(tests)])
+    done = subprocess.run([sys.executable, "-c", TEAMS + FORK], text=True, capture_output=True,
+                          env=os.environ | dict(PYTHONPATH=paths))
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 @linux
-def test_a_fork_has_no_team_to_wait_for():
+def test_only_the_thread_that_computes_has_a_team(said):
+    """Of two teams each sleeps at every product: the server would take twice as long."""
+    assert said[:-1] == ["1", "1 2", "2 2 2 1"]
+
+
+@linux
+def test_a_fork_has_no_team_to_wait_for(said):
     """The team's threads were not copied: ending them would take for ever."""
-    assert run(FORK) == ["0"]
+    assert said[-1] == "0"

@@ -46,7 +46,8 @@ def agreeing(args: ModelArgs, seed: int = 0) -> Transformer:
     return model
 
 
-@pytest.mark.parametrize("depth, drafts", [(1, 1), (1, 3), (2, 1), (2, 2), (3, 2), (3, 5)])
+@pytest.mark.parametrize("depth, drafts", [(1, 1), (1, 3), (2, 2), (3, 2), *(
+    pytest.param(*each, marks=pytest.mark.slow) for each in ((2, 1), (3, 5)))])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_greedy_text_is_that_of_plain_decoding(shape, depth, drafts):
     model = agreeing(replace(SHAPES[shape], n_mtp_layers=depth))
@@ -282,7 +283,7 @@ def chi_square(drafts: int, depth: int, settings: dict) -> float:
 
 @pytest.mark.parametrize("drafts, depth, settings", [
     (2, 2, dict(temperature=0.8)), (1, 1, dict(temperature=1.5, top_p=0.8)),
-    (2, 1, dict(temperature=1.0, top_k=3)),
+    pytest.param(2, 1, dict(temperature=1.0, top_k=3), marks=pytest.mark.slow),
     pytest.param(1, 1, dict(temperature=1.0), marks=pytest.mark.slow),
     pytest.param(2, 1, dict(temperature=1.0), marks=pytest.mark.slow)])
 def test_sampled_text_has_exactly_the_models_distribution(drafts, depth, settings):

@@ -127,7 +127,8 @@ def test_an_endless_answer_is_told_within_five_seconds(monkeypatch):
     assert problems(square, CASES) == []
 
 
-@pytest.mark.parametrize("endless", [loops, sleeps, counts])
+@pytest.mark.parametrize("endless", [
+    loops, sleeps, pytest.param(counts, marks=pytest.mark.slow)])
 def test_an_answer_that_never_ends_is_told(endless, apart):
     with patience(SOON):
         assert problems(endless, CASES) == [f"{endless.__name__}(3) {checker.LATE}"]
@@ -387,7 +388,8 @@ class Broken:
     __len__ = __eq__ = __hash__ = tolist = __repr__
 
 
-@pytest.mark.parametrize("expected", [3, [3], torch.ones(2, 3)])
+@pytest.mark.parametrize("expected", [
+    3, pytest.param([3], marks=pytest.mark.slow), torch.ones(2, 3)])
 def test_an_answer_that_cannot_be_shown_is_told(expected, apart):
     with patience(SOON):
         [told] = problems(lambda: Endless(), [((), expected, "")])

@@ -142,6 +142,5 @@ def no_pattern(spec):
     merges_backwards, no_merges, gpt2_pattern, pattern_then_gpt2, no_pattern])
 def test_wrong_variant_of_the_export_is_caught(tmp_path, harm):
     COMMITTED.save_hf(tmp_path)
-    assert differing(COMMITTED.encode, Tokenizer.load(tmp_path).encode, TEXTS) == []
     edit(tmp_path, harm)
     assert differing(COMMITTED.encode, Tokenizer.load(tmp_path).encode, TEXTS) != []

@@ -203,7 +203,8 @@ except ValueError as error:
 """
 
 
-@pytest.mark.parametrize("form", ["dictionary", "groups", "group"])
+@pytest.mark.parametrize("form", [
+    "dictionary", "groups", pytest.param("group", marks=pytest.mark.slow)])  # is half in memory
 def test_a_small_file_that_unpacks_to_gigabytes_is_refused_in_little_memory(form, tmp_path):
     repeated_file(tmp_path / "a.parquet", form)
     assert (tmp_path / "a.parquet").stat().st_size < 2**20
