@@ -42,9 +42,15 @@ def pytest_collection_modifyitems(items: list) -> None:
     items.sort(key=place)
 
 
-def pytest_collection_finish() -> None:
+def pytest_collection() -> None:
+    """Collect without looking for garbage: modules stay."""
+    gc.disable()
+
+
+def pytest_runtestloop() -> None:
     """Leave what collecting made, modules for the most part, out of every later collection."""
     gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture
