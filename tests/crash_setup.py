@@ -12,7 +12,7 @@ import pytest
 import torch._dynamo  # noqa: F401  (an optimizer imports it: once is enough)
 from kill_and_resume import MEASURED, leaves, read_state
 from test_r1 import shorten
-from training_runs import VOCABULARY, write_texts
+from training_runs import VOCABULARY, short_sample, write_texts
 
 from minids import train
 from minids.base.command_line import run_program
@@ -23,7 +23,6 @@ from minids.text import tokenizer as text_tokenizer
 from minids.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
-SAMPLE = train.Trainer.sample
 with tempfile.TemporaryDirectory() as scratch:  # imports what draws, once
     train.loss_curve([dict(step=1, main=1.0)], Path(scratch) / "loss.png")
 SETTINGS = {"resume", "seal", "overwrite"}  # of the second start
@@ -35,7 +34,7 @@ def program(name: str, folder: Path, until: str = "", wrong: bool = False):
     until: stage of r1 after which it ends; "": at its own end
     wrong: whether it writes as the wrong variant does
     """
-    train.Trainer.sample = lambda self, _, count=1: SAMPLE(self, 2, count)
+    train.Trainer.sample = short_sample
     train.open_data = partial(loaders.open_data, cache=folder / "cache")
     if wrong:
         text_tokenizer.write_whole = write_under_another_name

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from kill_and_resume import differences
-from training_runs import no_picture
+from training_runs import no_picture, short_sample
 
 from minids import grpo as grpo_module
 from minids.base.command_line import run_program
@@ -44,10 +44,12 @@ def base(tmp_path_factory) -> Path:
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "EXAMPLES", 2000)
         patch.setattr("minids.train.loss_curve", no_picture)
-        train(TrainArgs.for_preset("micro", out=str(home / "base"), steps=10, eval_every=0,
-                                   threads=1))
+        patch.setattr("minids.train.Trainer.sample", short_sample)
+        train(TrainArgs.for_preset("micro", out=str(home / "base"), steps=10, batch_size=8,
+                                   eval_every=0, threads=1))
         sft(SftArgs.for_preset(from_run=str(home / "base"), out=str(home / "sft"), steps=20,
-                               examples=512, eval_every=0, eval_problems=1, threads=1))
+                               batch_size=4, examples=512, eval_every=0, eval_problems=1,
+                               max_new_tokens=8, threads=1))
     return home / "sft"
 
 
@@ -290,19 +292,23 @@ def test_every_objective_runs_and_logs_what_people_ask_for(base, tmp_path, objec
         assert 0 < line["reward_length"] <= 1 and line["entropy"] > 0
 
 
-@pytest.mark.parametrize("step", [0, 2, 3])  # before the first rollout, after one, within one
-def test_a_resumed_run_ends_with_the_same_bytes(base, tmp_path, step):
-    run, again = tmp_path / "run", tmp_path / "again"
+@pytest.fixture(scope="module")
+def unbroken(base) -> Path:
+    """A finished run of three rollouts, which no test changes."""
+    run = base.parent / "unbroken"
     assert run_grpo("--from", str(base), "--out", str(run), *as_flags(FLAGS))[0] == 0
-    shutil.copytree(run, again)
+    (run / "sample.txt").write_text("")  # only pre-training writes one
+    return run
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])  # before the first rollout, after one, within one
+def test_a_resumed_run_ends_with_the_same_bytes(unbroken, tmp_path, step):
+    again = shutil.copytree(unbroken, tmp_path / "again")
     for path in (again / "checkpoints").iterdir():
         if int(path.name[5:]) > step:
             shutil.rmtree(path)
     status, _, err = run_grpo("--resume", "--out", str(again))
-    assert (status, err) == (0, "")
-    for folder in (run, again):
-        (folder / "sample.txt").write_text("")  # only pre-training writes one
-    assert differences(run, again) == []
+    assert (status, err) == (0, "") and differences(unbroken, again) == []
 
 
 def test_the_reference_of_step_0_is_the_model(base, tmp_path):
@@ -325,7 +331,7 @@ def test_questions_that_were_changed_since_are_refused(base, tmp_path):
     assert status == 2 and f"the data of the run in {run} was changed since it began" in err
 
 
-def test_the_check_of_a_resumed_run_notices_a_new_rollout(base, tmp_path, monkeypatch):
+def test_the_check_of_a_resumed_run_notices_a_new_rollout(unbroken, tmp_path, monkeypatch):
     """Wrong variant: a new rollout is drawn in the middle of one."""
     def restore_more(self, state: dict) -> None:
         self.model.load_state_dict(load_weights(resolve(self.run)))
@@ -335,7 +341,7 @@ def test_the_check_of_a_resumed_run_notices_a_new_rollout(base, tmp_path, monkey
 
     monkeypatch.setattr(Reinforcer, "restore_more", restore_more)
     with pytest.raises(AssertionError):
-        test_a_resumed_run_ends_with_the_same_bytes(base, tmp_path, 3)
+        test_a_resumed_run_ends_with_the_same_bytes(unbroken, tmp_path, 3)
 
 
 def test_shuffled_rewards_are_the_same_numbers(base, tmp_path):

@@ -27,7 +27,7 @@ def damaged(unbroken, tmp_path) -> Path:
 @pytest.mark.parametrize("name", ["train", "sft", "grpo", "distill"])
 def test_weights_that_cannot_be_read(name, damaged, home, tmp_path):
     flags = {"train": ["--threads", "1"],
-             "sft": ["--data", f"jsonl:{tmp_path}/said.jsonl", "--seq-len", "64"],
+             "sft": ["--data", f"jsonl:{tmp_path}/said.jsonl", "--seq-len", "32"],
              "grpo": ["--max-new-tokens", "4", "--questions", "1", "--task",
                       f"jsonl:{tmp_path}/task.jsonl"],
              "distill": ["--corpus", str(tmp_path / "new/c.jsonl"), "--teacher", str(damaged)]}

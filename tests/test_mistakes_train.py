@@ -14,6 +14,7 @@ from kill_and_resume import (
     differences,
 )
 from training_runs import (
+    SAMPLED,
     VOCABULARY,
     Said,
     assert_refused,
@@ -34,7 +35,7 @@ BAD = {
     "not a number": (["--steps", "many"], "--steps", "'many'"),
     "no heads": (["--n-heads", "0"], "n_heads = 0", "at least 1"),
     "odd rotary width": (["--qk-rope-head-dim", "7"], "qk_rope_head_dim = 7", "even"),
-    "longer than the model": (["--seq-len", "300"], "seq_len = 300", "max_seq_len = 64"),
+    "longer than the model": (["--seq-len", "300"], "seq_len = 300", f"max_seq_len = {SAMPLED}"),
     "longer than the text": (["--data", "text:{home}/short.txt", "--seq-len", "200",
                               "--max-seq-len", "200"],
                              "seq_len = 200 is longer than the text", "at most"),

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from run_damage import accepted_flips, some_bits
-from training_runs import no_picture
+from training_runs import no_picture, short_sample
 
 from minids import distill as distill_module
 from minids import r1 as r1_module
@@ -37,12 +37,12 @@ from minids.text.tasks import Problem, open_task
 MODELS = Path(__file__).parent.parent / "data/r1"
 SHIPPED = {name: preset["corpus"] for name, preset in PRESETS.items()}
 RUN = dict(save_every=2, eval_every=0, eval_problems=2)
+SFT = RUN | dict(steps=2, max_new_tokens=8)
 RL = RUN | dict(steps=2, questions=2, group=2, max_new_tokens=8)
 BRIEF = dict(
     task="calculator", model="micro", curve="free", smaller=dict(dim=48, n_heads=3),
-    base=dict(steps=2, eval_every=0),
-    sft=RUN | dict(steps=2, examples=32), rl=RL, rejected=RUN | dict(steps=2), final=RL,
-    student=dict(steps=2, eval_every=0), distilled=RUN | dict(steps=2), alone=RL,
+    base=dict(steps=2, eval_every=0), sft=SFT | dict(examples=32), rl=RL, rejected=SFT, final=RL,
+    student=dict(steps=2, eval_every=0), distilled=SFT, alone=RL,
     corpus=dict(problems=4, longest=8))
 
 
@@ -50,6 +50,7 @@ def shorten(patch: pytest.MonkeyPatch) -> None:
     """Make the pipeline a few steps long, with teachers that are always right."""
     patch.setitem(PRESETS, "tiny", BRIEF)
     patch.setattr(corpora, "EXAMPLES", 2000)
+    patch.setattr("minids.train.Trainer.sample", short_sample)
     patch.setattr(distill_module, "verdict", lambda *_: "kept")
     patch.setattr(distill_module, "ask", lambda model, tokenizer, questions, *_, **__: [
         Reply("1+1=2", "2", True, 9) for _ in questions])
@@ -63,6 +64,7 @@ def brief(monkeypatch):
     """A short pipeline in place of the preset's, without the figures of its runs."""
     shorten(monkeypatch)
     monkeypatch.setattr("minids.train.loss_curve", no_picture)
+    monkeypatch.setattr(r1_module, "grpo_figure", no_picture)
 
 
 def quiet(args: R1Args) -> tuple[dict, str]:

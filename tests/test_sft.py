@@ -11,7 +11,7 @@ import pytest
 import torch
 from kill_and_resume import differences
 from small_models import LITTLE, gap, random_tokens, scrambled
-from training_runs import no_picture
+from training_runs import no_picture, short_sample
 
 from minids import sft as sft_module
 from minids.base.command_line import run_program
@@ -46,6 +46,7 @@ def base(tmp_path_factory) -> Path:
     with contextlib.redirect_stdout(io.StringIO()), pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpora, "EXAMPLES", 2000)
         patch.setattr("minids.train.loss_curve", no_picture)
+        patch.setattr("minids.train.Trainer.sample", short_sample)
         train(TrainArgs.for_preset("micro", out=str(run), steps=2, eval_every=0, threads=1))
     return run
 
@@ -212,20 +213,28 @@ def conversations_file(folder: Path) -> str:
     return f"jsonl:{path}"
 
 
-@pytest.mark.parametrize("step", [0, 3])
-def test_a_resumed_run_ends_with_the_same_bytes(base, tmp_path, step):
-    run, again = tmp_path / "run", tmp_path / "again"
+@pytest.fixture(scope="module")
+def unbroken(base) -> Path:
+    """A finished run, which no test changes."""
+    run = base.with_name("unbroken")
     status, out, err = run_sft("--from", str(base), "--out", str(run), *as_flags(SMALL))
     assert (status, err) == (0, "") and "step 6/6: loss" in out
-    shutil.copytree(run, again)
+    (run / "sample.txt").write_text("")  # only pre-training writes one
+    return run
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_resumed_run_ends_with_the_same_bytes(unbroken, tmp_path, step):
+    again = shutil.copytree(unbroken, tmp_path / "again")
     for path in (again / "checkpoints").iterdir():
         if int(path.name[5:]) > step:
             shutil.rmtree(path)
     assert run_sft("--resume", "--out", str(again))[0] == 0
-    for folder in (run, again):
-        (folder / "sample.txt").write_text("")  # only pre-training writes one
-    assert differences(run, again) == []
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert differences(unbroken, again) == []
+
+
+def test_a_run_learns_and_is_examined_now_and_then(unbroken):
+    lines = [json.loads(line) for line in (unbroken / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert {"think", "direct", "free"} <= lines[2].keys() and "think" not in lines[3]
 

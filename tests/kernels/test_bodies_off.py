@@ -34,7 +34,7 @@ def test_plain_definitions_train_resume_and_sample(tmp_path, monkeypatch):
     args = TrainArgs.for_preset("nano", data=f"text:{text}", steps=4, batch_size=2, seq_len=16,
                                 save_every=2, eval_every=0, eval_tokens=64, threads=1,
                                 dtype="fp32", out=str(tmp_path / "off"), bodies="off")
-    small = dict(max_seq_len=64, dim=16, inter_dim=16)
+    small = dict(max_seq_len=24, dim=16, inter_dim=16)
     with recorded() as record:
         run = train(args, small)
     assert {chosen for _, chosen in record} == {"plain"}

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from training_runs import no_picture, run_main
+from training_runs import no_picture, run_main, short_sample
 
 from minids.config import ModelArgs
 from minids.costs import count_parameters
@@ -76,6 +76,7 @@ def test_losses_in_the_table_agree(settings, capsys):
 def test_quality_table(settings, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minids.train.loss_curve", no_picture)
+    monkeypatch.setattr("minids.train.Trainer.sample", short_sample)
     _, seed, mean = run(settings, "moe-vs-dense", capsys)
     assert [cell.strip() for cell in seed[1:6]] == [cell.strip() for cell in mean[1:6]]
     assert 1 < float(seed[1]) < 8 and seed[6].split()[:3] == ["2", "/", "2"]

@@ -40,8 +40,9 @@ over_ranks = partial(run_ranks, program="minids.train")
 @pytest.fixture(scope="module")
 def flags(home) -> list[str]:
     """A run of six steps in FP32, whose batches two ranks, or four micro-batches, can share."""
-    options = settings(home) | dict(steps=STEPS, batch_size=8, eval_every=3, dtype="fp32",
-                                    mtp_weight=0.3, balance_weight=0.01, device="cpu")
+    options = settings(home) | dict(steps=STEPS, muon_lr=3e-3, batch_size=8, eval_every=3,
+                                    dtype="fp32", mtp_weight=0.3, balance_weight=0.01,
+                                    device="cpu")
     return ["--preset", "nano", "--max-seq-len", "64", "--n-layers", "3", *as_flags(options)]
 
 

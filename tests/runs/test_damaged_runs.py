@@ -39,7 +39,7 @@ def test_a_flipped_bit_in_any_file_is_named(one):
             "model.safetensors", "manifest.json"} == {file.name for file in files}
     read_all(one)
     for file in files:
-        assert accepted_flips(one, file, some_bits(file), read_all) == [], file
+        assert accepted_flips(one, file, some_bits(file, 20), read_all) == [], file
 
 
 def test_the_check_of_flips_notices_a_reader_that_believes(one):

@@ -22,6 +22,7 @@ import pytest
 import torch
 import training_runs
 from kill_and_resume import (
+    assert_same_end,
     differences,
     kill_and_resume,
     newest_step,
@@ -78,11 +79,21 @@ def test_a_step_asks_for_loads_before_the_optimizers_work(home, tmp_path, monkey
     assert given is not on_device and torch.equal(given, on_device)
 
 
-@pytest.mark.parametrize("kills", [1, pytest.param(3, marks=pytest.mark.slow)])
-def test_killed_and_resumed_run_equals_an_unbroken_one(home, flags, unbroken, kills):
+def test_killed_and_resumed_run_equals_an_unbroken_one(flags, unbroken, tmp_path):
+    """A process of its own is killed, wherever it is just then; this one goes on."""
+    run = tmp_path / "run"
+    with ended(process := start(flags, run)):
+        wait_for_steps(process, run, 5)
+    assert process.returncode == -signal.SIGKILL and 3 <= newest_step(run) < STEPS
+    assert run_train("--resume", "--out", str(run)).status == 0
+    assert_same_end(unbroken, run)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_killed_three_times_equals_an_unbroken_one(home, flags, unbroken):
     """`python tests/kill_and_resume.py` has twenty kills, of the default nano run."""
     seconds = json.loads((unbroken / "metrics.jsonl").read_text().splitlines()[-1])["seconds"]
-    kill_and_resume(flags, unbroken, seconds + 1, home / f"killed-{kills}", kills)
+    kill_and_resume(flags, unbroken, seconds + 1, home / "killed", kills=3)
 
 
 def forget_position(loader: PackedLoader, state: dict) -> None:

@@ -30,6 +30,7 @@ from tokenizer_checks import (
     same_tokenizer,
     text_is_kept,
 )
+from training_runs import no_picture, short_sample
 from transformers import AutoTokenizer
 
 from minids.runs.open import open_model
@@ -385,6 +386,8 @@ def test_our_own_files_go_first(copy, small):
 def test_a_run_can_be_trained_with_a_released_tokenizer(copy, tmp_path, monkeypatch):
     monkeypatch.setattr("minids.train.open_data",
                         partial(open_data, cache=tmp_path / "cache"))
+    monkeypatch.setattr("minids.train.loss_curve", no_picture)
+    monkeypatch.setattr("minids.train.Trainer.sample", short_sample)
     (copy / bpe.CONFIG).write_text(json.dumps({"vocab_size": 800}))
     (tmp_path / "texts").mkdir()
     for i in range(40):
