@@ -137,8 +137,8 @@ CLASS = {
     "solved_2": (notebook, MOST, "")}
 
 
-SOME = ("solved blank mistaken loops no_python no_answer softened twice stripped with_a_helper "
-        "no_json nothing").split()
+SOME = ("solved blank mistaken loops loops_at_once no_python no_answer softened twice stripped "
+        "with_a_helper no_json nothing").split()
 OTHERS = ["solved", "mistaken", *(name for name in CLASS if name not in SOME)]
 
 
