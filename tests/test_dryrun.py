@@ -29,9 +29,9 @@ def report(layout: Layout, gpus: int, args: ModelArgs = NANO, **given):
 
 
 @pytest.mark.parametrize("layout", [
-    Layout(expert_parallel=2), Layout(pipeline=2, expert_parallel=2),
-    pytest.param(Layout(), marks=pytest.mark.slow),
-    pytest.param(Layout(pipeline=2, replicate=2, micro_batches=4), marks=pytest.mark.slow)])
+    Layout(expert_parallel=2), *(pytest.param(layout, marks=pytest.mark.slow) for layout in (
+        Layout(), Layout(pipeline=2, expert_parallel=2),
+        Layout(pipeline=2, replicate=2, micro_batches=4)))])
 def test_stages_have_the_parameters_that_costs_counts(layout):
     found, count = report(layout, 4), count_parameters(NANO)
     again = NANO.vocab_size * NANO.dim if layout.pipeline > 1 else 0  # the MTP module's embedding

@@ -362,9 +362,9 @@ def apart(ours: list[Tensor], plain: list[Tensor]) -> float:
 
 
 @inside
-@pytest.mark.parametrize("seed, dtype", [(0, torch.float32), *(
-    pytest.param(*each, marks=pytest.mark.slow) for each in (
-        (0, torch.bfloat16), *itertools.product((1, 2), (torch.float32, torch.bfloat16))))])
+@pytest.mark.slow  # test_bodies.py has an example of each in every run
+@KINDS
+@pytest.mark.parametrize("seed", [0, 1, 2])
 def test_layers_of_random_shapes_equal_the_simulation(seed, dtype):
     for function, arguments in random_layers(seed, dtype):
         with recorded() as record:

@@ -120,7 +120,8 @@ def test_a_drawing_is_tidy_and_described(name, model):
     assert len(figure.get_label()) > 60 and figure.get_label().endswith(".")
 
 
-@pytest.mark.parametrize("name", DRAWINGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if i % 2 else ())
+                                  for i, name in enumerate(DRAWINGS)])
 def test_a_picture_is_an_opaque_card_and_the_same_twice(name, tmp_path):
     """The same bytes in the notebook and on disk, with alt text; 1,200 dots wide."""
     for dark in (False, True) if name == "model" else (False,):

@@ -147,7 +147,8 @@ def test_checkpoints_without_their_config_are_not_written_over(tmp_path, unbroke
     assert everything(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "state.pt", "manifest.json"])
+@pytest.mark.parametrize("name", [
+    "model.safetensors", pytest.param("state.pt", marks=pytest.mark.slow), "manifest.json"])
 def test_flipped_byte_is_named_and_the_checkpoint_before_is_used(name, tmp_path, unbroken):
     run = cut_back(unbroken, tmp_path / "run", 9)
     file = run / "checkpoints/step_000009" / name
@@ -192,8 +193,9 @@ def raise_signals(monkeypatch, numbers: list[int], at_step: int) -> None:
     monkeypatch.setattr(Trainer, "accumulate", interrupted)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130),
-                                            (signal.SIGHUP, 129)])
+@pytest.mark.parametrize("number, status", [
+    (signal.SIGTERM, 143), (signal.SIGINT, 130),
+    pytest.param(signal.SIGHUP, 129, marks=pytest.mark.slow)])
 def test_signal_finishes_the_step_and_saves(number, status, tmp_path, flags, unbroken,
                                             monkeypatch):
     run = tmp_path / "run"

@@ -250,7 +250,8 @@ def questions(task: Task, split: str, seeds: range) -> list[str]:
 
 @pytest.mark.parametrize("task, wrong", [(Calculator(2), UnhashedCalculator(2)),
                                          (Countdown(2), UnhashedCountdown(2)),
-                                         (Countdown(3), UnhashedCountdown(3))],
+                                         pytest.param(Countdown(3), UnhashedCountdown(3),
+                                                      marks=pytest.mark.slow)],
                          ids=lambda task: task.name)
 def test_no_held_out_question_is_trained_on_whatever_the_seed(task, wrong):
     train, kept = questions(task, "train", range(4)), questions(task, "held-out", range(3))
