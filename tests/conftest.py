@@ -47,7 +47,7 @@ def pytest_collection() -> None:
     gc.disable()
 
 
-def pytest_runtestloop() -> None:
+def pytest_collection_finish() -> None:
     """Leave what collecting made, modules for the most part, out of every later collection."""
     gc.freeze()
     gc.enable()

@@ -178,13 +178,14 @@ def check_a_stream_is_read_once_and_tokenised_in_shares():
 
 
 def check_reinforcement():
-    """With experts on both ranks, which their exchange has to meet in every step."""
-    over, alone = (learner(Reinforcer, GRPO, team) for team in (team_of(expert_parallel=2), None))
-    compare_learning(over, alone)
-    mine, whole = over.batch.rollout, alone.batch.rollout.part(over.own())
-    assert torch.equal(mine.tokens, whole.tokens) and torch.equal(mine.written, whole.written)
-    assert len(set(alone.batch.lengths.tolist())) > 1
-    assert alone.batch.advantage.ne(0).any()
+    """On replicas, and with experts on both ranks, which have to meet in every step."""
+    for fields in (dict(replicate=2), dict(expert_parallel=2)):
+        over, alone = (learner(Reinforcer, GRPO, team) for team in (team_of(**fields), None))
+        compare_learning(over, alone)
+        mine, whole = over.batch.rollout, alone.batch.rollout.part(over.own())
+        assert torch.equal(mine.tokens, whole.tokens) and torch.equal(mine.written, whole.written)
+        assert len(set(alone.batch.lengths.tolist())) > 1
+        assert alone.batch.advantage.ne(0).any()
 
 
 def check_weights_of_tokens_by_the_ranks_own_counts_are_wrong():
