@@ -35,12 +35,14 @@ def wrong(trial: Trial, points: list) -> dict:
     return {point: problems for point, problems in found.items() if problems}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trial", ["tokenizer"], indirect=True)
 def test_every_other_point_of_a_program(trial):
     """The one that is quick; it tries the checks as well."""
     assert len(trial.points) > 15 and wrong(trial, trial.points[::2]) == {}
 
 
+@pytest.mark.slow
 def test_the_check_notices_files_that_stay(tmp_path, server, monkeypatch):
     """Wrong variant: a temporary file with a name that the next start does not know."""
     monkeypatch.setattr(server, "wrong", True)

@@ -168,6 +168,7 @@ def test_an_interrupt_between_two_stages_says_how_to_go_on(brief, finished, monk
     assert f"continue with: python -m minids.r1 --out {finished[0]}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_was_stopped_ends_with_the_same_bytes(brief, finished, tmp_path,
                                                               monkeypatch):
     whole, broken = finished[0], tmp_path / "broken"

@@ -15,8 +15,7 @@ TESTS = [*(str(HERE / f"test_{name}.py") for name in ("fp8_kernels", "triton", "
                  "a_fallback_in_silence_is_noticed"))]
 
 
-@pytest.mark.parametrize("mark", [
-    "not slow and not exhaustive", pytest.param("slow", marks=pytest.mark.slow)])
-def test_by_the_interpreter(mark):
-    """One example of each body, and small shapes; or each broken, and all shapes."""
-    triton_interpreter.run(*TESTS, mark=mark)
+@pytest.mark.slow
+def test_by_the_interpreter():
+    """Each body as it is and broken, at small shapes and all others."""
+    triton_interpreter.run(*TESTS, mark="not exhaustive")

@@ -95,6 +95,7 @@ def test_step_table(settings, peaks, monkeypatch):
     assert float(three["floor ms"]) > float(one["floor ms"])  # more experts are visited
 
 
+@pytest.mark.slow
 def test_prompts_grow_up_to_the_context(settings, peaks, monkeypatch):
     monkeypatch.setattr(bench_alone, "SHORTEST", 16)
     found = rows(bench_alone.prompt_table, Bench(replace(settings, context=300), NANO))

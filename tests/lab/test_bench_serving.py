@@ -74,7 +74,8 @@ def test_the_rate_at_which_first_tokens_come_as_late():
     assert as_late(run, 1.0, 0.5) == 1.0  # it is later at any rate
 
 
-@pytest.mark.parametrize("rotated", [pytest.param(8, marks=pytest.mark.slow), 16])
+@pytest.mark.slow
+@pytest.mark.parametrize("rotated", [8, 16])
 def test_the_table_of_batching(settings, monkeypatch, capsys, rotated):
     """Transformers' cache takes two tensors of equal width only: it has a row, or its reason."""
     monkeypatch.setattr(bench_serving, "arrivals", lambda count: SHORT)

@@ -100,6 +100,7 @@ def test_the_answer_is_not_among_what_the_model_reads():
         assert not torch.equal(ask(model, tokens).logits, ask(model, other).logits)
 
 
+@pytest.mark.slow
 def test_a_lesson_learns_and_its_stages_train_what_they_should():
     torch.manual_seed(0)
     model = Transformer(SHORT.model())

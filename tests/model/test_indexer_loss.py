@@ -350,6 +350,7 @@ def learned_share() -> float:
     return (sum(after["indexer"]) - before) / (sum(after["attention"]) - before)
 
 
+@pytest.mark.slow
 def test_the_warmup_teaches_what_attention_weighs(monkeypatch):
     """Recall rises from 0.35 to 0.54 where the best choice of 8 tokens has 0.56, say."""
     assert learned_share() > 0.8

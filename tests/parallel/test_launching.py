@@ -1,8 +1,10 @@
 """A check that fails on ranks does not keep the others from being reached, unless a rank waits."""
 
+import pytest
 from launching import launch
 
 
+@pytest.mark.slow
 def test_checks_after_one_that_fails_are_reached(tmp_path):
     said = launch("failing_ranks.py", 2, tmp_path)
     first, on_all, on_one, between, left = said.values()

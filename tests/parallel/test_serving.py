@@ -26,6 +26,7 @@ def said(tmp_path_factory):
     return launch("two_ranks_serving.py", 2, tmp_path_factory.mktemp("ranks"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("check", CHECKS)
 def test_two_ranks_equal_one_process(said, check):
     faults = said.get(check, ["not reached: an earlier check failed"])
