@@ -1,4 +1,4 @@
-"""What an argument means that a caller omits: nothing is cut or added, or a paper's number."""
+"""Defaults of arguments: what a caller leaves out cuts and adds nothing, or is a paper's number."""
 
 import importlib
 import inspect

@@ -1,4 +1,4 @@
-"""What fits nowhere is refused in one line that names it: mistakes that need no run to be seen.
+"""Mistakes that need no run to be seen: each is refused in one line that names it.
 
 Each program's own mistakes stand in its tests; here are those that only ranks, a GPU's benchmark, a
 grader or a server could make, with stand-ins for these.
@@ -207,7 +207,7 @@ def writing(max_new_tokens: int) -> None:
 
 
 def on_a_gpu_of(memory: int) -> None:
-    """Train a model on a GPU of so many bytes."""
+    """Ask whether a model can be trained on a GPU that has this many bytes."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "mem_get_info", lambda device: (0, memory))
         check_memory(LITTLE, torch.device("cuda"))

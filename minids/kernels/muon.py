@@ -26,7 +26,7 @@ def gram(x: Tensor) -> Tensor:
     return torch.bmm(x, x.mT)
 
 
-def and_square(gram: Tensor, b: float, c: float) -> Tensor:
+def polynomial(gram: Tensor, b: float, c: float) -> Tensor:
     """Return b G + c G^2 of symmetric matrices, (n, r, r)"""
     if is_mirrored(gram):
         from minids.kernels import triton_muon
@@ -35,7 +35,10 @@ def and_square(gram: Tensor, b: float, c: float) -> Tensor:
 
 
 def is_mirrored(x: Tensor) -> bool:
-    """Return whether a kernel computes the lower half of x x^T: on Hopper, of BF16, in 16 bytes."""
+    """Return whether a kernel computes half of x x^T, of x (n, r, c) as it is or transposed.
+
+    On Hopper, for numbers of 2 bytes whose rows in memory are whole multiples of 16 bytes.
+    """
     stored = x if x.is_contiguous() else x.mT
     return (on_hopper(x) and x.element_size() == 2 and stored.is_contiguous()
             and stored.size(-1) % 8 == 0)

@@ -125,7 +125,7 @@ def orthogonalise(x: Tensor, steps: int = 5) -> Tensor:
     x = x / (torch.linalg.matrix_norm(x, keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = muon.gram(x)  # (n, r, r)
-        x = muon.times_and_more(x, muon.and_square(gram, b, c), a)
+        x = muon.times_and_more(x, muon.polynomial(gram, b, c), a)
     return x.mT if tall else x
 
 

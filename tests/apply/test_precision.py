@@ -43,6 +43,22 @@ def test_copies_give_the_gradients_of_autocast(how):
     assert gap(loss_and_grads[1], with_copies[1]) < 1e-2  # gradients are rounded to BF16 once
 
 
+def test_a_joined_copy_holds_w1_and_w3_and_hands_each_its_own_gradient():
+    """On a GPU one product takes both; here nothing does, and a stand-in asks for the gradient."""
+    model = scrambled(LITTLE, dtype=torch.float32)
+    copies, experts = StepCopies(model), model.layers[1].ffn.experts
+    copies.refresh()
+    w13, w2 = experts.copies
+    assert torch.equal(w13, torch.cat([experts.w1, experts.w3], dim=1).to(BF16))
+    assert torch.equal(w2, experts.w2.to(BF16))
+    grad = torch.randn(w13.shape).to(BF16)
+    for times in (1, 2):  # the second micro-batch adds
+        w13.backward(grad)
+        assert torch.equal(torch.cat([experts.w1.grad, experts.w3.grad], dim=1), times * grad)
+        assert {p.grad.dtype for p in (experts.w1, experts.w3)} == {torch.float32}
+        assert w13.grad is None and experts.w2.grad is None
+
+
 def test_a_changed_weight_reaches_its_copy_and_a_stale_one_is_noticed():
     model = scrambled(LITTLE, dtype=torch.float32)
     copies = StepCopies(model)

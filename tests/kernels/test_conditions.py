@@ -74,7 +74,7 @@ def test_attention_to_selected_latents_takes_widths_that_are_powers_of_two(card)
 
 
 def taken(condition, *changes: dict, **usual) -> list[bool]:
-    """Whether a body takes the usual tensors, then with each of the changes.
+    """Return whether a condition holds for the usual tensors, and then with each of the changes.
 
     Tensors, without numbers, are given as their shapes; their type and device by these names.
     """

@@ -78,7 +78,7 @@ def test_symmetric_products(rows, columns, tall):
     assert muon.is_mirrored(x)
     g = muon.gram(x)
     exact, wide = x.double() @ x.double().mT, g.double()
-    for mine, right in ((g, exact), (muon.and_square(g, -4.5, 0.01),
+    for mine, right in ((g, exact), (muon.polynomial(g, -4.5, 0.01),
                                      0.01 * wide @ wide - 4.5 * wide)):
         assert (mine - right).norm() < 5e-4 * right.norm()  # rounded by 2^-11
         assert (mine - 1.001 * right).norm() > 5e-4 * right.norm()

@@ -18,7 +18,7 @@ GRID = torch.arange(7 * 5).view(7, 5)
 
 
 def part_of(cuts: list[int | None], sizes: tuple[int, ...], at: tuple[int, ...]) -> torch.Tensor:
-    """What the rank `at` holds of GRID; cuts: what each dimension of the mesh cuts, or none."""
+    """Return what rank `at` holds of GRID; cuts: the dimension that each of the mesh's cuts."""
     mesh = SimpleNamespace(size=lambda dim: sizes[dim], get_local_rank=lambda dim: at[dim])
     placements = [SimpleNamespace(dim=cut) if cut is not None else object() for cut in cuts]
     return GRID[own_part(SimpleNamespace(shape=GRID.shape, placements=placements,
