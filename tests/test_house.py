@@ -21,7 +21,7 @@ REACHES: dict[str, str] = {}
 # file -> why it is longer than 400 lines
 LONG: dict[str, str] = {}
 
-LINES = 30_438
+LINES = 33_000
 
 
 def module_name(path: Path) -> str:
