@@ -303,3 +303,13 @@ def test_a_question_to_the_gpu_in_a_step_falls_back(capsys, monkeypatch):
                         lambda self, x, *r: (x.sum().item(), right(self, x, *r))[1])
     assert generate(model, PROMPTS, 24).tokens == plain
     assert "without CUDA graphs" in capsys.readouterr().err
+
+
+def test_steps_become_graphs_on_a_gpu_with_bodies_on():
+    def here() -> list[tuple[bool, bool]]:
+        made = [Steps(print, 8, torch.device(kind)) for kind in ("cpu", "cuda")]
+        return [(steps.graphed, steps.captures) for steps in made]
+
+    assert here() == [(False, False), (True, True)]
+    with using("off"):
+        assert here() == [(False, False), (False, True)]

@@ -89,6 +89,27 @@ def test_a_traced_forward_returns_no_result_twice():
     assert trace(filter_aliased_intermediates=False) == dict(filter_aliased_intermediates=False)
 
 
+def test_the_compiler_is_mended_once(monkeypatch):
+    import torch._dynamo.variables.higher_order_ops as tracing
+    import torch._functorch.config as functorch
+    import torch._inductor.config as inductor
+    from torch._inductor.codegen.triton import TritonKernel
+
+    traced = "speculate_subgraph_with_auto_output_flattening"
+    for owner, name in ((TritonKernel, "load"), (TritonKernel, "store"), (tracing, traced)):
+        monkeypatch.setattr(owner, name, print)
+    monkeypatch.delattr(TritonKernel, "mended", raising=False)
+    monkeypatch.setattr(inductor, "kernel_name_max_ops", 10)
+    found = []
+    for _ in range(2):
+        mend_compiler()
+        found.append((TritonKernel.load, TritonKernel.store, getattr(tracing, traced)))
+    assert found[0] == found[1] and print not in found[0]
+    assert inductor.kernel_name_max_ops == 11
+    assert functorch.backward_pass_autocast == "off"
+    assert not inductor.comprehensive_padding and not inductor.triton.autotune_pointwise
+
+
 @pytest.mark.slow  # the compiler takes half a minute
 def test_the_compiled_gate_has_its_gradient_in_fp32():
     """A gradient by way of BF16 is off by 2e-3; FP32 sums of 512 products in another order 1e-6."""

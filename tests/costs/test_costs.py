@@ -89,7 +89,9 @@ def test_attention_has_a_column_for_each_form_and_a_row_for_each_context(capsys)
 
 @pytest.mark.parametrize("amount, step, text", [
     (640, 1000, "640.00 B"), (70_272, 1000, "70.27 KB"), (9_361_686_528, 1024, "8.72 GiB"),
-    (1, 1024, "1.00 B"), (2e21, 1000, "2000000.00 PB")])
+    (1, 1024, "1.00 B"), (2e21, 1000, "2000000.00 PB"), (999, 1000, "999.00 B"),
+    (1000, 1000, "1.00 KB"), (1000, 1024, "1000.00 B"), (1024, 1024, "1.00 KiB"),
+    (1e15, 1000, "1.00 PB")])
 def test_scaled_amounts(amount, step, text):
     assert scaled(amount, "B", step) == text
 

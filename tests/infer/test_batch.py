@@ -10,6 +10,7 @@ from small_models import LITTLE, random_tokens, scrambled
 from minids.apply import graphs
 from minids.base import command_line
 from minids.generate import generate
+from minids.infer import batch as module
 from minids.infer import decoding, sampling, slots
 from minids.infer.batch import Batch, Job, Request, draw
 from minids.infer.slots import WORTH, Slots, common
@@ -316,3 +317,10 @@ def test_replies_that_are_drawn_alike_share_a_draw(monkeypatch):
 def test_what_two_sequences_have_in_common():
     assert common([1, 2, 3], [1, 2, 4]) == 2 and common([1], [1, 2]) == 1
     assert common([], [1]) == 0 == common([2], [1])
+
+
+def test_a_reply_moves_the_mean_time_by_a_tenth_of_the_difference(monkeypatch):
+    batch, reply = Batch(scrambled(LITTLE, dtype=torch.float32), 1, 8), Reply([1], 2)
+    monkeypatch.setattr(module.time, "monotonic", lambda: reply.job.arrived + 21)
+    serve(batch, [reply])
+    assert batch.seconds == pytest.approx(1 + (21 - 1) / 10)

@@ -1,6 +1,7 @@
 """Speculative decoding against plain decoding, token for token and in distribution."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from minids.hf import load_hf, save_hf
 from minids.infer import speculative
 from minids.infer.generation import Generation
 from minids.infer.sampling import Sampler
+from minids.kernels.attention import FEW
 from minids.model.cache import LatentCache
 
 NARROW = replace(LITTLE, n_heads=2)  # latents narrow enough to fold the expansions
@@ -319,3 +321,30 @@ def test_a_wrong_distribution_of_the_drafts_is_caught(monkeypatch):
 
     monkeypatch.setattr(speculative, "draft", sharper)
     assert chi_square(1, 1, dict(temperature=1.0)) > 5
+
+
+def test_prompts_are_read_in_the_naive_form_and_what_follows_in_the_absorbed_one(monkeypatch):
+    """Which one is only a matter of time."""
+    read, hidden = [], Transformer.hidden
+
+    def noting(model, tokens, cache=None, absorbed=False, **rest):
+        read.append((tokens.size(1), absorbed))
+        return hidden(model, tokens, cache, absorbed, **rest)
+
+    monkeypatch.setattr(Transformer, "hidden", noting)
+    for how, width in ((dict(), 1), (dict(speculative=2), 3)):
+        read.clear()
+        done = generate(scrambled(LITTLE), PROMPTS, 6, **how)
+        assert read == [(5, False)] + (done.steps - 1) * [(width, True)]
+
+
+@pytest.mark.parametrize("static, count, folded, absorbed", [
+    (False, 1, None, False), (False, 1, {}, True), (True, FEW, None, True),
+    (True, FEW + 1, None, False), (True, FEW + 1, {}, True)])
+def test_a_module_has_the_absorbed_form_if_folded_or_for_a_few_tokens_of_a_graph(
+        static, count, folded, absorbed):
+    model = SimpleNamespace(context=lambda tokens, cache, absorbed: absorbed, embed=lambda x: x,
+                            mtp=[None, lambda states, embedding, context: (context,)])
+    text = SimpleNamespace(model=model, session=SimpleNamespace(static=static),
+                           ahead=SimpleNamespace(folded=folded))
+    assert speculative.Text.module(text, 1, None, torch.zeros(1, count)) == absorbed

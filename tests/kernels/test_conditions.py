@@ -1,5 +1,7 @@
-"""On which devices and for which types the GPU's bodies run, asked with stand-ins for tensors."""
+"""On which devices and for which types bodies run, asked with stand-ins for tensors, and what they
+hand to a GPU's kernels."""
 
+import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -7,7 +9,21 @@ import pytest
 import torch
 
 from minids import ModelArgs
-from minids.kernels import attention, experts, fp8_layout, precision, routing, selected
+from minids import kernels as package
+from minids.kernels import (
+    attention,
+    cross_entropy,
+    experts,
+    few_tokens,
+    fp8,
+    fp8_layout,
+    indexer,
+    muon,
+    norm,
+    precision,
+    routing,
+    selected,
+)
 from minids.kernels.fp8_layout import group_tiles
 
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
@@ -21,9 +37,10 @@ def tensor(device: str, dtype: torch.dtype) -> SimpleNamespace:
 def card(monkeypatch):
     """Let a card of a compute capability be here, with or without Triton."""
     def put(capability: tuple[int, int] = (9, 0), triton: bool = True) -> None:
-        for module in (precision, routing):
+        for module in (cross_entropy, fp8, precision, routing):
             monkeypatch.setattr(module, "TRITON", triton)
-        monkeypatch.setattr(precision, "INTERPRETED", False)
+        for module in (fp8, precision):
+            monkeypatch.setattr(module, "INTERPRETED", False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     return put
 
@@ -76,17 +93,166 @@ def test_attention_to_selected_latents_takes_widths_that_are_powers_of_two(card)
 def taken(condition, *changes: dict, **usual) -> list[bool]:
     """Return whether a condition holds for the usual tensors, and then with each of the changes.
 
-    Tensors, without numbers, are given as their shapes; their type and device by these names.
+    Tensors, without numbers, are given as their shapes; their type and device by these names;
+    types: of some that have another one; learning: those that want a gradient
     """
     found = []
     for change in ({}, *changes):
-        given = dict(dtype=BF16, device="cuda") | usual | change
-        dtype, there = given.pop("dtype"), dict(device=torch.device(given.pop("device")))
-        kind = type("There", (torch.Tensor,), there)
-        found.append(bool(condition(**{
-            name: torch.empty(value, dtype=dtype, device="meta").as_subclass(kind)
-            if isinstance(value, tuple) else value for name, value in given.items()})))
+        given = dict(dtype=BF16, device="cuda", types={}, learning=()) | usual | change
+        dtype, device, types, learning = (
+            given.pop(name) for name in ("dtype", "device", "types", "learning"))
+        kind = type("There", (torch.Tensor,), dict(device=torch.device(device),
+                                                   is_cuda=device == "cuda"))
+        for name, value in given.items():
+            if isinstance(value, tuple):
+                own = torch.empty(value, dtype=types.get(name, dtype), device="meta")
+                given[name] = own.as_subclass(kind).requires_grad_(name in learning)
+        found.append(bool(condition(**given)))
     return found
+
+
+def of_body(function, **usual) -> tuple:
+    """Return when a body runs, for these arguments."""
+    return function.when, usual
+
+
+def indexer_of(heads: int, width: int) -> SimpleNamespace:
+    return SimpleNamespace(args=SimpleNamespace(index_n_heads=heads, index_head_dim=width))
+
+
+def session(**changed) -> SimpleNamespace:
+    """A decoding step's context, whose cache holds folded weights."""
+    cache = SimpleNamespace(folded=changed.pop("folded", {}))
+    return SimpleNamespace(**dict(cache=cache, absorbed=True) | changed)
+
+
+def experts_of(**more) -> SimpleNamespace:
+    """A MoE layer's experts, of 32 by 64."""
+    return SimpleNamespace(experts=SimpleNamespace(
+        w1=torch.empty(2, 32, 64), w2=torch.empty(2, 64, 32), **more))
+
+
+INDEXED = dict(index_q=(1, 8, 128, 128), weights=(1, 8, 128), index_k=(1, 9, 128),
+               q=(1, 8, 2, 256), types=dict(weights=F32), scale=1.0)
+ROUTED = dict(moe=experts_of(), x=(512, 64), weights=None, indices=None)
+# When a body runs, or another condition, and its usual arguments; changes with which it holds, and
+# those with which it does not. Each bound stands here as the last number and the next one.
+ON_A_GPU = {
+    "cross entropy": (
+        *of_body(cross_entropy.chunked_on_gpu, x=(2, 4, 8), weight=(9, 8), targets=(2, 4),
+                 count=8),
+        [dict(dtype=F16), dict(dtype=F32)], [dict(dtype=F64), dict(device="cpu")]),
+    "experts": (
+        *of_body(experts.weighted_inside, **ROUTED), [],
+        [dict(device="cpu"), dict(dtype=F32), dict(moe=experts_of(product=None)),
+         dict(moe=experts_of(from_tokens=None, in_kernels=lambda x: False))]),
+    "experts in FP8": (
+        *of_body(experts.weighted_inside, **ROUTED | dict(
+            moe=experts_of(from_tokens=None, in_kernels=lambda x: True, product=None))), [],
+        [dict(device="cpu"), dict(dtype=F32)]),
+    "a pair in FP8": (
+        *of_body(fp8.pair_in_kernels, x=(5, 64), first=(2, 128, 64), second=(2, 64, 64),
+                 counts=None),
+        [dict(dtype=F16), dict(dtype=F32), dict(first=(2, 256, 64))],
+        [dict(first=(2, 127, 64)), dict(first=(2, 64, 64)), dict(x=(0, 64)),
+         dict(second=(2, 0, 64)), dict(dtype=F64), dict(device="cpu")]),
+    "latents of many rows": (
+        lambda rows, **given: precision.gluon_attends(rows=rows, **given),
+        dict(q=(1, 8, 2, 576), rank=512, rows=33),
+        [dict(dtype=F16), dict(q=(1, 8, 2, 544)), dict(q=(1, 8, 2, 320), rank=256)],
+        [dict(rows=32), dict(dtype=F32), dict(q=(1, 8, 2, 528)), dict(q=(1, 8, 2, 192), rank=128),
+         dict(device="cpu")]),
+    "Muon": (
+        muon.is_mirrored, dict(x=(2, 5, 8)), [dict(dtype=F16), dict(x=(2, 5, 16))],
+        [dict(dtype=F32), dict(x=(2, 5, 7)), dict(x=(2, 5, 12)), dict(device="cpu")]),
+    "Muon, turned": (
+        lambda x: muon.is_mirrored(x.mT), dict(x=(2, 5, 8)), [], [dict(x=(2, 8, 5))]),
+    "Muon, every other column": (
+        lambda x: not muon.is_mirrored(x[..., ::2]), dict(x=(2, 5, 16)), [], []),
+    "an indexer's scores": (
+        *of_body(indexer.scores_in_one_kernel, q=(1, 8, 128, 128), weights=(1, 8, 128),
+                 keys=(1, 9, 128), types=dict(weights=F32)),
+        [dict(types=dict(weights=F32, q=F16, keys=F16))],
+        [dict(types={}), dict(types=dict(weights=F32, q=F16)), dict(q=(1, 8, 129, 128)),
+         dict(q=(1, 8, 128, 129)), dict(device="cpu"), dict(learning=("q",)),
+         dict(learning=("weights",)), dict(learning=("keys",))]),
+    "an indexer's loss": (
+        *of_body(indexer.loss_over_all, **INDEXED, k=(1, 9, 2, 256), seen=None), [],
+        [dict(seen=(1, 8, 9)), dict(q=(1, 8, 2, 257)), dict(types={}), dict(device="cpu"),
+         dict(types=dict(weights=F32, k=F64)), dict(index_q=(1, 8, 129, 128)),
+         dict(index_q=(1, 8, 128, 129))]),
+    "an indexer's loss over its choice": (
+        *of_body(indexer.loss_over_selection, **INDEXED, latent=(1, 9, 576), indices=None,
+                 seen=None), [dict(q=(1, 8, 2, 576))],
+        [dict(types={}), dict(types=dict(weights=F32, latent=F64)), dict(index_q=(1, 8, 129, 128)),
+         dict(device="cpu")]),
+    "a norm": (
+        *of_body(norm.fused_on_gpu, x=(4, 64), weight=(64,), eps=1e-6), [], [dict(device="cpu")]),
+}
+DECODING = {
+    "an indexer's choice, on a GPU": (
+        *of_body(indexer.select_in_pieces, indexer=indexer_of(128, 128), x=(1, 8, 64), c_q=None,
+                 keys=(1, 9, 128), rotation=None, visible=None, k=4), [],
+        [dict(indexer=indexer_of(129, 128)), dict(indexer=indexer_of(128, 129)),
+         dict(types=dict(keys=F64)), dict(device="cpu")]),
+    "a norm": (
+        *of_body(norm.fused, device="cpu", x=(512, 64), weight=(64,), eps=1e-6),
+        [dict(dtype=F32)], [dict(x=(513, 64)), dict(types=dict(weight=F32)), dict(device="cuda")]),
+    "a product": (
+        few_tokens.is_few_rows, dict(device="cpu", x=(1, 2, 64), weight=(2 ** 19 + 1, 64)),
+        [dict(x=(4, 8, 64)), dict(x=(1, 64), weight=(2 ** 13, 64))],
+        [dict(x=(33, 64)), dict(x=(1, 64), weight=(2 ** 13 + 1, 64)), dict(dtype=F32),
+         dict(device="cuda")]),
+    "a folded block": (
+        *of_body(few_tokens.folded_block, device="cpu", block=None, x=(1, 2, 64),
+                 context=session()), [],
+        [dict(context=session(cache=None)), dict(context=session(folded=None)),
+         dict(context=session(absorbed=False)), dict(device="cuda")]),
+    "experts": (
+        *of_body(few_tokens.routed, device="cpu", **ROUTED), [],
+        [dict(x=(513, 64)), dict(moe=experts_of(product=None)), dict(device="cuda")]),
+    "attention to latents": (
+        *of_body(attention.shared_key, device="cpu", q=(1, 8, 2, 64), latent=(1, 9, 64), rank=48,
+                 visible=None, scale=1.0), [], [dict(q=(1, 9, 2, 64)), dict(device="cuda")]),
+}
+ANYWHERE = {
+    "attention": (
+        *of_body(attention.products, device="cpu", q=(1, 9, 2, 64), k=(1, 512, 2, 64),
+                 v=(1, 512, 2, 64), visible=None, scale=1.0), [],
+        [dict(k=(1, 513, 2, 64)), dict(device="cuda")]),
+    "torch's attention": (
+        *of_body(attention.fused, q=(1, 9, 2, 64), k=(1, 9, 2, 64), v=(1, 9, 2, 64), visible=None,
+                 scale=1.0), [dict(v=(1, 9, 2, 48))], [dict(v=(1, 9, 2, 65))]),
+    "an indexer's scores in pieces": (
+        *of_body(indexer.scores_in_pieces, q=(2, 2 ** 10, 2 ** 6, 8), weights=(2, 2 ** 10, 2 ** 6),
+                 keys=(2, 2 ** 7 + 1, 8)), [], [dict(keys=(2, 2 ** 7, 8))]),
+    "tokens to their slots": (
+        *of_body(experts.dispatch_by_slot, x=(4, 8), source=None, slot=None, learning=("x",)), [],
+        [dict(learning=())]),
+}
+
+
+@pytest.mark.parametrize("condition, usual, holds, fails", ON_A_GPU.values(), ids=ON_A_GPU)
+def test_a_gpu_s_bodies_run_for(condition, usual, holds, fails, card, monkeypatch):
+    card()
+    monkeypatch.setattr(fp8_layout, "find_spec", lambda name: name)
+    assert taken(condition, *holds, **usual) == [True] * (1 + len(holds))
+    assert taken(condition, *fails, **usual) == [True] + [False] * len(fails)
+
+
+@pytest.mark.parametrize("condition, usual, holds, fails", DECODING.values(), ids=DECODING)
+def test_bodies_of_decoding_run_for(condition, usual, holds, fails, card):
+    card()
+    with torch.inference_mode():
+        assert taken(condition, *holds, **usual) == [True] * (1 + len(holds))
+        assert taken(condition, *fails, **usual) == [True] + [False] * len(fails)
+    assert taken(condition, **usual) == [False]  # of a step that may learn
+
+
+@pytest.mark.parametrize("condition, usual, holds, fails", ANYWHERE.values(), ids=ANYWHERE)
+def test_other_bodies_run_for(condition, usual, holds, fails):
+    assert taken(condition, *holds, **usual) == [True] * (1 + len(holds))
+    assert taken(condition, *fails, **usual) == [True] + [False] * len(fails)
 
 
 def test_attention_s_kernels_take_these_widths_and_lengths(card, monkeypatch):
@@ -164,3 +330,56 @@ def test_scaled_products_need_a_hopper_itself(card):
         card(capability)
         assert fp8_layout.on_hopper(tensor("cuda", BF16)) == taken
         assert not fp8_layout.on_hopper(tensor("cpu", BF16))
+
+
+def handed(monkeypatch, kernels: str) -> list:
+    """Let a module of kernels note what it is handed: its function's name, and the arguments."""
+    noted = []
+
+    def note(name: str):
+        return lambda *given: noted.append((name, *given))
+
+    stub = SimpleNamespace(Balance=SimpleNamespace(apply=note("Balance")), **{name: note(name) for (
+        name) in ("choose", "look_ahead", "mirrored", "move", "scores", "sum_slots")})
+    monkeypatch.setitem(sys.modules, f"minids.kernels.{kernels}", stub)
+    monkeypatch.setattr(package, kernels, stub, raising=False)
+    return noted
+
+
+class There(torch.Tensor):
+    """Numbers of the CPU that say they lie on a GPU."""
+
+    device = torch.device("cuda")
+
+
+A, B, C = (torch.full((2, 2), float(n)) for n in range(3))
+GATE = SimpleNamespace(bias=B, args=SimpleNamespace(
+    n_activated_experts=3, n_expert_groups=5, n_limited_groups=2))
+HANDED = {
+    "look ahead": (lambda: muon.look_ahead(A, B, 0.9, C), "triton_muon",
+                   ("look_ahead", A, B, 0.9, C)),
+    "move": (lambda: muon.move(A, B, 0.9, 0.1), "triton_muon", ("move", A, B, 0.9, 0.1)),
+    "gram": (lambda: muon.gram(A), "triton_muon", ("mirrored", A, 1.0, 0.0)),
+    "polynomial": (lambda: muon.polynomial(A, 2.0, 3.0), "triton_muon", ("mirrored", A, 3.0, 2.0)),
+    "slots": (lambda: experts.sum_slots(A.as_subclass(There), B, C), "triton_experts",
+              ("sum_slots", A, B, C)),
+    "gate": (lambda: routing.choose_in_one_kernel(GATE, A), "triton_routing",
+             ("choose", A, B, 3, 5, 2)),
+    "balance": (lambda: routing.balance_in_one_pass(SimpleNamespace(scores=A), GATE.args),
+                "triton_balance", ("Balance", A, 3)),
+    "scores": (lambda: indexer.scores_in_one_kernel(A, B, C), "triton_indexer",
+               ("scores", A, B, C, 2)),
+}
+
+
+@pytest.mark.parametrize("call, kernels, wanted", HANDED.values(), ids=HANDED)
+def test_a_kernel_is_handed(call, kernels, wanted, monkeypatch):
+    monkeypatch.setattr(muon, "is_mirrored", lambda x: True)
+    for module in (muon, experts):
+        monkeypatch.setattr(module, "in_fp32", lambda *tensors: True)
+    noted = handed(monkeypatch, kernels)
+    call()
+    [given] = noted
+    assert len(given) == len(wanted)
+    for mine, due in zip(given, wanted, strict=True):
+        assert torch.equal(mine, due) if isinstance(due, torch.Tensor) else mine == due

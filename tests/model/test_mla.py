@@ -8,7 +8,7 @@ import torch
 from small_models import LITTLE, SHAPES, gap, random_tokens, scrambled
 
 from minids import ModelArgs, Transformer
-from minids.kernels.attention import fused
+from minids.kernels.attention import FEW, causal, fused
 from minids.model import mla
 from minids.model.cache import LatentCache
 from minids.model.layers import RMSNorm
@@ -377,3 +377,13 @@ def test_a_full_cache_says_so():
     with pytest.raises(ValueError, match="8 tokens are too many: this model and cache hold 7"):
         model(random_tokens(ARGS, 2, 2), filled_cache(model))
     assert LatentCache(ARGS, 3, 9).room == 9
+
+
+@pytest.mark.parametrize("before, count, masked", [
+    (0, 4, False), (5, 1, False), (5, 2, True), (5, FEW, True), (5, FEW + 1, False)])
+def test_a_mask_is_made_for_a_few_tokens_behind_others(before, count, masked):
+    cache = LatentCache(ARGS, 1, 20)
+    cache.length = before
+    turns, visible = cache.look(count)
+    assert torch.equal(turns[0], cache.rotations[before:before + count])
+    assert torch.equal(visible, causal(count, before + count)) if masked else visible is None
