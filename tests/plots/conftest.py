@@ -1,7 +1,8 @@
 """Every figure that these tests draw looks as it did when somebody last looked at it.
 
-`looks.json` holds a digest of what each test draws: positions, sizes, colours, words, limits. After
-a change that is meant, look at the figures and record them anew:
+`looks.json` holds a digest of what each test draws: positions, sizes, colours, words, limits, ticks,
+the text for those who do not see it. After a change that is meant, look at the figures and record
+them anew:
 
     LOOKS=record pytest -n 0 tests/plots
 """
@@ -58,19 +59,46 @@ def look(figure) -> str:
                  [text.get_text() for text in legend.get_texts()] if legend else None]
         seen += [traits(artist) for kind in ("lines", "patches", "texts", "collections", "images")
                  for artist in getattr(ax, kind)]
+    return digest(seen)
+
+
+def frame(figure) -> str:
+    """Return a digest of what a finished figure has around its data: ticks, grids, legends."""
+    seen = []
+    for ax in filter(lambda ax: ax.axison, figure.axes):
+        grid = ax.get_subplotspec() and ax.get_subplotspec().get_gridspec()
+        seen += [[grid.get_width_ratios(), grid.get_height_ratios()] if grid else None]
+        for axis in (ax.xaxis, ax.yaxis):
+            flags = axis.get_tick_params()
+            seen += [plain(axis.get_ticklocs()), [t.get_text() for t in axis.get_ticklabels()],
+                     axis.get_visible(), sorted((name, plain(flags[name])) for name in flags)]
+    legends = [ax.get_legend() for ax in figure.axes if ax.get_legend()] + figure.legends
+    seen += [[legend.get_title().get_text(), legend._ncols, str(legend._loc), legend.handlelength,
+              [text.get_text() for text in legend.get_texts()]] for legend in legends]
+    return digest(seen)
+
+
+def digest(seen: list) -> str:
+    """Return a few characters that stand for all that was seen."""
     return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:8]
 
 
 @pytest.fixture(autouse=True)
 def looks(request, monkeypatch):
     """Compare what a test draws with what it drew before; a new test has nothing to compare."""
-    drawn, finish = [], style.finish
+    drawn, finish, described = [], style.finish, style.described
 
     def noted(figure, *given):
-        drawn.append(look(figure))
-        return finish(figure, *given)
+        seen = look(figure)
+        drawn.append(f"{seen} {frame(finish(figure, *given))}")
+        return figure
+
+    def read(figure, alt: str):
+        drawn.append(digest([alt]))
+        return described(figure, alt)
 
     monkeypatch.setattr(style, "finish", noted)
+    monkeypatch.setattr(style, "described", read)
     yield
     name = f"{request.node.path.stem}::{request.node.name}"
     known = json.loads(LOOKS.read_text("utf-8")) if LOOKS.exists() else {}
