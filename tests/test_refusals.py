@@ -213,6 +213,16 @@ def on_a_gpu_of(memory: int) -> None:
         check_memory(LITTLE, torch.device("cuda"))
 
 
+def unpacked(size: int) -> None:
+    """Unpack a file of 4 MiB, of which as many bytes may be a text as a hundred such files have."""
+    corpora.check_unpacked(SimpleNamespace(stat=lambda: SimpleNamespace(st_size=2 ** 22)), size)
+
+
+def unpacked_little(size: int) -> None:
+    """Unpack a file of a byte: what is small is never too large."""
+    corpora.check_unpacked(SimpleNamespace(stat=lambda: SimpleNamespace(st_size=1)), size)
+
+
 def evaluated(seq_len: int) -> None:
     """Evaluate a model of 48 tokens; it would go on, and has no module to draft with."""
     with pytest.MonkeyPatch.context() as patch:
@@ -258,6 +268,8 @@ EDGES = {
     "context": (longer, 49, 48, "context = 48"),
     "factor": (longer, 192, 193, "context = 193"),
     "room": (writing, 15, 16, "max_new_tokens = 16"),
+    "unpacked": (unpacked, 100 * 2 ** 22, 100 * 2 ** 22 + 1, "more than 100 times its size"),
+    "unpacked little": (unpacked_little, 2 ** 28, 2 ** 28 + 1, "more than 100 times its size"),
     "memory": (on_a_gpu_of, NEEDED, NEEDED - 1, "does not fit"),
     "body": (sized, 5, 4, "the body is too large"),
     "validation": (lambda n: windows(torch.arange(9), n), 8, 9, "seq_len = 9"),

@@ -90,10 +90,7 @@ class ReplyText:
         """Return what was held back, at the end; an incomplete character becomes U+FFFD."""
         if self.stopped:
             return []
-        self.held += (rest := self.decoder.decode(b"", final=True))
-        self.decoder.reset()
-        if rest:
-            self.notes.append((len(rest), None))
+        self.held += self.decoder.decode(b"", final=True)
         return self.give(len(self.held))
 
 

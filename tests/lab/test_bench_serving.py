@@ -4,6 +4,7 @@ import asyncio
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -72,6 +73,35 @@ def test_the_rate_at_which_first_tokens_come_as_late():
     assert as_late(run, 1.0, 4.0) == 0.25
     assert 1 / as_late(run, 1.0, 5.0) == pytest.approx(5, rel=0.2)  # sixteenth root of 16
     assert as_late(run, 1.0, 0.5) == 1.0  # it is later at any rate
+
+
+def test_ways_of_batching_take_turns_at_the_rate_that_saturates_the_static_one(monkeypatch):
+    """A then B, B then A; the middle round is shown, and ratios are of the same round."""
+    calls, clock, engine = [], iter(range(2, 100)), SimpleNamespace(stop=lambda: None)
+
+    def way(name: str, gap: float) -> Served:
+        calls.append((name, gap))
+        return Served([0.0], [[float(next(clock))]])
+    bench = SimpleNamespace(settings=SimpleNamespace(rows=4, seed=0, device="cpu", pairs=3),
+                            args=SimpleNamespace(max_seq_len=48), decoder=lambda max_seq_len: (
+                                SimpleNamespace(args=SimpleNamespace(vocab_size=max_seq_len))))
+    for name, value in dict(
+            Engine=lambda model, rows, longest, queue: engine,
+            static=lambda model, rows, trace, prompts, gap: way("static", gap),
+            by_engine=lambda engine, at_once, trace, prompts, gap: way(f"engine {at_once}", gap),
+            as_late=lambda run, gap, latest: gap / 8, arrivals=lambda count: SHORT).items():
+        monkeypatch.setattr(bench_serving, name, value)
+    monkeypatch.setattr(bench_serving, "their_manager", lambda *_: 1 / 0)
+    _, *rows = bench_serving.batching_table(bench)
+    gap = 2 / SHORT[-1].at  # the first call took two seconds for all of the trace
+    round_ = [("static", gap), ("engine 4", gap), ("engine 0", gap), ("engine 0", gap / 2),
+              ("engine 0", gap / 8)]
+    assert calls == [("static", 0.0), ("static", gap), *round_, *round_[::-1], *round_]
+    assert [row[1] for row in rows] == [f"{n / gap:.2f}" for n in (1, 1, 1, 2, 8)]
+    # Static batching took 4, 13 and 14 seconds, the engine as static 5, 12 and 15.
+    assert [row[4] for row in rows[:2]] == ["13,000.0", "12,000.0"]
+    assert rows[0][-3:] == ["1.00"] * 3
+    assert rows[1][-3:] == [f"{14 / 15:.2f}", f"{4 / 5:.2f}", f"{13 / 12:.2f}"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """A profile puts each kernel under one kind; measurements outlive the machine that made them."""
 
+import contextlib
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -85,6 +86,25 @@ def test_only_the_later_steps_are_profiled(monkeypatch):
     monkeypatch.setattr(profiling, "generate", generate)
     profiling.profiled_steps(None, [[1]], 3, [], make=lambda activities: done)
     assert said == [0, 1, "start", 2, 3, 4, "stop", 5]
+
+
+def test_what_a_profile_says_of_a_step(monkeypatch):
+    """The steps in the middle count, not those that compile; kinds are no longer than their step"""
+    ends = iter([9, 10, 20, 20.1, 20.3, 20.6, 99, 99, 99])
+    program = SimpleNamespace(seconds=0.0)
+    program.train_step = lambda: setattr(program, "seconds", next(ends))
+    settings = SimpleNamespace(command="", device="cpu", preset="nano", prompt=7)
+    bench = SimpleNamespace(settings=settings, decoder=lambda: None, prompts=lambda n: [[1]] * n)
+    for name, value in dict(
+            trainer=lambda *_: program, profile=lambda activities: contextlib.nullcontext(),
+            by_kind=lambda done, steps: {"products": 1200 / steps, "routing": 0.0},
+            generate=lambda *_: None, seconds_per_step=lambda *_: 0.025,
+            profiled_steps=lambda *_: None).items():
+        monkeypatch.setattr(profiling, name, value)
+    assert profiling.training_profile(bench) == dict(
+        what="train", ms=200.0, kinds={"products": 200.0, "routing": 0.0})
+    assert profiling.decoding_profile(bench) == dict(
+        what="nano, batch 1, 7 tokens before", ms=25.0, kinds={"products": 25.0, "routing": 0.0})
 
 
 def test_profile_table(settings, tmp_path, monkeypatch):

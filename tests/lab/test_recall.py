@@ -59,6 +59,10 @@ def test_every_answer_was_told_once_and_far_back(length):
             assert last[0] - (first[-1] + 1) > k and first[0] >= k
 
 
+def test_a_sixteenth_of_the_tokens_are_keys_and_never_fewer_than_eight():
+    assert [pairs_in(length) for length in (32, 128, 160, *LENGTHS[2:])] == [8, 8, 10, 32, 128]
+
+
 def test_words_of_one_kind_are_drawn_alike():
     tokens = some(SHORT, 64, batch=4000).flatten()
     counts = tokens.bincount(minlength=SHORT.keys + VALUES + FILLERS).float()

@@ -33,6 +33,16 @@ def test_ratio_is_the_median_of_pairs():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("libc, given", [("glibc", [0]), ("musl", [])])
+def test_what_was_freed_before_is_given_back_before_memory_is_read(monkeypatch, libc, given):
+    told = []
+    monkeypatch.setattr(timing.platform, "libc_ver", lambda: (libc, "2.36"))
+    monkeypatch.setattr(timing.ctypes, "CDLL", lambda _: SimpleNamespace(malloc_trim=told.append))
+    before, peak = watch_memory(lambda: told.append("work"), "cpu")
+    assert told == [*given, "work"] and 0 < before <= peak
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_of_a_block_is_seen():
     def added(work) -> float:
         before, peak = watch_memory(work, "cpu")

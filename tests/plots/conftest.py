@@ -1,8 +1,8 @@
 """Every figure that these tests draw looks as it did when somebody last looked at it.
 
-`looks.json` holds a digest of what each test draws: positions, sizes, colours, words, limits, ticks,
-the text for those who do not see it. After a change that is meant, look at the figures and record
-them anew:
+`looks.json` holds digests of what each test draws: positions, sizes, colours, words, limits, ticks,
+and the text for those who do not see it. After a change that is meant, look at the figures and
+record them anew:
 
     LOOKS=record pytest -n 0 tests/plots
 """

@@ -77,6 +77,9 @@ def test_a_figure_that_moves_equals_the_one_drawn_for_the_step():
 def test_speed_says_when_it_settles():
     assert SCENES["speed"]().axes[0].get_title("left") == (
         "Speed 0.01: settles after 2 steps, then swings up to 0.20")
+    wide = scenes.speed_figure({0.1: [30.0, 12.0], 0.2: [20.0, 12.0], 0.3: [25.0, 12.5]}, 0.1)
+    heights = [note.xy[1] for note in wide.axes[0].texts]  # apart by a share of the highest
+    assert heights == pytest.approx([12.0, 12.0 + 0.06 * 30, 12.0 + 2 * 0.06 * 30])
     still = scenes.speed_figure({0.1: [2 - i / 20 for i in range(20)]}, 0.1)
     assert "still falling after 19 steps" in still.axes[0].get_title("left")
 

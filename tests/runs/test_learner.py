@@ -40,7 +40,7 @@ from training_runs import (
 from minids import train
 from minids.base.command_line import Stopped, run_program
 from minids.runs.checkpoints import load_weights, newest_checkpoint, save_checkpoint
-from minids.runs.optimizers import Muon
+from minids.runs.optimizers import Muon, learning_rate_factor
 from minids.text.loaders import PackedLoader
 from minids.train import Trainer
 
@@ -73,10 +73,19 @@ def test_a_step_asks_for_loads_before_the_optimizers_work(home, tmp_path, monkey
         monkeypatch.setattr(optimizer, "step", lambda: seen.append("step"))
     monkeypatch.setattr(trainer, "after_update", seen.append)
     monkeypatch.setattr(trainer, "more_metrics", lambda loads, _: dict(given=loads))
+    begin = time.perf_counter()
     given = trainer.train_step()["given"]
+    assert 0 < trainer.seconds < time.perf_counter() - begin
     *before, on_device = seen
     assert before == ["loads", *["step"] * len(trainer.optimizers)]
     assert given is not on_device and torch.equal(given, on_device)
+
+
+def test_a_step_tells_its_own_rate_and_not_that_of_indexers(home, tmp_path):
+    trainer = make_trainer(home, tmp_path)
+    first, *_, last = trainer.optimizers[0].param_groups
+    first["peak_lr"], last["peak_lr"] = 0.25, 0.125
+    assert trainer.train_step()["lr"] == 0.25 * learning_rate_factor(1, trainer.args)
 
 
 def test_killed_and_resumed_run_equals_an_unbroken_one(flags, unbroken, tmp_path):

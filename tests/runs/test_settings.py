@@ -8,6 +8,7 @@ from minids.config import ModelArgs
 from minids.grpo import GrpoArgs
 from minids.runs.optimizers import batch_size_at, learning_rate_factor
 from minids.runs.settings import TRAIN_PRESETS, TrainArgs
+from minids.runs.stages import default_indexer
 from minids.sft import SftArgs
 
 TRAINING_MISTAKES = [
@@ -139,6 +140,16 @@ def test_a_run_after_another_keeps_its_settings_but_for_the_stages():
     # The dense model that a sparse one is compared with learns by the same settings.
     sparse = TrainArgs.for_preset("tiny", before, from_run="x", muon_lr=2.0, dsa="sparse")
     assert replace(sparse, dsa="") == after
+
+
+@pytest.mark.parametrize("heads, width, seq_len, indexer", [
+    (128, 64, 131_072, (64, 128, 2048)),  # V3.2's own
+    (9, 8, 256, (4, 16, 32)), (10, 16, 16_392, (5, 32, 2048)), (6, 16, 16_376, (4, 32, 2047)),
+    (8, 8, 15, (4, 16, 1)), (8, 8, 7, (4, 16, 1))])
+def test_an_indexer_has_half_the_heads_and_selects_an_eighth(heads, width, seq_len, indexer):
+    found = default_indexer(dict(n_heads=heads, qk_rope_head_dim=width), seq_len)
+    assert found == dict(zip(("index_n_heads", "index_head_dim", "index_topk"), indexer,
+                             strict=True))
 
 
 def test_stages_need_a_model_to_begin_with():

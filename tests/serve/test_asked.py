@@ -35,6 +35,17 @@ def refusal(kind: str = "chat", served: Served = SERVED, raw: bytes = b"", **fie
     return refused.value.status, body["param"], body["code"]
 
 
+def test_each_status_has_the_kind_of_error_that_clients_look_for():
+    def kind(status: int) -> str:
+        return json.loads(Refused(status, "no").body())["error"]["type"]
+
+    assert {status: kind(status) for status in (401, 403, 404, 429)} == {
+        401: "authentication_error", 403: "permission_error", 404: "not_found_error",
+        429: "rate_limit_error"}
+    assert {kind(status) for status in (400, 402, 413, 499)} == {"invalid_request_error"}
+    assert {kind(status) for status in (500, 503, 504)} == {"server_error"}
+
+
 def test_what_a_client_usually_sends():
     asked = ask(model="m", max_completion_tokens=7, temperature=0.2, top_p=0.9, n=3, seed=5,
                 stop="x", stream=True, stream_options={"include_usage": True}, logprobs=True,

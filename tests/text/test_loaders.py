@@ -195,6 +195,15 @@ def test_stream_seed_and_targets(small_blocks):
     assert torch.equal(tokens[1:], targets[:-1]) and not torch.equal(tokens[2:], targets[:-2])
 
 
+def test_a_stream_reads_no_more_than_a_batch_needs():
+    """The tokens of a batch, and the target of the last one."""
+    for sizes, read in (([13, 9], 1), ([12, 9], 2), ([6, 7, 9], 2)):
+        parts = map(np.arange, sizes)
+        StreamLoader(ListStream([]), TOKENIZER, 4, deal=lambda *_, parts=parts: next(parts)
+                     ).next_batch(3)
+        assert len([*parts]) == len(sizes) - read
+
+
 def test_empty_stream_is_refused():
     with pytest.raises(ValueError, match="no document left to train on"):
         StreamLoader(ListStream([]), TOKENIZER, 4).next_batch(1)
@@ -209,8 +218,9 @@ def test_open_data_on_a_folder(folder, tmp_path, capsys, monkeypatch):
     assert data.n_train_tokens == len(data.loader.tokens)
     assert data.valid.dtype == torch.int64 and data.valid.ndim == 1
     assert [decode(d) for d in split_documents(data.valid)] == list(corpus.valid)  # never FIM
-    assert str(folder) in data.describe() and "\n" not in data.describe()
-    assert corpus.fingerprint[:12] in data.describe()
+    counted = f"{data.n_train_tokens:,} training tokens, {len(data.valid):,} validation tokens"
+    told = f"text:{folder}: {counted}, content {corpus.fingerprint[:12]}"
+    assert data.describe().split("; ") == [told, *([corpus.note] if corpus.note else [])]
     assert equal(take(data.loader, RAMP), take(opened(fim_rate=0.5).loader, RAMP))
     state = data.loader.state_dict()
     with pytest.raises(ValueError, match="fim_rate = 0.0 does not fit"):
