@@ -39,6 +39,10 @@ EQUIVALENT: dict[str, set[tuple[str, str, str]]] = {
          "zip(zones, [*edges, bins[-1]], shares, strict=True):",
          "for (left, name, colour), right, share in "
          "zip(zones, [*edges, bins[-1]], shares, strict=(False)):"),
+        ("minids/apply/precision.py", "parameters, copies = zip(*self.pairs, strict=True)",
+         "parameters, copies = zip(*self.pairs, strict=(False))"),
+        ("minids/parallel/parts.py", "for cut, want in zip(cuts, region, strict=True))] = data",
+         "for cut, want in zip(cuts, region, strict=(False)))] = data"),
     },
     "only products of batch and length count": {
         ("minids/lab/bench_fp8.py",
@@ -51,6 +55,19 @@ EQUIVALENT: dict[str, set[tuple[str, str, str]]] = {
          "weights.flatten())  # (M,)",
          "share = weights.new_zeros(len(source)).scatter((-1), slot.flatten(), "
          "weights.flatten())  # (M,)"),
+        ("minids/kernels/fp8_layout.py",
+         "ends, last = counts.cumsum(0), tiles.cumsum(0)  # (E,)",
+         "ends, last = counts.cumsum((-1)), tiles.cumsum(0)  # (E,)"),
+    },
+    "tokens are not received, so nobody asks for their shape": {
+        ("minids/parallel/pipeline.py",
+         'tokens = torch.empty(rows, seq_len, dtype=torch.int64, device="meta")',
+         "tokens = (torch.empty(seq_len, rows, dtype=torch.int64, device='meta'))"),
+    },
+    "a thread that nobody woke may look again at any time": {
+        ("minids/infer/engine.py",
+         "IDLE = 1.0  # seconds after which a worker that nobody woke looks whether to end",
+         "IDLE = (0.5)  # seconds after which a worker that nobody woke looks whether to end"),
     },
     "no bin begins a thousandth below the edge of a zone": {
         ("minids/plots/scales.py",

@@ -86,6 +86,10 @@ def test_what_is_stored_and_what_the_compiler_leaves_out():
         compile_blocks(model, dtype)
         assert {"product" in vars(m) for m in model.modules() if isinstance(m, Experts)} == {
             outside}
+        assert not any("forward" in vars(layer.attn) for layer in model.layers)
+    model = scrambled(replace(LITTLE, index_n_heads=4, index_head_dim=16, index_topk=4))
+    compile_blocks(model)  # kernels that fetch what an indexer selects stay as they are
+    assert all(layer.attn.forward._torchdynamo_disable for layer in model.layers)
 
 
 def test_where_the_compiler_fails_one_line_says_so_and_training_goes_on(monkeypatch):

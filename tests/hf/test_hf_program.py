@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer
 from minids import ModelArgs
 from minids.evaluate import main as evaluate_program
 from minids.generate import main as generate_program
+from minids.hf import __main__ as program
 from minids.hf import load_hf, save_hf
 from minids.hf.__main__ import HfArgs, convert
 from minids.hf.names import CONFIG
@@ -207,3 +209,18 @@ def test_a_mistake_in_a_file_of_settings_is_one_line(tmp_path, capsys, monkeypat
     assert call(capsys, monkeypatch, "--folder", tmp_path) == (
         2, "", f"python -m minids.hf: {tmp_path / CONFIG}: topk_group = 9 is not valid: it must be "
                "between 1 and n_group = 8\n")
+
+
+@pytest.mark.parametrize("learnt, chat", [
+    ({}, False), (dict(sft={}), True), (dict(grpo=dict(template="chat")), True),
+    (dict(grpo=dict(template="task")), False)])
+def test_a_run_that_has_learnt_to_chat_is_exported_with_its_template(learnt, chat, tmp_path,
+                                                                     monkeypatch):
+    opened = SimpleNamespace(config=learnt, model="model", folder=tmp_path, tokenizer="own")
+    saved = []
+    monkeypatch.setattr(program, "open_model", lambda run: opened)
+    monkeypatch.setattr(program, "save_hf", lambda *given: saved.append(given))
+    monkeypatch.setattr(program, "describe", str)
+    out = str(tmp_path / "out")
+    convert(HfArgs(run="r", out=out, overwrite=True, dtype="bf16", shard_bytes=9, quantize="fp8"))
+    assert saved == [("model", out, True, torch.bfloat16, 9, "own", "fp8", chat)]
