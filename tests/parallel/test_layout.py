@@ -8,9 +8,11 @@ import torch
 from minids import ModelArgs
 from minids.costs import count_parameters
 from minids.parallel import layout as layouts
+from minids.parallel import sharding
 from minids.parallel.experts import leaving
 from minids.parallel.layout import SCHEDULES, Layout, Spread, check_batch
-from minids.parallel.sharding import keeps_gathered
+from minids.parallel.measuring import fake_ranks
+from minids.parallel.sharding import empty_model, keeps_gathered, shard
 
 TINY = ModelArgs.preset("tiny")
 
@@ -141,3 +143,43 @@ def test_gathered_matrices_are_kept_where_they_fit(experts, replicas, gathered):
     layout = Layout(expert_parallel=experts, replicate=replicas).fitted(8 * replicas)
     assert keeps_gathered(TINY, layout, least) and not keeps_gathered(TINY, layout, least - 1)
     assert not keeps_gathered(TINY, replace(layout, pipeline=2), 100 * least)
+
+
+def sharded(monkeypatch, layout: Layout, world: int, **how) -> tuple[dict, list[dict]]:
+    """Shard a model for rank 0; return along which dimensions each parameter is cut, none if it is
+    whole, and how each unit is sharded, the whole model's last."""
+    units, fully_shard = [], sharding.fully_shard
+    monkeypatch.setattr(sharding, "fully_shard", lambda unit, **named: (
+        units.append(named), fully_shard(unit, **named)))
+    with fake_ranks(layout.fitted(world), world) as ranks:
+        shard(model := empty_model(TINY), ranks, **how)
+        cuts = {name: {cut.dim for cut in getattr(p, "placements", ())}
+                for name, p in model.named_parameters()}
+    return cuts, units
+
+
+@pytest.mark.parametrize("layout, world, experts", [
+    (Layout(), 8, {0}), (Layout(), 16, {1}), (Layout(expert_parallel=8), 16, {0, 1}),
+    (Layout(expert_parallel=8), 8, {0})])
+def test_ranks_that_outnumber_experts_have_rows_of_their_matrices(layout, world, experts,
+                                                                 monkeypatch):
+    cuts, _ = sharded(monkeypatch, layout, world)
+    kinds = {"norm": set(), "gate.weight": set(), "ffn.experts.w": experts}
+    for name, dims in cuts.items():
+        assert dims == next((due for part, due in kinds.items() if part in name), {0}), name
+
+
+@pytest.mark.parametrize("pipeline, keep, gives_up", [
+    (1, False, True), (1, True, False), (2, False, False)])
+def test_a_block_s_matrices_are_gathered_anew_or_stay(pipeline, keep, gives_up, monkeypatch):
+    """In BF16, if that is the products' type; sums of gradients are in FP32."""
+    layout = Layout(pipeline=pipeline, expert_parallel=2)
+    _, (*units, whole) = sharded(monkeypatch, layout, 4 * pipeline, products=torch.bfloat16,
+                                 keep=keep)
+    blocks = TINY.n_layers + TINY.n_mtp_layers
+    assert len(units) == blocks + sum(map(TINY.is_moe_layer, range(blocks)))
+    for unit in units:
+        policy = unit["mp_policy"]
+        assert unit["reshard_after_forward"] == gives_up and not policy.cast_forward_inputs
+        assert (policy.param_dtype, policy.reduce_dtype) == (torch.bfloat16, torch.float32)
+    assert whole.keys() == {"mesh", "ignored_params"}
