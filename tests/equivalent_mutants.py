@@ -64,6 +64,9 @@ EQUIVALENT: dict[str, set[tuple[str, str, str]]] = {
          'tokens = torch.empty(rows, seq_len, dtype=torch.int64, device="meta")',
          "tokens = (torch.empty(seq_len, rows, dtype=torch.int64, device='meta'))"),
     },
+    "any number below 0 stands for no row": {
+        ("minids/infer/batch.py", "row: int = -1", "row: int = -(2)"),
+    },
     "a thread that nobody woke may look again at any time": {
         ("minids/infer/engine.py",
          "IDLE = 1.0  # seconds after which a worker that nobody woke looks whether to end",

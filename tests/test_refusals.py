@@ -6,8 +6,9 @@ grader or a server could make, with stand-ins for these.
 
 import asyncio
 import contextlib
+import importlib
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -290,3 +291,18 @@ def test_the_last_number_is_taken_and_the_next_is_not(call, last, beyond, told):
     call(last)
     with pytest.raises((ValueError, Refused), match=told):
         call(beyond)
+
+
+# Settings that name a folder to write: a file there is refused before the work
+FOLDERS = {
+    "hf.__main__.HfArgs": "out", "lab.claims.ClaimArgs": "out", "lab.grading.GradingArgs": "out",
+    "lab.opening.OpeningArgs": "folder", "lab.recall.RecallArgs": "out", "lab.site.SiteArgs": "out",
+    "plots.__main__.DrawingArgs": "out", "r1.R1Args": "out", "runs.settings.LearnArgs": "out",
+    "runs.settings.TrainArgs": "out", "tokenizer.TokenizerArgs": "out"}
+
+
+@pytest.mark.parametrize("name, folders", FOLDERS.items())
+def test_a_folder_to_write_is_known_as_one(name, folders):
+    module, _, kind = name.rpartition(".")
+    found = fields(getattr(importlib.import_module(f"minids.{module}"), kind))
+    assert {f.name for f in found if f.metadata.get("folder")} == set(folders.split())

@@ -7,8 +7,10 @@ from cost_shapes import TINY, V3
 
 from minids.costs import bill
 from minids.costs.bill import (
+    R1_GPU_HOURS,
     SERVING_128K,
     V3_GPU_HOURS,
+    V3_TOKENS,
     Bill,
     Prices,
     Rental,
@@ -104,3 +106,9 @@ def test_layout_that_needs_least_where_none_fits():
     assert len(needs) > 1
     with pytest.raises(ValueError, match="pipeline = 3 is not valid: it must be a divisor of 8"):
         choose_sharding(V3, 8, rental, dict(pipeline=3))
+
+
+def test_hours_and_prices_are_the_published_ones():
+    assert [*V3_GPU_HOURS.values()] == [2_664_000, 119_000, 5_000] and V3_TOKENS == 14.8e12
+    assert [*R1_GPU_HOURS.values()] == [101_000, 41_000, 5_000]
+    assert [*SERVING_128K.values()] == [Prices(0.66, 0.66, 2.15), Prices(0.19, 0.19, 0.25)]
