@@ -21,11 +21,8 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
-
-import torch
 
 from minids.apply.folded import cast_products
 from minids.base.command_line import parse, run_program
@@ -37,7 +34,7 @@ from minids.infer.engine import Engine
 from minids.infer.generation import check_arguments, generate
 from minids.parallel.layout import Spread
 from minids.parallel.team import speaking_first
-from minids.runs.device import Machine, pick_dtype
+from minids.runs.device import Machine, written_in
 from minids.runs.open import Source, talks
 from minids.runs.together import opened
 from minids.text.bpe import GENERATION
@@ -161,10 +158,7 @@ def main() -> None:
 
 def write_samples(run: Source, args: GenerateArgs) -> None:
     """Print the samples; all ranks that share the model call this."""
-    device, tokenizer = run.model.head.weight.device, run.tokenizer
-    auto = args.dtype == "auto" and device.type != "cuda"
-    dtype = torch.float32 if auto else pick_dtype(args.dtype, device)
-    precision = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    precision, tokenizer = written_in(args.dtype, run.model.head.weight.device), run.tokenizer
     if args.chat:
         with precision():
             cast_products(run.model)

@@ -18,11 +18,6 @@ EQUIVALENT: dict[str, set[tuple[str, str, str]]] = {
         ("minids/runs/optimizers.py", "tall = x.size(-2) > x.size(-1)",
          "tall = (x.size(-2) >= x.size(-1))"),
     },
-    "the only one is also the last one": {
-        ("minids/lab/mine.py",
-         "for norm in (model.mtp[0].enorm, model.mtp[0].hnorm, model.mtp[0].norm):",
-         "for norm in (model.mtp[(-1)].enorm, model.mtp[0].hnorm, model.mtp[0].norm):"),
-    },
     "the third of four is the second from the end": {
         ("minids/lab/bench_decoding.py",
          "pairs = q[-2] * (q[-2] + 1) // 2 if q[-2] == k[-2] else q[-2] * k[-2]",

@@ -2,10 +2,11 @@
 
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 
-from minids import ModelArgs
+from minids import ModelArgs, dryrun
 from minids.costs import count_parameters
 from minids.costs.bill import Rental, training_bill
 from minids.costs.cards import named_card
@@ -13,7 +14,7 @@ from minids.costs.flops import flops_per_token
 from minids.costs.memory import Sharding, pipeline_pieces, rank_memory
 from minids.costs.parameters import stored_elements
 from minids.costs.serving import block_bytes, held
-from minids.dryrun import DryRunArgs, dry_run, main
+from minids.dryrun import DryRunArgs, Rank, Report, dry_run, main, model_rows
 from minids.parallel import sharding
 from minids.parallel.layout import SCHEDULES, Layout
 from minids.parallel.measuring import for_each_rank
@@ -81,6 +82,61 @@ def test_recomputation_stores_less_and_sends_more():
     layout = Layout(expert_parallel=2)
     stored, again = (report(layout, 2, recompute=how).stages[0] for how in ("none", "blocks"))
     assert again.kept < stored.kept and again.exchange == stored.exchange * 6 // 4
+
+
+def test_a_layout_is_told_in_full():
+    """Two ranks of a pipeline, the first fullest and the second busiest, on slow cards of 80 GB."""
+    first = Rank(0, 7, *(n * 10 ** 9 for n in (30, 20, 5, 4, 1)), 3, {"rows": 2 * 10 ** 9})
+    second = first._replace(rank=1, weights=0, flights=1, messages={"rows": 8 * 10 ** 9, "none": 0})
+    layout = Layout(pipeline=2, micro_batches=4, schedule="1F1B").fitted(4)
+    found = Report(layout, [], [first, second], 0.25)
+    other = found._replace(ranks=[first._replace(stored=30 * 10 ** 9), second])
+    run, rental = DryRunArgs(gpus=4, seq_len=64, tokens=1e6), Rental(gpu_peak=1e-6, mfu=0.5)
+    taken = 4 * 64 / 2 * flops_per_token(NANO, 64) / (1e6 * 0.5) / (1 - 0.25)
+    due = training_bill(flops_per_token(NANO, 64), 1e6, 4, rental)
+    assert [*model_rows("nano", NANO, run, found, other, rental)] == [
+        "nano on 4 H800: pipeline 2 x replicate 1 x fsdp 2, experts over 1",
+        "1F1B, 4 micro-batches of 1 x 64 tokens on each rank, 8 sequences a step; "
+        "recompute blocks, bf16, adamw",
+        "the package's own sharding on ranks that are not there; nothing of this was run on a GPU",
+        "", ("rank", "parameters", "weights", "optimizer", "gathered, gradients", "activations",
+             "at work", "all"),
+        ("0", 7, "30.00 GB", "20.00 GB", "5.00 GB", "4.00 GB", "1.00 GB", "60.00 GB"),
+        ("1", 7, "0.00 GB", "20.00 GB", "5.00 GB", "4.00 GB", "1.00 GB", "30.00 GB"),
+        "", "fullest is rank 0: 60.00 GB, fits 90% of 80 GB",
+        "with recompute none: 86.00 GB, does not fit; activations 30.00 GB",
+        "messages that rank 1, the busiest, sends",
+        "  rows: 8.00 GB a step, 2.00 GB a micro-batch",
+        "  0.02 s a step: these bytes over an assumed 400 GB/s; computing takes "
+        f"{taken:,.2f} s at the share of the peak below",
+        "bubble: 25.0% of a step, if all stages take equally long; at most 3 micro-batches stored "
+        "on a rank",
+        f"1,000,000 tokens at 50% of 1e-06 TFLOPS, assumed: {due.days * 24:,.0f} hours, "
+        f"{due.gpu_hours:,.0f} GPU-hours, {due.dollars:,.0f} USD at 2 USD each"]
+
+
+@pytest.mark.parametrize("memory, optimizer, told", [
+    (102.0, "adamw", "91.0 GB, 1.5 --expert-parallel 8"),  # a tenth is left for other things
+    (100.0, "adamw", "89.0 GB, 1.5 --pipeline 2 --expert-parallel 4"),
+    (98.0, "adamw", "no: 89 GB"), (71.0, "muon", "no: 89 GB"),
+    (71.0, "adamw", "no: 64 GB of state")])
+def test_the_first_layout_that_fits_is_told(memory, optimizer, told, monkeypatch):
+    """The least is 16 bytes of each parameter; only Muon keeps fewer."""
+    needs = iter([91, 89, 95])
+    monkeypatch.setitem(dryrun.CHOICES, 8, [(1, 8, 1), (2, 4, 1), (8, 1, 1)])
+    monkeypatch.setattr(dryrun, "count_parameters",
+                        lambda args: SimpleNamespace(total=31 * 10 ** 9, mtp=10 ** 9))
+    monkeypatch.setattr(dryrun, "dry_run", lambda args, run, layout, known, bytes: Report(
+        layout, [], [Rank(0, 7, next(needs) * 10 ** 9, 0, 0, 0, 0, 1, {})], 0.0))
+    monkeypatch.setattr(dryrun, "seconds", lambda *_: (2.0, 3.0))  # it computes, and sends
+    run, rental = DryRunArgs(gpus=8, optimizer=optimizer), Rental(gpu_memory=memory)
+    assert dryrun.first_fit(NANO, run, rental, {}) == told
+
+
+@pytest.mark.parametrize("gpus, network, found", [
+    (8, 0.0, 400e9), (9, 0.0, 50e9), (1, 0.0, 400e9), (16, 100.0, 100e9)])
+def test_a_host_s_gpus_are_joined_by_nvlink(gpus, network, found):
+    assert DryRunArgs(gpus=gpus, network=network).bandwidth == found
 
 
 @pytest.mark.slow

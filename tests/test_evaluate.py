@@ -127,6 +127,20 @@ def test_k_is_the_flags_the_models_or_an_eighth_of_a_window(monkeypatch, index_n
     assert found == [k, k]
 
 
+@pytest.mark.parametrize("longest, seq_len", [(4096, 1024), (48, 48)])
+def test_a_released_model_is_evaluated_on_at_most_1024_tokens(monkeypatch, longest, seq_len):
+    found = []
+    run = SimpleNamespace(model=SimpleNamespace(args=replace(LITTLE, max_seq_len=longest)),
+                          tokenizer=Tokenizer.load(), path="run", config={})
+    monkeypatch.setattr(together, "open_model", lambda *_, **__: run)
+    monkeypatch.setattr(module, "open_data", lambda *given: found.append(given) or SimpleNamespace(
+        valid=torch.zeros(9), name="text"))
+    monkeypatch.setattr(module, "evaluate", lambda *_: SimpleNamespace(bits_per_byte=2.0,
+                                                                       max_vio=[]))
+    evaluate_here(monkeypatch, "--device", "cpu")
+    assert found == [("pystdlib", run.tokenizer, seq_len)]
+
+
 @pytest.mark.parametrize("words, team, refused", [
     (["--fp8", "--keep-fp8"], None, "fp8"), (["--fp8"], "ranks", "fp8"), (["--fp8"], None, ""),
     (["--keep-fp8"], "ranks", ""), (["--selections", "--pipeline", 2], "ranks", "selections"),

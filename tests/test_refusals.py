@@ -40,7 +40,9 @@ from minids.serve.app import Limits, Refused, read_body
 from minids.sft import SftArgs, open_conversations
 from minids.solve import SolveArgs
 from minids.text import corpora
+from minids.text.bpe import SPECIAL
 from minids.text.loaders import PackedLoader
+from minids.text.tokenizer import Tokenizer
 
 
 def over(layout: Layout, kind: type = TrainerOverRanks, **given):
@@ -224,6 +226,13 @@ def unpacked_little(size: int) -> None:
     corpora.check_unpacked(SimpleNamespace(stat=lambda: SimpleNamespace(st_size=1)), size)
 
 
+def numbered(rows: int) -> None:
+    """Number 256 bytes and 9 special tokens in a model of so many rows."""
+    special = {text: i for i, text in enumerate(SPECIAL[:9])}
+    ranks = {bytes([b]): 9 + b for b in range(256)}
+    Tokenizer.__new__(Tokenizer)._number(ranks, special, rows)
+
+
 def evaluated(seq_len: int) -> None:
     """Evaluate a model of 48 tokens; it would go on, and has no module to draft with."""
     with pytest.MonkeyPatch.context() as patch:
@@ -271,6 +280,7 @@ EDGES = {
     "room": (writing, 15, 16, "max_new_tokens = 16"),
     "unpacked": (unpacked, 100 * 2 ** 22, 100 * 2 ** 22 + 1, "more than 100 times its size"),
     "unpacked little": (unpacked_little, 2 ** 28, 2 ** 28 + 1, "more than 100 times its size"),
+    "rows": (numbered, 2 * 265 + 2 ** 16 - 1, 2 * 265 + 2 ** 16, "below 66066 for 265 tokens"),
     "memory": (on_a_gpu_of, NEEDED, NEEDED - 1, "does not fit"),
     "body": (sized, 5, 4, "the body is too large"),
     "validation": (lambda n: windows(torch.arange(9), n), 8, 9, "seq_len = 9"),

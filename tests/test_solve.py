@@ -4,6 +4,7 @@ import contextlib
 import io
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from minids.base.command_line import run_program
 from minids.rl.examination import Asking, examine
 from minids.runs.open import open_model
 from minids.solve import SolveArgs, report
+from minids.text.chat import Reply
 from minids.text.tasks import open_task
 
 TRAINED = Path(__file__).parent.parent / "data/r1/rl"
@@ -30,6 +32,18 @@ def test_the_table_has_the_marks_of_each_mode(capsys):
     assert [row[0] for row in rows] == ["mode", "think", "direct", "free"]
     printed = capsys.readouterr().out
     assert printed.count("right is") == 3 and "think: pass@1 " in printed and "pass@2" in printed
+
+
+@pytest.mark.parametrize("samples, show", [(1, 0), (2, 2)])
+def test_of_one_reply_there_is_no_pass_at_k(samples, show, monkeypatch, capsys):
+    replies = [Reply(None, "1", True, 3)] * 4
+    monkeypatch.setattr(solve_module, "ask", lambda model, tokenizer, questions, how: replies)
+    monkeypatch.setattr(solve_module, "pass_curve", lambda *given: {1: 0.25, 2: given[4] / 4})
+    args = SolveArgs(problems=4, samples=samples, temperature=1.0, show=show, mode="direct")
+    report(SimpleNamespace(model=None, tokenizer=None), open_task("calculator"), args)
+    *shown, curve = [*capsys.readouterr().out.splitlines(), ""][:show + 1]
+    assert len([line for line in shown if "answer '1', right is" in line]) == show
+    assert curve == ("direct: pass@1 0.250  pass@2 0.500" if samples > 1 else "")
 
 
 @pytest.mark.parametrize("flags, named", [

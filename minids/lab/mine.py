@@ -135,10 +135,11 @@ def naive_example() -> tuple:
 def module_example() -> tuple:
     """Return an MTP module and what it reads."""
     model = Transformer(SMALL).double()
-    for norm in (model.mtp[0].enorm, model.mtp[0].hnorm, model.mtp[0].norm):
+    [module] = model.mtp
+    for norm in (module.enorm, module.hnorm, module.norm):
         torch.nn.init.normal_(norm.weight, mean=1.0, std=0.3)
     context = model.context(torch.zeros(2, 7, dtype=torch.int64))
-    return model.mtp[0], numbers(2, 7, SMALL.dim), numbers(2, 7, SMALL.dim), context
+    return module, numbers(2, 7, SMALL.dim), numbers(2, 7, SMALL.dim), context
 
 
 def in_order(found: tuple[Tensor, Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ import re
 import sys
 import warnings
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -99,6 +100,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     bf16 = bf16 or device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported()
                                              or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if bf16 else torch.float32
+
+
+def written_in(name: str, device: torch.device) -> partial:
+    """Return what makes a context to write text in: products as `pick_dtype` has them, but "auto"
+    is FP32 without a CUDA GPU."""
+    dtype = pick_dtype("fp32" if name == "auto" and device.type != "cuda" else name, device)
+    return partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 
 
 def prepare_cpu(threads: int, bodies: str = "auto") -> None:

@@ -11,18 +11,15 @@ Clients of OpenAI's API take http://127.0.0.1:8000/v1 as their base URL. `minids
 describes how replies share a batch. Conversations are neither stored nor printed.
 """
 
-import functools
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import torch
 
 from minids.apply.folded import cast_products
 from minids.base.command_line import parse, run_program
 from minids.base.fields import option, require
 from minids.generate import own_defaults
-from minids.runs.device import Machine, pick_dtype
+from minids.runs.device import Machine, written_in
 from minids.runs.open import Source, open_model
 from minids.serve.served import Served, serve_model
 from minids.text.tasks import TASKS
@@ -75,11 +72,7 @@ def bind(args: ServeArgs) -> socket.socket:
 
 def serve_run(source: Source, args: ServeArgs) -> Served:
     """Return the model of an opened run, ready to serve."""
-    device = source.model.head.weight.device
-    auto = args.dtype == "auto" and device.type != "cuda"
-    dtype = torch.float32 if auto else pick_dtype(args.dtype, device)
-    precision = functools.partial(torch.autocast, device.type, dtype,
-                                  enabled=dtype != torch.float32)
+    precision = written_in(args.dtype, source.model.head.weight.device)
     with precision():
         cast_products(source.model)
     return serve_model(source, args.name, own_defaults(source.folder), args.task, args.queue,

@@ -185,6 +185,33 @@ def test_tie_counts_as_a_difference_but_passes(decoded):
     assert beside.equal_tokens(model, PROMPTS, ours, other, tie=1.0) == 23 / 24
 
 
+class Judge:
+    """A model whose second token lies a quarter of the way to the mean below the best one."""
+
+    head = torch.nn.Linear(1, 1)
+
+    def __call__(self, tokens: torch.Tensor) -> torch.Tensor:
+        return torch.tensor([4.0, 3.0, -3.0, -4.0]).expand(1, tokens.size(1), 4)
+
+
+def test_a_tie_is_as_wide_as_is_said():
+    assert beside.equal_tokens(Judge(), [[2]], [[0, 3]], [[1, 2]], tie=0.25) == 0
+    with pytest.raises(AssertionError, match="token 0 differs and is no tie: it lies 0.2500 below"):
+        beside.equal_tokens(Judge(), [[2]], [[0, 3]], [[1, 2]], tie=0.2499)
+
+
+def test_settings_are_tried_on_a_batch_and_change_no_weight(monkeypatch):
+    stepper, seen = Stepper(random_model(), beside.minids_loss, "fp32"), []
+    monkeypatch.setattr(stepper, "run", lambda batches: seen.append(
+        (len(batches), stepper.optimizer.param_groups[0]["lr"])))
+    monkeypatch.setattr(beside, "their_stepper", lambda *_: stepper)
+    monkeypatch.setattr(beside, "trial", lambda model, settings, work, *_: (work(), settings[0])[1])
+    bench = SimpleNamespace(settings=SimpleNamespace(device="cpu"),
+                            batches=lambda count: [some_batch()] * count)
+    assert beside.fastest_training.__wrapped__(bench, "fp32") == beside.TRAIN_SETTINGS[0]
+    assert seen == [(1, 0.0)] and stepper.optimizer.param_groups[0]["lr"] > 0
+
+
 def test_trial_finds_the_fastest(monkeypatch):
     speeds = dict(zip(beside.TRAIN_SETTINGS, [0.3, 0.1, 0.2, 0.4], strict=True))
     chosen, now = [], [0.0]

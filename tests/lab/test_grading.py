@@ -222,3 +222,17 @@ def test_a_remark_on_a_cell_that_was_only_run_is_not_made(tmp_path):
         path.parent.mkdir()
         nbformat.write(made(), path)
     assert grading.read_submission("she", sent.parent, original).remarks == ()
+
+
+@pytest.mark.parametrize("points, told, remarks, shown", [
+    (0, "no cell defines square", ("no such file",), False),  # the remark says it all
+    (0, "no cell defines square", (), True), (0, "gives 6 instead of 9", ("late",), True),
+    (3, "no cell defines square", ("late",), True)])
+def test_a_page_names_exercises_unless_its_remark_says_why_none_is_there(
+        points, told, remarks, shown):
+    marks = [grading.Mark("anna", "nb", "1", "square", points, 3, told),
+             grading.Mark("anna", "other", "1", "cube", 2, 2, "")]
+    page = grading.feedback("anna", marks, {"nb": remarks, "other": ()}).decode()
+    assert (f"1, square: {points} of 3</h3>\n<pre>{told}</pre>" in page) == shown
+    assert f"<h2>nb: {points} of 3</h2>" in page and "1, cube: 2 of 2" in page
+    assert page.count("<p>") == len(remarks) and f"{points + 2} of 5" in page

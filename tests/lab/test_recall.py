@@ -125,6 +125,15 @@ def test_a_lesson_learns_and_its_stages_train_what_they_should():
     assert not any(torch.equal(p, before[name]) for name, p in sparse.named_parameters())
 
 
+def test_later_stages_learn_slower_and_indexers_at_their_own_rate():
+    args = replace(SHORT, lr=0.5, muon_lr=0.25, indexer_lr=0.125, sparse_lr=0.0625)
+    model = with_indexers(Transformer(args.model()), args)
+    for stage, share in (("", 1.0), ("warmup", 0.0625), ("sparse", 0.0625)):
+        adamw, muon = Lesson(args, model, stage).optimizers
+        rates = [group["peak_lr"] for group in (*adamw.param_groups, *muon.param_groups)]
+        assert rates == [0.5 * share, 0.5 * share, 0.125, 0.125, 0.25 * share]
+
+
 def test_training_goes_on_to_longer_sequences_when_shorter_ones_are_solved(monkeypatch):
     args = replace(SHORT, seq_len=128, steps=1000)
     monkeypatch.setattr(Lesson, "step", lambda self, length: SimpleNamespace(

@@ -12,7 +12,9 @@ from minids.parallel.gradients import norm, scale
 from minids.parallel.ranks import Ranks
 from minids.parallel.shards import own_part
 from minids.rl.over_ranks import ReinforcerOverRanks
-from minids.runs.sharded import fill
+from minids.runs.optimizers import build_optimizers
+from minids.runs.settings import TrainArgs
+from minids.runs.sharded import fill, load_states, named_states
 
 GRID = torch.arange(7 * 5).view(7, 5)
 
@@ -155,3 +157,24 @@ def test_a_ranks_memory_is_its_whole_gpu_s(monkeypatch):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (3, 7))
     memory = [Ranks(None, torch.device(kind), None, None).memory for kind in ("cuda", "cpu")]
     assert memory == [7, 0]
+
+
+def test_optimizers_take_over_what_was_saved_by_name():
+    model = nn.ModuleDict(dict(layers=nn.Linear(4, 3), norm=nn.LayerNorm(4)))
+    first, second = (build_optimizers(model, TrainArgs(optimizer="muon"), torch.float32)
+                     for _ in range(2))
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    for optimizer in first:
+        optimizer.step()
+    saved = {f"old.{name}": state for name, state in named_states(model, first)}
+    lost = [name for name in saved if "norm.bias" in name]  # it had learnt nothing yet
+    load_states(model, second, saved.keys() - {*lost},
+                lambda name, region: saved[name][region] if region else saved[name],
+                lambda name: f"old.{name}")
+    found = {f"old.{name}": state for name, state in named_states(model, second)}
+    assert lost and found.keys() == saved.keys() - {*lost}
+    assert {name.rpartition("/")[2] for name in found} == {
+        "step", "exp_avg", "exp_avg_sq", "momentum"}
+    for name, state in found.items():
+        assert torch.equal(state, saved[name]) and state.dtype == saved[name].dtype

@@ -473,11 +473,14 @@ def test_group_figure_colours_replies_by_their_advantage():
 
 
 def test_cold_start_figure_shows_the_numbers_given():
-    series = {"think": [0.0, 1.0], "direct": [0.1, 0.2], "free": [0.1, 0.3]}
-    left, right = runs.cold_start_figure([20, 40], series, [0.5, 1.0]).axes
-    assert left.get_lines()[0].get_ydata().tolist() == [0.5, 1.0]
-    assert lines_of(right) == {"made to think": [0.0, 1.0], "made to answer": [0.1, 0.2],
-                               "left to choose": [0.1, 0.3]}
+    series = {"think": [0.0, 0.5, 1.0], "direct": [0.1, 0.3, 0.2], "free": [0.1, 0.4, 0.3]}
+    figure = runs.cold_start_figure([20, 40, 60], series, [0.5, 0.75, 1.0])
+    left, right = figure.axes
+    assert left.get_lines()[0].get_ydata().tolist() == [0.5, 0.75, 1.0]
+    names = "made to think", "made to answer", "left to choose"
+    assert lines_of(right) == dict(zip(names, series.values(), strict=True))
+    assert "rise from 50% to 100%" in figure.get_label()
+    assert "made to think 100%, made to answer 20%, left to choose 30%." in figure.get_label()
 
 
 def test_bill_figure_shows_the_numbers_given():

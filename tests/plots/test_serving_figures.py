@@ -4,7 +4,7 @@ from test_plots import axes_without_a_unit, collisions
 
 from minids.plots import serving
 
-POINTS = {"plain": [(1, 10.0), (4, 20.0)], "small": [(1, 10.0), (16, 80.0)]}
+POINTS = {"plain": [(1, 10.0), (2, 15.0), (4, 20.0)], "small": [(1, 10.0), (8, 60.0), (16, 80.0)]}
 SPANS = {"one": [(0, 0, 3), (1, 0, 5), (0, 5, 2)], "other": [(0, 0, 3), (1, 0, 5), (0, 3, 2)]}
 
 

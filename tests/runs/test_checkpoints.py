@@ -193,6 +193,13 @@ def test_damaged_one_is_replaced_by_a_save_of_its_step(tmp_path):
     assert steps(tmp_path) == [1]
 
 
+def test_what_a_save_replaced_comes_after_it(tmp_path):
+    names = "step_000003", "step_000003.replaced", "step_000002"
+    for name in names:
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in checkpoint.all_checkpoints(tmp_path)] == [*names]
+
+
 def test_steps_of_more_than_six_digits_are_newer(tmp_path):
     for step in (999_999, 1_000_000):
         save_checkpoint(tmp_path, step, *small(step))

@@ -17,7 +17,14 @@ from minids.costs import count_parameters
 from minids.parallel.layout import Layout
 from minids.runs import device as module
 from minids.runs import starting, together
-from minids.runs.device import check_memory, memory_mib, pick_device, pick_dtype, prepare_cpu
+from minids.runs.device import (
+    check_memory,
+    memory_mib,
+    pick_device,
+    pick_dtype,
+    prepare_cpu,
+    written_in,
+)
 from minids.runs.learner import Learner
 
 CPU, CUDA, MPS = map(torch.device, ("cpu", "cuda", "mps"))
@@ -60,6 +67,17 @@ def test_a_named_precision_is_taken_as_named():
     assert pick_dtype("fp32", CUDA) == torch.float32
     assert pick_dtype("bf16", CPU) == torch.bfloat16
     assert pick_dtype("fp16", CPU) == torch.float16
+
+
+def test_text_is_written_in_fp32_unless_a_gpu_or_the_user_has_another_precision(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)  # it would train in BF16
+    card(monkeypatch, "NVIDIA H100 80GB HBM3", (9, 0))
+    for name, device, dtype in (("auto", CPU, torch.float32), ("auto", MPS, torch.float32),
+                                ("auto", CUDA, torch.bfloat16), ("bf16", CPU, torch.bfloat16),
+                                ("fp32", CUDA, torch.float32)):
+        made = written_in(name, device)
+        assert made.args == (device.type, dtype)
+        assert made.keywords == dict(enabled=dtype != torch.float32)
 
 
 def test_apples_gpu_is_taken_by_name_alone(monkeypatch):
