@@ -360,7 +360,9 @@ def test_functions_are_named_and_large_tensors_by_shape():
     ("x" * 100, "a str of length 100"), ([10 ** 60], "[int]"), (10 ** 60, "int"), (set(), "set()"),
     ({torch.tensor(0): torch.tensor(0.6)}, "{torch.tensor(0): torch.tensor(0.6)}"),
     (torch.ones(30, 30), "a list of length 30"), (torch.ones(2), "[1.0, 1.0]"), ((1,), "(1,)"),
-    ({1}, "{1}"), (b"a", "b'a'")])
+    ({1}, "{1}"), (b"a", "b'a'"), (10 ** 20 - 1, "99_999_999_999_999_999_999"), (10 ** 20, "int"),
+    (1234.567, "1234.567"), (12345.678, "12345.7"), ("x" * 74, repr("x" * 74)),
+    ("x" * 75, "a str of length 75"), ([1] * 25, str([1] * 25)), ([1] * 26, "a list of length 26")])
 def test_values_are_shown_as_one_types_them_or_by_their_length(answer, told):
     assert problems(lambda: answer, [((), 7, "")]) == [f"<lambda>() gives {told} instead of 7"]
 
