@@ -1,0 +1,36 @@
+"""How many rows or queries go at a time: what fits, one at least, and the rest at the end."""
+
+import pytest
+import torch
+
+from minids.kernels import cross_entropy, indexer
+
+
+@pytest.mark.parametrize("dtype, words, rows, taken", [
+    (torch.float32, 2 ** 8, 2 ** 13 + 1, [2 ** 13, 1]),
+    (torch.float16, 2 ** 8, 4097, [4096, 1]),
+    (torch.float16, 2 ** 10, 2 ** 11 + 1, [2 ** 11, 1]),
+    (torch.float32, 2 ** 21 + 1, 2, [1, 1])])
+def test_cross_entropy_takes_as_many_rows_as_fit_and_4096_in_fp16(dtype, words, rows, taken):
+    """FP16 sums of more rows' gradients would grow too large."""
+    found = []
+
+    def middle(logits, targets):
+        assert len(targets) == len(logits)
+        found.append(len(logits))
+        return logits.new_zeros(()), logits
+
+    cross_entropy.Chunked.apply(torch.zeros(rows, 1, dtype=dtype), torch.zeros(words, 1),
+                                torch.zeros(rows, dtype=torch.int64), 1, middle)
+    assert found == taken
+
+
+@pytest.mark.parametrize("most, parts", [
+    (12, [(0, 2), (2, 4), (4, 5)]), (11, [(n, n + 1) for n in range(5)]), (60, [(0, 5)]),
+    (1, [(n, n + 1) for n in range(5)])])
+def test_as_many_queries_as_have_so_many_scores(most, parts, monkeypatch):
+    """Of five, on three keys: of two sequences, or of two heads of one."""
+    for name in ("SCORES", "PIECE"):
+        monkeypatch.setattr(indexer, name, most)
+    for found in (indexer.few_queries(5, torch.empty(1, 3, 7), 2), indexer.pieces(2, 5, 3)):
+        assert [(part.start, part.stop) for part in found] == parts
