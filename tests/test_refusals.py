@@ -23,6 +23,7 @@ from minids.costs.bill import Prices, api_price
 from minids.costs.decoding import cache_bytes_per_token
 from minids.costs.memory import Sharding
 from minids.evaluate import EvaluateArgs
+from minids.infer.generation import check_arguments
 from minids.infer.sampling import COLDEST
 from minids.infer.validation import attention_recall, windows
 from minids.lab import bench_decoding, grading
@@ -252,6 +253,13 @@ def sized(limit: int) -> None:
                           replace(Limits(), body=limit)))
 
 
+def asked(**changed) -> None:
+    """Ask a model of 64 tokens and 48 positions, with a module that drafts, to go on behind two."""
+    usual = dict(prompts=[[1, 2], [3]], max_new_tokens=4, temperature=0.0, top_k=0, top_p=1.0,
+                 speculative=0)
+    check_arguments(replace(LITTLE, n_mtp_layers=2), **usual | changed)
+
+
 COUNT = count_parameters(LITTLE)
 NEEDED = 16 * (COUNT.total + COUNT.mtp)
 # A call, the last number that it takes, the next one that it does not take, and what it then says
@@ -291,6 +299,18 @@ EDGES = {
     "bench, decode_batch": (lambda n: on_bench(decode_batch=n), 12, 13, "decode_batch = 13"),
     "other texts": (lambda n: bench_decoding.require_same_text([1] * 16, [2] * n + [1] * (16 - n)),
                     2, 3, "3 of 16 texts differ"),
+    "new tokens": (lambda n: asked(max_new_tokens=n), 1, 0, "max_new_tokens = 0"),
+    "temperature": (lambda n: asked(temperature=n), 0.0, -1e-9, "temperature = -1e-09"),
+    "hottest": (lambda n: asked(temperature=n), 1e300, float("inf"), "temperature = inf"),
+    "top_k": (lambda n: asked(top_k=n), 0, -1, "top_k = -1"),
+    "top_p": (lambda n: asked(top_p=n), 1e-300, 0.0, "top_p = 0.0"),
+    "whole top_p": (lambda n: asked(top_p=n), 1.0, 1.001, "top_p = 1.001"),
+    "drafts": (lambda n: asked(speculative=n), 0, -1, "speculative = -1"),
+    "first token": (lambda n: asked(prompts=[[1], [n]]), 0, -1, "token -1 .* 0 to 63"),
+    "last token": (lambda n: asked(prompts=[[n], [1]]), 63, 64, "token 64 .* 0 to 63"),
+    "positions": (lambda n: asked(max_new_tokens=n), 46, 47, "2 tokens and max_new_tok"),
+    "positions of drafts": (lambda n: asked(max_new_tokens=n, speculative=3), 42, 43,
+                            "max_new_tokens = 43 and 4 of drafts are"),
     "cache": (lambda n: Transformer(LITTLE).context(torch.zeros(1, n, dtype=torch.int64)), 48, 49,
               "49 tokens are too many"),
 }

@@ -178,3 +178,11 @@ def test_optimizers_take_over_what_was_saved_by_name():
         "step", "exp_avg", "exp_avg_sq", "momentum"}
     for name, state in found.items():
         assert torch.equal(state, saved[name]) and state.dtype == saved[name].dtype
+
+
+def test_data_ranks_are_numbered_replica_by_replica():
+    ranks = [Ranks(SimpleNamespace(fsdp=3), None, SimpleNamespace(
+        get_local_rank=dict(replicate=replica, fsdp=place, pipeline=7).__getitem__), None)
+        for replica in range(2) for place in range(3)]
+    assert [each.data_rank for each in ranks] == [0, 1, 2, 3, 4, 5]
+    assert {each.pipeline_rank for each in ranks} == {7}
