@@ -15,9 +15,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from minids import kernels
-from minids.kernels import experts, muon, precision
+from minids.kernels import attention, cross_entropy, experts, muon, precision
 from minids.kernels.registry import REGISTRY, recorded, using
 from minids.model import moe as plain
+from minids.model.mla import attention as plain_attention
 from minids.runs.optimizers import Muon, orthogonalise
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -202,6 +203,44 @@ def test_a_gpu_s_forms_in_torch_s_operations_are_the_cpu_s(monkeypatch):
         found = muon.times_and_more(x.as_subclass(form), own, 1.7).as_subclass(Tensor)
         torch.testing.assert_close(found, 1.7 * x + poly @ x)
         assert torch.equal(own, poly) == (form is Tensor)  # which of the two forms it was
+
+
+@pytest.mark.parametrize("body, queries", [
+    (attention.unequal_widths, 12), (attention.in_parts, 9), (attention.in_parts, 12)])
+def test_what_a_gpu_s_attention_is_asked_for_is_attention(body, queries, monkeypatch):
+    """cuDNN's kernel stands here in the words of its documentation."""
+    def cudnn(q, k, v, bias, with_sums, dropout, causal, debug, *, scale):
+        assert (bias, dropout, debug) == (None, 0.0, False)
+        scores = q @ k.mT * scale
+        if causal:
+            scores = scores.masked_fill(~attention.causal(q.size(2), k.size(2)), float("-inf"))
+        return scores.softmax(-1) @ v, scores.logsumexp(-1) if with_sums else None
+
+    torch.manual_seed(0)
+    ops = SimpleNamespace(aten=SimpleNamespace(_scaled_dot_product_cudnn_attention=cudnn))
+    monkeypatch.setattr(attention, "torch", SimpleNamespace(**vars(torch) | dict(ops=ops)))
+    q, k, v = (torch.randn(2, n, 3, width, dtype=torch.float64)
+               for n, width in ((queries, 16), (12, 16), (12, 8)))
+    found = body(*(t.as_subclass(OnGpu) for t in (q, k, v)), None, 0.3).as_subclass(Tensor)
+    torch.testing.assert_close(found, plain_attention.plain(q, k, v, None, 0.3))
+
+
+def test_a_gpu_s_kernel_stands_between_the_head_s_products(monkeypatch):
+    def louder(logits, targets):
+        loss, grad = cross_entropy.loss_and_gradient(logits, targets)
+        return 3 * loss, 5 * grad
+
+    stub = SimpleNamespace(loss_and_gradient=louder)
+    monkeypatch.setitem(sys.modules, "minids.kernels.triton_cross_entropy", stub)
+    monkeypatch.setattr(kernels, "triton_cross_entropy", stub, raising=False)
+    torch.manual_seed(0)
+    x, weight = (torch.randn(*size, requires_grad=True) for size in ((2, 3, 4), (7, 4)))
+    targets, found = torch.randint(7, (2, 3)), []
+    for body in (cross_entropy.chunked, cross_entropy.chunked_on_gpu):
+        loss = body(x, weight, targets, 5)
+        found.append((loss, *torch.autograd.grad(loss, (x, weight))))
+    for own, theirs, times in zip(*found, (3, 5, 5), strict=True):
+        torch.testing.assert_close(theirs, times * own)
 
 
 def test_a_slot_without_a_pair_changes_nothing(monkeypatch):
