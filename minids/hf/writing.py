@@ -142,8 +142,7 @@ def replacing(folder: Path, replaced: str) -> Iterator[Path]:
     temp, aside = folder.with_name(f".tmp_{folder.name}"), aside_of(folder)
     marker = marker_of(folder)
     try:
-        if marker.exists():  # a save was killed between two renames
-            put_back(aside, folder)
+        put_back(aside, folder)  # of a save that was killed: `check_target` found no other
         for left in (temp, folder.with_name(f".tmp_removed_{aside.name}")):
             shutil.rmtree(left, ignore_errors=True)  # left by a killed save
         temp.mkdir()
@@ -164,7 +163,7 @@ def replacing(folder: Path, replaced: str) -> Iterator[Path]:
             "could not be written, and nothing there was changed")
         raise OSError(f"{folder} {problem}: {reason}") from error
     finally:
-        put_back(aside, folder)  # it is a save's own: `check_target` found no other
+        put_back(aside, folder)
         shutil.rmtree(temp, ignore_errors=True)
         marker.unlink(missing_ok=True)
 

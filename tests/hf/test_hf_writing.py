@@ -272,6 +272,8 @@ def torn(save, folder: Path, killed: bool) -> list[str]:
                 lost.append(f"call {stop_at}: {hf.reading.aside_of(folder)} is left behind")
             save_over(scrambled(V2, dtype=torch.float32), folder)
             assert sorted(p.name for p in folder.parent.iterdir()) == [folder.name, "start"]
+            if (folder / "README.md").read_text() != "mine":
+                lost.append(f"call {stop_at}: the next save loses the other file")
         except ValueError as error:
             lost.append(f"call {stop_at}: {error}")
     raise AssertionError("the save did not end within 80 calls")
