@@ -59,6 +59,10 @@ EQUIVALENT: dict[str, set[tuple[str, str, str]]] = {
          'tokens = torch.empty(rows, seq_len, dtype=torch.int64, device="meta")',
          "tokens = (torch.empty(seq_len, rows, dtype=torch.int64, device='meta'))"),
     },
+    "the second of two dimensions is the last": {
+        ("minids/apply/fp8.py", "x1, x3 = up(x).chunk(2, dim=-1)",
+         "x1, x3 = up(x).chunk(2, dim=(1))"),
+    },
     "any number below 0 stands for no row": {
         ("minids/infer/batch.py", "row: int = -1", "row: int = -(2)"),
     },
