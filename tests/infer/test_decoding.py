@@ -1,11 +1,13 @@
-"""Steps of a GPU are read when the next one is under way."""
+"""How steps of decoding are run, read and timed."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import LITTLE, scrambled
 
-from minids.infer import decoding
+from minids.apply.graphs import Steps
+from minids.infer import decoding, generation
 
 
 class OnGpu(torch.Tensor):
@@ -42,3 +44,21 @@ def test_a_gpu_s_step_is_read_one_late_and_waited_for(count, monkeypatch):
 def test_a_cpu_s_step_is_read_at_once():
     steps = (torch.tensor([number]) for number in range(3))
     assert list(decoding.one_step_late(steps)) == [[0], [1], [2]]
+
+
+def test_a_graph_s_step_leaves_room_for_the_token_that_it_adds_and_for_drafts():
+    session = SimpleNamespace(static=True, cache=SimpleNamespace(latents=torch.empty(1, 1, 20, 1)),
+                              model=SimpleNamespace(head=torch.nn.Linear(1, 1)))
+    generator = torch.Generator()
+    for drafts, most in ((0, 19), (2, 17)):
+        made = decoding.Session.steps(session, print, generator, drafts)
+        assert isinstance(made, Steps) and (made.most, made.generator) == (most, generator)
+    session.static = False
+    assert decoding.Session.steps(session, print, None) is print
+
+
+def test_a_generation_takes_the_time_from_its_prompts_to_its_end(monkeypatch):
+    clock = iter((5.0, 7.5))
+    monkeypatch.setattr(generation.time, "perf_counter", lambda: next(clock))
+    done = generation.generate(scrambled(LITTLE), [[1, 2], [3]], 5)
+    assert (done.seconds, done.tokens_per_second, done.prompt_tokens) == (2.5, 4.0, 3)

@@ -171,3 +171,21 @@ def test_of_all_that_find_an_error_one_tells(first, then, monkeypatch, undisturb
         ends.append(end.type)
     assert ends == [ValueError, SystemExit]
     assert undisturbed == [(team.signal.SIGTERM, team.signal.SIG_IGN)] * 2
+
+
+@pytest.mark.parametrize("rank, here, agent, listens, start", [
+    (0, 2, False, True, 3), (1, 2, False, False, 3), (0, 2, True, False, 3),
+    (0, 1, False, True, 0)])
+def test_rank_0_listens_unless_torchrun_does(rank, here, agent, listens, start, monkeypatch):
+    """Each start on one machine has names of its own; several machines do not count alike."""
+    asked, set_to = [], []
+    monkeypatch.setattr(team, "meeting_address", lambda: ("host", 7))
+    monkeypatch.setattr(team, "wait_for_answer", lambda *address: asked.append(address))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", str(agent))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "3")
+    monkeypatch.setattr(dist, "TCPStore", lambda *where, **how: SimpleNamespace(
+        made=(where, how), set_timeout=set_to.append))
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: (prefix, store.made))
+    assert team.meeting_place(rank, 2, here) == (f"minids/{start}", (
+        ("host", 7, 2), dict(is_master=listens, timeout=team.MEETING)))
+    assert set_to == [team.WAITING] and asked == [("host", 7)] * (not listens)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from minids.parallel import serving, validation
+from minids.parallel import serving, sharding, validation
 from minids.parallel.gradients import norm, scale
 from minids.parallel.ranks import Ranks
+from minids.parallel.sharding import expect
 from minids.parallel.shards import own_part
 from minids.rl.over_ranks import ReinforcerOverRanks
 from minids.runs.optimizers import build_optimizers
@@ -186,3 +187,32 @@ def test_data_ranks_are_numbered_replica_by_replica():
         for replica in range(2) for place in range(3)]
     assert [each.data_rank for each in ranks] == [0, 1, 2, 3, 4, 5]
     assert {each.pipeline_rank for each in ranks} == {7}
+
+
+@pytest.mark.parametrize("replicate, found", [(1, ""), (2, "replicate ")])
+def test_replicas_are_a_dimension_of_the_mesh_where_there_are_several(replicate, found):
+    dense, sparse = ({name: name, ("replicate", name): f"replicate {name}"}
+                     for name in ("fsdp", "expert_fsdp"))
+    ranks = Ranks(SimpleNamespace(replicate=replicate), None, dense, sparse)
+    assert ranks.shards() == f"{found}fsdp" and ranks.shards(experts=True) == f"{found}expert_fsdp"
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_gradients_travel_in_a_step_s_last_backward_pass(last, monkeypatch):
+    class Unit(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.told = []
+
+        def __getattr__(self, name):
+            if name.startswith("set_"):
+                return lambda value, recurse=None: self.told.append((name, value, recurse))
+            return super().__getattr__(name)
+
+    monkeypatch.setattr(sharding, "FSDPModule", Unit)
+    model = nn.Sequential(Unit(), nn.Sequential(Unit()))
+    expect(model, last)
+    for unit in (model[0], model[1][0]):
+        assert unit.told == [
+            ("set_is_last_backward", last, None), ("set_requires_gradient_sync", last, False),
+            ("set_reshard_after_backward", last, False)]
