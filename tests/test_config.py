@@ -5,6 +5,7 @@ from dataclasses import FrozenInstanceError, fields, replace
 import pytest
 
 from minids.config import ModelArgs
+from minids.costs import count_parameters
 
 NAMES = ("vocab_size dim n_layers n_dense_layers inter_dim moe_inter_dim n_routed_experts "
          "n_shared_experts n_activated_experts n_expert_groups n_limited_groups score_func "
@@ -57,10 +58,27 @@ def test_released_presets_have_the_published_dimensions(name):
 
 
 def test_every_released_preset_is_in_the_table_and_a_wrong_one_is_caught():
-    own = {"tiny", "deep", "nano", "micro", "small", "gpu-24gb", "gpu-80gb"}
-    assert set(PUBLISHED) == set(STRETCHED) == set(ModelArgs.presets()) - own
+    assert set(PUBLISHED) == set(STRETCHED) == set(ModelArgs.presets()) - set(OURS)
     wrong = replace(ModelArgs.preset("v3"), route_scale=1.0, n_limited_groups=3)
     assert deviations(wrong, PUBLISHED["v3"]) == ["n_limited_groups", "route_scale"]
+
+
+OURS = {  # parameters in all, of a token, of MTP; longest sequence, slowest rotation, first weights
+    "tiny": (5_628_440, 3_858_968, 1_137_992, 1024, 1e4, 0.006),
+    "deep": (17_702_264, 8_854_904, 1_137_992, 1024, 1e4, 0.006),
+    "nano": (595_556, 583_268, 47_188, 256, 1e4, 0.006),
+    "micro": (226_184, 152_456, 0, 256, 100, 0.1),
+    "small": (1_040_330_208, 214_576_608, 69_867_168, 4096, 1e4, 0.006),
+    "gpu-24gb": (706_293_936, 221_851_824, 0, 4096, 1e4, 0.006),
+    "gpu-80gb": (3_194_216_800, 772_006_240, 0, 4096, 1e4, 0.006)}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_our_own_presets_have_the_sizes_that_runs_and_pages_rest_on(name):
+    args = ModelArgs.preset(name)
+    count = count_parameters(args)
+    assert (count.total, count.active, count.mtp, args.max_seq_len, args.rope_theta,
+            args.init_std) == OURS[name]
 
 
 def test_layers_and_yarn_follow_from_the_fields():

@@ -243,6 +243,11 @@ def test_large_whole_numbers_must_be_equal():
         "exactly"]
 
 
+def test_a_whole_number_that_no_float_holds_is_a_number_all_the_same():
+    [told] = problems(lambda: 2 ** 1024 - 1, [((), 1.0, "")])
+    assert told == "<lambda>() gives int instead of 1.0"
+
+
 def test_the_first_difference_of_long_lists_is_named():
     wanted = [False] * 4 + [True] * 30
     assert problems(lambda: [True] * 34, [((), wanted, "hint")]) == [

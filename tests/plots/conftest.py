@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from minids.plots import style
 
@@ -53,11 +54,11 @@ def look(figure) -> str:
     """Return a digest of what a figure looks like, without what matplotlib itself decides."""
     seen = [plain(figure.get_size_inches()), [traits(text) for text in figure.texts]]
     for ax in figure.axes:
-        legend = ax.get_legend()
+        texts = [text for text in ax.get_children() if isinstance(text, Text)]  # titles, too
+        texts += [ax.xaxis.label, ax.yaxis.label]
         seen += [plain([ax.get_xlim(), ax.get_ylim(), ax.get_xscale(), ax.get_yscale()]),
-                 [part.get_text() for part in (ax.title, ax.xaxis.label, ax.yaxis.label)],
-                 [text.get_text() for text in legend.get_texts()] if legend else None]
-        seen += [traits(artist) for kind in ("lines", "patches", "texts", "collections", "images")
+                 [traits(text) for text in texts]]
+        seen += [traits(artist) for kind in ("lines", "patches", "collections", "images")
                  for artist in getattr(ax, kind)]
     return digest(seen)
 
@@ -69,12 +70,18 @@ def frame(figure) -> str:
         grid = ax.get_subplotspec() and ax.get_subplotspec().get_gridspec()
         seen += [[grid.get_width_ratios(), grid.get_height_ratios()] if grid else None]
         for axis in (ax.xaxis, ax.yaxis):
-            flags = axis.get_tick_params()
-            seen += [plain(axis.get_ticklocs()), [t.get_text() for t in axis.get_ticklabels()],
-                     axis.get_visible(), sorted((name, plain(flags[name])) for name in flags)]
+            flags, lines = axis.get_tick_params(), axis.get_gridlines()
+            seen += [plain(axis.get_ticklocs()), axis.get_visible(),
+                     lines[0].get_color() if lines else None,
+                     sorted((name, plain(flags[name])) for name in flags),
+                     [[t.get_text(), t.get_color(), t.get_fontsize()]
+                      for t in axis.get_ticklabels()]]
+        seen += [[(name, spine.get_visible(), plain(spine.get_edgecolor()))
+                  for name, spine in sorted(ax.spines.items())]]
     legends = [ax.get_legend() for ax in figure.axes if ax.get_legend()] + figure.legends
     seen += [[legend.get_title().get_text(), legend._ncols, str(legend._loc), legend.handlelength,
-              [text.get_text() for text in legend.get_texts()]] for legend in legends]
+              legend.get_frame_on(), [[text.get_text(), text.get_fontsize(), text.get_color()]
+                                      for text in legend.get_texts()]] for legend in legends]
     return digest(seen)
 
 
