@@ -63,6 +63,11 @@ EQUIVALENT: dict[str, set[tuple[str, str, str]]] = {
         ("minids/apply/fp8.py", "x1, x3 = up(x).chunk(2, dim=-1)",
          "x1, x3 = up(x).chunk(2, dim=(1))"),
     },
+    "both lists have a number for each rank": {
+        ("minids/parallel/measuring.py",
+         "return first.nbytes * (len(others[1]) - 1) // len(others[1]) if others[1] else 0",
+         "return first.nbytes * (len(others[1]) - 1) // len(others[(2)]) if others[1] else 0"),
+    },
     "any number below 0 stands for no row": {
         ("minids/infer/batch.py", "row: int = -1", "row: int = -(2)"),
     },

@@ -1,14 +1,17 @@
 """A rank's part of a parameter, of a gradient and of validation text, without ranks."""
 
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import LITTLE
 from torch import nn
 
 from minids.parallel import serving, sharding, validation
 from minids.parallel.gradients import norm, scale
+from minids.parallel.model import ParallelModel
 from minids.parallel.ranks import Ranks
 from minids.parallel.sharding import expect
 from minids.parallel.shards import own_part
@@ -216,3 +219,21 @@ def test_gradients_travel_in_a_step_s_last_backward_pass(last, monkeypatch):
         assert unit.told == [
             ("set_is_last_backward", last, None), ("set_requires_gradient_sync", last, False),
             ("set_reshard_after_backward", last, False)]
+
+
+@pytest.mark.parametrize("biases", [True, False])
+def test_gate_biases_of_all_layers_stand_in_order(biases, monkeypatch):
+    """Of five layers, the first is dense; this rank has the first, the third and the last."""
+    summed = []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda x, group: summed.append(group))
+    args = replace(LITTLE, n_layers=4, n_dense_layers=1, n_mtp_layers=1, gate_bias=biases)
+    own = {n: torch.full((args.n_routed_experts,), float(n)) if biases else None for n in (2, 4)}
+    blocks = [SimpleNamespace(is_moe=False)] + [
+        SimpleNamespace(is_moe=True, layer=layer, ffn=SimpleNamespace(gate=SimpleNamespace(
+            bias=bias))) for layer, bias in own.items()]
+    ranks = SimpleNamespace(device=torch.device("cpu"), dense=SimpleNamespace(get_group=str))
+    made = SimpleNamespace(args=args, ranks=ranks, parts=[
+        SimpleNamespace(blocks=lambda: blocks[:2]), SimpleNamespace(blocks=lambda: blocks[2:])])
+    found = ParallelModel.gate_biases(made)
+    assert [row.unique().tolist() for row in found] == ([[0], [2], [0], [4]] if biases else [])
+    assert summed == ["pipeline"]
