@@ -60,6 +60,8 @@ EQUIVALENT: dict[str, set[tuple[str, str, str]]] = {
          "tokens = (torch.empty(seq_len, rows, dtype=torch.int64, device='meta'))"),
     },
     "the second of two dimensions is the last": {
+        ("minids/kernels/experts.py", "parts = [part * own.unsqueeze(-1) for part, own",
+         "parts = [part * own.unsqueeze((1)) for part, own"),
         ("minids/apply/fp8.py", "x1, x3 = up(x).chunk(2, dim=-1)",
          "x1, x3 = up(x).chunk(2, dim=(1))"),
     },

@@ -324,3 +324,9 @@ def test_a_reply_moves_the_mean_time_by_a_tenth_of_the_difference(monkeypatch):
     monkeypatch.setattr(module.time, "monotonic", lambda: reply.job.arrived + 21)
     serve(batch, [reply])
     assert batch.seconds == pytest.approx(1 + (21 - 1) / 10)
+
+
+def test_a_step_reads_as_many_tokens_of_prompts_as_it_may():
+    batch = Batch(scrambled(LITTLE, dtype=torch.float32), 3, 48, chunk=4)
+    serve(batch, [Reply([7] * length, 5, i) for i, length in enumerate((3, 5, 2))])
+    assert [step.read for step in batch.log if step.read] == [{0: 3, 1: 1}, {1: 4}, {2: 2}]
