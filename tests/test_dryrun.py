@@ -17,7 +17,7 @@ from minids.costs.serving import block_bytes, held
 from minids.dryrun import DryRunArgs, Rank, Report, dry_run, main, model_rows
 from minids.parallel import sharding
 from minids.parallel.layout import SCHEDULES, Layout
-from minids.parallel.measuring import for_each_rank
+from minids.parallel.measuring import Footprint, Measured, for_each_rank
 from minids.parallel.schedules import bubble, most_stored, orders
 
 NANO = replace(ModelArgs.preset("nano"), n_layers=3, n_routed_experts=8, n_mtp_layers=1)
@@ -159,6 +159,21 @@ def test_deep_stages_are_those_of_every_layer(layout, gpus, monkeypatch):
         assert short._replace(peak=0, kept=0) == long._replace(peak=0, kept=0)
         assert short.kept == pytest.approx(long.kept, rel=1e-3)  # counts of the loads of all layers
         assert short.peak == pytest.approx(long.peak, rel=0.01)  # rotations of more layers
+
+
+@pytest.mark.parametrize("layers, ran", [(1, {1}), (2, {2}), (3, {2, 3}), (50, {2, 3})])
+def test_of_many_equal_layers_two_and_three_are_run(layers, ran, monkeypatch):
+    found = set()
+
+    def run(self, ranks, kind) -> Footprint:
+        found.add(kind.dense)
+        return Footprint(*[10 * kind.dense + 1] * len(Footprint._fields))._replace(peak=1000)
+
+    monkeypatch.setattr(Measured, "run", run)
+    args = replace(NANO, n_layers=layers, n_dense_layers=layers)
+    whole = Measured(args, None).stage(SimpleNamespace(layout=Layout().fitted(1)), 0)
+    assert found == ran and set(whole._replace(peak=0)) == {10 * layers + 1, 0}
+    assert whole.peak == 1000
 
 
 def test_schedules():
