@@ -353,6 +353,7 @@ class There(torch.Tensor):
 
 
 A, B, C = (torch.full((2, 2), float(n)) for n in range(3))
+KEYS = torch.full((3, 5, 2), 3.0)
 GATE = SimpleNamespace(bias=B, args=SimpleNamespace(
     n_activated_experts=3, n_expert_groups=5, n_limited_groups=2))
 HANDED = {
@@ -367,8 +368,8 @@ HANDED = {
              ("choose", A, B, 3, 5, 2)),
     "balance": (lambda: routing.balance_in_one_pass(SimpleNamespace(scores=A), GATE.args),
                 "triton_balance", ("Balance", A, 3)),
-    "scores": (lambda: indexer.scores_in_one_kernel(A, B, C), "triton_indexer",
-               ("scores", A, B, C, 2)),
+    "scores": (lambda: indexer.scores_in_one_kernel(A, B, KEYS), "triton_indexer",
+               ("scores", A, B, KEYS, 5)),
 }
 
 
