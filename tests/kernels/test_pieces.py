@@ -4,6 +4,9 @@ import pytest
 import torch
 
 from minids.kernels import cross_entropy, indexer
+from minids.model.sparse_attention import indexer_loss
+
+BF16, F32 = torch.bfloat16, torch.float32
 
 
 @pytest.mark.parametrize("dtype, words, rows, taken", [
@@ -34,3 +37,19 @@ def test_as_many_queries_as_have_so_many_scores(most, parts, monkeypatch):
         monkeypatch.setattr(indexer, name, most)
     for found in (indexer.few_queries(5, torch.empty(1, 3, 7), 2), indexer.pieces(2, 5, 3)):
         assert [(part.start, part.stop) for part in found] == parts
+
+
+def test_gradients_of_an_indexer_s_pieces_add_up_in_fp32(monkeypatch):
+    """And are rounded once, to the type of what learns; here a piece is one query."""
+    monkeypatch.setattr(indexer, "SCORES", 1)
+    torch.manual_seed(0)
+    own = [torch.randn(1, 24, 2, 4), torch.randn(1, 24, 2), torch.randn(1, 24, 4)]
+    own = [t.to(kind) for t, kind in zip(own, (BF16, F32, BF16), strict=True)]
+    q, k = torch.randn(2, 1, 24, 1, 4)
+    found = []
+    for learning in (own, [t.float() for t in own]):
+        learning = [t.requires_grad_() for t in learning]
+        loss = indexer_loss(*learning, q, k, None, 0.5)
+        found.append(torch.autograd.grad(loss, learning))
+    for rounded, whole in zip(*found, strict=True):
+        assert torch.equal(rounded, whole.to(rounded.dtype))
