@@ -62,3 +62,11 @@ def test_a_generation_takes_the_time_from_its_prompts_to_its_end(monkeypatch):
     monkeypatch.setattr(generation.time, "perf_counter", lambda: next(clock))
     done = generation.generate(scrambled(LITTLE), [[1, 2], [3]], 5)
     assert (done.seconds, done.tokens_per_second, done.prompt_tokens) == (2.5, 4.0, 3)
+
+
+def test_prompts_are_read_whole_or_on_a_gpu_in_pieces(monkeypatch):
+    tokens = torch.empty(4, 9000)
+    assert decoding.piece(tokens) == 9000
+    monkeypatch.setattr(decoding, "graphed", lambda device: True)
+    assert [decoding.piece(tokens[:rows]) for rows in (1, 4)] == [2 ** 15, 2 ** 13]
+    assert decoding.piece(torch.empty(129, 9000)) == 256  # and no shorter ones

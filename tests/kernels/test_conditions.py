@@ -126,10 +126,10 @@ def session(**changed) -> SimpleNamespace:
     return SimpleNamespace(**dict(cache=cache, absorbed=True) | changed)
 
 
-def experts_of(**more) -> SimpleNamespace:
-    """A MoE layer's experts, of 32 by 64."""
+def experts_of(dim: int = 64, inside: int = 32, **more) -> SimpleNamespace:
+    """A MoE layer's experts."""
     return SimpleNamespace(experts=SimpleNamespace(
-        w1=torch.empty(2, 32, 64), w2=torch.empty(2, 64, 32), **more))
+        w1=torch.empty(2, inside, dim), w2=torch.empty(2, dim, inside), **more))
 
 
 INDEXED = dict(index_q=(1, 8, 128, 128), weights=(1, 8, 128), index_k=(1, 9, 128),
@@ -145,6 +145,7 @@ ON_A_GPU = {
     "experts": (
         *of_body(experts.weighted_inside, **ROUTED), [],
         [dict(device="cpu"), dict(dtype=F32), dict(moe=experts_of(product=None)),
+         dict(moe=experts_of(60)), dict(moe=experts_of(inside=28)),
          dict(moe=experts_of(from_tokens=None, in_kernels=lambda x: False))]),
     "experts in FP8": (
         *of_body(experts.weighted_inside, **ROUTED | dict(
@@ -384,3 +385,38 @@ def test_a_kernel_is_handed(call, kernels, wanted, monkeypatch):
     assert len(given) == len(wanted)
     for mine, due in zip(given, wanted, strict=True):
         assert torch.equal(mine, due) if isinstance(due, torch.Tensor) else mine == due
+
+
+@pytest.mark.parametrize("groups", [None, "groups"])
+@pytest.mark.parametrize("function, form, kind", [
+    (fp8.multiply, "product", "BlockWise128x128"),
+    (fp8.multiply_over_tokens, "over_tokens", "BlockWise1x128")])
+def test_one_matrix_in_fp8_goes_to_torch_s_kernel_and_several_to_ours(function, form, kind, groups,
+                                                                     monkeypatch):
+    """On Hopper; torch's takes the matrix out of its stack, where it is one."""
+    def note(name: str):
+        return lambda *given: (noted.append((name, *given)), A)[1]
+
+    noted, matrix, scale = [], (B, "no more"), (C, "no more")
+    monkeypatch.setattr(fp8, "on_hopper", lambda x: x is A)
+    monkeypatch.setattr(fp8, "scaled_mm", note("torch"))
+    monkeypatch.setattr(fp8, "products", lambda x: SimpleNamespace(**{form: note("ours")}))
+    function(A, "scale", matrix, scale, 3, 5, BF16, groups)
+    if groups:
+        assert noted == [("ours", A, "scale", matrix, scale, 3, 5, BF16, groups)]
+    elif form == "product":
+        [(name, *given)] = noted
+        assert (name, given[4]) == ("torch", getattr(torch.nn.functional.ScalingType, kind))
+        assert given[0] is A and given[2] is B and given[3] is C
+        assert (given[1], *given[5:]) == ("scale", 3, 5, BF16)
+    else:
+        wanted = getattr(torch.nn.functional.ScalingType, kind)
+        assert noted == [("torch", A, "scale", matrix, scale, wanted, 3, 5, BF16)]
+
+
+@pytest.mark.parametrize("rows, dtype, off", [(1, BF16, True), (2, BF16, False), (1, F32, False)])
+def test_onednn_has_no_part_in_a_product_of_a_single_row(rows, dtype, off):
+    before = torch.backends.mkldnn.enabled
+    with few_tokens.own_products(torch.empty(rows, 4, dtype=dtype)):
+        assert torch.backends.mkldnn.enabled == (before and not off)
+    assert torch.backends.mkldnn.enabled == before
