@@ -31,7 +31,6 @@ def mtp_drawing(args: ModelArgs):
     page = Drawing(494, titles.get(args.n_mtp_layers, "Each MTP module looks one token further "
                                    "than the one before"))
     columns = {0: [400], 1: [200, 540], 2: [112, 376, 648]}[modules]
-    hidden = None
     for k, x in enumerate(columns):
         page.text(x, 52, f"MTP module {k}" if k else "the model")
         page.label(x, 68, ["predicts the next token", "predicts the token after next",
@@ -54,12 +53,11 @@ def mtp_drawing(args: ModelArgs):
             page.arrow(right.top, (right.x, join.bottom[1]))
             page.arrow(embed.top, right.bottom)
             page.arrow(join.top, block.bottom)
-            page.arrow(hidden, (x - 118, 170), (x - 118, 356), left.left, colour=MTP)
+            page.arrow((columns[k - 1], 170), (x - 118, 170), (x - 118, 356), left.left, colour=MTP)
         else:
             block = page.box(x, 301, 150, 140, f"{args.n_layers} blocks", ACTIVE)
             page.arrow(embed.top, block.bottom)
         page.arrow(block.top, norm.bottom)
-        hidden = (x, 170)
     if modules == 1:
         page.label(348, 160, "hidden states")
         page.label(348, 181, f"(B, S, {args.dim:,})")

@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import minids
+from minids.base import files
 from minids.base.files import read_json, write_json, write_whole
 
 
@@ -88,3 +90,16 @@ def test_every_text_file_is_opened_with_its_encoding_stated():
     ("p.write_text(text, encoding='utf-8')", False), ("run(words, text=True)", True)])
 def test_a_text_file_without_encoding_is_noticed(call, wrong):
     assert bool(without_encoding(call)) is wrong
+
+
+@pytest.mark.parametrize("removed", [False, True])
+def test_a_lock_is_given_back_whatever_happens(removed, tmp_path, monkeypatch):
+    """Also one whose file its last owner removed in between, which is then taken again."""
+    made, there = [], iter([not removed, True])
+    monkeypatch.setattr(files, "FileLock", lambda *given, **named: made.append(
+        FileLock(*given, **named)) or made[-1])
+    lock = type("Lock", (type(tmp_path),), dict(exists=lambda path: next(there)))(tmp_path / "lock")
+    with pytest.raises(KeyError), files.holding(lock):
+        assert made[0].is_locked and made[0].lock_counter == 1
+        raise KeyError
+    assert len(made) == 1 and not made[0].is_locked and [*tmp_path.iterdir()] == []

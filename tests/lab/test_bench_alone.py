@@ -57,11 +57,14 @@ def test_ranks_take_steps_of_the_program_only(settings, monkeypatch):
         replace(settings, what="program,decode")
 
 
-def test_program_table(settings):
+def test_program_table(settings, monkeypatch):
+    collected = []
+    monkeypatch.setattr(bench_alone.gc, "collect", lambda: collected.append(True))
     command = COMMAND.format(data=settings.data)
     both = f"{command}; {command} --dim 32"
     bench = Bench(replace(settings, command=both, steps_per_timing=2), NANO)
     row, narrow = rows(bench_alone.program_table, bench)
+    assert len(collected) == 2  # nothing of a command is left for the next
     assert narrow["train"] == f"{command} --dim 32" and narrow["first loss"] != row["first loss"]
     args = replace(ModelArgs.preset("nano"), n_layers=1)
     size = count_parameters(args).total + count_parameters(args).mtp

@@ -94,6 +94,13 @@ def test_the_notebook_around_the_exercises_stays(varied):
             ast.parse("".join(cell["source"]))
 
 
+def test_prose_asks_for_the_new_names(varied):
+    old, new = ("".join("".join(cell["source"]) for cell in json.loads(path.read_bytes())["cells"]
+                        if cell["cell_type"] == "markdown") for path in (FAST[1], varied(FAST[1])))
+    assert "`replacement`" in old and "`replacement`" not in new
+    assert f"`replacement_{SEED}`" in new
+
+
 def test_an_answer_of_another_year_is_named():
     told = grading.judge(exercises(FAST[0])[0], "def attention_numbers_2026(a):\n    return 1\n",
                          [], {})

@@ -338,6 +338,14 @@ def test_a_roofline_shows_floors_and_rates():
     assert list(taken[0].lines[0].get_xdata()) == [64_000, 2000, 200_000]
 
 
+def test_names_of_forms_stand_where_the_roof_leaves_room():
+    """The ridge is at 200 FLOPs per byte: from a quarter of that on, below their points."""
+    forms = {"far": (490.0, 10.0), "near": (510.0, 10.0), "above": (9000.0, 10.0)}
+    _, right = decoding.roofline_figure(forms, 2000.0, 10.0, "message").axes
+    assert [(text.xyann, text.get_ha()) for text in right.texts[1:]] == [
+        ((10, -6), "left"), ((6, -8), "left"), ((6, -42), "right")]
+
+
 def test_a_cache_is_written_in_bytes_and_in_time():
     figure = decoding.cache_figure({"MHA": 524e9, "MLA": 9.2e9}, 80e9, 3.35e12, "a message")
     assert [bar.get_width() for bar in figure.axes[0].patches] == [524, 9.2]

@@ -15,6 +15,7 @@ def test_throughput_figure_ends_each_line_where_memory_is_full():
         assert lines[::2] == list(POINTS.values())
         assert lines[1::2] == [[points[-1]] for points in POINTS.values()]
         assert ax.get_xscale() == ax.get_yscale() == "log"
+        assert [*ax.xaxis.get_minorticklocs(), *ax.yaxis.get_minorticklocs()] == []
     assert figure.get_label() == "two panels"
     assert collisions(figure) == [] == axes_without_a_unit(figure)
 

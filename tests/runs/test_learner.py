@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -41,6 +42,7 @@ from minids import train
 from minids.base.command_line import Stopped, run_program
 from minids.runs.checkpoints import load_weights, newest_checkpoint, save_checkpoint
 from minids.runs.optimizers import Muon, learning_rate_factor
+from minids.runs.signals import stopping
 from minids.text.loaders import PackedLoader
 from minids.train import Trainer
 
@@ -226,6 +228,16 @@ def test_second_signal_stops_at_once(tmp_path, flags, monkeypatch):
     said = run_train(*flags, "--out", str(tmp_path / "run"))
     assert said.status == 130 and newest_step(tmp_path / "run") == 3
     assert "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_signals_are_as_before_after_a_run_but_not_in_one_of_many_ranks(world):
+    learner = SimpleNamespace(stop_signal=0, team=SimpleNamespace(world=world, first=True))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with stopping(learner):
+        pass
+    after = {number: signal.signal(number, handler) for number, handler in before.items()}
+    assert (after == before) == (world == 1)
 
 
 def test_what_is_ignored_stays_ignored(tmp_path, flags, monkeypatch):

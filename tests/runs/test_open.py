@@ -13,7 +13,7 @@ import pytest
 import torch
 from small_models import LITTLE, random_tokens
 
-from minids.base.files import write_json
+from minids.base.files import sealed, write_json, write_whole
 from minids.config import ModelArgs
 from minids.hf import save_hf
 from minids.model.transformer import Transformer
@@ -122,6 +122,20 @@ def test_a_misfit_is_named_in_one_line(run, tmp_path, name):
         open_model(broken(run, tmp_path / "run", change))
     assert named in str(caught.value) and str(tmp_path / "run") in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("changed, refused", [({"steps": 7}, ""), ({"seed": 9}, "seed")])
+def test_a_resumed_run_may_differ_from_its_checkpoints_in_what_may_change(changed, refused,
+                                                                          tmp_path):
+    config = {"model": asdict(ModelArgs()), "train": asdict(TrainArgs(out=str(tmp_path)))}
+    save_checkpoint(tmp_path, 1, {"w": torch.zeros(1)}, {}, record=dict(config=config))
+    now = config | {"train": config["train"] | changed}
+    write_whole(tmp_path / "config.json", sealed(now))
+    if not refused:
+        assert read_config(tmp_path, "train", TrainArgs) | now == read_config(tmp_path)
+    else:
+        with pytest.raises(ValueError, match=f"config.json is damaged, changed.*{refused}"):
+            read_config(tmp_path, "train", TrainArgs)
 
 
 def test_a_run_of_another_program_is_refused(run):
