@@ -97,8 +97,8 @@ def test_the_notebook_around_the_exercises_stays(varied):
 def test_prose_asks_for_the_new_names(varied):
     old, new = ("".join("".join(cell["source"]) for cell in json.loads(path.read_bytes())["cells"]
                         if cell["cell_type"] == "markdown") for path in (FAST[1], varied(FAST[1])))
-    assert "`replacement`" in old and "`replacement`" not in new
-    assert f"`replacement_{SEED}`" in new
+    assert "`replacement(" in old and "`replacement(" not in new
+    assert f"`replacement_{SEED}(" in new
 
 
 def test_an_answer_of_another_year_is_named():
