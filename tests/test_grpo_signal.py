@@ -92,10 +92,11 @@ def test_a_rollout_without_any_end_has_no_gradient_and_no_signal(tmp_path):
 @pytest.mark.parametrize("told, reason", [
     (dict(groups_without_signal=0.75, groups_all_wrong=1.0), ""),
     (dict(groups_without_signal=1.0, groups_all_wrong=1.0, truncated=0.9), "ran into max_new"),
-    (dict(groups_without_signal=1.0, groups_all_wrong=1.0, truncated=0.2), "no reply is right"),
+    (dict(groups_without_signal=1.0, groups_all_wrong=1.0, truncated=0.5), "no reply is right"),
     (dict(groups_without_signal=1.0, groups_all_right=1.0), "every reply is right"),
     (dict(groups_without_signal=1.0, groups_all_right=1 / 3, groups_all_wrong=2 / 3), "all wrong"),
     (dict(groups_without_signal=1.0, groups_all_right=0.25), "weights of accuracy"),
+    (dict(groups_without_signal=1.0, groups_all_right=0.5, groups_all_wrong=0.499), "weights of"),
     (dict(groups_without_signal=1.0), "weights of accuracy")])  # of an earlier version
 def test_why_there_is_no_signal(told, reason):
     assert reason in why_no_signal(told) and bool(reason) == bool(why_no_signal(told))

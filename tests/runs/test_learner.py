@@ -40,6 +40,7 @@ from training_runs import (
 
 from minids import train
 from minids.base.command_line import Stopped, run_program
+from minids.runs import learner
 from minids.runs.checkpoints import load_weights, newest_checkpoint, save_checkpoint
 from minids.runs.optimizers import Muon, learning_rate_factor
 from minids.runs.signals import stopping
@@ -88,6 +89,17 @@ def test_a_step_tells_its_own_rate_and_not_that_of_indexers(home, tmp_path):
     first, *_, last = trainer.optimizers[0].param_groups
     first["peak_lr"], last["peak_lr"] = 0.25, 0.125
     assert trainer.train_step()["lr"] == 0.25 * learning_rate_factor(1, trainer.args)
+
+
+@pytest.mark.parametrize("threads, device, fixed", [
+    (0, "cpu", False), (2, "cpu", True), (0, "cuda", True)])
+def test_threads_that_a_user_has_chosen_stay(threads, device, fixed, home, tmp_path, monkeypatch):
+    trainer, seen = make_trainer(home, tmp_path, threads=threads, save_every=1), []
+    trainer.step, trainer.device = trainer.args.steps, torch.device(device)  # nothing is left to do
+    watch = SimpleNamespace(end=lambda: seen.append("end"))
+    monkeypatch.setattr(learner, "Threads", lambda fixed, say: seen.append(fixed) or watch)
+    trainer.train()
+    assert seen == [fixed, "end"]
 
 
 def test_killed_and_resumed_run_equals_an_unbroken_one(flags, unbroken, tmp_path):
@@ -232,9 +244,9 @@ def test_second_signal_stops_at_once(tmp_path, flags, monkeypatch):
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_signals_are_as_before_after_a_run_but_not_in_one_of_many_ranks(world):
-    learner = SimpleNamespace(stop_signal=0, team=SimpleNamespace(world=world, first=True))
+    stopped = SimpleNamespace(stop_signal=0, team=SimpleNamespace(world=world, first=True))
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    with stopping(learner):
+    with stopping(stopped):
         pass
     after = {number: signal.signal(number, handler) for number, handler in before.items()}
     assert (after == before) == (world == 1)

@@ -367,3 +367,14 @@ def test_group_check_notices(monkeypatch):
     adamw.param_groups[0]["params"].append(muon.param_groups[0]["params"][0])
     assert set(misplaced([adamw, muon], names, args)) == {
         names[id(muon.param_groups[0]["params"][0])]}
+
+
+@pytest.mark.parametrize("norm, factor", [
+    (0.9, 1.0), (0.999, 1.0), (1.0005, 1 / 1.0005), (4.0, 0.25)])
+def test_gradients_only_just_too_long_are_scaled_too(norm, factor):
+    layer = torch.nn.Linear(2, 2, dtype=WIDE)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    optim.scale_gradients(layer, {"grad_norm": norm}, 1.0)
+    for p in layer.parameters():  # torch adds 1e-6 to the norm
+        assert p.grad.flatten()[0].item() == pytest.approx(factor, abs=2e-6)
