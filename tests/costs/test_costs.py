@@ -1,5 +1,6 @@
 """The program `python -m minids.costs`: published figures are printed, mistakes are named."""
 
+import re
 import subprocess
 import sys
 
@@ -151,3 +152,41 @@ def test_models_without_modules_have_no_table_of_drafts(capsys):
     assert "Drafts, 90% accepted" in capsys.readouterr().out
     with pytest.raises(ValueError, match="acceptance = 1.5"):
         main(["--acceptance", "1.5"])
+
+
+# Tables of which each row stands for a step of a loop or an entry of a list.
+ROWS = {
+    "Cache": """MLA, BF16 70,272 1.00 8.58 GiB
+        MHA, as many heads, BF16 3,997,696 56.89 488.00 GiB
+        GQA, 8 groups, BF16 249,856 3.56 30.50 GiB
+        MQA, BF16 31,232 0.44 3.81 GiB
+        MLA, BF16, 62 layers with MTP 71,424 1.02 8.72 GiB
+        MLA, FP8, 656 a layer 40,016 0.57 4.88 GiB""",
+    "Drafts": """1 draft, batch 1 1.85 1.54 + 0.05 1.16
+        1 draft, batch 8 1.85 1.70 + 0.04 1.07
+        1 draft, batch 64 1.85 1.13 + 0.02 1.61
+        1 draft, batch 256 1.85 1.00 + 0.02 1.82
+        2 drafts, batch 1 2.57 2.06 + 0.11 1.19
+        2 drafts, batch 8 2.57 2.24 + 0.07 1.11
+        2 drafts, batch 64 2.57 1.14 + 0.04 2.17
+        2 drafts, batch 256 2.57 1.00 + 0.04 2.48""",
+    "Training bill": """250.46 GFLOPs a token; 39.0% of 989.5 TFLOPS; 2 USD an hour for each of \
+2,048 H800
+        14,800,000,000,000 tokens 2,668,230 5,336,460 54.3
+        each 1T of tokens 180,286 360,572 3.7""",
+    "V3's bill": """pre-training 2,664,000 5,328,000
+        context extension 119,000 238,000
+        post-training 5,000 10,000
+        all 2,788,000 5,576,000
+        pre-training, each 1T of tokens 180,000 360,000 3.7
+        pre-training ran at
+        386.5 TFLOPS, 39.1% of the peak, as counted here
+        385.8 TFLOPS, 39.0% of the peak, at the paper's 250 GFLOPs"""}
+
+
+def test_every_row_of_v3s_tables_is_printed(capsys):
+    tables = re.split(r"\n\n(?=\S)", printed(capsys, "--preset", "v3"))
+    for title, wanted in ROWS.items():
+        [rows] = (table.splitlines()[1:] for table in tables if table.startswith(title))
+        assert [" ".join(row.split()) for row in rows] == [
+            row.strip() for row in wanted.splitlines()], title
