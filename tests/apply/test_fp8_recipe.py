@@ -2,7 +2,9 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
+import pytest
 import torch
 from small_models import LITTLE, random_tokens, scrambled
 
@@ -114,3 +116,16 @@ def test_moments_rest_in_bf16_and_a_resumed_step_is_the_same():
         assert {m.dtype for m in moments} == {torch.bfloat16}
         assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("slots, into, out_of", [
+    ((None, None), "", ""), (("source", "slot"), "x", "y")])
+@pytest.mark.parametrize("rounded", [None, ("w1 and w3", "w2 alone")])
+def test_experts_fetch_tokens_and_add_up_results_where_slots_are_told(
+        slots, into, out_of, rounded, monkeypatch):
+    monkeypatch.setattr(kernels, "multiplied", lambda *given: given)
+    made = SimpleNamespace(w1=1, w2=2, w3=3, rounded=rounded)
+    up, down = ExpertsInFP8.products(made, "groups", slots)
+    first, second = rounded or (None, None)
+    assert up("rows") == ("rows", [1, 3], "groups", first, into, slots)
+    assert down("rows") == ("rows", [2], "groups", second, out_of, slots)

@@ -1,5 +1,6 @@
 """Damaged folders are refused by one line that names file and field, before a weight is read."""
 
+import json
 import os
 import re
 import shutil
@@ -14,7 +15,7 @@ from small_models import LITTLE
 
 from minids import hf
 from minids.costs import count_parameters
-from minids.hf import load_hf
+from minids.hf import load_hf, reading
 from minids.hf.__main__ import describe
 from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS
 
@@ -227,3 +228,13 @@ def test_the_description_is_right_and_reads_no_weight(healthy, monkeypatch):
         assert f" {number:,}" in said
     assert re.search(rf"^F32 +{count.total + count.mtp:,}$", said, re.MULTILINE)
     assert "F8_E4M3" in describe(healthy["fp8"])
+
+
+@pytest.mark.parametrize("listed, told", [
+    (["a", "b", "c"], "c is missing, and the index lists it"),
+    (["a"], "b is not one that the index lists there")])
+def test_a_shard_holds_what_the_index_lists(listed, told, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "read_header", lambda file: dict(a=None, b=None))
+    (tmp_path / INDEX).write_text(json.dumps(dict(weight_map=dict.fromkeys(listed, "f"))))
+    with pytest.raises(ValueError, match=f"tensor {told}"):
+        reading.read_headers(tmp_path)

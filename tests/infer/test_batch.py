@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -330,3 +331,14 @@ def test_a_step_reads_as_many_tokens_of_prompts_as_it_may():
     batch = Batch(scrambled(LITTLE, dtype=torch.float32), 3, 48, chunk=4)
     serve(batch, [Reply([7] * length, 5, i) for i, length in enumerate((3, 5, 2))])
     assert [step.read for step in batch.log if step.read] == [{0: 3, 1: 1}, {1: 4}, {2: 2}]
+
+
+def test_what_is_no_token_is_drafted_after_as_if_it_were_the_last(monkeypatch):
+    """Such a reply ends with an error; the others of its step go on."""
+    asked = []
+    monkeypatch.setattr(module, "draft", lambda jobs, logits: None)
+    made = SimpleNamespace(model=SimpleNamespace(args=LITTLE), slots=SimpleNamespace(
+        guess=lambda *given: asked.append(given)))
+    jobs = [SimpleNamespace(row=2, draft=-1), SimpleNamespace(row=3, draft=4)]
+    assert Batch.guess(made, jobs, [[5, LITTLE.vocab_size], [63]]) == []
+    assert asked == [(2, 4, [[5, LITTLE.vocab_size - 1], [63]], True)]
