@@ -68,10 +68,7 @@ class ReplyText:
         found = [at for at in map(self.held.find, self.stop) if at >= 0]
         if found:
             self.stopped = True
-            pieces = self.give(min(found))
-            self.held = ""
-            self.notes.clear()
-            return pieces
+            return self.give(min(found))
         return self.give(len(self.held) - longest_beginning(self.held, self.stop))
 
     def give(self, count: int) -> list[Piece]:

@@ -28,6 +28,7 @@ def test_it_has_the_question_the_exercises_and_the_summary(path):
     for exercise in found:
         assert f"<td>{exercise.number}</td><td><code>{exercise.name}</code></td>" in page
     assert len(re.findall("<li>", page[page.index("What to remember"):])) == 5
+    assert "<li><p>" not in page  # a single paragraph needs no room around it
     assert not re.search("[\ue000\ue001]", page)  # every formula was put back
     assert "$$" not in page and "http://" not in page and "<script" not in page
 

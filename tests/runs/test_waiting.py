@@ -50,6 +50,15 @@ def look(monkeypatch):
     return at
 
 
+def test_a_watcher_looks_until_its_process_ends(monkeypatch):
+    watcher, seen = Watcher(), []
+    monkeypatch.setattr(waiting, "EVERY", 0.0)
+    monkeypatch.setattr(watcher, "look", lambda: seen.append(True) or 1 / (3 - len(seen)))
+    with pytest.raises(ZeroDivisionError):
+        watcher.run()
+    assert len(seen) == 3
+
+
 def test_threads_spin_on_a_quiet_machine(look):
     assert look(BUSY - 0.01, 50) == 0
 
