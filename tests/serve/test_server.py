@@ -8,13 +8,14 @@ import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 from running import LONGEST, ROOT, running, until
 
 from minids.generate import generate
 from minids.infer.batch import Batch
-from minids.serve.__main__ import ServeArgs, bind
+from minids.serve.__main__ import ServeArgs, bind, listen
 from minids.text.chat import Chat
 
 for package in ("starlette", "uvicorn"):
@@ -465,3 +466,18 @@ def test_a_port_that_is_taken_is_told():
     with pytest.raises(ValueError, match="^host = "):
         bind(ServeArgs(host="no such host"))
     assert (ROOT / "data/r1/rl").is_dir()
+
+
+@pytest.mark.parametrize("address, told", [
+    (("127.0.0.1", 80), "127.0.0.1:80"), (("0.0.0.0", 8001), "127.0.0.1:8001"),
+    (("::1", 8000, 0, 0), "[::1]:8000")])
+def test_the_address_that_is_told_can_be_opened(address, told, monkeypatch, capsys):
+    async def begin(server, sockets=None) -> None:
+        """Listen to nobody."""
+
+    server = pytest.importorskip("uvicorn").Server
+    monkeypatch.setattr(server, "startup", begin)
+    monkeypatch.setattr(server, "run", lambda own, sockets: asyncio.run(own.startup(sockets)))
+    listen(SimpleNamespace(name="m", engine=None), ServeArgs(),
+           SimpleNamespace(getsockname=lambda: address))
+    assert capsys.readouterr().out == f"m: http://{told}  (Ctrl-C ends it)\n"
