@@ -63,8 +63,8 @@ def test_messages_are_those_of_the_exchange_and_of_fsdp():
     found = report(Layout(expert_parallel=2), 2, recompute="none").stages[0]
     layers = 3  # two and the MTP module: each sends rows and their results, and gradients of both
     tokens, _ = for_each_rank(NANO, 63, 2)  # the MTP module has a token less
-    numbered = 2 * NANO.n_activated_experts * 4  # numbers and weights of a token's experts, FP32
-    assert found.exchange == layers * tokens * (4 * NANO.dim * 2 + 2 * numbered)
+    told = 2 * NANO.n_activated_experts * 4  # numbers and weights of a token's experts, FP32
+    assert found.exchange == layers * tokens * 4 * NANO.dim * 2 + 2 * (64 + 64 + 63) * told
     small = sum(p.numel() for p in sharding.held_whole(sharding.empty_model(NANO)))
     dense = found.whole - sum(p.experts for p in pipeline_pieces(NANO)) - small
     assert found.reduce_first == found.reduce_last == dense * 4 // 2

@@ -25,19 +25,19 @@ class Compiled:
 
     plain: of a module or nothing, then tensors; sequences: of a batch that the compiled code is
         for; 0: of any, each compiled anew
-    tell: prints a line; dynamic: whether one code serves all shapes
+    tell: prints a line; varied: how many of the first tensors have another number of rows each time
     """
 
     def __init__(self, plain: Callable, tell: Callable[[str], None], sequences: int = 0,
-                 dynamic: bool = False):
+                 varied: int = 0):
         from torch._dynamo.exc import TorchDynamoException  # a second, for those who compile
 
         for known in ("Torchinductor does not support code generation for complex",
                       "TensorFloat32 tensor cores"):
             warnings.filterwarnings("ignore", known)  # small products, which are FP32 on purpose
         mend_compiler()
-        self.plain, self.sequences, self.tell = plain, sequences, tell
-        self.run: Callable | None = torch.compile(plain, dynamic=dynamic)
+        self.plain, self.sequences, self.tell, self.varied = plain, sequences, tell, varied
+        self.run: Callable | None = torch.compile(plain, dynamic=False)
         self.failure = TorchDynamoException
 
     def __call__(self, *inputs):
@@ -45,6 +45,8 @@ class Compiled:
         known = first.size(0) == self.sequences or not self.sequences
         if self.run is None or not torch.is_grad_enabled() or not known:
             return self.plain(*inputs)
+        for x in inputs[:self.varied]:
+            torch._dynamo.maybe_mark_dynamic(x, 0)
         try:
             return self.run(*inputs)
         except self.failure as error:

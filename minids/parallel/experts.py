@@ -1,8 +1,7 @@
 """Expert parallelism: each rank holds some experts of a layer, and the tokens travel to them.
 
-A token leaves for a rank once, however many of its experts are there, with the numbers of all its
-experts and their weights. That rank does what a layer with only those experts would do, and sends
-back one row per token, already weighed and summed:
+A token leaves for a rank once, however many of its experts are there. That rank does what a layer
+with only those experts would do, and sends back one row per token, already weighed and summed:
 
     rank 0   a visits experts 0 1      its own   a stays
              b visits experts 0 3      both      b stays, and leaves for rank 1
@@ -10,11 +9,17 @@ back one row per token, already weighed and summed:
              d visits experts 0 1      rank 0    d leaves for rank 0
 
 DeepEP (V3 section 3.2.2) sends tokens this way too. No token is dropped, whatever the gate chooses.
-While tokens are under way, the shared experts are computed; in the backward pass, so is their
-gradient. The only wait for the device is for the numbers of tokens, once in each layer.
+Before tokens travel, each rank tells all others which experts its tokens visit, and with what
+weights. From that everyone plans the whole journey, the order of rows in the experts included, in
+tensors whose sizes are known beforehand: a compiler takes them, and the only wait for the device,
+once in each layer, is for the numbers of rows. What is left to do afterwards are copies, exchanges
+and products. While tokens are under way, the shared experts are computed; in the backward pass, so
+is their gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -56,28 +61,6 @@ class Trip:
         self.work = self.leaving = None
 
 
-@dataclass
-class Journey:
-    """Tokens under way, and the exchanges of one layer.
-
-    A compiler that sees it go from one uncompiled function to the next asks for none of its sizes,
-    which are others in every layer and step.
-
-    tokens, numbered, results: the trips of tokens, of the numbers and weights of their experts, and
-        of what comes back
-    arriving: where tokens and numbers arrive; pairs: of token and expert that come here
-    slot, source: of the tokens that left, as in `leaving`
-    """
-
-    tokens: Trip
-    numbered: Trip
-    results: Trip
-    arriving: tuple[Tensor, Tensor]
-    pairs: int
-    slot: Tensor
-    source: Tensor
-
-
 class Leave(torch.autograd.Function):
     """Start a trip. In the backward pass: wait for the gradients that others' `Arrive` has sent.
     The one that comes through the graph is that of the rows that arrived here: it was sent."""
@@ -109,17 +92,86 @@ class Arrive(torch.autograd.Function):
         return grad, None
 
 
+class Plan(NamedTuple):
+    """The journey of one layer's tokens, as one rank sees it; N tokens on each of `ranks` ranks.
+
+    numbers: (ranks, 3), tokens that leave for each rank, that arrive from it, and their pairs of
+        token and expert
+    left, leaving: the places of this rank's tokens among those that leave, (N, min(K, ranks)), and
+        the token in each place, see `leaving`
+    slot, source, counts, share: of the rows that its experts compute, see `arriving`
+    """
+
+    numbers: Tensor
+    left: Tensor
+    leaving: Tensor
+    slot: Tensor
+    source: Tensor
+    counts: Tensor
+    share: Tensor
+
+
+@dataclass
+class Journey:
+    """Tokens under way.
+
+    A compiler that sees it go from one uncompiled function to the next asks for none of its sizes,
+    which are others in every layer and step.
+
+    there, back: the trips of tokens and of what comes back
+    arriving: where tokens arrive; pairs: of token and expert that come here
+    """
+
+    plan: Plan
+    there: Trip
+    back: Trip
+    arriving: Tensor
+    pairs: int
+
+
+class Tell(torch.autograd.Function):
+    """Send all rows to each rank of a group: (N, D) -> (ranks, N, D), those of all ranks. In the
+    backward pass a rank adds up what all ranks have found for its rows."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group, numbers = group, [len(rows)] * group.size()
+        told = rows.new_empty(group.size(), *rows.shape)
+        dist.all_to_all_single(told.flatten(0, 1), rows.repeat(group.size(), 1), numbers, numbers,
+                               group)
+        return told
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        back, numbers = torch.empty_like(grad), [grad.size(1)] * len(grad)
+        dist.all_to_all_single(back.flatten(0, 1), grad.contiguous().flatten(0, 1), numbers,
+                               numbers, ctx.group)
+        return back.sum(0), None
+
+
 class SharedExperts(Experts):
     """The routed experts of one layer that this rank holds."""
 
-    weighed = staticmethod(weighed)  # `share_experts` may put a compiled one here
+    def forward(self, tokens: Tensor, source: Tensor, slot: Tensor, counts: Tensor,
+                share: Tensor) -> Tensor:
+        """Add up what these experts make of each token, weighed: (N', D) -> (N', D)
 
-    def forward(self, x: Tensor, counts: Tensor, share: Tensor) -> Tensor:
-        """x: (M, D), rows sorted by expert; counts: (held,) rows of each; share: (M,) weight of
-        each row -> (M, D)"""
+        source, slot, counts, share: as in `Plan`, as far as they are used
+        """
         w1, w2, w3 = map(local, (self.w1, self.w2, self.w3))
-        hidden = self.weighed(self.product(x, w1, counts), self.product(x, w3, counts), share)
-        return self.product(hidden, w2, counts)
+        return self.compute(tokens, source, slot, share, counts, w1, w2, w3, self.product,
+                            self.weighed)
+
+    weighed = staticmethod(weighed)  # `shard` may put a compiled one here, or of the next
+
+    @staticmethod
+    def compute(tokens: Tensor, source: Tensor, slot: Tensor, share: Tensor, counts: Tensor,
+                w1: Tensor, w2: Tensor, w3: Tensor, product: Callable,
+                weighed: Callable) -> Tensor:
+        """Run `forward` with these matrices."""
+        x = Dispatch.apply(tokens, source, slot)  # (M, D)
+        hidden = weighed(product(x, w1, counts), product(x, w3, counts), share)
+        return SumSlots.apply(product(hidden, w2, counts), source, slot)
 
 
 class ExchangingMoE(MoE):
@@ -134,49 +186,52 @@ class ExchangingMoE(MoE):
     held: int
 
     def forward(self, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x: (B, S, D), this rank's tokens; as `MoE.forward`."""
+        """x: (B, S, D), this rank's tokens, as many as each rank's; as `MoE.forward`."""
         weights, routing = self.gate(x) if routes is None else self.gate(x, routes)
         weights, indices = weights.flatten(0, 1), routing.indices.flatten(0, 1)
-        numbered = torch.cat([(indices + 1).to(weights.dtype), weights], dim=1)  # (N, 2 K); 0: none
-        journey = self.send(x.flatten(0, 1), numbered, *leaving(indices, self.held, self.ranks))
+        told = self.tell(torch.cat([indices.to(weights.dtype), weights], dim=1))  # (ranks, N, 2 K)
+        plan = plan_journey(told, indices, self.first // self.held, self.held)
+        journey = self.send(x.flatten(0, 1), plan)
         shared = None if self.shared_experts is None else self.shared_experts(x)
-        y = self.work(journey).view_as(x)
-        return y if shared is None else y + shared, routing
+        return self.work(journey, shared).view_as(x), routing
 
     @torch.compiler.disable
-    def send(self, x: Tensor, numbered: Tensor, slot: Tensor, source: Tensor,
-             numbers: Tensor) -> Journey:
-        """Let tokens leave, x (N, D) and numbered (N, 2 K); slot, source, numbers: of `leaving`."""
-        theirs = torch.empty_like(numbers)
-        dist.all_to_all_single(theirs, numbers, group=self.group)
-        sent, received = torch.stack([numbers, theirs]).tolist()  # waits for the device
-        there = [n for n, _ in sent], [n for n, _ in received]
-        trips = [Trip(self.group, *there), Trip(self.group, *there)]
-        source = source[:sum(there[0]) + 1]
-        arriving = tuple(Leave.apply(Dispatch.apply(rows, source, slot), trip) for rows, trip
-                         in zip((x.to(compute_dtype(x)), numbered), trips, strict=True))
-        return Journey(*trips, Trip(self.group, *there[::-1]), arriving,
-                       sum(n for _, n in received), slot, source)
+    def tell(self, numbered: Tensor) -> Tensor:
+        """Tell all ranks the numbers and weights of this rank's tokens' experts."""
+        return Tell.apply(numbered, self.group)
 
     @torch.compiler.disable
-    def work(self, journey: Journey) -> Tensor:
+    def send(self, x: Tensor, plan: Plan) -> Journey:
+        """Let tokens leave: x (N, D)"""
+        sent, received, pairs = zip(*plan.numbers.tolist(), strict=True)  # waits for the device
+        there, back = Trip(self.group, sent, received), Trip(self.group, received, sent)
+        rows = Dispatch.apply(x.to(compute_dtype(x)), plan.leaving[:sum(sent) + 1], plan.left)
+        return Journey(plan, there, back, Leave.apply(rows, there), sum(pairs))
+
+    @torch.compiler.disable
+    def work(self, journey: Journey, shared: Tensor | None) -> Tensor:
         """Wait for tokens, run them through this rank's experts, exchange results: (N, D)"""
-        tokens = Arrive.apply(journey.arriving[0], journey.tokens)  # (N' + 1, D)
-        numbered = Arrive.apply(journey.arriving[1], journey.numbered)
-        numbers, weights = numbered.chunk(2, dim=1)  # (N' + 1, K)
-        own = numbers.detach().long() - 1 - self.first
-        here = (own >= 0) & (own < self.held)
-        source, slot, counts = sort_by_expert(own.where(here, self.held), self.held + 1)
-        # Slots of other ranks' pairs come last. A few are left, whose rows get the weight 0 and
-        # whose results are zeros; the last one stands for all the rest.
-        last = min(journey.pairs + self.held * (ALIGN - 1), len(source) - 1)
-        source, slot, counts = source[:last + 1], slot.clamp(max=last), counts[:-1].clone()
-        counts[-1] += last + 1 - counts.sum()
-        share = weights.new_zeros(last + 1).scatter(
-            0, slot.flatten(), weights.where(here, 0).flatten())
-        rows = self.experts(Dispatch.apply(tokens, source, slot), counts, share)
-        results = Leave.apply(SumSlots.apply(rows, source, slot), journey.results)
-        return SumSlots.apply(Arrive.apply(results, journey.results), journey.source, journey.slot)
+        plan, back = journey.plan, journey.back
+        tokens = Arrive.apply(journey.arriving, journey.there)  # (N' + 1, D)
+        used = min(journey.pairs + self.held * (ALIGN - 1) + 1, len(plan.source))
+        rows = self.experts(tokens, plan.source[:used], plan.slot[:len(tokens)], plan.counts,
+                            plan.share[:used])
+        results = Arrive.apply(Leave.apply(rows, back), back)
+        y = SumSlots.apply(results, plan.leaving[:len(results)], plan.left)
+        return y if shared is None else y + shared.view_as(y)
+
+
+def plan_journey(told: Tensor, indices: Tensor, rank: int, held: int) -> Plan:
+    """Plan what one rank sends, receives and computes.
+
+    told: (ranks, N, 2 K), numbers of the experts of all ranks' tokens, then their weights
+    indices: (N, K), of this rank's tokens; held: experts on each rank
+    """
+    numbers, weights = told.chunk(2, dim=-1)  # (ranks, N, K)
+    theirs = numbers.detach().long() - rank * held
+    left, source, sent = leaving(indices, held, len(told))
+    coming, *rows = arriving(theirs, weights, held)
+    return Plan(torch.cat([sent.unsqueeze(1), coming], dim=1), left, source, *rows)
 
 
 def leaving(indices: Tensor, held: int, ranks: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,21 +242,55 @@ def leaving(indices: Tensor, held: int, ranks: int) -> tuple[Tensor, Tensor, Ten
         slot: (N, min(K, ranks)), the places of a token among those that leave, which stand by rank,
             then by token; the number of all where it visits fewer ranks
         source: (N min(K, ranks) + 1,), the token in each place; those past the last have no meaning
-        numbers: (ranks, 2), tokens that leave for each rank, and pairs of token and expert
+        numbers: (ranks,), tokens that leave for each rank
 
     With two experts on each of two ranks, and the experts [[0, 1], [0, 3], [2, 3]]:
-        slot [[0, 4], [1, 2], [3, 4]]   source [0, 1, 1, 2, ..]   numbers [[2, 3], [2, 3]]
+        slot [[0, 4], [1, 2], [4, 3]]   source [0, 1, 1, 2, ..]   numbers [2, 2]
     """
     n, k = indices.shape
-    to = (indices // held).sort(dim=1).values  # (N, K), ranks
-    goes = indices.new_zeros(ranks, n).scatter_(0, to.T, 1)
-    pairs = indices.new_zeros(ranks).scatter_add_(0, to.flatten(), torch.ones_like(to).flatten())
-    at = (goes.flatten().cumsum(0) - 1).view_as(goes).gather(0, to.T).T  # (N, K)
-    again = F.pad(to[:, 1:] == to[:, :-1], (1, 0))  # leaves for this rank already
-    slot = at.where(~again, goes.sum()).sort(dim=1).values[:, :min(k, ranks)]
+    goes = indices.new_zeros(ranks, n).scatter(0, (indices // held).T, 1)
+    numbers = goes.sum(1)
+    place = (goes.flatten().cumsum(0) - 1).view_as(goes)
+    slot = place.where(goes > 0, numbers.sum()).T  # (N, ranks)
+    if k < ranks:
+        slot = slot.sort(dim=1).values[:, :k]
     token = torch.arange(n, device=slot.device).unsqueeze(1).expand_as(slot)
-    source = indices.new_zeros(slot.numel() + 1).scatter_(0, slot.flatten(), token.flatten())
-    return slot, source, torch.stack([goes.sum(1), pairs], dim=1)
+    source = indices.new_zeros(slot.numel() + 1).scatter(0, slot.flatten(), token.flatten())
+    return slot.contiguous(), source, numbers
+
+
+def arriving(own: Tensor, weights: Tensor, held: int) -> tuple[Tensor, ...]:
+    """Plan which rows this rank's experts compute.
+
+    own: (ranks, N, K), the experts of all ranks' tokens, from 0 to held - 1 where they are here
+    weights: (ranks, N, K), of those pairs
+    Returns
+        numbers: (ranks, 2), tokens that arrive from each rank, and their pairs with experts here
+        slot: (ranks N + 1, K), of the tokens that arrive, which stand by rank, then by token
+        source: (M,), the arriving token in each slot
+        counts: (held,), slots of each expert
+        share: (M,), the weight of each slot's pair
+
+    The slots of pairs that are computed elsewhere come last. Those that are used have the weight 0,
+    and so the result 0, and belong to the last expert. The last one stands for all behind it, and
+    for what arrives as no token. The host knows a bound of what is used: the pairs, and what is
+    left open behind each expert's.
+    """
+    ranks, n, k = own.shape
+    here = ((own >= 0) & (own < held)).flatten(0, 1)  # (ranks N, K)
+    comes = here.any(1)
+    source, slot, counts = sort_by_expert(own.flatten(0, 1).where(here, held), held + 1)
+    share = weights.new_zeros(len(source)).scatter(
+        0, slot.flatten(), weights.flatten(0, 1).where(here, 0).flatten())
+    last = (here.sum() + held * (ALIGN - 1)).clamp(max=len(source) - 1)
+    at = comes.cumsum(0) - 1  # (ranks N,), the place of a token among those that arrive
+    tokens = torch.arange(ranks * n, device=own.device)
+    arrived = torch.full_like(F.pad(tokens, (0, 1)), ranks * n)
+    arrived = arrived.scatter(0, at.where(comes, ranks * n), tokens.where(comes, ranks * n))
+    slot = torch.minimum(F.pad(slot, (0, 0, 0, 1), value=len(source))[arrived], last)
+    counts = torch.cat([counts[:held - 1], (last + 1 - counts[:held - 1].sum()).view(1)])
+    numbers = torch.stack([comes.view(ranks, n).sum(1), here.view(ranks, n * k).sum(1)], dim=1)
+    return numbers, slot, at[source].clamp(min=0), counts, share
 
 
 def share_experts(model: Transformer, mesh: DeviceMesh) -> None:

@@ -221,7 +221,8 @@ def run(part: Transformer, ranks: Ranks, kind: Kind, load: Load, in_parts: bool)
         part.device = torch.device("cpu")
         tokens = torch.zeros(load.rows, load.seq_len, dtype=torch.int64)
         least = load.rows * (load.seq_len - args.n_mtp_layers)  # tokens that MTP modules get
-        watch = Watch(for_each_rank(args, least, layout.expert_parallel))
+        rows, pairs = for_each_rank(args, least, layout.expert_parallel)
+        watch = Watch((rows, rows, pairs))  # what `Plan.numbers` holds
         watch.leave_out([*part.parameters(), *part.buffers()])
         with watch, torch.autocast("cpu", load.dtype, load.dtype != torch.float32,
                                    cache_enabled=dist.get_world_size() == 1):

@@ -33,6 +33,7 @@ from minids.model.mtp import MTPModule
 from minids.model.transformer import Block, Hidden, Transformer
 from minids.parallel.gradients import sum_over_ranks
 from minids.parallel.ranks import Ranks
+from minids.parallel.validation import dealt
 
 
 def from_rank(tensor: Tensor, rank: int, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -206,20 +207,16 @@ def evaluate(model: SpreadModel, tokens: Tensor, n_bytes: Tensor, seq_len: int, 
     that share the experts take turns at the windows; one that has no window left goes through
     another's and counts nothing. The pipeline's last rank counts.
     """
-    args, ranks, device = model.args, model.ranks, model.head.weight.device
-    places, own = ranks.layout.expert_parallel, ranks.sparse.get_local_rank("expert")
+    args, ranks = model.args, model.ranks
     held = [block.layer - args.n_dense_layers for block in model.layers if block.is_moe]
     last = ranks.pipeline_rank == ranks.layout.pipeline - 1
-
-    def batches() -> Iterator[tuple[Tensor, int]]:
-        for part in windows(tokens, seq_len, max_tokens).split(batch_size * places):
-            mine = part[own::places]
-            batch = torch.cat([mine, part[:1]])[:-(-len(part) // places)]  # one size on all ranks
-            yield batch.to(device), len(mine)
+    text = windows(tokens, seq_len, max_tokens)
+    batches = dealt(text, batch_size, ranks.layout.expert_parallel,
+                    ranks.sparse.get_local_rank("expert"), model.head.weight.device)
 
     def run(inputs: Tensor, samples: Tensor | None) -> tuple:
         with reading_apart(model):
             states, routings, _ = model.hidden(inputs, samples=samples)
         return model.head if last else None, states, zip(held, routings, strict=True)
 
-    return counted(args, batches(), run, n_bytes, begin_id, sum_over_ranks)
+    return counted(args, batches, run, n_bytes, begin_id, sum_over_ranks)

@@ -98,8 +98,11 @@ def shard(model: Transformer, ranks: Ranks, products: torch.dtype | None = None,
     for block in model.blocks():
         if block.is_moe and layout.expert_parallel > 1:
             experts = block.ffn.experts
-            if is_compiled(model):  # what stands between two exchanges has another size each time
-                experts.weighed = Compiled(weighed, print, dynamic=True)
+            if is_compiled(model):  # what stands between two exchanges has other rows each time
+                if "product" in vars(experts):  # of another precision: it stays as it is
+                    experts.weighed = Compiled(weighed, print, varied=3)
+                else:
+                    experts.compute = Compiled(experts.compute, print, varied=4)
             if layout.expert_fsdp * layout.replicate > 1:
                 fully_shard(experts, mesh=ranks.shards(experts=True), **options)
             else:

@@ -24,22 +24,27 @@ def evaluate(parallel: ParallelModel, tokens: Tensor, n_bytes: Tensor, seq_len: 
 
     The arguments are those of `minids.infer.validation.evaluate`; batch_size: of each rank
     """
-    ranks, device = parallel.ranks, parallel.ranks.device
+    ranks = parallel.ranks
     text = windows(tokens, seq_len, max_tokens)
-    own = text[ranks.data_rank::ranks.layout.data_ranks]
-
-    def batches() -> Iterator[tuple[Tensor, int]]:
-        for start in range(0, -(-len(text) // ranks.layout.data_ranks), batch_size):
-            batch = own[start:start + batch_size]
-            yield (batch if len(batch) else text[:1]).to(device), len(batch)
-
-    found = counted(parallel.args, batches(), lambda *inputs: forward(parallel, *inputs), n_bytes,
+    batches = dealt(text, batch_size, ranks.layout.data_ranks, ranks.data_rank, ranks.device)
+    found = counted(parallel.args, batches, lambda *inputs: forward(parallel, *inputs), n_bytes,
                     begin_id, sum_over_ranks)
     for part in parallel.parts:  # what the last passes have gathered
         for unit in part.modules():
             if isinstance(unit, FSDPModule):
                 unit.reshard()
     return found
+
+
+def dealt(text: Tensor, batch_size: int, ranks: int, rank: int,
+          device: torch.device) -> Iterator[tuple[Tensor, int]]:
+    """Yield a rank's share of windows (n, S + 1), in batches, and how many of a batch count.
+
+    batch_size: of each rank; all have equally many rows, the last ones perhaps for company
+    """
+    for part in text.split(batch_size * ranks):
+        own = part[rank::ranks]
+        yield torch.cat([own, part[:1]])[:-(-len(part) // ranks)].to(device), len(own)
 
 
 def forward(parallel: ParallelModel, inputs: Tensor, samples: Tensor | None) -> tuple:

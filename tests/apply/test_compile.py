@@ -11,7 +11,7 @@ import torch
 from small_models import LITTLE, random_tokens, scrambled
 from torch._dynamo.exc import TorchDynamoException
 
-from minids.apply.compile import compile_blocks
+from minids.apply.compile import Compiled, compile_blocks
 from minids.apply.recompute import policy, recompute_blocks
 from minids.kernels.registry import recorded
 from minids.model.moe import Experts
@@ -55,6 +55,19 @@ def test_blocks_are_traced_whole_and_only_in_training(how, monkeypatch):
     with recorded():  # whether choices are recorded is part of the code, what they were is not
         step(model)
     assert len(graphs) == before
+
+
+@pytest.mark.parametrize("varied, times", [(1, 1), (0, 3)])
+def test_one_code_serves_any_number_of_rows(varied, times, monkeypatch):
+    torch.compiler.reset()
+    graphs = []
+    monkeypatch.setattr(torch, "compile", functools.partial(
+        torch.compile, backend=lambda graph, _: graphs.append(graph) or graph))
+    run = Compiled(lambda x, w: x @ w, print, varied=varied)
+    for rows in (5, 7, 2):
+        x = torch.randn(rows, 3)
+        assert torch.equal(run(x, torch.eye(3)), x)
+    assert len(graphs) == times
 
 
 @pytest.mark.slow

@@ -9,7 +9,6 @@ from minids import ModelArgs
 from minids.costs import count_parameters
 from minids.parallel import layout as layouts
 from minids.parallel import sharding
-from minids.parallel.experts import leaving
 from minids.parallel.layout import SCHEDULES, Layout, Spread, check_batch
 from minids.parallel.measuring import fake_ranks
 from minids.parallel.sharding import empty_model, keeps_gathered, shard
@@ -119,16 +118,6 @@ def test_batches_that_cannot_be_dealt_are_refused():
     check_batch(Layout(fsdp=2), 8, parts=4)
     with pytest.raises(ValueError, match="batch_size = 9 is not valid: it must be a multiple of 8"):
         check_batch(Layout(fsdp=2), 9, parts=4)
-
-
-def test_a_token_leaves_once_for_each_rank_that_has_one_of_its_experts():
-    """The example of the docstring, and one where all go to one rank of three."""
-    slot, source, numbers = leaving(torch.tensor([[0, 1], [0, 3], [2, 3]]), 2, 2)
-    assert slot.tolist() == [[0, 4], [1, 2], [3, 4]] and numbers.tolist() == [[2, 3], [2, 3]]
-    assert source[:4].tolist() == [0, 1, 1, 2]
-    slot, source, numbers = leaving(torch.tensor([[3, 2, 0], [2, 3, 1]]), 4, 3)
-    assert slot.tolist() == [[0, 2, 2], [1, 2, 2]] and source[:2].tolist() == [0, 1]
-    assert numbers.tolist() == [[2, 6], [0, 0], [0, 0]]
 
 
 @pytest.mark.parametrize("experts, replicas, gathered", [(8, 1, 0), (4, 1, 2), (2, 1, 4),
