@@ -6,7 +6,7 @@ import inspect
 import pytest
 
 NEUTRAL = {
-    "apply.compile.Compiled": dict(sequences=0, dynamic=False),
+    "apply.compile.Compiled": dict(sequences=0, varied=0),
     "apply.compile.compile_blocks": dict(sequences=0),
     "base.command_line.run_program": dict(lasting=False),
     "base.fields.option": dict(folder=False, utf8=False),
