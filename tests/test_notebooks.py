@@ -319,8 +319,8 @@ def test_a_notebook_that_is_wrong_in_all_ways_is_refused(check):
     assert check(Notebook("07_test", ROOT, new_notebook(cells=cells))) != []
 
 
-@pytest.mark.parametrize("tags, failed", [
-    ([COMPARED], 1), pytest.param([], 0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("tags, failed", [([COMPARED], 1), ([], 0)])
 def test_a_wrong_stored_output_fails(tags, failed, tmp_path):
     """nbval compares the cells that have the tag, and only those."""
     cell = new_code_cell("print(1)", metadata={"tags": tags}, execution_count=1)

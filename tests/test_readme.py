@@ -95,7 +95,7 @@ NAMED = {"python -m minids.grpo"}
 # These take longest, and other tests run what they run.
 SLOW = ("python tests/", "python -m minids.lab.bench --what moe-vs-dense",
         "python -m minids.dryrun", "python -m minids.lab.bench --what speculative",
-        "python -m minids.lab.bench --device cuda",
+        "python -m minids.lab.bench --device cuda", "python -m minids.grpo --from FOLDER",
         "python -m minids.tokenizer --data hf:",  # GSM8K comes from the hub in every run
         "python -m minids.train --")  # the plain one is `first_run`
 

@@ -33,6 +33,7 @@ def furthest(ours: list[float], theirs: list[float]) -> float:
     return max(abs(a / b - 1) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.slow
 def test_fp16_learns_as_fp32_does(losses):
     """FP16 keeps three bits more than BF16: it stays nearer to FP32."""
     assert losses["fp32"][-1] < 0.9 * losses["fp32"][0]

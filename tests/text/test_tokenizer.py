@@ -82,6 +82,7 @@ def drops_characters(tokenizer: Tokenizer) -> bool:
     return any(tokenizer.decode(tokenizer.encode(text)) != text for text in texts)
 
 
+@pytest.mark.slow
 def test_the_pattern_covers_all_of_unicode(small):
     assert not drops_characters(small)
 

@@ -24,6 +24,7 @@ Tokenizer.train([Path(path).read_text("utf-8") for path in sys.argv[2:]], 2048).
 """
 
 
+@pytest.mark.slow
 def test_order_threads_and_hash_seed_change_no_merge(tmp_path):
     """Rare pairs of a small text often tie, so an unstable order would show."""
     paths = sorted(LIBRARY.glob("a*.py"))
