@@ -283,7 +283,7 @@ class Reinforcer(Learner):
         metrics, total = defaultdict(float), int(lengths[rows].sum())
         own = torch.arange(len(weights), device=self.device).chunk(args.updates)[part]
         for chosen in own.split(args.micro_batch):
-            some = rollout.part(chosen)  # with experts over ranks, all have equally many tokens
+            some = rollout.part(chosen)  # expert parallelism needs one shape on all ranks
             some = some.padded(max(self.team.joined([some.tokens.size(1)])))
             reply = some.written.nonzero()[:, 0]  # (M,)
             ref_logp, old_logp = None, some.logp[some.written]

@@ -228,7 +228,7 @@ def unpacked_little(size: int) -> None:
 
 
 def numbered(rows: int) -> None:
-    """Number 256 bytes and 9 special tokens in a model of so many rows."""
+    """Number the tokens of a byte tokenizer with 9 special tokens, for a model with `rows` rows."""
     special = {text: i for i, text in enumerate(SPECIAL[:9])}
     ranks = {bytes([b]): 9 + b for b in range(256)}
     Tokenizer.__new__(Tokenizer)._number(ranks, special, rows)

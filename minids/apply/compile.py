@@ -25,7 +25,7 @@ class Compiled:
 
     plain: of a module or nothing, then tensors; sequences: of a batch that the compiled code is
         for; 0: of any, each compiled anew
-    tell: prints a line; varied: how many of the first tensors have another number of rows each time
+    tell: prints a line; varied: number of leading inputs whose number of rows varies
     """
 
     def __init__(self, plain: Callable, tell: Callable[[str], None], sequences: int = 0,

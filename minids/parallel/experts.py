@@ -9,12 +9,12 @@ with only those experts would do, and sends back one row per token, already weig
              d visits experts 0 1      rank 0    d leaves for rank 0
 
 DeepEP (V3 section 3.2.2) sends tokens this way too. No token is dropped, whatever the gate chooses.
-Before tokens travel, each rank tells all others which experts its tokens visit, and with what
-weights. From that everyone plans the whole journey, the order of rows in the experts included, in
-tensors whose sizes are known beforehand: a compiler takes them, and the only wait for the device,
-once in each layer, is for the numbers of rows. What is left to do afterwards are copies, exchanges
-and products. While tokens are under way, the shared experts are computed; in the backward pass, so
-is their gradient.
+Before tokens travel, each rank tells all others which experts its tokens visit, and with which
+weights. From that, every rank plans the whole journey, including the order of rows within its
+experts. The plan's tensors have sizes known in advance, so it can be compiled. The program waits
+for the device only once per layer, to read the numbers of rows; after that only copies, exchanges
+and products remain. The shared experts run while tokens are under way, and so does their backward
+pass.
 """
 
 from collections.abc import Callable
@@ -95,11 +95,11 @@ class Arrive(torch.autograd.Function):
 class Plan(NamedTuple):
     """The journey of one layer's tokens, as one rank sees it; N tokens on each of `ranks` ranks.
 
-    numbers: (ranks, 3), tokens that leave for each rank, that arrive from it, and their pairs of
-        token and expert
-    left, leaving: the places of this rank's tokens among those that leave, (N, min(K, ranks)), and
-        the token in each place, see `leaving`
-    slot, source, counts, share: of the rows that its experts compute, see `arriving`
+    numbers: (ranks, 3), tokens that leave for each rank, tokens that arrive from it, and the pairs
+        of token and expert among the latter
+    left, leaving: positions of this rank's tokens in what it sends, (N, min(K, ranks)), and the
+        token at each position, see `leaving`
+    slot, source, counts, share: the rows that its experts compute, see `arriving`
     """
 
     numbers: Tensor
@@ -130,8 +130,8 @@ class Journey:
 
 
 class Tell(torch.autograd.Function):
-    """Send all rows to each rank of a group: (N, D) -> (ranks, N, D), those of all ranks. In the
-    backward pass a rank adds up what all ranks have found for its rows."""
+    """Send all rows to every rank of a group: (N, D) -> (ranks, N, D), the rows of all ranks. The
+    backward pass sums the gradients that all ranks computed for this rank's rows."""
 
     @staticmethod
     def forward(ctx, rows: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -154,21 +154,21 @@ class SharedExperts(Experts):
 
     def forward(self, tokens: Tensor, source: Tensor, slot: Tensor, counts: Tensor,
                 share: Tensor) -> Tensor:
-        """Add up what these experts make of each token, weighed: (N', D) -> (N', D)
+        """Return each token's weighted sum over these experts: (N', D) -> (N', D)
 
-        source, slot, counts, share: as in `Plan`, as far as they are used
+        source, slot, counts, share: as in `Plan`, cut to the slots in use
         """
         w1, w2, w3 = map(local, (self.w1, self.w2, self.w3))
         return self.compute(tokens, source, slot, share, counts, w1, w2, w3, self.product,
                             self.weighed)
 
-    weighed = staticmethod(weighed)  # `shard` may put a compiled one here, or of the next
+    weighed = staticmethod(weighed)  # `shard` replaces this, or `compute`, by a compiled version
 
     @staticmethod
     def compute(tokens: Tensor, source: Tensor, slot: Tensor, share: Tensor, counts: Tensor,
                 w1: Tensor, w2: Tensor, w3: Tensor, product: Callable,
                 weighed: Callable) -> Tensor:
-        """Run `forward` with these matrices."""
+        """Run `forward` with these matrices. The tensors whose length varies come first."""
         x = Dispatch.apply(tokens, source, slot)  # (M, D)
         hidden = weighed(product(x, w1, counts), product(x, w3, counts), share)
         return SumSlots.apply(product(hidden, w2, counts), source, slot)
@@ -186,23 +186,23 @@ class ExchangingMoE(MoE):
     held: int
 
     def forward(self, x: Tensor, routes: Tensor | None = None) -> tuple[Tensor, Routing]:
-        """x: (B, S, D), this rank's tokens, as many as each rank's; as `MoE.forward`."""
+        """x: (B, S, D), this rank's tokens; B and S are the same on all ranks. As `MoE.forward`."""
         weights, routing = self.gate(x) if routes is None else self.gate(x, routes)
         weights, indices = weights.flatten(0, 1), routing.indices.flatten(0, 1)
         told = self.tell(torch.cat([indices.to(weights.dtype), weights], dim=1))  # (ranks, N, 2 K)
-        plan = plan_journey(told, indices, self.first // self.held, self.held)
+        plan = plan_journey(told, indices, self.first, self.held)
         journey = self.send(x.flatten(0, 1), plan)
         shared = None if self.shared_experts is None else self.shared_experts(x)
         return self.work(journey, shared).view_as(x), routing
 
     @torch.compiler.disable
     def tell(self, numbered: Tensor) -> Tensor:
-        """Tell all ranks the numbers and weights of this rank's tokens' experts."""
+        """Tell all ranks which experts this rank's tokens visit, and with which weights."""
         return Tell.apply(numbered, self.group)
 
     @torch.compiler.disable
     def send(self, x: Tensor, plan: Plan) -> Journey:
-        """Let tokens leave: x (N, D)"""
+        """Start sending tokens x (N, D) to the ranks of their experts."""
         sent, received, pairs = zip(*plan.numbers.tolist(), strict=True)  # waits for the device
         there, back = Trip(self.group, sent, received), Trip(self.group, received, sent)
         rows = Dispatch.apply(x.to(compute_dtype(x)), plan.leaving[:sum(sent) + 1], plan.left)
@@ -221,14 +221,15 @@ class ExchangingMoE(MoE):
         return y if shared is None else y + shared.view_as(y)
 
 
-def plan_journey(told: Tensor, indices: Tensor, rank: int, held: int) -> Plan:
+def plan_journey(told: Tensor, indices: Tensor, first: int, held: int) -> Plan:
     """Plan what one rank sends, receives and computes.
 
-    told: (ranks, N, 2 K), numbers of the experts of all ranks' tokens, then their weights
-    indices: (N, K), of this rank's tokens; held: experts on each rank
+    told: (ranks, N, 2 K), the experts of all ranks' tokens, then their weights
+    indices: (N, K), the experts of this rank's tokens
+    first, held: this rank's first expert, and how many each rank holds
     """
     numbers, weights = told.chunk(2, dim=-1)  # (ranks, N, K)
-    theirs = numbers.detach().long() - rank * held
+    theirs = numbers.detach().long() - first
     left, source, sent = leaving(indices, held, len(told))
     coming, *rows = arriving(theirs, weights, held)
     return Plan(torch.cat([sent.unsqueeze(1), coming], dim=1), left, source, *rows)
@@ -239,9 +240,9 @@ def leaving(indices: Tensor, held: int, ranks: int) -> tuple[Tensor, Tensor, Ten
 
     indices: (N, K), the experts of each token; held: experts on each rank
     Returns
-        slot: (N, min(K, ranks)), the places of a token among those that leave, which stand by rank,
-            then by token; the number of all where it visits fewer ranks
-        source: (N min(K, ranks) + 1,), the token in each place; those past the last have no meaning
+        slot: (N, min(K, ranks)), the positions of a token among the tokens that leave, which are
+            ordered by rank, then by token; their total number where it visits fewer ranks
+        source: (N min(K, ranks) + 1,), the token at each position; arbitrary past the last
         numbers: (ranks,), tokens that leave for each rank
 
     With two experts on each of two ranks, and the experts [[0, 1], [0, 3], [2, 3]]:
@@ -250,8 +251,8 @@ def leaving(indices: Tensor, held: int, ranks: int) -> tuple[Tensor, Tensor, Ten
     n, k = indices.shape
     goes = indices.new_zeros(ranks, n).scatter(0, (indices // held).T, 1)
     numbers = goes.sum(1)
-    place = (goes.flatten().cumsum(0) - 1).view_as(goes)
-    slot = place.where(goes > 0, numbers.sum()).T  # (N, ranks)
+    position = (goes.flatten().cumsum(0) - 1).view_as(goes)
+    slot = position.where(goes > 0, numbers.sum()).T  # (N, ranks)
     if k < ranks:
         slot = slot.sort(dim=1).values[:, :k]
     token = torch.arange(n, device=slot.device).unsqueeze(1).expand_as(slot)
@@ -262,19 +263,19 @@ def leaving(indices: Tensor, held: int, ranks: int) -> tuple[Tensor, Tensor, Ten
 def arriving(own: Tensor, weights: Tensor, held: int) -> tuple[Tensor, ...]:
     """Plan which rows this rank's experts compute.
 
-    own: (ranks, N, K), the experts of all ranks' tokens, from 0 to held - 1 where they are here
-    weights: (ranks, N, K), of those pairs
+    own: (ranks, N, K), the experts of all ranks' tokens; 0 to held - 1 are on this rank
+    weights: (ranks, N, K), their weights
     Returns
         numbers: (ranks, 2), tokens that arrive from each rank, and their pairs with experts here
-        slot: (ranks N + 1, K), of the tokens that arrive, which stand by rank, then by token
+        slot: (ranks N + 1, K), slots of the arriving tokens, ordered by rank, then by token
         source: (M,), the arriving token in each slot
         counts: (held,), slots of each expert
         share: (M,), the weight of each slot's pair
 
-    The slots of pairs that are computed elsewhere come last. Those that are used have the weight 0,
-    and so the result 0, and belong to the last expert. The last one stands for all behind it, and
-    for what arrives as no token. The host knows a bound of what is used: the pairs, and what is
-    left open behind each expert's.
+    Slots of pairs computed on other ranks come last. The host only knows an upper bound of the
+    slots in use: the pairs, plus the alignment of each expert. Slots within the bound that hold no
+    pair of this rank have weight 0 and so result 0, and count as the last expert's. The last slot
+    in use also stands in for every slot after it, and for the row that is no token.
     """
     ranks, n, k = own.shape
     here = ((own >= 0) & (own < held)).flatten(0, 1)  # (ranks N, K)
@@ -283,7 +284,7 @@ def arriving(own: Tensor, weights: Tensor, held: int) -> tuple[Tensor, ...]:
     share = weights.new_zeros(len(source)).scatter(
         0, slot.flatten(), weights.flatten(0, 1).where(here, 0).flatten())
     last = (here.sum() + held * (ALIGN - 1)).clamp(max=len(source) - 1)
-    at = comes.cumsum(0) - 1  # (ranks N,), the place of a token among those that arrive
+    at = comes.cumsum(0) - 1  # (ranks N,), the position of a token among those that arrive
     tokens = torch.arange(ranks * n, device=own.device)
     arrived = torch.full_like(F.pad(tokens, (0, 1)), ranks * n)
     arrived = arrived.scatter(0, at.where(comes, ranks * n), tokens.where(comes, ranks * n))

@@ -98,8 +98,8 @@ def shard(model: Transformer, ranks: Ranks, products: torch.dtype | None = None,
     for block in model.blocks():
         if block.is_moe and layout.expert_parallel > 1:
             experts = block.ffn.experts
-            if is_compiled(model):  # what stands between two exchanges has other rows each time
-                if "product" in vars(experts):  # of another precision: it stays as it is
+            if is_compiled(model):  # the number of rows between two exchanges varies
+                if "product" in vars(experts):  # another precision's kernels are not traced
                     experts.weighed = Compiled(weighed, print, varied=3)
                 else:
                     experts.compute = Compiled(experts.compute, print, varied=4)

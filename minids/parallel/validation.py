@@ -38,9 +38,10 @@ def evaluate(parallel: ParallelModel, tokens: Tensor, n_bytes: Tensor, seq_len: 
 
 def dealt(text: Tensor, batch_size: int, ranks: int, rank: int,
           device: torch.device) -> Iterator[tuple[Tensor, int]]:
-    """Yield a rank's share of windows (n, S + 1), in batches, and how many of a batch count.
+    """Yield batches of a rank's share of windows (n, S + 1), and how many rows of each count.
 
-    batch_size: of each rank; all have equally many rows, the last ones perhaps for company
+    batch_size: per rank. A batch has the same number of rows on all ranks; rows beyond those that
+        count are filler.
     """
     for part in text.split(batch_size * ranks):
         own = part[rank::ranks]

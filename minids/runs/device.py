@@ -103,8 +103,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def written_in(name: str, device: torch.device) -> partial:
-    """Return what makes a context to write text in: products as `pick_dtype` has them, but "auto"
-    is FP32 without a CUDA GPU."""
+    """Return a factory of autocast contexts for generating text. The type is that of `pick_dtype`,
+    except that "auto" means FP32 without a CUDA GPU."""
     dtype = pick_dtype("fp32" if name == "auto" and device.type != "cuda" else name, device)
     return partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
 

@@ -1,19 +1,13 @@
-"""How steps of decoding are run, read and timed."""
+"""Check when decoding steps are read, what fits into a graph, and how a generation is timed."""
 
 from types import SimpleNamespace
 
 import pytest
 import torch
-from small_models import LITTLE, scrambled
+from small_models import LITTLE, OnGpu, scrambled
 
 from minids.apply.graphs import Steps
 from minids.infer import decoding, generation
-
-
-class OnGpu(torch.Tensor):
-    """Numbers of the CPU that say they lie on a GPU."""
-
-    device = torch.device("cuda")
 
 
 @pytest.mark.parametrize("count", [0, 1, 3])

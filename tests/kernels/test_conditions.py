@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small_models import OnGpu
 
 from minids import ModelArgs
 from minids import kernels as package
@@ -347,12 +348,6 @@ def handed(monkeypatch, kernels: str) -> list:
     return noted
 
 
-class There(torch.Tensor):
-    """Numbers of the CPU that say they lie on a GPU."""
-
-    device = torch.device("cuda")
-
-
 A, B, C = (torch.full((2, 2), float(n)) for n in range(3))
 KEYS = torch.full((3, 5, 2), 3.0)
 GATE = SimpleNamespace(bias=B, args=SimpleNamespace(
@@ -363,7 +358,7 @@ HANDED = {
     "move": (lambda: muon.move(A, B, 0.9, 0.1), "triton_muon", ("move", A, B, 0.9, 0.1)),
     "gram": (lambda: muon.gram(A), "triton_muon", ("mirrored", A, 1.0, 0.0)),
     "polynomial": (lambda: muon.polynomial(A, 2.0, 3.0), "triton_muon", ("mirrored", A, 3.0, 2.0)),
-    "slots": (lambda: experts.sum_slots(A.as_subclass(There), B, C), "triton_experts",
+    "slots": (lambda: experts.sum_slots(A.as_subclass(OnGpu), B, C), "triton_experts",
               ("sum_slots", A, B, C)),
     "gate": (lambda: routing.choose_in_one_kernel(GATE, A), "triton_routing",
              ("choose", A, B, 3, 5, 2)),

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gpu_cases import BF16, BY_A_COMPILER, CASES, F32, GPU_ONLY
+from small_models import OnGpu
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -181,12 +182,6 @@ def test_triton_adds_up_slots(weighted):
     exact = rows[slot] if weights is None else rows[slot] * weights.unsqueeze(-1)
     found = experts.sum_slots(rows, slot, weights)
     assert torch.allclose(found, exact.sum(1), rtol=1e-5, atol=1e-5)
-
-
-class OnGpu(torch.Tensor):
-    """Numbers of the CPU that say they lie on a GPU."""
-
-    device, is_cuda = torch.device("cuda"), True
 
 
 def test_a_gpu_s_forms_in_torch_s_operations_are_the_cpu_s(monkeypatch):

@@ -1,4 +1,4 @@
-"""How many rows or queries go at a time: what fits, one at least, and the rest at the end."""
+"""Check how large the pieces are in which rows and queries are processed."""
 
 import pytest
 import torch
@@ -31,8 +31,8 @@ def test_cross_entropy_takes_as_many_rows_as_fit_and_4096_in_fp16(dtype, words, 
 @pytest.mark.parametrize("most, parts", [
     (12, [(0, 2), (2, 4), (4, 5)]), (11, [(n, n + 1) for n in range(5)]), (60, [(0, 5)]),
     (1, [(n, n + 1) for n in range(5)])])
-def test_as_many_queries_as_have_so_many_scores(most, parts, monkeypatch):
-    """Of five, on three keys: of two sequences, or of two heads of one."""
+def test_a_piece_has_as_many_queries_as_its_scores_allow(most, parts, monkeypatch):
+    """Five queries and three keys, of two sequences or of two heads of one sequence."""
     for name in ("SCORES", "PIECE"):
         monkeypatch.setattr(indexer, name, most)
     for found in (indexer.few_queries(5, torch.empty(1, 3, 7), 2), indexer.pieces(2, 5, 3)):

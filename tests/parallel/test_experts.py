@@ -1,6 +1,6 @@
-"""The journey of tokens to the ranks of their experts, planned for all ranks in one process.
+"""Plan the journey of tokens to the ranks of their experts, for all ranks in one process.
 
-two_ranks.py and four_ranks.py go through it with a process for each rank.
+two_ranks.py and four_ranks.py run it with one process per rank.
 """
 
 import pytest
@@ -36,7 +36,7 @@ def test_a_rank_plans_for_the_tokens_that_come_to_it():
     (2, 2, 3, 2, False), (4, 1, 7, 2, False), (3, 5, 200, 4, False), (1, 3, 5, 3, False),
     (4, 4, 33, 8, True), (2, 3, 150, 2, True)])
 def test_what_comes_back_is_the_weighed_sum_of_a_tokens_experts(ranks, held, n, k, crowded):
-    """From any routes, also where some experts or ranks get nothing: crowded."""
+    """Crowded: all tokens visit the first experts, and some ranks get nothing."""
     torch.manual_seed(0)
     chosen = torch.rand(ranks, n, ranks * held)
     if crowded:
@@ -45,7 +45,7 @@ def test_what_comes_back_is_the_weighed_sum_of_a_tokens_experts(ranks, held, n, 
     weights, x = torch.rand(ranks, n, k).double(), torch.randn(ranks, n, 4).double()
     matrices = torch.randn(ranks * held, 4, 4).double()
     told = torch.cat([indices.double(), weights], dim=-1)
-    plans = [plan_journey(told, indices[rank], rank, held) for rank in range(ranks)]
+    plans = [plan_journey(told, indices[rank], rank * held, held) for rank in range(ranks)]
     sent = torch.stack([plan.numbers[:, 0] for plan in plans])  # (from, to)
     rows = [x[rank][plan.leaving[:sent[rank].sum()]].split(sent[rank].tolist())
             for rank, plan in enumerate(plans)]
