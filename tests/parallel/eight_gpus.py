@@ -11,9 +11,10 @@ same with eight layers; a rank is killed, torchrun starts all again, and a check
 GPUs and on half of them. export: all layers trained, saved once and written as a Hugging Face
 folder, from which transformers continues a prompt as minids does.
 
-Every command is printed before it runs, and all tables go to standard output. Needs 192 GB on all
-GPUs together, and of disk 230 GB for the export, 120 GB for the kill. Exit status 1: something did
-not hold, and is named.
+Every command is printed before it runs, and all tables go to standard output. All layers
+need 192 GB of GPU memory together, and 170 GB of disk and 64 GB of the host's memory to be
+exported; the kill with eight layers needs 140 GB of disk. Exit status 1: something did not hold,
+and is named.
 """
 
 import argparse
@@ -64,9 +65,12 @@ class Host:
         self.each, self.folder, self.faults = args.sequences, folder, []
 
     def hold(self, holds: bool, what: str, why: str = "") -> None:
-        """Note whether something holds, and what was said where it does not."""
-        print(f"holds: {what}" if holds else f"DOES NOT HOLD: {what}\n{why[-3000:]}", flush=True)
+        """Note whether something holds, and what a program said where it does not: its own lines,
+        or the last of the others."""
+        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {what}", flush=True)
         if not holds:
+            own = dict.fromkeys(re.findall(r"^python -m minids.*", why, re.M))
+            print("\n".join(own) or why[-3000:], flush=True)
             self.faults.append(what)
 
     def moonlight(self, layers: int, layout: str) -> str:
@@ -165,11 +169,14 @@ def killed(host: Host) -> None:
     """Kill a rank, let torchrun start all again; go on on all GPUs, and on half of them."""
     n, run = host.gpus, host.folder / "killed"
     flags = host.moonlight(host.killed_layers, f"--grad-accum 2 --expert-parallel {n} --steps 16 "
-                           f"--save-every 5 --keep-last 2 --eval-every 0 --device {host.device} "
+                           f"--save-every 5 --keep-last 1 --eval-every 0 --device {host.device} "
                            f"--out {run} --resume")
     say(f"torchrun --nproc-per-node {n} --max-restarts 1 -m minids.train {flags}")
     ranks = begin_ranks(*shlex.split(flags), program="minids.train", world=n, restarts=1)
-    wait_for_steps(run, 13, ranks)
+    try:
+        wait_for_steps(run, 13, ranks)
+    except AssertionError as ended:
+        return host.hold(False, "the run takes 13 steps", "\n".join(*ended.args))
     unbroken = losses(run)
     os.kill(victim := ranks_below(ranks.pid)[-1], signal.SIGKILL)
     print(f"killed process {victim} after step {len(unbroken)}", flush=True)
@@ -277,6 +284,8 @@ def main() -> None:
         reader.error(f"what = {unknown.pop()!r} is not valid: {', '.join(PARTS)}")
     if args.gpus < 2 or args.gpus % 2:
         reader.error(f"gpus = {args.gpus} is not valid: it must be even")
+    if args.device == "cuda" and args.gpus > torch.cuda.device_count():
+        reader.error(f"gpus = {args.gpus} is not valid: here are {torch.cuda.device_count()}")
     if args.sequences < 4 or args.sequences % 4:
         reader.error(f"sequences = {args.sequences} is not valid: it must be a multiple of 4")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
