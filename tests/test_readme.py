@@ -85,7 +85,7 @@ SMALL = {
     "python tests/parity_hf.py": "--seeds 1",
     "python tests/notebook_times.py": "--only 00",
     "python tests/parallel/eight_gpus.py":
-        "--device cpu --gpus 2 --layers 3 --killed-layers 2 --sequences 4 --shape '--seq-len 32 "
+        "--device cpu --gpus 2 --sequences 4 --shape '--n-layers 3 --seq-len 32 "
         "--vocab-size 4096 --dim 32 --n-heads 2 --kv-lora-rank 16 --qk-nope-head-dim 16 "
         "--qk-rope-head-dim 8 --v-head-dim 16 --inter-dim 64 --moe-inter-dim 16 "
         "--n-routed-experts 8 --n-activated-experts 2 --threads 1 --lr 0.01 --muon-lr 0.01'",

@@ -53,7 +53,10 @@ MOONLIGHT = ("--preset moonlight --vocab-size 163840 --batch-size {} --batch-sta
 USD = 2.0  # a GPU and hour, assumed
 PROMPT, TOKENS = "def read_", 12
 SAME = 1e-7  # of a loss of the same weights, laid out alike: rounding of a printed number
-CLOSE = 1e-5  # whose sums are taken in another order: 1.4e-7 was seen on four and two GPUs
+# On another number of GPUs, where a gate near a tie may choose otherwise: 1.4e-7 was seen on four
+# and two GPUs, 1.2e-5 where a batch has 256 tokens. A step's own fall is 1e-2.
+NEAR = 1e-4
+CLOSE = 1e-5  # of FP32 logits: 3.7e-6 was seen of 27 layers
 
 
 class Host:
@@ -189,7 +192,7 @@ def killed(host: Host) -> None:
         compare(host, again[starts[0]], unbroken[starts[0]], f"step {starts[0] + 1} again", SAME)
     copy = fork(run, host.folder / "half")
     ends = [go_on(host, folder, world) for folder, world in ((run, n), (copy, n // 2))]
-    compare(host, *ends, f"step {len(again) + 1} on {n} and on {n // 2} GPUs", CLOSE)
+    compare(host, *ends, f"step {len(again) + 1} on {n} and on {n // 2} GPUs", NEAR)
     for folder in (run, copy):
         shutil.rmtree(folder)
 
