@@ -11,13 +11,14 @@ same with eight layers; a rank is killed, torchrun starts all again, and a check
 GPUs and on half of them. export: all layers trained, saved once and written as a Hugging Face
 folder, from which transformers continues a prompt as minids does.
 
-Every command is printed before it runs, and all tables go to standard output. All layers
-need 192 GB of GPU memory together, and 170 GB of disk and 64 GB of the host's memory to be
-exported; the kill with eight layers needs 140 GB of disk. Exit status 1: something did not hold,
+Every command is printed before it runs. A part ends where a program fails, and the next one begins.
+All layers need 192 GB of GPU memory together, and 170 GB of disk and 64 GB of the host's memory to
+be exported; the kill with eight layers needs 140 GB of disk. Exit status 1: something did not hold,
 and is named.
 """
 
 import argparse
+import contextlib
 import os
 import re
 import shlex
@@ -39,12 +40,14 @@ from launching import ROOT, begin_ranks, ranks_below, torchrun, wait_for_steps  
 from small_models import gap  # noqa: E402
 
 from minids import ModelArgs  # noqa: E402
+from minids.base.command_line import parse  # noqa: E402
 from minids.base.tables import format_table  # noqa: E402
 from minids.dryrun import DryRunArgs, dry_run  # noqa: E402
 from minids.infer.generation import generate  # noqa: E402
 from minids.parallel.layout import Layout  # noqa: E402
 from minids.runs.metrics import read_metrics  # noqa: E402
 from minids.runs.open import open_model  # noqa: E402
+from minids.runs.settings import TrainArgs  # noqa: E402
 
 PARTS = "scaling", "layouts", "killed", "export"
 SMALL = "--preset small --batch-size {} --grad-accum 2 --batch-start 0 --recompute none"
@@ -59,13 +62,22 @@ NEAR = 1e-4
 CLOSE = 1e-5  # of FP32 logits: 3.7e-6 was seen of 27 layers
 
 
-class Host:
-    """The GPUs, the flags of all models, and what did not hold."""
+class Failed(Exception):
+    """A program did not end well."""
 
-    def __init__(self, args: argparse.Namespace, folder: Path):
+
+class Host:
+    """The GPUs, the flags of all models, and what did not hold.
+
+    folder: for the runs of one part
+    """
+
+    folder: Path
+
+    def __init__(self, args: argparse.Namespace):
         self.gpus, self.device, self.shape = args.gpus, args.device, args.shape
         self.layers, self.killed_layers = args.layers, args.killed_layers
-        self.each, self.folder, self.faults = args.sequences, folder, []
+        self.each, self.faults = args.sequences, []
 
     def hold(self, holds: bool, what: str, why: str = "") -> None:
         """Note whether something holds, and what a program said where it does not: its own lines,
@@ -76,16 +88,22 @@ class Host:
             print("\n".join(own) or why[-3000:], flush=True)
             self.faults.append(what)
 
+    def ended(self, well: bool, program: str, why: str) -> None:
+        """Note whether a program ended well; raise `Failed` if not."""
+        self.hold(well, f"{program} ends well", why)
+        if not well:
+            raise Failed
+
     def moonlight(self, layers: int, layout: str) -> str:
         """Return flags of training with so many layers."""
         return (f"{MOONLIGHT.format(self.each * self.gpus)} --n-layers {layers} {layout} "
                 f"{self.shape}").strip()
 
-    def ranks(self, flags: str, program: str, world: int, **options) -> str:
+    def ranks(self, flags: str, program: str, world: int) -> str:
         """Run a program on some of the GPUs; return what it wrote."""
         say(f"torchrun --nproc-per-node {world} -m {program} {flags}")
-        said = torchrun(*shlex.split(flags), program=program, world=world, limit=3600, **options)
-        self.hold(said.status == 0, f"{program} on {world} ends well", said.err)
+        said = torchrun(*shlex.split(flags), program=program, world=world, limit=3600)
+        self.ended(said.status == 0, f"{program} on {world}", said.err)
         return said.out + said.err
 
     def measure(self, commands: list[str], world: int, steps: int) -> list[list[str]]:
@@ -130,20 +148,16 @@ def price(speed: float, gpus: int) -> str:
 
 def layouts(host: Host) -> None:
     """Train the large model in two layouts, and compare losses and memory."""
-    n, fields = host.gpus, [dict(expert_parallel=host.gpus),
-                            dict(pipeline=2, expert_parallel=host.gpus // 2)]
-    flags = [f"--grad-accum 2 --expert-parallel {n}",
-             f"--grad-accum 1 --pipeline 2 --expert-parallel {n // 2} --micro-batches 8"]
-    measured = host.measure([host.moonlight(host.layers, each) for each in flags], n, 18)
-    host.hold(len(measured) == 2, "both layouts ran")
+    n = host.gpus
+    commands = [host.moonlight(host.layers, layout) for layout in (
+        f"--grad-accum 2 --expert-parallel {n}",
+        f"--grad-accum 1 --pipeline 2 --expert-parallel {n // 2} --micro-batches 8")]
     rows = []
-    for layout, made, sequences in zip(fields, measured, (host.each // 2, host.each // 4),
-                                       strict=False):
-        _, _, count, speed, mfu, memory, *_, first, last = made
-        dry = dry_bytes(host, layout, sequences)
-        rows.append([" ".join(f"{name} {value}" for name, value in layout.items()), count, speed,
-                     mfu, f"{float(memory) * 2 ** 30 / 1e9:.1f}", f"{dry / 1e9:.1f}",
-                     price(float(speed.replace(",", "")), n), first, last])
+    for command, _, count, speed, mfu, memory, *_, first, last in host.measure(commands, n, 18):
+        layout, dry = dry_run_of(host, command)
+        rows.append([layout, count, speed, mfu, f"{float(memory) * 2 ** 30 / 1e9:.1f}",
+                     f"{dry / 1e9:.1f}", price(float(speed.replace(",", "")), n), first, last])
+    host.hold(len(rows) == 2, "both layouts ran")
     show("layout, parameters, tokens/s, MFU, GB a GPU, dry run GB, USD for 10^9 tokens, "
          "first loss, last loss", rows)
     if len(rows) == 2:
@@ -153,19 +167,18 @@ def layouts(host: Host) -> None:
                   f"both fall alike: by {first - last:.3f} and {other - end:.3f}")
 
 
-def dry_bytes(host: Host, layout: dict, sequences: int) -> int:
-    """Return what the dry run says of the fullest rank; sequences: of a micro-batch on it."""
-    given = shlex.split(host.moonlight(host.layers, ""))
-    known = dict(zip(given[::2], given[1::2], strict=True))
-    names = {name: f"--{name.replace('_', '-')}" for name in ModelArgs.__dataclass_fields__}
-    changes = {name: type(getattr(ModelArgs, name))(known[flag]) for name, flag in names.items()
-               if flag in known}
-    run = DryRunArgs(gpus=host.gpus, micro_batch=sequences,
-                     seq_len=int(known["--seq-len"]), batch_size=host.each * host.gpus,
-                     optimizer="muon")
+def dry_run_of(host: Host, command: str) -> tuple[str, int]:
+    """Return a command's layout, and the bytes of its fullest rank by the dry run."""
+    given, changes, layout = parse("minids.train", "", TrainArgs, ModelArgs, Layout,
+                                   argv=shlex.split(command))
+    parts = given["grad_accum"] * layout.pop("micro_batches", 1)
+    rows = host.each * layout.get("pipeline", 1) // parts
+    run = DryRunArgs(gpus=host.gpus, micro_batch=rows, seq_len=given["seq_len"],
+                     batch_size=given["batch_size"], optimizer="muon")
     card = torch.cuda.mem_get_info()[1] if host.device == "cuda" else 80e9
-    return dry_run(replace(ModelArgs.preset("moonlight"), **changes), run, Layout(**layout),
-                   memory=card).fullest.total
+    dry = dry_run(replace(ModelArgs.preset(given["preset"]), **changes), run, Layout(**layout),
+                  memory=card)
+    return " ".join(f"{name} {value}" for name, value in layout.items()), dry.fullest.total
 
 
 def killed(host: Host) -> None:
@@ -179,12 +192,12 @@ def killed(host: Host) -> None:
     try:
         wait_for_steps(run, 13, ranks)
     except AssertionError as ended:
-        return host.hold(False, "the run takes 13 steps", "\n".join(*ended.args))
+        host.ended(False, "the run, before its thirteenth step,", "\n".join(*ended.args))
     unbroken = losses(run)
     os.kill(victim := ranks_below(ranks.pid)[-1], signal.SIGKILL)
     print(f"killed process {victim} after step {len(unbroken)}", flush=True)
     out, err = ranks.communicate(timeout=3600)
-    host.hold(ranks.returncode == 0, "the run goes on and ends", err)
+    host.ended(ranks.returncode == 0, "the run, started again,", err)
     again, starts = losses(run), [int(step) for step in re.findall(r"resumed at step (\d+)", out)]
     host.hold(len(starts) == 1 and 5 <= starts[0] < len(unbroken) and len(again) == 16,
               f"it went on from a whole checkpoint: {starts} of {len(unbroken)}")
@@ -193,8 +206,6 @@ def killed(host: Host) -> None:
     copy = fork(run, host.folder / "half")
     ends = [go_on(host, folder, world) for folder, world in ((run, n), (copy, n // 2))]
     compare(host, *ends, f"step {len(again) + 1} on {n} and on {n // 2} GPUs", NEAR)
-    for folder in (run, copy):
-        shutil.rmtree(folder)
 
 
 def compare(host: Host, one: float, other: float, what: str, close: float) -> None:
@@ -237,7 +248,6 @@ def export(host: Host) -> None:
     theirs, others = by_transformers(folder, host.device)
     host.hold(mine == theirs, f"both continue alike in FP32: {mine} and {theirs}")
     host.hold((far := gap(logits, others)) < CLOSE, f"logits differ by {far:.1e} of the largest")
-    shutil.rmtree(folder)
 
 
 def program(host: Host, command: str) -> None:
@@ -245,7 +255,7 @@ def program(host: Host, command: str) -> None:
     say(f"python -m {command}")
     said = subprocess.run([sys.executable, "-m", *shlex.split(command)], capture_output=True,
                           text=True, env=os.environ | dict(PYTHONPATH=str(ROOT)))
-    host.hold(said.returncode == 0, f"{command.split()[0]} ends well", said.stderr)
+    host.ended(said.returncode == 0, command.split()[0], said.stderr)
 
 
 @torch.no_grad()
@@ -291,10 +301,11 @@ def main() -> None:
         reader.error(f"gpus = {args.gpus} is not valid: here are {torch.cuda.device_count()}")
     if args.sequences < 4 or args.sequences % 4:
         reader.error(f"sequences = {args.sequences} is not valid: it must be a multiple of 4")
-    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        host = Host(args, Path(folder))
-        for part in parts:
-            print(f"\n== {part}: {globals()[part].__doc__.splitlines()[0]}", flush=True)
+    host = Host(args)
+    for part in parts:
+        print(f"\n== {part}: {globals()[part].__doc__.splitlines()[0]}", flush=True)
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder, contextlib.suppress(Failed):
+            host.folder = Path(folder)
             globals()[part](host)
     print(f"\n{len(host.faults)} checks do not hold", *host.faults, sep="\n  ")
     sys.exit(bool(host.faults))
