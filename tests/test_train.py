@@ -250,6 +250,14 @@ def test_dense_model_trains(tmp_path, flags):
     assert [json.loads(line)["max_vio"] for line in lines] == [[], []]
 
 
+def test_a_model_with_more_rows_than_its_tokenizer_samples_text(tmp_path, flags):
+    """Three of four sampled ids are beyond the tokenizer: they have no text."""
+    said = run_train(*flags, "--out", str(tmp_path / "run"), "--steps", "1", "--init-std", "0.3",
+                     "--vocab-size", str(4 * VOCABULARY))
+    assert (said.status, said.err) == (0, "")
+    assert (tmp_path / "run/sample.txt").read_text().startswith("def")
+
+
 def test_end_says_what_was_reached_and_what_to_do_next(tmp_path, flags):
     said = run_train(*flags, "--out", str(tmp_path / "run"), "--steps", "3", "--eval-every", "2")
     steps = [line.split(":")[0] for line in said.out.splitlines() if line.startswith("step ")]

@@ -150,9 +150,16 @@ def test_decode_renders_special_ids_and_skips_unused_ones():
     assert t.decode(torch.tensor([24 + ord("b")])) == "b" and t.decode([]) == ""
 
 
-@pytest.mark.parametrize("bad", [-1, 320, 10**9])
-def test_decode_names_an_id_outside_the_vocabulary(bad):
-    with pytest.raises(ValueError, match=f"^id {bad} is not in the vocabulary: .* 0 to 319$"):
+def test_decode_skips_rows_that_only_a_model_has():
+    t = Tokenizer.train([], 280)
+    for more in (320, 10**9):
+        assert t.decode([24 + ord("a"), more, 24 + ord("b")]) == "ab"
+    assert t.decode(torch.tensor([320])) == ""
+
+
+@pytest.mark.parametrize("bad", [-1, -320])
+def test_decode_names_a_negative_id(bad):
+    with pytest.raises(ValueError, match=f"^id {bad} is not valid: it must be 0 or more$"):
         Tokenizer.train([], 280).decode([30, bad])
 
 
