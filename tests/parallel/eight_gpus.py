@@ -11,10 +11,10 @@ same with eight layers; a rank is killed, torchrun starts all again, and a check
 GPUs and on half of them. export: all layers trained, saved once and written as a Hugging Face
 folder, from which transformers continues a prompt as minids does.
 
-Every command is printed before it runs. A part ends where a program fails, and the next one begins.
-All layers need 192 GB of GPU memory together, and 170 GB of disk and 64 GB of the host's memory to
-be exported; the kill with eight layers needs 140 GB of disk. Exit status 1: something did not hold,
-and is named.
+Every command is printed before it runs, and what it showed with the seconds since the start. A part
+ends where a program fails, and the next one begins. All layers need 192 GB of GPU memory together,
+and 170 GB of disk and 64 GB of the host's memory to be exported; the kill with eight layers needs
+140 GB of disk. Exit status 1: something did not hold, and is named.
 """
 
 import argparse
@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,12 +78,13 @@ class Host:
     def __init__(self, args: argparse.Namespace):
         self.gpus, self.device, self.shape = args.gpus, args.device, args.shape
         self.layers, self.killed_layers = args.layers, args.killed_layers
-        self.each, self.faults = args.sequences, []
+        self.each, self.faults, self.begun = args.sequences, [], time.monotonic()
 
     def hold(self, holds: bool, what: str, why: str = "") -> None:
         """Note whether something holds, and what a program said where it does not: its own lines,
         or the last of the others."""
-        print(f"{'holds' if holds else 'DOES NOT HOLD'}: {what}", flush=True)
+        print(f"{time.monotonic() - self.begun:.0f} s: {what}: "
+              f"{'holds' if holds else 'DOES NOT HOLD'}", flush=True)
         if not holds:
             own = dict.fromkeys(re.findall(r"^python -m minids.*", why, re.M))
             print("\n".join(own) or why[-3000:], flush=True)
