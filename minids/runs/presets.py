@@ -6,8 +6,8 @@ steps: with a batch that grows, the shares of a run are those of its steps.
 
 SHORT_RUN = dict(steps=800, optimizer="muon", lr=1e-2, muon_lr=3e-3, warmup_steps=20,
                  constant_until=0.5, decay_until=1.0, final_lr=0.05, bias_speed=0.005)
-# Found by trial, for the embedding and the head above all, which AdamW trains (figures/README.md,
-# "The recipe"): it takes longer means of the squares, whose rows a batch visits seldom.
+# Found over seeds (figures/README.md, "The recipe"). AdamW trains embedding and head here, and a
+# batch has few of their tokens: why a longer mean of the squares helps so much, perhaps.
 TINY_RUN = SHORT_RUN | dict(decay="linear", beta1=0.8, beta2=0.99)
 # Twenty tokens for each parameter that one token uses (`python -m minids.costs --what cards`). No
 # ramp, whose first steps would have micro-batches too small for the card.
