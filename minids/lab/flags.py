@@ -7,7 +7,7 @@ import contextlib
 import importlib
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -38,16 +38,23 @@ def classes_of(program: str) -> list[type]:
     return found
 
 
-def rows(cls: type) -> list[str]:
-    """Return a table's lines: the flags that `cls` itself declares or changes."""
+def described(cls: type) -> list[str]:
+    """Return a line for each flag of a class."""
     parser, lines = command_line.OneLineParser(add_help=False), []
     command_line.add_flags(parser, cls, "")
-    for action in (a for a in parser._actions if a.dest in cls.__annotations__):
+    for action in parser._actions:
         meaning, default = action.help.replace("%%", "%").rstrip("]").rsplit(" [", 1)
         if valid := ", ".join(str(choice) for choice in action.choices or () if choice != ""):
             meaning += f" ({valid})"
         line = f"| `{action.option_strings[0]}` | {meaning} | {default} |"
         lines.append(line.replace("*", r"\*"))
+    return lines
+
+
+def rows(cls: type) -> list[str]:
+    """Return a table's lines: the flags that `cls` adds, or describes as none of its bases does."""
+    known = {line for base in cls.__mro__[1:] if is_dataclass(base) for line in described(base)}
+    lines = [line for line in described(cls) if line not in known]
     return lines and ["| flag | meaning | default |", "|---|---|---|", *lines]
 
 
@@ -59,7 +66,7 @@ def markdown() -> str:
         for cls in (c for top in classes_of(name) for c in reversed(top.__mro__)):
             if cls in shown:
                 lines += [f"And the flags of `{cls.__name__}`, above.", ""]
-            elif cls.__dict__.get("__annotations__") and (found := rows(cls)):
+            elif is_dataclass(cls) and (found := rows(cls)):
                 shown.add(cls)
                 lines += [f"`{cls.__name__}`:", "", *found, ""]
     return "\n".join(lines)

@@ -9,6 +9,7 @@ import pytest
 
 from minids.base.fields import Settings, option
 from minids.lab import flags
+from minids.runs.settings import TrainArgs
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,16 @@ class Own(Shared):
     zero: int = option(1, "what replicas share", (0, 1))
 
 
+@dataclass(frozen=True)
+class WithPresets(Shared):
+    """One program's, whose default preset has another number of steps; it declares none of them."""
+
+    @classmethod
+    def for_preset(cls, name: str) -> "WithPresets":
+        assert name == "tiny"
+        return cls(steps=9)
+
+
 def test_a_class_that_is_shared_is_printed_once(monkeypatch):
     monkeypatch.setattr(flags, "programs", lambda: [("one", "First."), ("two", "Second.")])
     monkeypatch.setattr(flags, "classes_of", lambda name: [Own] if name == "one" else [Shared])
@@ -39,6 +50,12 @@ def test_a_class_that_is_shared_is_printed_once(monkeypatch):
         r"| `--kind` | a or b\* (a, b) | none |",
         "| `--zero` | what replicas share (0, 1) | 1 |",
         "### two", "Second.", "And the flags of `Shared`, above."]
+
+
+def test_a_flag_is_shown_again_where_the_default_preset_changes_it():
+    assert flags.rows(WithPresets)[2:] == [
+        "| `--steps` | steps, 100 % of them; at least 1 | 5; tiny: 9 |"]
+    assert any(line.endswith("| 0.95; tiny: 0.99 |") for line in flags.rows(TrainArgs))
 
 
 def test_every_program_hands_its_settings_over():
