@@ -233,13 +233,14 @@ class Lasting:
                   file=sys.stderr, flush=True)
 
 
-def leave(status: int) -> NoReturn:
-    """Exit with a status; a rank of several exits at once, without the end of Python.
+def leave(status: int, at_once: bool = False) -> NoReturn:
+    """Exit with a status; a rank of several always exits at once, without the end of Python.
 
     Torch stops the threads of its process groups then, in any order, also of those that it has
-    closed, and one that still runs aborts the process: its status becomes that of signal 6.
+    closed, and one that still runs aborts the process: its status becomes that of signal 6. So does
+    a daemon thread that is inside torch, such as one that was writing a checkpoint.
     """
-    if os.environ.get("WORLD_SIZE", "1") != "1":
+    if at_once or os.environ.get("WORLD_SIZE", "1") != "1":
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError):
                 stream.flush()
@@ -274,7 +275,7 @@ def run_program(program: str, main, lasting: bool = False) -> NoReturn:
         leave(0)
     except KeyboardInterrupt:
         print(f"python -m {program}: interrupted", file=sys.stderr)
-        leave(130)
+        leave(130, at_once=True)
     except Exception as error:
         if not (line := told(error)):
             raise

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from minids.base.fields import demand
 from minids.base.files import flush, inside, new_folder, publish, read_json, write_json
+from minids.base.tensors import save_tensors
 from minids.config import ModelArgs
 from minids.fp8 import quantize_weight
 from minids.hf.names import CONFIG, INDEX, MTP, WEIGHTS, copies, goes_to_fp8, own_dtype, to_hf
@@ -37,7 +37,6 @@ TOKENIZER_FILE = (
     r"tokenizer\w*\.(json|model)|tokenization_\w+\.py|special_tokens_map\.json|vocab\.json"
     r"|generation_config\.json|chat_template\.jinja|tiktoken\.model|merges\.txt")
 ENDS = "bos_token_id", "eos_token_id"
-FORMAT = {"format": "pt"}  # transformers demands it
 
 
 def save_hf(model: Transformer, folder: str | Path, overwrite: bool = False,
@@ -194,7 +193,7 @@ def write_weights(model: Transformer, folder: Path, dtype: torch.dtype | None, s
         mtp = {}
     write_shards(folder, stored(main, dtype, quantize), shard_bytes)
     if mtp:
-        save_file(dict(stored(more, dtype, quantize)), folder / MTP, FORMAT)
+        save_tensors(dict(stored(more, dtype, quantize)), folder / MTP)
 
 
 def mtp_among_others(args: ModelArgs) -> bool:
@@ -238,7 +237,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], limit: int
     """Write one file, or shards of at most `limit` bytes and their index."""
     shard_of, total, count = {}, 0, 0
     for count, shard in enumerate(grouped(tensors, limit), start=1):
-        save_file(shard, folder / f"part-{count}", FORMAT)
+        save_tensors(shard, folder / f"part-{count}")
         shard_of |= dict.fromkeys(shard, count)
         total += sum(tensor.nbytes for tensor in shard.values())
         shard.clear()  # or two would be in memory while the next one fills

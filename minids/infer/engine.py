@@ -5,6 +5,7 @@ that find no row wait in a queue, and those that find no place there are refused
 after which to try again: a client that waits for ever is worse off than one that is told.
 """
 
+import atexit
 import contextlib
 import random
 import threading
@@ -60,6 +61,7 @@ class Engine:
         self.accepted, self.broken = 0, None
         self.thread = threading.Thread(target=self.work, name="engine", daemon=True)
         self.thread.start()
+        atexit.register(self.stop)  # Python aborts if it ends while this thread is inside torch
         end_team()  # with which this thread has made the model
 
     def check(self, request: Request) -> None:
@@ -137,6 +139,7 @@ class Engine:
         with self.wake:
             self.close()
         self.thread.join()
+        atexit.unregister(self.stop)
 
     def state(self) -> dict[str, int]:
         """Return how many requests run and wait, the bytes of the cache, all and in use, and since

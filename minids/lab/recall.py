@@ -27,13 +27,14 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minids.base.command_line import parse, run_program
 from minids.base.fields import option, require
 from minids.base.files import read_json, write_json
 from minids.base.tables import format_table
+from minids.base.tensors import save_tensors
 from minids.config import ModelArgs
 from minids.infer.validation import all_scores, attention_recall, best, everything, selecting
 from minids.model.sparse_attention import freeze_all_but_indexers, load_weights_without_indexer
@@ -250,7 +251,7 @@ def main() -> None:
         if args.out:
             folder = Path(args.out)
             weights = {name: w.cpu().contiguous() for name, w in model.state_dict().items()}
-            save_file(weights, folder / f"{stage}.safetensors")
+            save_tensors(weights, folder / f"{stage}.safetensors")
             write_json(folder / "settings.json", asdict(args))
         spent = time.perf_counter() - start
         print(f"\nafter {steps} steps of stage {stage}, {spent:.0f} s; indexers "

@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from minids.base.files import digest, flush, naming
+from minids.base.files import digest, flush
+from minids.base.tensors import save_tensors
 from minids.parallel.shards import is_sharded, local, own_part
 
 
@@ -50,8 +50,7 @@ def write_parts(file: Path, parts: dict[str, Part]) -> dict:
     """Write and flush a rank's parts; return the file's size and SHA-256."""
     places = {name: [part.shape, part.offsets] for name, part in parts.items()}
     held = {name: part.tensor.contiguous() for name, part in parts.items()}
-    with naming(file):
-        save_file(held, file, metadata={"format": "pt", "parts": json.dumps(places)})
+    save_tensors(held, file, {"parts": json.dumps(places)})
     flush(file)
     return {"bytes": file.stat().st_size, "sha256": digest(file)}
 

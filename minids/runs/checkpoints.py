@@ -32,11 +32,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from minids.base.fields import demand, nearest
 from minids.base.files import digest, discard, flush, is_sealed, publish, sealed, write_flushed
+from minids.base.tensors import save_tensors
 from minids.parallel.parts import Parts
 
 FORMAT, SHARDED = 1, 2  # SHARDED: written by many ranks, see `minids.runs.sharded`
@@ -129,7 +130,7 @@ def write_files(folder: Path, step: int, weights: dict, state: dict, metric: flo
     """Write and flush the three files of a checkpoint, the manifest last."""
     copies = {name: tensor.detach().to("cpu", copy=True).contiguous()
               for name, tensor in weights.items()}  # safetensors refuses shared memory
-    save_file(copies, folder / WEIGHTS, metadata={"format": "pt"})
+    save_tensors(copies, folder / WEIGHTS)
     with open(folder / STATE, "wb") as stream:
         try:
             torch.save(state, stream)

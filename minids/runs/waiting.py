@@ -11,6 +11,7 @@ threads that compute, and with it every result, stays the same. `minids.runs.thr
 number.
 """
 
+import atexit
 import os
 import threading
 
@@ -48,6 +49,8 @@ class Watcher:
 
     def __init__(self):
         self.starvation, self.guest, self.calm = Starvation(), None, 0
+        self.ending = threading.Event()
+        self.thread = threading.Thread(target=self.run, name="waiting", daemon=True)
 
     def look(self) -> None:
         """Let the threads sleep, or spin again, by what happened since the last look."""
@@ -61,13 +64,20 @@ class Watcher:
 
     def run(self) -> None:
         """Look until the process ends."""
-        pause = threading.Event()
-        while not pause.wait(EVERY):
+        while not self.ending.wait(EVERY):
             self.look()
+
+    def end(self) -> None:
+        """Look no more: Python aborts if it ends while a guest's thread is inside torch."""
+        self.ending.set()
+        self.thread.join()
+        if self.guest:
+            self.guest.end()
 
 
 def watch_waiting() -> None:
     """Start this process's watcher, unless it has one or the environment says how to wait."""
     chosen = os.environ.keys() & {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
     if not chosen and all(thread.name != "waiting" for thread in threading.enumerate()):
-        threading.Thread(target=Watcher().run, name="waiting", daemon=True).start()
+        (watcher := Watcher()).thread.start()
+        atexit.register(watcher.end)

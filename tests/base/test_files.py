@@ -6,11 +6,18 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
+from safetensors.torch import load_file
+from small_models import LITTLE, scrambled
 
 import minids
 from minids.base import files
 from minids.base.files import read_json, write_json, write_whole
+from minids.base.tensors import save_tensors
+from minids.hf import save_hf
+from minids.parallel.parts import Part, write_parts
+from minids.runs.checkpoints import save_checkpoint
 
 
 def write_json_in_place(path: Path, obj) -> None:
@@ -31,6 +38,41 @@ def test_write_json_is_whole_or_absent(tmp_path, small_files):
     with pytest.raises(OSError, match="config.json could not be written: File too large"):
         write_json(path, {"lr": [0] * 100_000})
     assert not keeps_old_json(path, write_json_in_place)
+
+
+WRITERS = {
+    "tensors": lambda folder: save_tensors({"a": torch.ones(2)}, folder / "a.safetensors"),
+    "parts": lambda folder: write_parts(folder / "rank0.safetensors",
+                                        {"a": Part(torch.ones(2), [2], [0])}),
+    "checkpoint": lambda folder: save_checkpoint(folder, 1, {"a": torch.ones(2)}, {}),
+    "folder": lambda folder: save_hf(scrambled(LITTLE), folder / "out"),
+    "folder of many files": lambda folder: save_hf(scrambled(LITTLE), folder / "out",
+                                                   shard_bytes=90_000),
+}
+
+
+def modes(folder: Path) -> set[int]:
+    """Return the permissions of all files in a folder."""
+    return {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such permissions")
+@pytest.mark.parametrize("mask", [0o022, 0o007, 0o077])
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_weights_may_be_read_by_whom_any_new_file_may(tmp_path, write, mask):
+    before = os.umask(mask)
+    try:
+        write(tmp_path)
+    finally:
+        os.umask(before)
+    assert modes(tmp_path) == {0o666 & ~mask}
+
+
+def test_a_file_keeps_its_permissions_when_tensors_replace_others(tmp_path):
+    save_tensors({"a": torch.ones(2)}, tmp_path / "a")
+    (tmp_path / "a").chmod(0o640)
+    save_tensors({"a": torch.zeros(2)}, tmp_path / "a")
+    assert modes(tmp_path) == {0o640} and not load_file(tmp_path / "a")["a"].any()
 
 
 def test_text_is_utf_8_and_bytes_are_bytes(tmp_path):

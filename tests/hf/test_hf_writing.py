@@ -208,8 +208,8 @@ def save_over(model, folder: Path) -> None:
     save_hf(model, folder, overwrite=True, shard_bytes=150_000)  # two shards, and fewer calls
 
 
-CALLS = [(os, "rename"), (os, "fsync"), (os, "link"), (shutil, "rmtree"), (hf.writing, "save_file"),
-         (Path, "write_text"), (Path, "mkdir")]
+CALLS = [(os, "rename"), (os, "fsync"), (os, "link"), (shutil, "rmtree"),
+         (hf.writing, "save_tensors"), (Path, "write_text"), (Path, "mkdir")]
 
 
 def stopped(save, folder: Path, stop_at: int, killed: bool) -> bool:

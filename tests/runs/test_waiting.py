@@ -1,5 +1,6 @@
 """How threads wait for each other, while other programs use the machine."""
 
+import atexit
 import os
 import subprocess
 import sys
@@ -75,6 +76,7 @@ def test_no_thread_keeps_a_process_from_ending(monkeypatch):
     monkeypatch.setattr(threading.Thread, "start",
                         lambda thread: begun.update({thread.name: thread.daemon}))
     monkeypatch.setattr(threading, "enumerate", list)  # a test before may have begun a watcher
+    monkeypatch.setattr(atexit, "register", lambda end: None)  # no thread is there to be joined
     for name in WITHOUT:
         monkeypatch.delenv(name, raising=False)
     waiting.Guest()
@@ -128,14 +130,15 @@ def test_a_program_has_one_watcher_and_a_notebook_none():
     (["MainThread", "engine"], {}, ["waiting"]), (["MainThread", "waiting"], {}, []),
     (["MainThread"], {"GOMP_SPINCOUNT": "5"}, []), (["MainThread"], {"OMP_WAIT_POLICY": ""}, [])])
 def test_one_watcher_begins_unless_the_environment_decides(monkeypatch, there, chosen, begun):
-    made = []
+    made, ends = [], []
     monkeypatch.setattr(waiting.os, "environ", {"OMP_NUM_THREADS": "1"} | chosen)
     monkeypatch.setattr(waiting, "threading", SimpleNamespace(
-        enumerate=lambda: [SimpleNamespace(name=name) for name in there],
+        enumerate=lambda: [SimpleNamespace(name=name) for name in there], Event=threading.Event,
         Thread=lambda target, name, daemon: SimpleNamespace(
             start=lambda: made.append(name) if daemon else None)))
+    monkeypatch.setattr(atexit, "register", ends.append)
     waiting.watch_waiting()
-    assert made == begun
+    assert made == begun and [end.__func__ for end in ends] == [Watcher.end] * len(begun)
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="Linux lists a process's threads")
