@@ -28,7 +28,11 @@ SHAPES = {
 def scrambled(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float64) -> Transformer:
     """A model whose every weight matters; the same numbers in every precision."""
     torch.manual_seed(seed)
-    model = Transformer(args).double()
+    return scramble(Transformer(args).double()).to(dtype)
+
+
+def scramble(model: Transformer) -> Transformer:
+    """Draw every weight and selection bias anew."""
     for name, parameter in model.named_parameters():
         if name.endswith("norm.weight"):
             torch.nn.init.normal_(parameter, mean=1.0, std=0.3)
@@ -37,7 +41,7 @@ def scrambled(args: ModelArgs, seed: int = 0, dtype: torch.dtype = torch.float64
             torch.nn.init.normal_(parameter, std=fan_in ** -0.5)
     for bias in model.gate_biases():
         torch.nn.init.normal_(bias, mean=-0.2, std=0.3)
-    return model.to(dtype)
+    return model
 
 
 def random_tokens(args: ModelArgs, batch: int, length: int, seed: int = 1) -> torch.Tensor:

@@ -86,7 +86,7 @@ SMALL = {
     "python tests/notebook_times.py": "--only 00",
     "python tests/parallel/eight_gpus.py":
         "--device cpu --gpus 2 --sequences 4 --shape '--n-layers 3 --seq-len 32 "
-        "--vocab-size 5120 --dim 32 --n-heads 2 --kv-lora-rank 16 --qk-nope-head-dim 16 "
+        "--vocab-size 80000 --dim 32 --n-heads 2 --kv-lora-rank 16 --qk-nope-head-dim 16 "
         "--qk-rope-head-dim 8 --v-head-dim 16 --inter-dim 64 --moe-inter-dim 16 "
         "--n-routed-experts 8 --n-activated-experts 2 --threads 1 --lr 0.01 --muon-lr 0.01'",
 }

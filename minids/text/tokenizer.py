@@ -31,6 +31,7 @@ from shlex import quote
 
 import tiktoken
 import torch
+import torch.nn.functional as F
 
 from minids.base.fields import demand
 from minids.base.files import inside, read_json, write_whole
@@ -77,12 +78,13 @@ class Tokenizer:
     def _number(self, ranks: dict[bytes, int], special: dict[str, int], rows: int = 0) -> None:
         """Set the sizes and the bytes of each id; rows: those of the model, if known.
 
-        Raises `ValueError` for ids and rows far beyond the number of tokens: each takes memory.
+        Raises `ValueError` for ids far beyond the number of tokens: each takes memory. A model may
+        have any number of rows.
         """
         ids = [*ranks.values(), *special.values()]
         most = 2 * len(ids) + SPARE
-        for number in (*ids, rows):
-            demand("id, or vocab_size,", number, type(number) is int and 0 <= number < most,
+        for number in ids:
+            demand("id", number, type(number) is int and 0 <= number < most,
                    f"a whole number below {most} for {len(ids)} tokens")
         self.ranks, self.special = ranks, special
         self.n_tokens = 1 + max([*ranks.values(), *special.values()])
@@ -92,7 +94,7 @@ class Tokenizer:
          self.end_think_id, self.fim_begin_id, self.fim_hole_id, self.fim_end_id) = (
             special.get(text) for text in SPECIAL[:9])
         self.eos_ids = [self.eos_id]
-        self._bytes = [b""] * self.vocab_size
+        self._bytes = [b""] * self.n_tokens
         for text, token in special.items():
             self._bytes[token] = text.encode()
         for piece, token in ranks.items():
@@ -219,7 +221,7 @@ class Tokenizer:
         for token in ids:
             if token < 0:
                 raise ValueError(f"id {int(token)} is not valid: it must be 0 or more")
-            pieces.append(self._bytes[token] if token < self.vocab_size else b"")
+            pieces.append(self._bytes[token] if token < self.n_tokens else b"")
         return b"".join(pieces)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -231,7 +233,7 @@ class Tokenizer:
         """Return the bytes of text per token, (vocab_size,) int64; 0: special and unused ids."""
         lengths = torch.tensor([len(piece) for piece in self._bytes])
         lengths[list(self.special.values())] = 0
-        return lengths
+        return F.pad(lengths, (0, self.vocab_size - self.n_tokens))
 
 
 class ReleasedTokenizer(Tokenizer):

@@ -73,11 +73,16 @@ def test_losses_in_the_table_agree(settings, capsys):
     assert float(row[-2].strip()) == pytest.approx(float(row[-1]), abs=1e-4)
 
 
-def test_quality_table(settings, capsys, tmp_path, monkeypatch):
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch sees no GPU here"))]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_quality_table(settings, capsys, tmp_path, monkeypatch, device):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("minids.train.loss_curve", no_picture)
     monkeypatch.setattr("minids.train.Trainer.sample", short_sample)
-    _, seed, mean = run(settings, "moe-vs-dense", capsys)
+    _, seed, mean = run(settings, "moe-vs-dense", capsys, f"--device={device}")
     assert [cell.strip() for cell in seed[1:6]] == [cell.strip() for cell in mean[1:6]]
     assert 1 < float(seed[1]) < 8 and seed[6].split()[:3] == ["2", "/", "2"]
 
@@ -104,9 +109,11 @@ def a_run(tmp_path, **changes) -> str:
     return str(folder)
 
 
-def test_speculative_table(settings, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize("device", DEVICES)
+def test_speculative_table(settings, capsys, tmp_path, monkeypatch, device):
     monkeypatch.setattr(bench_decoding, "PROMPTS", 2)
-    head, *rows = run(settings, "speculative", capsys, f"--run={a_run(tmp_path)}")
+    head, *rows = run(settings, "speculative", capsys, f"--run={a_run(tmp_path)}",
+                      f"--device={device}")
     assert len(head) == 5
     assert [row[0].strip() for row in rows[:6]] == [
         f"{drafts} drafted, batch {batch}" for drafts in (1, 2, 3) for batch in (1, 2)]

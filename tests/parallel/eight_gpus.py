@@ -3,18 +3,21 @@
     python tests/parallel/eight_gpus.py                         8 GPUs, all of it
     python tests/parallel/eight_gpus.py --gpus 4 --what layouts,killed
     python tests/parallel/eight_gpus.py --gpus 2 --layers 6 --what layouts,export
+    python tests/parallel/eight_gpus.py --gpus 1 --what untrained
     python tests/parallel/eight_gpus.py --device cpu --shape "--dim 64 .."     the same, on gloo
 
 scaling: `small` on 1, 2, 4, .. GPUs. layouts: Moonlight's dimensions, random weights and real text,
 sharded with experts over all GPUs, and in a pipeline of two; each beside its dry run. killed: the
 same with eight layers; a rank is killed, torchrun starts all again, and a checkpoint goes on on all
 GPUs and on half of them. export: all layers trained, saved once and written as a Hugging Face
-folder, from which transformers continues a prompt as minids does.
+folder, from which transformers continues a prompt as minids does. untrained: such a folder of
+random weights, in one process; one GPU has room for it.
 
 Every command is printed before it runs, and what it showed with the seconds since the start. A part
 ends where a program fails, and the next one begins. All layers need 192 GB of GPU memory together,
-and 170 GB of disk and 64 GB of the host's memory to be exported; the kill with eight layers needs
-140 GB of disk. Exit status 1: something did not hold, and is named.
+and 170 GB of disk and 64 GB of the host's memory to be exported, or untrained 64 GB of GPU memory
+and 32 GB of disk; the kill with eight layers needs 140 GB of disk. Exit status 1: something did not
+hold, and is named.
 """
 
 import argparse
@@ -38,19 +41,23 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 
 from launching import ROOT, begin_ranks, ranks_below, torchrun, wait_for_steps  # noqa: E402
-from small_models import gap  # noqa: E402
+from small_models import gap, scramble  # noqa: E402
 
 from minids import ModelArgs  # noqa: E402
 from minids.base.command_line import parse  # noqa: E402
 from minids.base.tables import format_table  # noqa: E402
+from minids.costs import count_parameters  # noqa: E402
 from minids.dryrun import DryRunArgs, dry_run  # noqa: E402
+from minids.hf.names import skeleton  # noqa: E402
+from minids.hf.writing import save_hf  # noqa: E402
 from minids.infer.generation import generate  # noqa: E402
 from minids.parallel.layout import Layout  # noqa: E402
 from minids.runs.metrics import read_metrics  # noqa: E402
 from minids.runs.open import open_model  # noqa: E402
 from minids.runs.settings import TrainArgs  # noqa: E402
+from minids.text.tokenizer import Tokenizer  # noqa: E402
 
-PARTS = "scaling", "layouts", "killed", "export"
+PARTS = "scaling", "layouts", "killed", "export", "untrained"
 SMALL = "--preset small --batch-size {} --grad-accum 2 --batch-start 0 --recompute none"
 MOONLIGHT = ("--preset moonlight --vocab-size 163840 --batch-size {} --batch-start 0 --seq-len 4096"
              " --warmup-steps 5")
@@ -80,11 +87,14 @@ class Host:
         self.layers, self.killed_layers = args.layers, args.killed_layers
         self.each, self.faults, self.begun = args.sequences, [], time.monotonic()
 
+    def tell(self, what: str) -> None:
+        """Print something, and when."""
+        print(f"{time.monotonic() - self.begun:.0f} s: {what}", flush=True)
+
     def hold(self, holds: bool, what: str, why: str = "") -> None:
         """Note whether something holds, and what a program said where it does not: its own lines,
         or the last of the others."""
-        print(f"{time.monotonic() - self.begun:.0f} s: {what}: "
-              f"{'holds' if holds else 'DOES NOT HOLD'}", flush=True)
+        self.tell(f"{what}: {'holds' if holds else 'DOES NOT HOLD'}")
         if not holds:
             own = dict.fromkeys(re.findall(r"^python -m minids.*", why, re.M))
             print("\n".join(own) or why[-3000:], flush=True)
@@ -246,7 +256,28 @@ def export(host: Host) -> None:
     host.hold(losses(run)[-1] < losses(run)[0], f"the loss falls: {losses(run)[::19]}")
     program(host, f"minids.hf --run {run} --out {folder} --dtype bf16")
     shutil.rmtree(run)
+    read_alike(host, folder)
+
+
+def untrained(host: Host) -> None:
+    """Write a Hugging Face folder of random weights, all layers, and read it by transformers."""
+    folder, flags = host.folder / "exported", host.moonlight(host.layers, "")
+    given, changes, _ = parse("minids.train", "", TrainArgs, ModelArgs, Layout,
+                              argv=shlex.split(flags))
+    model = skeleton(args := replace(ModelArgs.preset(given["preset"]), **changes))
+    torch.manual_seed(0)
+    scramble(model.bfloat16().to_empty(device=host.device))
+    save_hf(model, folder, tokenizer=Tokenizer.load())
+    del model
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    host.tell(f"{count_parameters(args).total:,} parameters are written, {size / 1e9:.1f} GB")
+    read_alike(host, folder)
+
+
+def read_alike(host: Host, folder: Path) -> None:
+    """Compare what minids and transformers make of a folder."""
     mine, logits = by_minids(folder, host.device)
+    host.tell("read by minids")
     theirs, others = by_transformers(folder, host.device)
     host.hold(mine == theirs, f"both continue alike in FP32: {mine} and {theirs}")
     host.hold((far := gap(logits, others)) < CLOSE, f"logits differ by {far:.1e} of the largest")
@@ -285,7 +316,8 @@ def main() -> None:
     reader = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     reader.add_argument("--what", default=",".join(PARTS), help="parts, with commas between")
-    reader.add_argument("--gpus", type=int, default=8, help="an even number [8]")
+    reader.add_argument("--gpus", type=int, default=8,
+                        help="an even number; for untrained 1 will do [8]")
     reader.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     reader.add_argument("--layers", type=int, default=27, help="of layouts and export [27]")
     reader.add_argument("--killed-layers", type=int, default=8, help="of killed [8]")
@@ -297,7 +329,7 @@ def main() -> None:
     parts = args.what.split(",")
     if unknown := set(parts) - set(PARTS):
         reader.error(f"what = {unknown.pop()!r} is not valid: {', '.join(PARTS)}")
-    if args.gpus < 2 or args.gpus % 2:
+    if parts != ["untrained"] and (args.gpus < 2 or args.gpus % 2):
         reader.error(f"gpus = {args.gpus} is not valid: it must be even")
     if args.device == "cuda" and args.gpus > torch.cuda.device_count():
         reader.error(f"gpus = {args.gpus} is not valid: here are {torch.cuda.device_count()}")

@@ -252,15 +252,15 @@ def forged(t: Tokenizer, folder, pattern: str = PATTERN, special=None, **ranks) 
 
 
 @pytest.mark.parametrize("changes, told", [
-    (dict(a=10**9), "id, or vocab_size, = 1000000000 is not valid: it must be a whole number "),
-    (dict(a=-1), "id, or vocab_size, = -1 is not valid"), (dict(a=99), "two of its tokens"),
-    (dict(a=2**64), "id, or vocab_size, = 18446744073709551616 is not valid"),
+    (dict(a=10**9), "id = 1000000000 is not valid: it must be a whole number "),
+    (dict(a=-1), "id = -1 is not valid"), (dict(a=99), "two of its tokens"),
+    (dict(a=2**64), "id = 18446744073709551616 is not valid"),
     (dict(a=None), "one of the 256 bytes has no id"), (dict(pattern="("), "Parsing error"),
     (dict(pattern="[a-z]+"), "the pattern in meta.json leaves out some text"),
     (dict(pattern=5), "cannot be converted|not an instance of 'str'"),
-    (dict(special=dict(x=True)), "id, or vocab_size, = True is not valid"),
-    (dict(special=dict(x="7")), "id, or vocab_size, = '7' is not valid"),
-    (dict(special=dict(x=10**12)), "id, or vocab_size, = 1000000000000 is not valid")])
+    (dict(special=dict(x=True)), "id = True is not valid"),
+    (dict(special=dict(x="7")), "id = '7' is not valid"),
+    (dict(special=dict(x=10**12)), "id = 1000000000000 is not valid")])
 def test_a_folder_that_fits_its_fingerprint_is_checked_before_memory_is_taken(
         small, tmp_path, changes, told):
     """tiktoken would allocate for the highest id, and ends the process for the others."""
