@@ -161,8 +161,8 @@ class Team(Alone):
             if local:
                 time.sleep(PATIENCE)  # for the first one to tell it
                 raise SystemExit(2)
-            raise ValueError(f"device = 'cuda' is not valid: {here} processes on this machine, "
-                             f"which has {torch.cuda.device_count()} GPUs; start fewer "
+            raise ValueError(f"device = 'cuda' is not valid: {here} processes on this machine need "
+                             f"as many GPUs, and it has {torch.cuda.device_count()}; start fewer "
                              "(--nproc-per-node), or use --device cpu")
         self.device = torch.device("cuda", local) if cuda else torch.device("cpu")
         if cuda:

@@ -83,7 +83,8 @@ def test_a_card_missing_from_the_host_is_told_by_its_first_process(second_of_two
         Team(Layout().fitted(2), "cuda")
     assert not dist.is_initialized()
     if local == 0:
-        assert not slept and "8 processes on this machine, which has 7 GPUs" in str(caught.value)
+        assert not slept
+        assert "8 processes on this machine need as many GPUs, and it has 7" in str(caught.value)
     else:
         assert slept == [team.PATIENCE] and caught.value.code == 2
 
