@@ -22,6 +22,7 @@ SHAPES = {
     "no query latent": replace(LITTLE, q_lora_rank=0),
     "values wider than keys": replace(LITTLE, v_head_dim=20),
     "values as wide as keys": replace(LITTLE, v_head_dim=16),
+    "odd widths": replace(LITTLE, q_lora_rank=11, kv_lora_rank=7, qk_nope_head_dim=5, v_head_dim=3),
 }
 
 

@@ -227,11 +227,11 @@ def unpacked_little(size: int) -> None:
     corpora.check_unpacked(SimpleNamespace(stat=lambda: SimpleNamespace(st_size=1)), size)
 
 
-def numbered(rows: int) -> None:
-    """Number the tokens of a byte tokenizer with 9 special tokens, for a model with `rows` rows."""
+def numbered(last: int) -> None:
+    """Number the tokens of a byte tokenizer with 9 special tokens, the last by a far id."""
     special = {text: i for i, text in enumerate(SPECIAL[:9])}
-    ranks = {bytes([b]): 9 + b for b in range(256)}
-    Tokenizer.__new__(Tokenizer)._number(ranks, special, rows)
+    ranks = {bytes([b]): 9 + b for b in range(255)} | {bytes([255]): last}
+    Tokenizer.__new__(Tokenizer)._number(ranks, special)
 
 
 def evaluated(seq_len: int) -> None:
@@ -288,7 +288,7 @@ EDGES = {
     "room": (writing, 15, 16, "max_new_tokens = 16"),
     "unpacked": (unpacked, 100 * 2 ** 22, 100 * 2 ** 22 + 1, "more than 100 times its size"),
     "unpacked little": (unpacked_little, 2 ** 28, 2 ** 28 + 1, "more than 100 times its size"),
-    "rows": (numbered, 2 * 265 + 2 ** 16 - 1, 2 * 265 + 2 ** 16, "below 66066 for 265 tokens"),
+    "id": (numbered, 2 * 265 + 2 ** 16 - 1, 2 * 265 + 2 ** 16, "below 66066 for 265 tokens"),
     "memory": (on_a_gpu_of, NEEDED, NEEDED - 1, "does not fit"),
     "body": (sized, 5, 4, "the body is too large"),
     "validation": (lambda n: windows(torch.arange(9), n), 8, 9, "seq_len = 9"),

@@ -73,6 +73,8 @@ def apply_rotary_emb(x: Tensor, rotation: Tensor) -> Tensor:
     x: (B, S, H, qk_rope_head_dim); rotation: (B or 1, S, qk_rope_head_dim / 2) complex
     """
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    if any(step % 2 for step in (wide.storage_offset(), *wide.stride()[:-1])):
+        wide = wide.clone(memory_format=torch.contiguous_format)  # a slice beside an odd width
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # (B, S, H, rope / 2)
     return torch.view_as_real(pairs * rotation.unsqueeze(-2)).flatten(-2).to(x.dtype)
 

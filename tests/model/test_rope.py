@@ -97,6 +97,15 @@ def test_absolute_positions_are_caught(wrong):
     assert score_drift(*wrong) > 0.1
 
 
+@pytest.mark.parametrize("begin, end, width", [(0, 8, 9), (1, 9, 9), (1, 9, 10), (3, 11, 13)])
+@pytest.mark.parametrize("batch, length", [(1, 1), (2, 3)])
+def test_a_slice_beside_an_odd_width_is_rotated_alike(begin, end, width, batch, length):
+    rotation = rotations(torch.arange(length)[None], replace(SHORT, qk_rope_head_dim=8))
+    x = torch.randn(batch, length, 2, width)[..., begin:end]
+    assert torch.equal(apply_rotary_emb(x, rotation), apply_rotary_emb(x.clone(
+        memory_format=torch.contiguous_format), rotation))
+
+
 def test_rotation_keeps_lengths_shape_and_precision():
     rotation = rotations(torch.arange(7).expand(2, 7), SHORT)  # (B, S, ..): one row a sequence
     for dtype, error in ((torch.float64, 1e-6), (torch.float32, 1e-6), (torch.bfloat16, 2 ** -8)):
