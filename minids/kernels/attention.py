@@ -87,8 +87,11 @@ def takes_parts(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, scale: 
         return False
     if q.device.type == "cpu":
         return q.size(1) < k.size(1)
-    return (q.device.type == "cuda" and q.dtype in (torch.bfloat16, torch.float16)
-            and torch.cuda.get_device_capability(q.device)[0] >= 8)
+    if q.device.type != "cuda" or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    version = torch.cuda.get_device_capability(q.device)[0]
+    widest = 256 if version >= 9 else 128 if version == 8 else 0
+    return all(t.size(-1) % 8 == 0 and t.size(-1) <= widest for t in (k, v))
 
 
 @body(takes_parts)

@@ -271,17 +271,20 @@ def test_attention_s_kernels_take_these_widths_and_lengths(card, monkeypatch):
     assert taken(attention.takes_unequal, **usual) == [False]
 
     prefill = usual | dict(q=(1, 9, 2, 64), k=(1, 12, 2, 64))
-    yes = (dict(dtype=F16), dict(k=(1, 9, 2, 64)), dict(device="cpu"))
+    yes = (dict(dtype=F16), dict(k=(1, 9, 2, 64)), dict(device="cpu"), dict(k=(1, 12, 2, 256)),
+           dict(device="cpu", k=(1, 12, 2, 69)))
     no = (dict(dtype=F32), dict(visible=(1, 9, 12)), dict(q=(1, 8, 2, 64)),
-          dict(device="cpu", k=(1, 9, 2, 64)))
+          dict(device="cpu", k=(1, 9, 2, 64)), dict(k=(1, 12, 2, 69)), dict(v=(1, 12, 2, 20)),
+          dict(k=(1, 12, 2, 264)), dict(v=(1, 12, 2, 264)))
     with torch.no_grad():
-        assert taken(attention.takes_parts, *yes, **prefill) == [True] * 4
-        assert taken(attention.takes_parts, *no, **prefill) == [True] + [False] * 4
+        assert taken(attention.takes_parts, *yes, **prefill) == [True] * 6
+        assert taken(attention.takes_parts, *no, **prefill) == [True] + [False] * 8
     assert taken(attention.takes_parts, **prefill) == [False]
-    for capability, fits in (((8, 0), True), ((7, 5), False)):
+    for capability, wide, fits in (((8, 0), 64, True), ((8, 9), 128, True), ((8, 0), 136, False),
+                                   ((9, 0), 136, True), ((7, 5), 64, False)):
         card(capability)
         with torch.no_grad():
-            assert taken(attention.takes_parts, **prefill) == [fits]
+            assert taken(attention.takes_parts, **prefill | dict(k=(1, 12, 2, wide))) == [fits]
 
 
 def test_grouped_products_take_rows_of_whole_sixteen_bytes():
