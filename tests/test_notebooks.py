@@ -4,8 +4,8 @@ A check takes a notebook and returns what is wrong, in words.
 """
 
 import base64
-import hashlib
 import copy
+import hashlib
 import json
 import os
 import re
