@@ -179,17 +179,22 @@ def layouts(host: Host) -> None:
                   f"both fall alike: by {first - last:.3f} and {other - end:.3f}")
 
 
-def dry_run_of(host: Host, command: str) -> tuple[str, int]:
-    """Return a command's layout, and the bytes of its fullest rank by the dry run."""
+def settings_of(command: str) -> tuple[dict, ModelArgs, dict]:
+    """Return what flags of training say: its settings, the model, the layout."""
     given, changes, layout = parse("minids.train", "", TrainArgs, ModelArgs, Layout,
                                    argv=shlex.split(command))
+    return given, replace(ModelArgs.preset(given["preset"]), **changes), layout
+
+
+def dry_run_of(host: Host, command: str) -> tuple[str, int]:
+    """Return a command's layout, and the bytes of its fullest rank by the dry run."""
+    given, args, layout = settings_of(command)
     parts = given["grad_accum"] * layout.pop("micro_batches", 1)
     rows = host.each * layout.get("pipeline", 1) // parts
     run = DryRunArgs(gpus=host.gpus, micro_batch=rows, seq_len=given["seq_len"],
                      batch_size=given["batch_size"], optimizer="muon")
     card = torch.cuda.mem_get_info()[1] if host.device == "cuda" else 80e9
-    dry = dry_run(replace(ModelArgs.preset(given["preset"]), **changes), run, Layout(**layout),
-                  memory=card)
+    dry = dry_run(args, run, Layout(**layout), memory=card)
     return " ".join(f"{name} {value}" for name, value in layout.items()), dry.fullest.total
 
 
@@ -261,10 +266,8 @@ def export(host: Host) -> None:
 
 def untrained(host: Host) -> None:
     """Write a Hugging Face folder of random weights, all layers, and read it by transformers."""
-    folder, flags = host.folder / "exported", host.moonlight(host.layers, "")
-    given, changes, _ = parse("minids.train", "", TrainArgs, ModelArgs, Layout,
-                              argv=shlex.split(flags))
-    model = skeleton(args := replace(ModelArgs.preset(given["preset"]), **changes))
+    folder, (_, args, _) = host.folder / "exported", settings_of(host.moonlight(host.layers, ""))
+    model = skeleton(args)
     torch.manual_seed(0)
     scramble(model.bfloat16().to_empty(device=host.device))
     save_hf(model, folder, tokenizer=Tokenizer.load())
